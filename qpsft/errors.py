@@ -1,0 +1,39 @@
+"""Errors a user can act on: what happened, where (file, line, row, key), what to do."""
+
+from __future__ import annotations
+
+
+class QpsftError(Exception):
+    """A mistake or a condition the user can mend. The command line prints it without a traceback and exits with 2.
+
+    Args:
+        what: what happened and where, one sentence or two, with the file, line, row or key it is about.
+        todo: what to do about it.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, todo: str = ""):
+        self.what = what
+        self.todo = todo
+        super().__init__(f"{what} {todo}".strip())
+
+
+class RecipeError(QpsftError, ValueError):
+    """An option or a recipe file is wrong: unknown key, wrong type, value out of range."""
+
+
+class DataError(QpsftError, ValueError):
+    """Training or evaluation rows are missing, broken or of an unknown shape."""
+
+
+class BaseModelError(QpsftError):
+    """The base model, its tokenizer or an adapter cannot be loaded as asked."""
+
+
+class OutputError(QpsftError):
+    """Results cannot be written where they should go."""
+
+
+class TrainingError(QpsftError):
+    """Training cannot start or go on: nothing to supervise, loss not finite, adapters changed under way."""
