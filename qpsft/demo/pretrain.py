@@ -1,0 +1,219 @@
+"""Make the embedded base: `python -m qpsft.demo.pretrain` (README.md beside this file has the command and its log).
+
+Two stretches of the same seeded loop: full-precision pretraining, then quantization-aware training, in which every
+forward uses the weights as they will be shipped and loaded (bfloat16, then NF4 with double quantization for the linear
+layers) while the gradient goes straight through to the float32 weights. Without the second one a model this small is
+destroyed by the rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from qpsft.demo import MODEL_DIR, accuracy, tasks
+from qpsft.demo.tokenizer import make_tokenizer
+from qpsft.errors import OutputError, QpsftError
+
+CONTEXT = 512
+HIDDEN = 128
+LAYERS = 4
+ROWS_AT_A_TIME = 64
+"""Batches made together and sorted by length, so that little of a batch is padding."""
+PROMPT_WEIGHT = 0.1
+"""What a prompt token counts for in the loss; a completion token counts 1."""
+BLOCK_SIZE = 64
+
+
+def new_model(tokenizer: Any, hidden: int = HIDDEN, layers: int = LAYERS) -> LlamaForCausalLM:
+    """A Llama with random weights; every linear layer's input is a multiple of 64 wide."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 32,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def batches(tokenizer: Any, size: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless `(ids, weights)`, each (batch, sequence): token ids padded on the right, and what each token counts for."""
+    shuffler = random.Random(f"batches:{seed}")
+    chunk = 0
+    while True:
+        rows = list(tasks.pretraining_rows(size * ROWS_AT_A_TIME, seed=f"{seed}:{chunk}"))
+        chunk += 1
+        # Rendered by hand: the same as the chat template (tested), which is too slow for millions of rows.
+        prompts = [f"<s><|user|>{row['prompt'][0]['content']}<|end|><|assistant|>" for row in rows]
+        answers = [f"{row['completion'][0]['content']}<|end|>" for row in rows]
+        pairs = list(zip(tokenizer(prompts)["input_ids"], tokenizer(answers)["input_ids"], strict=True))
+        pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
+        starts = list(range(0, len(pairs), size))
+        shuffler.shuffle(starts)
+        for start in starts:
+            part = pairs[start : start + size]
+            width = max(len(prompt) + len(answer) for prompt, answer in part)
+            ids = torch.full((len(part), width), tokenizer.pad_token_id)
+            weights = torch.zeros(len(part), width)
+            for i, (prompt, answer) in enumerate(part):
+                end = len(prompt) + len(answer)
+                ids[i, :end] = torch.tensor(prompt + answer)
+                weights[i, : len(prompt)] = PROMPT_WEIGHT
+                weights[i, len(prompt) : end] = 1.0
+            yield ids, weights
+
+
+def losses(model: LlamaForCausalLM, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted mean negative log-likelihood to train on, and the completion's alone to report; nats per token."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    weights = weights[:, 1:]
+    completion = weights == 1.0
+    return (nll * weights).sum() / weights.sum(), nll.detach()[completion].mean()
+
+
+def as_shipped(name: str, weight: torch.Tensor, quantized: set[str]) -> torch.Tensor:
+    """`weight` after the round trip to disk (bfloat16) and, for the layers in `quantized`, through NF4; float32."""
+    import bitsandbytes.functional as bnb
+
+    rounded = weight.bfloat16().float()
+    if name not in quantized:
+        return rounded
+    data, state = bnb.quantize_4bit(rounded, blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4")
+    return bnb.dequantize_4bit(data, state)
+
+
+def quantized_weights(model: torch.nn.Module) -> set[str]:
+    """Names of the weights bitsandbytes quantizes: every linear layer's but lm_head's."""
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
+
+
+def train(
+    model: LlamaForCausalLM,
+    data: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    steps: int,
+    learning_rate: float,
+    quantize: bool,
+    label: str,
+    warmup: int = 100,
+) -> float:
+    """`steps` AdamW steps, linear warm-up then cosine to zero. Returns the completion loss, nats, of the last 100."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
+    quantized = quantized_weights(model)
+    started, window = time.time(), []
+    for step in range(1, steps + 1):
+        decay = 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
+        optimizer.param_groups[0]["lr"] = learning_rate * min(step / warmup, 1.0) * decay
+        ids, weights = next(data)
+        if quantize:
+            exact = {name: p.data for name, p in model.named_parameters()}
+            for name, p in model.named_parameters():
+                p.data = as_shipped(name, exact[name], quantized)
+        loss, completion = losses(model, ids, weights)
+        loss.backward()
+        if quantize:
+            for name, p in model.named_parameters():
+                p.data = exact[name]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        window = [*window[-99:], completion.item()]
+        if step % 100 == 0 or step == steps:
+            mean = sum(window) / len(window)
+            print(f"{label} step {step}/{steps} loss {mean:.4f} seconds {time.time() - started:.0f}", flush=True)
+    return sum(window) / max(len(window), 1)
+
+
+def write_model(model: LlamaForCausalLM, folder: Path) -> None:
+    """Write config, generation_config and bfloat16 weights into `folder`."""
+    import copy
+
+    shipped = copy.deepcopy(model).bfloat16()
+    shipped.generation_config.max_new_tokens = 64
+    shipped.save_pretrained(folder)
+
+
+def print_table(folder: Path, split: str, rows: int) -> dict[str, float]:
+    """Print accuracies in NF4 and unquantized, as a Markdown table; returns those in NF4."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    sets = accuracy.evaluation_sets(split, rows)
+    nf4 = accuracy.accuracies(accuracy.load_nf4(folder), tokenizer, sets)
+    dense = accuracy.accuracies(accuracy.load_dense(folder), tokenizer, sets)
+    for shares in (nf4, dense):
+        shares["out of domain, mean"] = accuracy.out_of_domain_mean(shares)
+    print(f"| {split}, {rows} rows each, greedy | NF4 | unquantized |\n| --- | --- | --- |")
+    for name in nf4:
+        print(f"| {name} | {nf4[name]:.3f} | {dense[name]:.3f} |", flush=True)
+    return nf4
+
+
+def make(arguments: argparse.Namespace) -> None:
+    """Tokenizer, pretraining, quantization-aware stretch, table; the finished folder replaces `arguments.output`."""
+    torch.manual_seed(arguments.seed)
+    output: Path = arguments.output
+    temporary = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"Cannot write beside {output}: {error}.", "Choose another --output.") from error
+    rows = tasks.pretraining_rows(20_000, seed=arguments.seed)
+    make_tokenizer((m["content"] for row in rows for m in row["prompt"] + row["completion"]), temporary, CONTEXT)
+    tokenizer = AutoTokenizer.from_pretrained(temporary)
+    model = new_model(tokenizer, arguments.hidden, arguments.layers)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} pieces", flush=True)
+    data = batches(tokenizer, arguments.batch_size, arguments.seed)
+    train(model, data, arguments.steps, arguments.learning_rate, False, "pretraining")
+    train(model, data, arguments.qat_steps, arguments.qat_learning_rate, True, "quantization-aware")
+    write_model(model, temporary)
+    print_table(temporary, "validation", arguments.rows)
+    if output.exists():
+        shutil.rmtree(output)
+    temporary.rename(output)
+
+
+def main() -> int:
+    """Parse the command line and make the model."""
+    parser = argparse.ArgumentParser(prog="python -m qpsft.demo.pretrain", description="Make the embedded base model.")
+    parser.add_argument("--output", type=Path, default=MODEL_DIR, help="folder to write (default: the package's)")
+    parser.add_argument("--steps", type=int, default=6000, help="full-precision steps")
+    parser.add_argument("--qat_steps", type=int, default=1500, help="quantization-aware steps")
+    parser.add_argument("--learning_rate", type=float, default=3e-3, help="peak of the full-precision steps")
+    parser.add_argument("--qat_learning_rate", type=float, default=1e-3, help="peak of the quantization-aware steps")
+    parser.add_argument("--batch_size", type=int, default=128, help="rows a step")
+    parser.add_argument("--hidden", type=int, default=HIDDEN, help="hidden size")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="layers")
+    parser.add_argument("--rows", type=int, default=512, help="rows a set for the final table")
+    parser.add_argument("--seed", type=int, default=0)
+    started = time.time()
+    try:
+        make(parser.parse_args())
+    except QpsftError as error:
+        print(f"error: {error}")
+        return error.exit_code
+    print(f"made in {time.time() - started:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
