@@ -1,0 +1,172 @@
+"""The three losses and the numbers logged beside them. Torch only; reads top to bottom like the paper.
+
+Shapes, everywhere: `logprobs`, `old_logprobs` and `mask` are (batch, sequence - 1), aligned with the labels shifted by
+one; log-probabilities are natural logarithms (nats). `mask` is True on supervised tokens. A loss is a scalar in nats
+(NLL) or a dimensionless surrogate (PSFT), divided by `num_items`: the number of supervised tokens of the whole
+optimizer step, over all micro-batches and processes, so that gradient accumulation does not change the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qpsft.errors import TrainingError
+
+EPSILON = 0.28  # the paper's epsilon_high
+MAX_LOG_RATIO = 20.0  # exp(20) = 4.9e8 stays finite in float32
+
+
+class NotFiniteError(TrainingError):
+    """A supervised token's log-probability is NaN or infinite. `rows`: the rows of the batch it happened in."""
+
+    def __init__(self, name: str, rows: list[int]):
+        self.name, self.rows = name, rows
+        super().__init__(
+            f"{name} has a NaN or infinite value on a supervised token in row(s) {rows} of the batch.",
+            "Lower the learning rate, or look at these rows.",
+        )
+
+
+def _masked(name: str, values: Tensor, mask: Tensor) -> Tensor:
+    """`values` in at least float32 with masked positions set to 0, so that a masked -inf can do no harm.
+
+    Raises:
+        ValueError: `values` and `mask` differ in shape, or `mask` is not boolean.
+        NotFiniteError: a supervised position is NaN or infinite.
+    """
+    if values.shape != mask.shape:
+        raise ValueError(f"{name} has shape {tuple(values.shape)}, mask {tuple(mask.shape)}; they must be equal")
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask must be boolean, not {mask.dtype}")
+    if values.dtype in (torch.float16, torch.bfloat16):
+        values = values.float()
+    values = values.masked_fill(~mask, 0.0)
+    finite = torch.isfinite(values.detach())
+    if not finite.all():
+        raise NotFiniteError(name, torch.nonzero(~finite.flatten(1).all(dim=1)).flatten().tolist())
+    return values
+
+
+def _per_item(total: Tensor, mask: Tensor, num_items: Tensor | int | None) -> Tensor:
+    count = mask.sum() if num_items is None else torch.as_tensor(num_items, device=total.device)
+    return total / count.clamp(min=1)  # a batch without supervised tokens is 0, not 0/0
+
+
+def nll_loss(
+    logprobs: Tensor, old_logprobs: Tensor | None, mask: Tensor, *, num_items: Tensor | int | None = None
+) -> Tensor:
+    """Negative log-likelihood, plain SFT: -sum(mask * logprobs) / N. `old_logprobs` is ignored.
+
+    Returns: scalar, nats per supervised token. Raises: as `psft_loss`.
+    """
+    logprobs = _masked("logprobs", logprobs, mask)
+    return _per_item(-logprobs.sum(), mask, num_items)
+
+
+def dft_loss(
+    logprobs: Tensor, old_logprobs: Tensor | None, mask: Tensor, *, num_items: Tensor | int | None = None
+) -> Tensor:
+    """Dynamic Fine-Tuning (arXiv 2508.05629, Eq. 9): each token's NLL weighted by its own probability, no gradient.
+
+    Returns: scalar. `old_logprobs` is ignored. Raises: as `psft_loss`.
+    """
+    logprobs = _masked("logprobs", logprobs, mask)
+    probability = logprobs.detach().exp()
+    return _per_item(-(probability * logprobs).sum(), mask, num_items)
+
+
+def psft_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    epsilon: float = EPSILON,
+    num_items: Tensor | int | None = None,
+) -> Tensor:
+    """Proximal SFT (arXiv 2508.17784): PPO's clipped surrogate with advantage +1 on every demonstrated token.
+
+    L = -sum_t mask_t * min(r_t, clip(r_t, 1 - eps, 1 + eps)) / N,    r_t = exp(logprobs_t - old_logprobs_t)
+
+    With a positive advantage the minimum makes the lower clip act nowhere, so what remains is min(r_t, 1 + eps): a
+    token already (1 + eps) times as likely as at the last snapshot contributes no gradient. At r = 1 the gradient is
+    that of `nll_loss`.
+
+    Args:
+        logprobs: (batch, sequence - 1) float, log-probabilities under the policy, with gradient.
+        old_logprobs: (batch, sequence - 1) float, under the reference policy; taken as a constant.
+        mask: (batch, sequence - 1) bool, True on supervised tokens.
+        epsilon: upper end of the trust region, as a relative change of a token's probability. Above 0.
+        num_items: N; None: the number of supervised tokens in `mask`.
+
+    Returns:
+        Scalar surrogate; -1 right after a snapshot. It is not a likelihood: read `nll` beside it.
+
+    Raises:
+        NotFiniteError: NaN or infinity at a supervised position, with the rows.
+        ValueError: shapes differ, `mask` is not boolean, or `epsilon` is not above 0.
+    """
+    if not epsilon > 0:
+        raise ValueError(f"epsilon must be above 0, not {epsilon}")
+    ratio = _log_ratio(logprobs, old_logprobs, mask).exp()
+    surrogate = torch.clamp(ratio, max=1.0 + epsilon).masked_fill(~mask, 0.0)
+    return _per_item(-surrogate.sum(), mask, num_items)
+
+
+def _log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    log_ratio = _masked("logprobs", logprobs, mask) - _masked("old_logprobs", old_logprobs.detach(), mask)
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+SUMS = ("nll", "entropy", "mean_token_accuracy", "clip_fraction", "approx_kl")
+
+
+@torch.no_grad()
+def loss_statistics(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    mask: Tensor,
+    *,
+    epsilon: float = EPSILON,
+    entropy: Tensor | None = None,
+    is_top1: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The logged numbers of one micro-batch, as sums over its supervised tokens (see `mean_statistics`).
+
+    Args:
+        logprobs, old_logprobs, mask, epsilon: as in `psft_loss`; without `old_logprobs` the ratio is 1 everywhere.
+        entropy: (batch, sequence - 1) float, nats, entropy of the policy's next-token distribution; None counts as 0.
+        is_top1: (batch, sequence - 1) bool, whether the label is the most likely token; None counts as False.
+
+    Returns:
+        Scalars, float32, on the device of `logprobs`: `num_items` (supervised tokens); sums of `nll` (nats), `entropy`
+        (nats), `mean_token_accuracy`, `clip_fraction` (r > 1 + epsilon: no gradient), `approx_kl` (k3 estimator,
+        (r - 1) - log r, reference against policy, http://joschu.net/blog/kl-approx.html); and `ratio_max`.
+    """
+    logprobs = logprobs.masked_fill(~mask, 0.0)
+    zero = logprobs.new_zeros(())
+    log_ratio = zero.expand_as(logprobs) if old_logprobs is None else _log_ratio(logprobs, old_logprobs, mask)
+    ratio = log_ratio.exp()
+    return {
+        "num_items": mask.sum(),
+        "nll": -logprobs.sum(),
+        "entropy": zero if entropy is None else entropy.masked_fill(~mask, 0.0).sum(),
+        "mean_token_accuracy": zero if is_top1 is None else (is_top1.bool() & mask).sum(),
+        "clip_fraction": ((ratio > 1.0 + epsilon) & mask).sum(),
+        "approx_kl": (ratio - 1.0 - log_ratio).masked_fill(~mask, 0.0).sum(),
+        "ratio_max": ratio.masked_fill(~mask, 0.0).max() if mask.numel() else zero,
+    }
+
+
+def mean_statistics(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+    """Token means over several `loss_statistics` (micro-batches, processes); `ratio_max` is the maximum over them.
+
+    Returns: floats; 0 everywhere when no token is supervised.
+    """
+    if not parts:
+        return {}
+    count = max(1, int(sum(float(part["num_items"]) for part in parts)))
+    means = {name: sum(float(part[name]) for part in parts) / count for name in SUMS}
+    return means | {"ratio_max": max(float(part["ratio_max"]) for part in parts)}

@@ -1,0 +1,184 @@
+"""The reference policy: a frozen copy of the trained parameters, and the log-probabilities under it.
+
+    base model (4-bit, shared)  ──┬── policy     lora_A, lora_B, …   trained
+                                  └── reference  lora_A, lora_B, …   the policy as it was at the last snapshot
+
+The copy is a set of plain tensors, not a second PEFT adapter: `with reference.active():` exchanges the storage of the
+policy's parameters with the copy's, and back. The same modules then compute both, so at a snapshot the two agree bit
+for bit; nothing about the model changes that could be saved, optimized or forgotten to switch back (no second set of
+parameters, no `requires_grad` toggling as in `peft.set_adapter`); and whatever is trained is covered: LoRA A and B,
+DoRA magnitudes, biases, `modules_to_save`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from qpsft.errors import TrainingError
+
+Batch = Mapping[str, Tensor]
+ROW_KEYS = {"input_ids", "attention_mask", "labels"}
+
+
+class ReferencePolicy:
+    """A frozen copy of a model's trainable parameters.
+
+    Args:
+        model: a PEFT model (any adapter name, freshly made or already trained), or any module; what has
+            `requires_grad` is the policy, the rest is the base that both share.
+        fused_lm_head: the model has TRL's fused LM head (`trl.trainer.utils.add_fused_lm_head`), which returns
+            log-probabilities without building (batch, sequence, vocabulary) logits.
+        park: keep the copy in host memory (pinned where there is a GPU) and bring it to the device only to score.
+
+    Raises:
+        TrainingError: the model has no trainable parameter.
+    """
+
+    def __init__(self, model: nn.Module, *, fused_lm_head: bool = False, park: bool = False):
+        self.model = model
+        self.fused_lm_head = fused_lm_head
+        self.park = park
+        self._policy = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not self._policy:
+            raise TrainingError(
+                "The model has no trainable parameter, so there is nothing to take a snapshot of.",
+                "Add an adapter (`peft_config=LoraConfig(...)`), or load yours with `is_trainable=True`.",
+            )
+        self._copy = {name: self._empty_like(p) for name, p in self._policy.items()}
+        self.snapshot()
+
+    def _empty_like(self, parameter: Tensor) -> Tensor:
+        if not self.park:
+            return torch.empty_like(parameter, requires_grad=False)
+        pin = parameter.device.type == "cuda"
+        return torch.empty_like(parameter, device="cpu", requires_grad=False, pin_memory=pin)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the copy holds: those of the policy's parameters, no more."""
+        return sum(t.untyped_storage().nbytes() for t in self._copy.values())
+
+    @torch.no_grad()
+    def snapshot(self) -> None:
+        """Reference := copy of the policy as it is now."""
+        for name, parameter in self._policy.items():
+            self._copy[name].copy_(parameter)
+
+    @contextmanager
+    def active(self) -> Iterator[nn.Module]:
+        """The model computes with the reference's parameters inside, without gradients.
+
+        No backward pass may be pending: recomputation under gradient checkpointing would see the other parameters.
+        """
+        policy = {name: p.data for name, p in self._policy.items()}
+        with torch.no_grad():
+            try:
+                for name, p in self._policy.items():
+                    p.data = self._copy[name].to(p.device, non_blocking=True)
+                yield self.model
+            finally:
+                for name, p in self._policy.items():
+                    p.data = policy[name]
+
+    def score(self, batches: Sequence[Batch], *, token_budget: int | None = None) -> list[Tensor]:
+        """Log-probabilities of the labels under the reference policy.
+
+        Rows of all batches are sorted by length and run in batches of at most `token_budget` tokens (padding
+        included; one row at least), in the mode (train or eval) the model is in.
+
+        Args:
+            batches: each with `input_ids`, `labels` (-100: not supervised) and usually `attention_mask`, all
+                (batch, sequence). A batch with any other tensor (packed rows, images) is run as it is.
+            token_budget: None: each batch is run as it is.
+
+        Returns:
+            One tensor per batch: (batch, sequence - 1), float32, 0 where the label is -100; on the model's device.
+        """
+        with self.active():
+            if token_budget is None or any(set(batch) - ROW_KEYS for batch in batches):
+                return [self._logprobs(batch) for batch in batches]
+            return self._score_regrouped(batches, token_budget)
+
+    def _logprobs(self, batch: Batch) -> Tensor:
+        device = next(iter(self._policy.values())).device
+        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        if self.fused_lm_head:
+            return self.model(**inputs, use_cache=False, fused_lm_head=True).log_probs.float()
+        labels = inputs.pop("labels")[:, 1:]
+        logits = self.model(**inputs, use_cache=False).logits[:, :-1].float()
+        picked = logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return picked.masked_fill(labels == -100, 0.0)
+
+    def _score_regrouped(self, batches: Sequence[Batch], token_budget: int) -> list[Tensor]:
+        rows = [(b, r, _span(batch, r)) for b, batch in enumerate(batches) for r in range(len(batch["input_ids"]))]
+        scores = [
+            torch.zeros(len(batch["labels"]), batch["labels"].shape[1] - 1, dtype=torch.float32) for batch in batches
+        ]
+        for group in _groups(sorted(rows, key=lambda row: row[2][1] - row[2][0]), token_budget):
+            logprobs = self._logprobs(_gather(batches, group))
+            for i, (b, r, (start, stop)) in enumerate(group):
+                scores[b] = scores[b].to(logprobs.device)
+                scores[b][r, start : stop - 1] = logprobs[i, : stop - start - 1]
+        return scores
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The copy, by parameter name (not a clone)."""
+        return dict(self._copy)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restores `state_dict()`. Raises TrainingError when names or shapes differ from the policy's."""
+        if set(state) != set(self._copy):
+            odd = sorted(set(state) ^ set(self._copy))
+            raise TrainingError(
+                f"The saved reference policy does not fit this adapter: {len(odd)} names differ, such as {odd[0]}.",
+                "Resume with the recipe the checkpoint was made with.",
+            )
+        for name, tensor in self._copy.items():
+            if tensor.shape != state[name].shape:
+                raise TrainingError(
+                    f"The saved reference policy has shape {tuple(state[name].shape)} for {name}, "
+                    f"the adapter {tuple(tensor.shape)}.",
+                    "Resume with the recipe the checkpoint was made with.",
+                )
+        with torch.no_grad():
+            for name, tensor in self._copy.items():
+                tensor.copy_(state[name])
+
+
+def _span(batch: Batch, row: int) -> tuple[int, int]:
+    """First and one-past-last position of a row's real tokens, whichever side the padding is on."""
+    if "attention_mask" not in batch:
+        return 0, batch["input_ids"].shape[1]
+    real = torch.nonzero(batch["attention_mask"][row]).flatten()
+    return (int(real[0]), int(real[-1]) + 1) if len(real) else (0, 1)
+
+
+def _groups(rows: list, token_budget: int) -> Iterator[list]:
+    group: list = []
+    for row in rows:  # ascending lengths: the newest row sets the padded width
+        width = row[2][1] - row[2][0]
+        if group and width * (len(group) + 1) > token_budget:
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
+
+
+def _gather(batches: Sequence[Batch], group: list) -> dict[str, Tensor]:
+    width = max(stop - start for _, _, (start, stop) in group)
+    first = batches[0]["input_ids"]
+    gathered = {
+        "input_ids": first.new_zeros(len(group), width),
+        "attention_mask": first.new_zeros(len(group), width),
+        "labels": first.new_full((len(group), width), -100),
+    }
+    for i, (b, r, (start, stop)) in enumerate(group):
+        gathered["input_ids"][i, : stop - start] = batches[b]["input_ids"][r, start:stop]
+        gathered["attention_mask"][i, : stop - start] = 1
+        gathered["labels"][i, : stop - start] = batches[b]["labels"][r, start:stop]
+    return gathered

@@ -1,0 +1,146 @@
+"""Which rows each optimizer step sees, and when the reference policy is renewed.
+
+    step:      0 … W-1 | W …                                            | …
+    phase:     warm-up | block 0: K mini-batches, gone through V times  | block 1 …
+                       ^ snapshot                                       ^ snapshot
+
+A *mini-batch* is one optimizer step's data: `mini_batch_size` consecutive rows of an endless stream of permutations of
+the data (so every mini-batch is full, also at an epoch's end). A *block* is K = `reference_steps` consecutive
+mini-batches, visited V = `num_iterations` times, from the second visit on in a new order. Everything is a function of
+the seed and the step, so nothing but the step is needed to resume.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import Sampler
+
+
+@dataclass(frozen=True)
+class StepPosition:
+    """Where an optimizer step stands in the schedule."""
+
+    mini_batch: int  # index into the stream of mini-batches
+    block: int | None  # None during SFT warm-up
+    visit: int = 0  # 0 … V-1
+    is_snapshot: bool = False  # the reference policy is renewed just before this step
+
+    @property
+    def is_warmup(self) -> bool:
+        return self.block is None
+
+
+class BlockSchedule:
+    """The order of mini-batches over a run.
+
+    Args:
+        num_rows: rows in the data set.
+        mini_batch_size: rows per optimizer step (micro-batch × accumulation × processes).
+        reference_steps: K.
+        num_iterations: V.
+        warmup_steps: W, optimizer steps of plain SFT before the first snapshot.
+        total_steps: optimizer steps of the run. The last block takes what is left: it is shortened to as many
+            mini-batches as can still be visited V times.
+        seed: seed of the permutations.
+        permute: `f(generator) -> list of row indices`, one pass over the data; default a uniform permutation.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        mini_batch_size: int,
+        *,
+        reference_steps: int = 8,
+        num_iterations: int = 1,
+        warmup_steps: int = 0,
+        total_steps: int,
+        seed: int = 0,
+        permute: Callable[[torch.Generator], list[int]] | None = None,
+    ):
+        self.num_rows = num_rows
+        self.mini_batch_size = mini_batch_size
+        self.reference_steps = reference_steps
+        self.num_iterations = num_iterations
+        self.warmup_steps = min(warmup_steps, total_steps)
+        self.total_steps = total_steps
+        self.seed = seed
+        self._permute = permute or (lambda generator: torch.randperm(num_rows, generator=generator).tolist())
+        self._passes: dict[int, list[int]] = {}
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps that transformers counts as one epoch."""
+        return math.ceil(self.num_rows / self.mini_batch_size)
+
+    def position(self, step: int) -> StepPosition:
+        """The position of optimizer step `step` (0-based)."""
+        if step < self.warmup_steps:
+            return StepPosition(mini_batch=step, block=None)
+        full = self.reference_steps * self.num_iterations
+        block, offset = divmod(step - self.warmup_steps, full)
+        length = self._block_length(block)
+        visit, index = divmod(offset, length)
+        first = self.warmup_steps + block * self.reference_steps
+        return StepPosition(
+            mini_batch=first + self._order(block, visit, length)[index],
+            block=block,
+            visit=visit,
+            is_snapshot=offset == 0,
+        )
+
+    def _block_length(self, block: int) -> int:
+        left = self.total_steps - self.warmup_steps - block * self.reference_steps * self.num_iterations
+        return max(1, min(self.reference_steps, math.ceil(left / self.num_iterations)))
+
+    def _order(self, block: int, visit: int, length: int) -> list[int]:
+        if visit == 0:
+            return list(range(length))
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + block) * 1_009 + visit)
+        return torch.randperm(length, generator=generator).tolist()
+
+    def rows(self, step: int) -> list[int]:
+        """The data set's row indices of optimizer step `step`, in order: `mini_batch_size` of them."""
+        start = self.position(step).mini_batch * self.mini_batch_size
+        return [self._row(position) for position in range(start, start + self.mini_batch_size)]
+
+    def _row(self, position: int) -> int:
+        data_pass, index = divmod(position, self.num_rows)
+        if data_pass not in self._passes:
+            if len(self._passes) > 2:  # the stream moves on; a block spans few passes
+                self._passes.pop(min(self._passes))
+            generator = torch.Generator().manual_seed(self.seed + data_pass)
+            self._passes[data_pass] = self._permute(generator)
+        return self._passes[data_pass][index]
+
+    def unseen_share(self) -> float:
+        """Share of the rows that the run never reaches, in [0, 1)."""
+        last = max((self.position(step).mini_batch for step in range(self.total_steps)), default=-1)
+        return max(0.0, 1.0 - (last + 1) * self.mini_batch_size / self.num_rows)
+
+
+class BlockSampler(Sampler[int]):
+    """Yields one epoch's row indices in the order of a `BlockSchedule`.
+
+    The epoch comes from `set_epoch`, which transformers calls before each epoch, also when it resumes.
+    """
+
+    def __init__(self, schedule: Callable[[], BlockSchedule], num_rows: int, mini_batch_size: int):
+        self._schedule = schedule  # called when iteration starts: the number of steps is known only then
+        self._length = math.ceil(num_rows / mini_batch_size) * mini_batch_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[int]:
+        schedule = self._schedule()
+        first = self.epoch * schedule.steps_per_epoch
+        for step in range(first, first + schedule.steps_per_epoch):
+            yield from schedule.rows(step)

@@ -1,0 +1,108 @@
+"""The order of mini-batches: blocks, visits, warm-up, coverage, resume."""
+
+from collections import Counter
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qpsft.schedule import BlockSampler, BlockSchedule
+
+
+def schedule(**changes):
+    arguments = dict(num_rows=64 * 16, mini_batch_size=16, total_steps=256, seed=3)
+    return BlockSchedule(**{**arguments, **changes})
+
+
+def test_one_visit_goes_through_the_rows_in_order_with_a_snapshot_every_k_steps():
+    plan = schedule(reference_steps=8, total_steps=64)
+    positions = [plan.position(step) for step in range(64)]
+    assert [p.mini_batch for p in positions] == list(range(64))
+    assert [step for step, p in enumerate(positions) if p.is_snapshot] == list(range(0, 64, 8))
+    assert sorted(row for step in range(64) for row in plan.rows(step)) == list(range(1024))
+
+
+def test_the_paper_s_order_is_plain_sft_s_order():
+    paper, sft = schedule(reference_steps=8), schedule(reference_steps=1, warmup_steps=256)
+    assert [paper.rows(step) for step in range(256)] == [sft.rows(step) for step in range(256)]
+
+
+def test_four_visits_show_each_mini_batch_four_times_before_the_next_block():
+    plan = schedule(reference_steps=8, num_iterations=4)
+    positions = [plan.position(step) for step in range(256)]
+    for block in range(8):
+        steps = positions[block * 32 : (block + 1) * 32]
+        assert Counter(p.mini_batch for p in steps) == {m: 4 for m in range(block * 8, block * 8 + 8)}
+        assert [p.visit for p in steps] == [0] * 8 + [1] * 8 + [2] * 8 + [3] * 8
+        assert [p.is_snapshot for p in steps] == [True] + [False] * 31
+        assert [p.mini_batch for p in steps[:8]] == list(range(block * 8, block * 8 + 8))
+        assert [p.mini_batch for p in steps[8:16]] != [p.mini_batch for p in steps[:8]]
+    # four epochs of 64 steps cover all rows; one epoch a quarter of them
+    assert plan.unseen_share() == 0.0
+    assert schedule(reference_steps=8, num_iterations=4, total_steps=64).unseen_share() == 0.75
+
+
+def test_warm_up_comes_first_and_takes_rows_of_its_own():
+    plan = schedule(reference_steps=8, num_iterations=4, warmup_steps=8, total_steps=192)
+    positions = [plan.position(step) for step in range(192)]
+    assert all(p.is_warmup and not p.is_snapshot for p in positions[:8])
+    assert positions[8].is_snapshot and positions[8].mini_batch == 8
+    # 184 steps are left: five whole blocks of 32, and the last of 24 steps is shortened to 6 mini-batches × 4 visits
+    assert Counter(p.mini_batch for p in positions[168:]) == {m: 4 for m in range(48, 54)}
+
+
+def test_mini_batches_are_always_full_and_nothing_is_skipped():
+    plan = schedule(num_rows=21, mini_batch_size=4, total_steps=18, reference_steps=3)
+    rows = [row for step in range(18) for row in plan.rows(step)]
+    assert len(rows) == 72
+    for data_pass in range(3):
+        assert sorted(rows[data_pass * 21 : data_pass * 21 + 21]) == list(range(21))
+    assert rows[:21] != rows[21:42]
+
+
+def test_the_sampler_yields_what_the_schedule_says_epoch_by_epoch():
+    plan = schedule(num_rows=21, mini_batch_size=4, total_steps=18, reference_steps=3, num_iterations=2)
+    sampler = BlockSampler(lambda: plan, 21, 4)
+    assert len(sampler) == 24
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        assert list(sampler) == [row for step in range(epoch * 6, epoch * 6 + 6) for row in plan.rows(step)]
+
+
+def test_a_seed_changes_the_order_and_nothing_else_does():
+    assert schedule().rows(5) == schedule().rows(5)
+    assert schedule().rows(5) != schedule(seed=4).rows(5)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    num_rows=st.integers(1, 40),
+    mini_batch_size=st.integers(1, 9),
+    reference_steps=st.integers(1, 6),
+    num_iterations=st.integers(1, 4),
+    warmup_steps=st.integers(0, 20),
+    total_steps=st.integers(1, 60),
+)
+def test_no_row_is_seen_again_before_every_other_row_was_in_the_stream(
+    num_rows, mini_batch_size, reference_steps, num_iterations, warmup_steps, total_steps
+):
+    plan = BlockSchedule(
+        num_rows,
+        mini_batch_size,
+        reference_steps=reference_steps,
+        num_iterations=num_iterations,
+        warmup_steps=warmup_steps,
+        total_steps=total_steps,
+    )
+    positions = [plan.position(step) for step in range(total_steps)]
+    visits = Counter(p.mini_batch for p in positions)
+    assert sorted(visits) == list(range(len(visits)))  # no mini-batch of the stream is skipped
+    assert all(count <= num_iterations for count in visits.values())
+    first_seen = [p.mini_batch for p in positions if p.visit == 0]
+    assert first_seen == sorted(first_seen)
+    seen = {row for step in range(total_steps) for row in plan.rows(step)}
+    assert abs(plan.unseen_share() - (1 - len(seen) / num_rows)) < 1e-9
+    for step, position in enumerate(positions):
+        if position.visit > 0:  # a snapshot lies between the block's first visit and nothing else
+            assert not position.is_snapshot
+        if position.is_snapshot:
+            assert step == warmup_steps or positions[step - 1].block == position.block - 1
