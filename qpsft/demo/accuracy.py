@@ -53,7 +53,7 @@ def evaluation_sets(split: str, n: int, seed: int = 0) -> dict[str, list[dict]]:
     }
 
 
-def generate(model: Any, tokenizer: Any, rows: list[dict], batch_size: int = 256, max_new_tokens: int = 56) -> list[str]:
+def generate(model: Any, tokenizer: Any, rows: list[dict], batch_size: int = 256, max_new_tokens: int = 56) -> list:
     """Greedy completions of `rows`, one text a row."""
     import torch
 

@@ -54,7 +54,7 @@ def new_model(tokenizer: Any, hidden: int = HIDDEN, layers: int = LAYERS) -> Lla
 
 
 def batches(tokenizer: Any, size: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless `(ids, weights)`, each (batch, sequence): token ids padded on the right, and what each token counts for."""
+    """Endless `(ids, weights)`, each (batch, sequence): token ids padded on the right, and what each counts for."""
     shuffler = random.Random(f"batches:{seed}")
     chunk = 0
     while True:

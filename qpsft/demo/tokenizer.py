@@ -55,7 +55,7 @@ def make_tokenizer(texts: Iterable[str], folder: Path, context: int) -> None:
         unk_piece=UNK,
         bos_id=1,
         bos_piece=BOS,
-        # The end-of-turn marker must be found in templated text, which SentencePiece does for user-defined symbols only.
+        # The end-of-turn marker must be found in templated text: SentencePiece does that for user-defined symbols.
         eos_id=-1,
         pad_id=2,
         pad_piece=PAD,
