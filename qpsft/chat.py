@@ -1,0 +1,167 @@
+"""Messages -> the chat template's text and the character spans of it the model should learn to write."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+from trl.chat_template_utils import (
+    get_training_chat_template,
+    has_generation_markers,
+    is_chat_template_stop_token_trained,
+)
+from trl.data_utils import common_prefix_length
+
+from qpsft.errors import DataError
+
+Span = tuple[int, int]
+"""Start and end of a stretch of characters, the end not included."""
+
+PROBE = "qpsft"
+
+
+class ChatRenderer:
+    """Renders conversations through a tokenizer's chat template and finds the assistant's spans in them.
+
+    The spans of `conversation` come from the template's `{% generation %}` markers if they cover the end-of-turn token,
+    else from TRL's training version of the template if it knows it, else from rendering the conversation up to each
+    assistant turn with and without it.
+
+    Args:
+        tokenizer: a tokenizer with a chat template.
+
+    Raises:
+        DataError: the template writes nothing after an assistant turn, so nothing would teach the model to stop.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.marked_template = _marked_template(tokenizer)
+        self._check_end_of_turn()
+
+    def conversation(self, messages: list[dict], tools: list[dict] | None, place: str) -> tuple[str, list[Span]]:
+        """The rendered conversation and one span per assistant turn: its content and its end-of-turn token."""
+        if self.marked_template is None:
+            return self._spans_by_prefix(messages, tools, place)
+        text, spans = self._render_marked(messages, tools, place)
+        if not spans:
+            raise DataError(
+                f"{place}: the chat template's generation markers cover no assistant turn of this row.",
+                "Check the markers in the template, or take them out.",
+            )
+        return text, spans
+
+    def completion(
+        self, prompt: list[dict], completion: list[dict], tools: list[dict] | None, place: str
+    ) -> tuple[str, list[Span]]:
+        """The rendered prompt and completion, and the completion's span: all that follows the generation prompt.
+
+        A completion that also holds turns of others (a tool's results) has one span per assistant turn of it.
+        """
+        messages = prompt + completion
+        if any(message["role"] != "assistant" for message in completion):
+            text, spans = self.conversation(messages, tools, place)
+            answered = any(message["role"] == "assistant" for message in prompt)
+            return text, spans[len(self.conversation(prompt, tools, place)[1]) if answered else 0 :]
+        text = self._render(messages, tools, place)
+        return text, [(self._start_after(prompt, text, tools, place), len(text))]
+
+    def _spans_by_prefix(self, messages: list[dict], tools: list[dict] | None, place: str) -> tuple[str, list[Span]]:
+        text = self._render(messages, tools, place)
+        spans = []
+        for turn, message in enumerate(messages):
+            if message["role"] == "assistant":
+                through = self._render(messages[: turn + 1], tools, place)
+                if not text.startswith(through):
+                    raise _not_a_prefix(place, turn + 1)
+                spans.append((self._start_after(messages[:turn], text, tools, place), len(through)))
+        return text, spans
+
+    def _start_after(self, before: list[dict], text: str, tools: list[dict] | None, place: str) -> int:
+        """Where in `text` the turn after `before` starts, its header (the generation prompt) not included."""
+        if not before:
+            raise DataError(
+                f"{place}: the conversation starts with an assistant turn, and the chat template has no generation "
+                "markers to find it by.",
+                "Begin with a system or user turn.",
+            )
+        opened = self._render(before, tools, place, add_generation_prompt=True)
+        if text.startswith(opened):
+            return len(opened)
+        # The generation prompt may hold more than the finished turn does (an opening <think>). The turn then starts at
+        # the first token that differs; but all before the header must be the same.
+        closed = self._render(before, tools, place)
+        if not text.startswith(closed):
+            raise _not_a_prefix(place, len(before))
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        opened_ids = self.tokenizer(opened, add_special_tokens=False, verbose=False)["input_ids"]
+        common = common_prefix_length(opened_ids, encoded["input_ids"])
+        start = encoded["offset_mapping"][common][0] if common < len(encoded["input_ids"]) else len(text)
+        return max(start, len(closed))
+
+    def _render(self, messages: list[dict], tools: list[dict] | None, place: str, **options: Any) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise _refused(place, error) from None
+
+    def _render_marked(self, messages: list[dict], tools: list[dict] | None, place: str) -> tuple[str, list[Span]]:
+        # What apply_chat_template does, except that it returns token masks only: it looks tokens up at the characters
+        # a span starts and ends with, and marks all that follows when a tokenizer trims spaces off its offsets.
+        try:
+            texts, spans = render_jinja_template(
+                [messages],
+                tools=tools,
+                chat_template=self.marked_template,
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise _refused(place, error) from None
+        return texts[0], spans[0]
+
+    def _check_end_of_turn(self) -> None:
+        probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
+        try:
+            text = self.tokenizer.apply_chat_template(probe, tokenize=False)
+        except (TemplateError, TypeError, ValueError):
+            return  # A template this particular does not tell; a row it refuses will name itself.
+        if text.rstrip().endswith(PROBE):
+            raise DataError(
+                "The chat template writes nothing after an assistant turn, so the model would never learn to stop.",
+                "Put {{ eos_token }} behind the assistant's content in the tokenizer's chat template.",
+            )
+
+
+def _marked_template(tokenizer: Any) -> str | None:
+    """A template with generation markers around each assistant turn up to its end-of-turn token, if there is one."""
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        own = own.get("default")
+    if own is None:
+        return None
+    candidates = [own] if has_generation_markers(own) else []
+    try:
+        candidates.append(get_training_chat_template(tokenizer))
+    except (ValueError, TemplateError):
+        pass  # TRL knows no training version of this template.
+    for template in candidates:
+        if template is not None and is_chat_template_stop_token_trained(tokenizer, template):
+            return template
+    return None
+
+
+def _not_a_prefix(place: str, turns: int) -> DataError:
+    return DataError(
+        f"{place}: the chat template writes the first {turns} turns differently when more turns follow (some templates "
+        "strip earlier reasoning), so what the model would have written cannot be told from the rest.",
+        "Split the row into one prompt and completion per answer, or put {% generation %} markers into the template.",
+    )
+
+
+def _refused(place: str, error: Exception) -> DataError:
+    return DataError(
+        f"{place}: the chat template refuses this conversation: {error}.",
+        "Check its roles and their order; some templates take no system turn.",
+    )
