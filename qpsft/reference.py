@@ -92,16 +92,18 @@ class ReferencePolicy:
 
         Args:
             batches: each with `input_ids`, `labels` (-100: not supervised) and usually `attention_mask`, all
-                (batch, sequence). A batch with any other tensor (packed rows, images) is run as it is.
+                (batch, sequence). Batches with anything else in them (packed rows, images) or with padding on the
+                left are run as they are.
             token_budget: None: each batch is run as it is.
 
         Returns:
             One tensor per batch: (batch, sequence - 1), float32, 0 where the label is -100; on the model's device.
         """
+        lengths = None if token_budget is None else _row_lengths(batches)
         with self.active():
-            if token_budget is None or any(set(batch) - ROW_KEYS for batch in batches):
+            if lengths is None:
                 return [self._logprobs(batch) for batch in batches]
-            return self._score_regrouped(batches, token_budget)
+            return self._score_regrouped(batches, lengths, token_budget)
 
     def _logprobs(self, batch: Batch) -> Tensor:
         device = next(iter(self._policy.values())).device
@@ -113,16 +115,14 @@ class ReferencePolicy:
         picked = logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         return picked.masked_fill(labels == -100, 0.0)
 
-    def _score_regrouped(self, batches: Sequence[Batch], token_budget: int) -> list[Tensor]:
-        rows = [(b, r, _span(batch, r)) for b, batch in enumerate(batches) for r in range(len(batch["input_ids"]))]
-        scores = [
-            torch.zeros(len(batch["labels"]), batch["labels"].shape[1] - 1, dtype=torch.float32) for batch in batches
-        ]
-        for group in _groups(sorted(rows, key=lambda row: row[2][1] - row[2][0]), token_budget):
+    def _score_regrouped(self, batches: Sequence[Batch], lengths: list[list[int]], token_budget: int) -> list[Tensor]:
+        device = next(iter(self._policy.values())).device
+        scores = [torch.zeros(len(b["labels"]), b["labels"].shape[1] - 1, device=device) for b in batches]
+        rows = [(length, b, r) for b, of_batch in enumerate(lengths) for r, length in enumerate(of_batch)]
+        for group in _groups(sorted(rows), token_budget):
             logprobs = self._logprobs(_gather(batches, group))
-            for i, (b, r, (start, stop)) in enumerate(group):
-                scores[b] = scores[b].to(logprobs.device)
-                scores[b][r, start : stop - 1] = logprobs[i, : stop - start - 1]
+            for i, (length, b, r) in enumerate(group):
+                scores[b][r, : length - 1] = logprobs[i, : length - 1]
         return scores
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -149,19 +149,31 @@ class ReferencePolicy:
                 tensor.copy_(state[name])
 
 
-def _span(batch: Batch, row: int) -> tuple[int, int]:
-    """First and one-past-last position of a row's real tokens, whichever side the padding is on."""
-    if "attention_mask" not in batch:
-        return 0, batch["input_ids"].shape[1]
-    real = torch.nonzero(batch["attention_mask"][row]).flatten()
-    return (int(real[0]), int(real[-1]) + 1) if len(real) else (0, 1)
+Row = tuple[int, int, int]  # length, batch, row in the batch
 
 
-def _groups(rows: list, token_budget: int) -> Iterator[list]:
-    group: list = []
+def _row_lengths(batches: Sequence[Batch]) -> list[list[int]] | None:
+    """Real tokens of every row, or None when rows cannot be taken out of their batch."""
+    lengths = []
+    for batch in batches:
+        if set(batch) - ROW_KEYS:
+            return None
+        width = batch["input_ids"].shape[1]
+        if "attention_mask" not in batch:
+            lengths.append([width] * len(batch["input_ids"]))
+            continue
+        mask = batch["attention_mask"].cpu().bool()
+        of_batch = mask.sum(1)
+        if not torch.equal(mask, torch.arange(width) < of_batch.unsqueeze(1)):
+            return None
+        lengths.append(of_batch.clamp(min=1).tolist())
+    return lengths
+
+
+def _groups(rows: list[Row], token_budget: int) -> Iterator[list[Row]]:
+    group: list[Row] = []
     for row in rows:  # ascending lengths: the newest row sets the padded width
-        width = row[2][1] - row[2][0]
-        if group and width * (len(group) + 1) > token_budget:
+        if group and row[0] * (len(group) + 1) > token_budget:
             yield group
             group = []
         group.append(row)
@@ -169,16 +181,16 @@ def _groups(rows: list, token_budget: int) -> Iterator[list]:
         yield group
 
 
-def _gather(batches: Sequence[Batch], group: list) -> dict[str, Tensor]:
-    width = max(stop - start for _, _, (start, stop) in group)
+def _gather(batches: Sequence[Batch], group: list[Row]) -> dict[str, Tensor]:
+    width = group[-1][0]
     first = batches[0]["input_ids"]
     gathered = {
         "input_ids": first.new_zeros(len(group), width),
         "attention_mask": first.new_zeros(len(group), width),
         "labels": first.new_full((len(group), width), -100),
     }
-    for i, (b, r, (start, stop)) in enumerate(group):
-        gathered["input_ids"][i, : stop - start] = batches[b]["input_ids"][r, start:stop]
-        gathered["attention_mask"][i, : stop - start] = 1
-        gathered["labels"][i, : stop - start] = batches[b]["labels"][r, start:stop]
+    for i, (length, b, r) in enumerate(group):
+        gathered["input_ids"][i, :length] = batches[b]["input_ids"][r, :length]
+        gathered["attention_mask"][i, :length] = 1
+        gathered["labels"][i, :length] = batches[b]["labels"][r, :length]
     return gathered

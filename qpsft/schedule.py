@@ -125,22 +125,25 @@ class BlockSchedule:
 class BlockSampler(Sampler[int]):
     """Yields one epoch's row indices in the order of a `BlockSchedule`.
 
-    The epoch comes from `set_epoch`, which transformers calls before each epoch, also when it resumes.
+    Args:
+        schedule: called when iteration starts, since the number of steps is known only then.
+        num_rows, mini_batch_size: as in the schedule.
+        step: returns the optimizer steps done so far; the epoch they lie in is yielded from its beginning
+            (transformers itself skips what a resumed run has done).
     """
 
-    def __init__(self, schedule: Callable[[], BlockSchedule], num_rows: int, mini_batch_size: int):
-        self._schedule = schedule  # called when iteration starts: the number of steps is known only then
+    def __init__(
+        self, schedule: Callable[[], BlockSchedule], num_rows: int, mini_batch_size: int, step: Callable[[], int]
+    ):
+        self._schedule = schedule
+        self._step = step
         self._length = math.ceil(num_rows / mini_batch_size) * mini_batch_size
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[int]:
         schedule = self._schedule()
-        first = self.epoch * schedule.steps_per_epoch
+        first = self._step() // schedule.steps_per_epoch * schedule.steps_per_epoch
         for step in range(first, first + schedule.steps_per_epoch):
             yield from schedule.rows(step)

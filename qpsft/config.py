@@ -1,0 +1,129 @@
+"""PSFTConfig: trl.SFTConfig with the options of Proximal SFT and defaults that suit LoRA on a 4-bit base."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from trl import SFTConfig
+
+from qpsft.errors import RecipeError
+from qpsft.hardware import compute_dtype_for
+from qpsft.losses import EPSILON
+
+LOSS_TYPES = ("psft", "nll", "dft")
+
+
+def _option(default: Any, help: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class PSFTConfig(SFTConfig):
+    """Arguments of `PSFTTrainer`: everything of `trl.SFTConfig`, and the options below.
+
+    Defaults that differ from SFTConfig's, each with its reason in its help: `loss_type`, `learning_rate`,
+    `lr_scheduler_type`, `warmup_steps`, `per_device_train_batch_size`, `gradient_accumulation_steps`, `save_steps`,
+    `save_total_limit`, `bf16`/`fp16` (by hardware; off on the CPU).
+
+    Raises:
+        RecipeError: a value out of range.
+    """
+
+    loss_type: str = _option(
+        "psft",
+        "psft (Proximal SFT, arXiv 2508.17784), nll (plain SFT) or dft (arXiv 2508.05629).",
+        choices=list(LOSS_TYPES),
+    )
+    epsilon: float = _option(
+        EPSILON,
+        "Trust region: a token gets no gradient once it is (1 + epsilon) times as likely as at the last snapshot. "
+        "0.28 as in the paper; 0.1 to 0.5 work.",
+    )
+    reference_steps: int = _option(
+        8,
+        "K: optimizer steps' worth of data in a block; the reference policy is renewed at each block's start. 8 as in "
+        "the paper (64/8 and 256/32); 4 when the data fill few blocks; 1 with one visit is plain SFT.",
+    )
+    num_iterations: int = _option(
+        1,
+        "How often each block is gone through before the next snapshot (PPO epochs). Visits count as epochs. 1 as in "
+        "the paper; 4 with one block of warm-up for noisy or model-written demonstrations.",
+    )
+    sft_warmup_steps: float = _option(
+        0,
+        "Optimizer steps of plain SFT before the first snapshot: a number of steps, or below 1 a fraction of the run. "
+        "0 as in the paper; one block (reference_steps) with num_iterations > 1, where visits otherwise learn late.",
+    )
+    score_token_budget: int | None = _option(
+        None,
+        "Tokens per batch, padding included, in the reference pass. Unset: four of the step's largest micro-batches, "
+        "which takes less memory than training on one.",
+    )
+    block_order: bool = _option(
+        False, "nll and dft go through the data in PSFT's order (blocks and visits), as a control. psft always does."
+    )
+
+    learning_rate: float = _option(
+        2e-4, "Initial learning rate of AdamW. 2e-4 is QLoRA's usual one; PSFT takes 1 to 2 times the best for SFT."
+    )
+    lr_scheduler_type: str = _option(
+        "constant_with_warmup", "Constant after a warm-up: a decaying rate undertrains when blocks are revisited."
+    )
+    warmup_steps: float = _option(10, "Learning-rate warm-up: steps, or below 1 a fraction of the run. 10 as in the paper.")
+    max_grad_norm: float = _option(1.0, "Gradient clipping, as in the paper; 0 turns it off.")
+    per_device_train_batch_size: int = _option(
+        2, "Rows per micro-batch. Small, to fit small cards; the reference pass is batched larger by itself."
+    )
+    gradient_accumulation_steps: int = _option(
+        8, "Micro-batches per optimizer step; 2 x 8 = 16 rows, between the paper's mini-batches of 8 and 32."
+    )
+    save_steps: float = _option(100, "Save a checkpoint every so many steps: adapters are small, runs at home are cut off.")
+    save_total_limit: int | None = _option(2, "Checkpoints kept; two, so that one is whole while the next is written.")
+
+    def __post_init__(self) -> None:
+        self._check()
+        if self.bf16 is None and not self.fp16:
+            cpu = self.use_cpu or not torch.cuda.is_available()
+            dtype = compute_dtype_for("cpu" if cpu else "cuda")
+            self.bf16, self.fp16 = dtype == torch.bfloat16, dtype == torch.float16
+        super().__post_init__()
+
+    def _check(self) -> None:
+        if self.loss_type not in LOSS_TYPES:
+            raise RecipeError(f"loss_type {self.loss_type!r} is not known.", f"Use one of {', '.join(LOSS_TYPES)}.")
+        at_least_one = (
+            "reference_steps",
+            "num_iterations",
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+        )
+        for name in at_least_one:
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("epsilon", "learning_rate", "num_train_epochs"):
+            if not getattr(self, name) > 0:
+                raise RecipeError(f"{name} is {getattr(self, name)}; it must be above 0.")
+        for name in ("sft_warmup_steps", "warmup_steps", "max_grad_norm", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise RecipeError(f"{name} is {getattr(self, name)}; it must not be negative.")
+        for name, least in (("score_token_budget", 1), ("max_length", 2)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise RecipeError(f"{name} is {value}; it must be at least {least}, or left out.")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise RecipeError(f"max_steps is {self.max_steps}; it must be at least 1, or left out to train by epochs.")
+        if self.loss_type == "psft" and self.reference_steps == 1 and self.num_iterations == 1:
+            warnings.warn(
+                "reference_steps = 1 with one visit is plain SFT: the ratio is 1 at every step and nothing is ever "
+                "clipped. Use reference_steps 4 to 8 for PSFT.",
+                stacklevel=4,
+            )
+
+    def sft_warmup_steps_of(self, total_steps: int) -> int:
+        """`sft_warmup_steps` as a number of optimizer steps, for a run of `total_steps`."""
+        steps = self.sft_warmup_steps
+        return round(steps * total_steps) if 0 < steps < 1 else int(steps)

@@ -1,0 +1,110 @@
+"""Checkpoints that are either whole or not used: a list of files and sizes, written last."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qpsft.errors import TrainingError
+
+COMPLETE = "complete.json"
+REFERENCE = "psft_reference.safetensors"
+SCORES = "psft_scores_{process}.safetensors"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes `text` under a temporary name, then renames, so that `path` is never half-written."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def mark_complete(folder: Path) -> None:
+    """Declares a checkpoint whole: records every file with its size. Call when all files are written."""
+    files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    write_atomically(folder / COMPLETE, json.dumps({"files": files}, indent=1))
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether every file that `mark_complete` recorded is there with its size."""
+    try:
+        files = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["files"]
+        return all((folder / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+    """The `checkpoint-N` folders of a run, newest first, whole or not."""
+    folder = Path(output_dir)
+    if not folder.is_dir():
+        return []
+    found = [(int(m[1]), p) for p in folder.iterdir() if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def newest_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
+    """The newest whole checkpoint; warns about each newer one that is not."""
+    for path in checkpoints(output_dir):
+        if is_complete(path):
+            return path
+        warnings.warn(f"{path} is half-written (the run was cut off while saving); it is skipped.", stacklevel=2)
+    return None
+
+
+def save_psft_state(
+    folder: Path, process: int, reference: dict[str, Tensor] | None, scores: dict[int, list[Tensor]]
+) -> None:
+    """Saves what a run must remember in the middle of a block.
+
+    Args:
+        folder: the checkpoint's folder.
+        process: rank of this process; each keeps the scores of its own micro-batches.
+        reference: the reference policy's tensors (process 0), or None.
+        scores: old log-probabilities of the block's mini-batches, one (batch, sequence - 1) tensor per micro-batch.
+    """
+    if reference is not None:
+        save_file({k: v.detach().contiguous().cpu() for k, v in reference.items()}, folder / REFERENCE)
+    flat = {f"{m}.{i}": t.contiguous().cpu() for m, tensors in scores.items() for i, t in enumerate(tensors)}
+    save_file(flat, folder / SCORES.format(process=process))
+
+
+def load_psft_state(folder: Path, process: int) -> tuple[dict[str, Tensor] | None, dict[int, list[Tensor]]]:
+    """Loads what `save_psft_state` saved: the reference (None before the first snapshot) and the block's scores.
+
+    Raises:
+        TrainingError: the scores of this process are missing (another number of processes made the checkpoint).
+    """
+    scores_file = folder / SCORES.format(process=process)
+    if not scores_file.is_file():
+        raise TrainingError(
+            f"{folder} holds no old log-probabilities for process {process}.",
+            "Resume with the same number of processes, and with loss_type psft, as the run that was cut off.",
+        )
+    scores: dict[int, list[tuple[int, Tensor]]] = {}
+    for key, tensor in load_file(scores_file).items():
+        mini_batch, micro_batch = map(int, key.split("."))
+        scores.setdefault(mini_batch, []).append((micro_batch, tensor))
+    reference = load_file(folder / REFERENCE) if (folder / REFERENCE).is_file() else None
+    return reference, {m: [t for _, t in sorted(pairs, key=lambda pair: pair[0])] for m, pairs in scores.items()}
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a checkpoint folder; its completeness mark goes first, so that a cut-off removal leaves no doubt."""
+    (folder / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def to_device(scores: dict[int, list[Tensor]], device: torch.device) -> dict[int, list[Tensor]]:
+    return {m: [t.to(device) for t in tensors] for m, tensors in scores.items()}
