@@ -37,3 +37,13 @@ class OutputError(QpsftError):
 
 class TrainingError(QpsftError):
     """Training cannot start or go on: nothing to supervise, loss not finite, adapters changed under way."""
+
+
+class ExportError(QpsftError):
+    """A merge, a conversion or an upload cannot be done, or what it wrote is not right."""
+
+
+class NotTheSameModelError(QpsftError):
+    """An exported model is not the model that was trained."""
+
+    exit_code = 1
