@@ -26,7 +26,7 @@ from qpsft.base_record import (
     stored_bytes,
     write_base_record,
 )
-from qpsft.checkpoint import DEMO, check_folder, config_sha256, read_config, resolve_folder
+from qpsft.checkpoint import DEMO, check_folder, config_sha256, one_line, resolve_folder
 from qpsft.errors import BaseModelError
 from qpsft.hardware import compute_dtype_for, pick_device, pick_dtype
 
@@ -142,12 +142,11 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     folder = resolve_folder(name_or_path, revision=revision, weights=False, remote_code=trust_remote_code)
-    read_config(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
         raise BaseModelError(
-            f"The tokenizer in {folder} cannot be loaded: {first_line(error)}",
+            f"The tokenizer in {folder} cannot be loaded: {one_line(error)}",
             "Copy or download tokenizer.json and tokenizer_config.json (or tokenizer.model) of this model again.",
         ) from error
     if tokenizer.pad_token_id is None:
@@ -199,13 +198,14 @@ def _require_bitsandbytes(device: torch.device) -> None:
 
 
 def _load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+    except (StrictDataclassError, OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
         raise BaseModelError(
-            f"{folder / 'config.json'} cannot be read by transformers: {first_line(error)}", "Download it again."
+            f"{folder / 'config.json'} cannot be read by transformers: {one_line(error)}", "Download it again."
         ) from error
 
 
@@ -262,21 +262,30 @@ def _load_model(
         )
     except torch.OutOfMemoryError as error:
         raise BaseModelError(
-            f"{folder} does not fit on {device}: {first_line(error)}", "Use nf4, a smaller model, or free the card."
+            f"{folder} does not fit on {device}: {one_line(error)}", "Use nf4, a smaller model, or free the card."
         ) from error
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise BaseModelError(
-            f"{folder} cannot be loaded: {first_line(error)}",
+            f"{folder} cannot be loaded: {one_line(error)}",
             "Check that config.json belongs to these weights, and that transformers is new enough for the model.",
         ) from error
     broken = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    broken += [name for name, module in quantized_linears(model).items() if not _has_its_shape(module)]
     if broken:
         raise BaseModelError(
             f"The weights in {folder} are not those of a {type(model).__name__}: {len(broken)} tensors are missing "
             f"or have another shape, such as {broken[0]}.",
-            "A classifier or a bare encoder has no LM head; use the causal LM it was made from.",
+            "Get config.json and weights from one source; of a classifier or a bare encoder, use the causal LM it was made "
+            "from.",
         )
     return model
+
+
+def _has_its_shape(module: nn.Module) -> bool:
+    # transformers compares the shapes of ordinary weights only.
+    state = getattr(module.weight, "quant_state", None)
+    shape = module.weight.shape if state is None else state.shape
+    return tuple(shape) == (module.out_features, module.in_features)
 
 
 def _keep_one_kernel(model: nn.Module, compute_dtype: torch.dtype) -> None:
@@ -363,9 +372,3 @@ def _public_name(name_or_path: str | os.PathLike, folder: Path) -> str:
 def _revision_of(folder: Path, revision: str | None) -> str | None:
     # A Hub snapshot lives in …/snapshots/<commit>, and the commit says more than a branch name.
     return folder.name if folder.parent.name == "snapshots" else revision
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type if it has none."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]

@@ -124,19 +124,19 @@ def _hub_snapshot(name: str, revision: str | None, weights: bool, remote_code: b
         ) from error
     except HFValidationError as error:
         raise BaseModelError(
-            f"There is no folder {name}, and it cannot be a Hub id either: {_first_line(error)}",
+            f"There is no folder {name}, and it cannot be a Hub id either: {one_line(error)}",
             "Give an existing folder, `owner/name` of a Hub model, or `demo`.",
         ) from error
     except LocalEntryNotFoundError as error:
         raise BaseModelError(
             f"There is no folder {name}, and the Hub model {name}{at} is not on this machine and cannot be reached: "
-            f"{_first_line(error.__cause__ or error)}",
+            f"{one_line(error.__cause__ or error)}",
             f"Check the spelling and the connection, or on a machine that has one run `hf download {name}` and give "
             "the folder it prints.",
         ) from error
     except OSError as error:
         raise BaseModelError(
-            f"Downloading the Hub model {name}{at} failed: {_first_line(error)}",
+            f"Downloading the Hub model {name}{at} failed: {one_line(error)}",
             "Check the connection, the free disk space and the id, and run again; finished files are kept.",
         ) from error
 
@@ -275,7 +275,7 @@ def _tensor_names(path: Path) -> set[str]:
                 f"{path} is a git-lfs pointer, not the weights.", "Run `git lfs pull` there."
             ) from error
         raise BaseModelError(
-            f"{path} is truncated or not a safetensors file ({size:,} bytes; {_first_line(error)}).",
+            f"{path} is truncated or not a safetensors file ({size:,} bytes; {one_line(error)}).",
             "Copy or download it again and compare its size or checksum with the source.",
         ) from error
 
@@ -298,6 +298,7 @@ def _read_json(path: Path) -> Any:
         raise BaseModelError(f"{path} is not valid JSON: {error}.", "Copy or download it again.") from error
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
+def one_line(error: BaseException, length: int = 300) -> str:
+    """An error's message on one line, shortened to `length` characters; its type if it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= length else text[:length].rstrip() + " …"

@@ -1,0 +1,632 @@
+"""Base models: what is quantized and how exactly, what the record says, and every bad folder's one sentence."""
+
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes import functional as bnb
+from bitsandbytes.nn import Linear4bit
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_models import VOCABULARY, edit_config, save_tiny_model, save_tokenizer
+from torch import nn
+
+from qpsft import hardware
+from qpsft.base import (
+    base_record,
+    compute_dtype_for,
+    load_base,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+    read_base_record,
+    write_base_record,
+)
+from qpsft.base_record import parameter_count, stored_bytes
+from qpsft.checkpoint import config_sha256, resolve_folder
+from qpsft.errors import BaseModelError, OutputError
+
+IDS = torch.tensor([[1, 5, 9, 17, 33, 65, 129, 7], [1, 3, 4, 5, 6, 7, 8, 9]])
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def own_llama(llama, tmp_path):
+    return Path(shutil.copytree(llama, tmp_path / "my-model"))
+
+
+def load(folder, **kwargs):
+    return load_base(folder, device="cpu", verbose=False, **kwargs)
+
+
+def logprobs(model):
+    return model(input_ids=IDS).logits.float().log_softmax(-1)
+
+
+def refusal(folder, **kwargs):
+    with pytest.raises(BaseModelError) as error:
+        load(folder, **kwargs)
+    assert error.value.what and error.value.todo and "\n" not in str(error.value)
+    return str(error.value)
+
+
+# --- dtype and device ---
+
+
+@pytest.mark.parametrize(
+    ("backend", "capability", "dtype"),
+    [
+        ("cuda", (9, 0), torch.bfloat16),
+        ("cuda", (8, 0), torch.bfloat16),
+        ("cuda", (7, 5), torch.float16),
+        ("cuda", (7, 0), torch.float16),
+        ("cuda", (6, 1), torch.float32),
+        ("cuda", (6, 0), torch.float16),
+        ("cuda", (12, 0), torch.bfloat16),
+        ("rocm", "gfx90a:sramecc+:xnack-", torch.bfloat16),
+        ("rocm", "gfx1100", torch.bfloat16),
+        ("rocm", "gfx906", torch.float16),
+        ("rocm", "gfx1030", torch.float16),
+        ("xpu", None, torch.bfloat16),
+        ("mps", None, torch.float32),
+        ("cpu", None, torch.float32),
+    ],
+)
+def test_dtype_of_each_kind_of_hardware(backend, capability, dtype):
+    assert pick_dtype(backend, capability) == dtype
+
+
+def test_cuda_dtype_needs_a_capability():
+    with pytest.raises(ValueError, match="capability"):
+        pick_dtype("cuda")
+
+
+def test_compute_dtype_asks_the_card(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(device) or (7, 5))
+    assert compute_dtype_for("cuda:1") == torch.float16
+    assert asked == [torch.device("cuda:1")]
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    properties = type("Properties", (), {"gcnArchName": "gfx942:sramecc+"})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert compute_dtype_for("cuda:0") == torch.bfloat16
+
+
+def test_requested_dtype_wins():
+    assert compute_dtype_for("cpu", "bfloat16") == torch.bfloat16
+    with pytest.raises(BaseModelError, match="'half' is not known"):
+        compute_dtype_for("cpu", "half")
+
+
+def test_device_follows_local_rank(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert pick_device() == torch.device("cuda", 3)
+    monkeypatch.delenv("LOCAL_RANK")
+    assert pick_device() == torch.device("cuda", 0)
+
+
+def test_missing_device_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(BaseModelError, match="cuda:4"):
+        pick_device("cuda:4")
+    with pytest.raises(BaseModelError, match="no device 'gpu'"):
+        pick_device("gpu")
+    assert hardware.pick_device("cpu") == torch.device("cpu")
+
+
+# --- what is loaded ---
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma2", "gpt2"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_linear_but_the_head_is_quantized(tmp_path, model_type, tied):
+    model, _ = load(save_tiny_model(tmp_path, model_type, tie_word_embeddings=tied))
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    ordinary = [module for module in model.modules() if type(module) is nn.Linear]
+    assert ordinary == [head]
+    assert isinstance(embedding, nn.Embedding)
+    assert head.weight.dtype == embedding.weight.dtype == torch.float32
+    assert (head.weight is embedding.weight) == tied
+    quantized = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    assert len(quantized) == 2 * (4 if model_type == "gpt2" else 7)
+    assert all(module.weight.dtype == torch.uint8 for module in quantized)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert torch.isfinite(logprobs(model)).all()
+
+
+def requantized(tensor, record):
+    """A checkpoint's tensor, rounded as the record says."""
+    return bnb.quantize_4bit(
+        tensor.to(getattr(torch, record.weights_dtype)),
+        blocksize=record.block_size,
+        compress_statistics=record.double_quant,
+        quant_type=record.quantization,
+        quant_storage=getattr(torch, record.quant_storage),
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("quantization", "double_quant"), [("nf4", True), ("nf4", False), ("fp4", True)])
+def test_record_reproduces_the_loaded_weights_bit_for_bit(own_llama, quantization, double_quant, dtype):
+    model, _ = load(own_llama, quantization=quantization, double_quant=double_quant, dtype=dtype)
+    write_base_record(model, own_llama / "adapter")
+    record = read_base_record(own_llama / "adapter")
+    checkpoint = load_file(own_llama / "model.safetensors")
+    compared = 0
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            packed, state = requantized(checkpoint[f"{name}.weight"], record)
+            assert torch.equal(packed, module.weight.data)
+            assert torch.equal(
+                bnb.dequantize_4bit(packed, state), bnb.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            )
+            assert module.compute_dtype == getattr(torch, record.compute_dtype)
+            compared += 1
+    assert compared == 14
+    assert (record.quantization, record.double_quant, record.compute_dtype) == (quantization, double_quant, dtype)
+
+
+def test_record_reproduces_a_pretrained_model(stories):
+    model, tokenizer = load(stories)
+    settings = base_record(model)
+    with safe_open(stories / "model.safetensors", framework="pt") as file:
+        tensor = file.get_tensor("model.layers.3.mlp.down_proj.weight")
+    packed, _ = bnb.quantize_4bit(tensor, blocksize=settings["block_size"], compress_statistics=True, quant_type="nf4")
+    assert torch.equal(packed, model.model.layers[3].mlp.down_proj.weight.data)
+    assert settings["unquantized_modules"] == ["lm_head"]
+    assert settings["base_model_name_or_path"] == str(stories)
+    assert tokenizer.pad_token == "<unk>"
+
+
+def test_quantization_none_keeps_the_checkpoint(own_llama):
+    model, _ = load(own_llama, quantization="none")
+    checkpoint = load_file(own_llama / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, checkpoint[name])
+    settings = base_record(model)
+    assert settings["quantization"] == "none" and settings["block_size"] is None
+    assert "model.layers.0.mlp.up_proj" in settings["unquantized_modules"]
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("with_avx512_bf16", [False, True])
+def test_eval_forward_is_the_training_forward(llama, monkeypatch, quantization, with_avx512_bf16):
+    # bitsandbytes asks the CPU when it makes a layer; a CPU that has the instructions gets the kernel that repacks.
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: with_avx512_bf16)
+    model, _ = load(llama, quantization=quantization)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    model.train()
+    trained = logprobs(model).detach()
+    model.eval()
+    with torch.no_grad():
+        evaluated = logprobs(model)
+        assert torch.equal(logprobs(model), evaluated)
+    assert torch.equal(evaluated, trained)
+    after = dict(model.named_parameters())
+    assert all(torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)) for name in before)
+
+
+def test_int8_scores_do_not_depend_on_the_batch(stories):
+    # With outlier columns (bitsandbytes' default threshold 6) one row's log-probabilities move with its neighbours.
+    model, _ = load(stories, quantization="int8")
+    assert {module.state.threshold for module in model.modules() if hasattr(module, "init_8bit_state")} == {0.0}
+    with torch.no_grad():
+        alone = model(input_ids=IDS[:1]).logits
+        together = model(input_ids=IDS).logits[:1]
+    torch.testing.assert_close(alone, together, rtol=0, atol=1e-4)
+
+
+def test_int8_on_the_cpu_is_the_dequantized_model(llama):
+    model, _ = load(llama, quantization="int8")
+    plain, _ = load(llama, quantization="none")
+    for name, module in model.named_modules():
+        if hasattr(module, "init_8bit_state"):
+            module.init_8bit_state()
+            plain.get_submodule(name).weight.data = module.state.CB.float() * module.state.SCB[:, None] / 127
+    with torch.no_grad():
+        torch.testing.assert_close(logprobs(model), logprobs(plain), rtol=0, atol=1e-5)
+
+
+def test_bfloat16_compute_on_request(llama):
+    model, _ = load(llama, dtype="bfloat16")
+    assert model.lm_head.weight.dtype == model.model.norm.weight.dtype == torch.bfloat16
+    assert base_record(model)["compute_dtype"] == "bfloat16"
+
+
+def test_weights_quantized_on_disk_keep_their_settings(llama, tmp_path):
+    first, tokenizer = load(llama, quantization="fp4", double_quant=False, dtype="bfloat16")
+    first.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, _ = load(tmp_path, quantization="nf4")
+    settings = base_record(model)
+    assert (settings["quantization"], settings["double_quant"], settings["prequantized"]) == ("fp4", False, True)
+    assert settings["compute_dtype"] == "float32" and settings["weights_dtype"] == "bfloat16"
+    name = "model.layers.1.mlp.gate_proj"
+    assert torch.equal(model.get_submodule(name).weight.data, first.get_submodule(name).weight.data)
+
+
+def test_experts_that_cannot_be_quantized_are_warned_about(tmp_path):
+    save_tiny_model(tmp_path, "mixtral", num_local_experts=4)
+    with pytest.warns(UserWarning, match="experts of a mixture"):
+        load(tmp_path)
+
+
+def test_one_line_says_what_was_loaded(llama, capsys):
+    load_base(llama, device="cpu")
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1
+    assert f"base: {llama.name} · 99.6 K parameters · nf4 + double quantization · float32 compute on cpu · " in line
+    load(llama)
+    assert capsys.readouterr().out == ""
+
+
+def test_counts_and_bytes(llama):
+    plain, _ = load(llama, quantization="none")
+    model, _ = load(llama)
+    assert parameter_count(model) == parameter_count(plain) == sum(p.numel() for p in plain.parameters())
+    packed = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear4bit))
+    assert stored_bytes(plain) > stored_bytes(model) > packed
+
+
+def test_demo_is_the_embedded_base():
+    from qpsft.demo import MODEL_DIR
+
+    assert resolve_folder("demo") == Path(MODEL_DIR)
+    model, tokenizer = load("demo")
+    assert base_record(model)["base_model_name_or_path"] == "demo"
+    # PEFT writes this name into the adapter, where only a path can be loaded.
+    assert Path(model.name_or_path).is_dir()
+    assert tokenizer.pad_token_id is not None
+
+
+# --- pad token and tokenizer ---
+
+
+@pytest.mark.parametrize(
+    ("special", "pad"),
+    [
+        (("<s>", "</s>"), "</s>"),
+        (("<s>", "</s>", "<unk>"), "<unk>"),
+        (("<s>", "</s>", "<unk>", "<|finetune_right_pad_id|>"), "<|finetune_right_pad_id|>"),
+        (("[PAD]", "</s>"), "[PAD]"),
+    ],
+)
+def test_pad_token_is_found_without_growing_the_vocabulary(tmp_path, special, pad):
+    save_tiny_model(tmp_path, special=special)
+    model, tokenizer = load(tmp_path)
+    assert tokenizer.pad_token == pad
+    assert len(tokenizer) == 180
+    assert model.get_input_embeddings().weight.shape[0] == VOCABULARY
+    assert model.config.pad_token_id == model.generation_config.pad_token_id == tokenizer.pad_token_id
+    assert load_tokenizer(tmp_path).pad_token == pad
+
+
+def test_given_pad_token_is_kept(own_llama):
+    path = own_llama / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "w9"}))
+    assert load_tokenizer(own_llama).pad_token == "w9"
+
+
+def test_no_pad_and_no_end(tmp_path):
+    assert "neither a pad nor an end-of-sequence token" in refusal(save_tiny_model(tmp_path, special=("<s>",)))
+
+
+def test_tokenizer_larger_than_the_embedding(own_llama):
+    save_tokenizer(own_llama, size=VOCABULARY + 5)
+    message = refusal(own_llama)
+    assert f"up to id {VOCABULARY + 4}" in message and f"{VOCABULARY} rows" in message
+
+
+def test_missing_tokenizer(own_llama):
+    (own_llama / "tokenizer.json").unlink()
+    (own_llama / "tokenizer_config.json").unlink()
+    assert "tokenizer" in refusal(own_llama)
+
+
+# --- bad folders ---
+
+
+def test_missing_folder_names_the_nearest(own_llama):
+    message = refusal(own_llama.parent / "my-modle")
+    assert f"no base model folder {own_llama.parent / 'my-modle'}" in message
+    assert f"Did you mean {own_llama}?" in message
+
+
+def test_missing_folder_far_from_any(tmp_path):
+    assert "does not exist either" in refusal(tmp_path / "a" / "b")
+
+
+def test_a_file_is_not_a_model(own_llama):
+    assert f"Give the folder, {own_llama}" in refusal(own_llama / "model.safetensors")
+    (own_llama / "x.gguf").write_bytes(b"GGUF")
+    assert "export to GGUF after" in refusal(own_llama / "x.gguf")
+
+
+def test_truncated_weights(own_llama):
+    path = own_llama / "model.safetensors"
+    data = path.read_bytes()
+    for length in (len(data) - 1, len(data) // 2, 100, 4, 0):
+        path.write_bytes(data[:length])
+        message = refusal(own_llama)
+        assert str(path) in message and "truncated" in message and f"{length:,} bytes" in message
+
+
+def test_truncated_header_length(own_llama):
+    path = own_llama / "model.safetensors"
+    path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:])
+    assert "truncated or not a safetensors file" in refusal(own_llama)
+
+
+def sharded(llama, folder, pieces=3):
+    tensors = load_file(llama / "model.safetensors")
+    names = sorted(tensors)
+    shutil.copytree(llama, folder, dirs_exist_ok=True)
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for i in range(pieces):
+        shard = f"model-{i + 1:05}-of-{pieces:05}.safetensors"
+        save_file({name: tensors[name] for name in names[i::pieces]}, folder / shard, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names[i::pieces], shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def test_sharded_weights_load_as_one_file_does(llama, tmp_path):
+    one, _ = load(llama)
+    several, _ = load(sharded(llama, tmp_path))
+    with torch.no_grad():
+        assert torch.equal(logprobs(one), logprobs(several))
+
+
+def test_bad_shards(llama, tmp_path):
+    folder = sharded(llama, tmp_path)
+    second = folder / "model-00002-of-00003.safetensors"
+    data = second.read_bytes()
+    second.write_bytes(data[:-10])
+    assert str(second) in refusal(folder)
+    second.unlink()
+    assert "lacks 1 of 3 weight files its index names: model-00002-of-00003.safetensors" in refusal(folder)
+    shutil.copy(folder / "model-00001-of-00003.safetensors", second)
+    assert "which does not hold it" in refusal(folder)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    assert "no weight_map" in refusal(folder)
+    (folder / "model.safetensors.index.json").write_text("{")
+    assert "not valid JSON" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
+def test_pickles_are_never_read(own_llama, name):
+    class Bomb:
+        def __reduce__(self):
+            return (Path(own_llama / "exploded").write_text, ("",))
+
+    (own_llama / "model.safetensors").unlink()
+    torch.save(Bomb(), own_llama / name)
+    message = refusal(own_llama)
+    assert name in message and "pickle" in message and "save_pretrained" in message
+    assert not (own_llama / "exploded").exists()
+
+
+def test_no_weights_at_all(own_llama):
+    (own_llama / "model.safetensors").unlink()
+    assert "neither model.safetensors nor model.safetensors.index.json" in refusal(own_llama)
+    (own_llama / "m.gguf").write_bytes(b"GGUF")
+    assert "only GGUF" in refusal(own_llama)
+
+
+def test_git_lfs_pointer(own_llama):
+    (own_llama / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    assert "git lfs pull" in refusal(own_llama)
+
+
+def test_missing_tensor(own_llama):
+    tensors = load_file(own_llama / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, own_llama / "model.safetensors", metadata={"format": "pt"})
+    assert "lm_head.weight" in refusal(own_llama)
+
+
+def test_tensor_of_another_shape(own_llama):
+    edit_config(own_llama, intermediate_size=96)
+    for quantization in ("nf4", "int8", "none"):
+        message = refusal(own_llama, quantization=quantization)
+        assert str(own_llama) in message and ("another shape" in message or "cannot be loaded" in message), message
+
+
+def test_config_missing_broken_or_not_an_object(own_llama):
+    path = own_llama / "config.json"
+    path.write_text('{"model_type": "llama"')
+    assert f"{path} is not valid JSON" in refusal(own_llama)
+    path.write_text("[]")
+    assert "not a JSON object" in refusal(own_llama)
+    path.unlink()
+    assert "has no config.json" in refusal(own_llama)
+    (own_llama / "adapter_config.json").write_text("{}")
+    assert "is a LoRA adapter" in refusal(own_llama)
+
+
+def test_config_value_transformers_cannot_use(own_llama):
+    edit_config(own_llama, hidden_size="large")
+    message = refusal(own_llama)
+    assert "config.json" in message and "'hidden_size' expected int" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_type": "t5"}, "not a causal language model"),
+        ({"model_type": "lama"}, "Did you mean 'llama'?"),
+        ({"model_type": None}, "does not know"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized with gptq"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantized with awq"),
+        ({"quantization_config": "fp8"}, "quantized with unknown"),
+    ],
+)
+def test_models_of_another_kind(own_llama, changes, said):
+    edit_config(own_llama, **changes)
+    assert said in refusal(own_llama)
+
+
+def test_code_of_the_model_needs_consent(own_llama):
+    edit_config(
+        own_llama, model_type="mine", auto_map={"AutoModelForCausalLM": "mine.Mine", "AutoConfig": "mine.Config"}
+    )
+    (own_llama / "mine.py").write_text(f"open({str(own_llama / 'ran')!r}, 'w')")
+    assert "trust_remote_code" in refusal(own_llama)
+    assert not (own_llama / "ran").exists()
+
+
+def test_unknown_quantization(llama):
+    assert "nf4, fp4, int8, none" in refusal(llama, quantization="nf3")
+
+
+# --- network ---
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    calls = []
+
+    def refuse(*args, **kwargs):
+        calls.append(args)
+        raise OSError("network used")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    return calls
+
+
+def test_a_folder_never_uses_the_network(llama, no_network, monkeypatch):
+    load(llama)
+    monkeypatch.chdir(llama.parent)
+    load(llama.name)  # a bare name that is also a folder here
+    assert no_network == []
+
+
+@pytest.mark.parametrize("name", ["./absent", "~/absent-model", "a/b/c", "/absent", "..", "  "])
+def test_path_shapes_never_use_the_network(name, no_network, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refusal(name)
+    assert no_network == []
+
+
+def test_hub_id_without_network(no_network, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    message = refusal("owner/model")
+    assert "no folder owner/model" in message and "hf download owner/model" in message
+    assert no_network  # a Hub id is what the network is for
+
+
+def test_hub_id_when_offline(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert "cannot be reached" in refusal("owner/model", revision="v2")
+    assert "cannot be a Hub id" in refusal("owner/-model--")
+
+
+def hub_error(kind, status=404):
+    import huggingface_hub.errors as errors
+    from httpx2 import Request, Response
+
+    return getattr(errors, kind)("said the Hub", response=Response(status, request=Request("GET", "https://hub")))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (lambda: hub_error("GatedRepoError", 403), "hf auth login"),
+        (lambda: hub_error("RepositoryNotFoundError"), "Check the spelling"),
+        (lambda: hub_error("RevisionNotFoundError"), "no revision main2"),
+        (lambda: OSError("No space left on device"), "No space left"),
+    ],
+)
+def test_what_the_hub_may_answer(monkeypatch, error, said):
+    def snapshot_download(name, **kwargs):
+        raise error()
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert said in refusal("owner/model", revision="main2")
+
+
+def test_hub_id_is_downloaded_as_safetensors_and_recorded_by_id_and_commit(llama, tmp_path, monkeypatch):
+    asked = {}
+    snapshot = tmp_path / "models--owner--model" / "snapshots" / "0123abc"
+    shutil.copytree(llama, snapshot)
+
+    def snapshot_download(name, **kwargs):
+        asked.update(kwargs, name=name)
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    model, _ = load("owner/model", revision="main")
+    assert (asked["name"], asked["revision"]) == ("owner/model", "main")
+    assert not any(pattern.endswith((".bin", ".pt", ".py")) for pattern in asked["allow_patterns"])
+    settings = base_record(model)
+    assert (settings["base_model_name_or_path"], settings["revision"]) == ("owner/model", "0123abc")
+    assert model.name_or_path == "owner/model"
+    load_tokenizer("owner/model")
+    assert not any("safetensors" in pattern for pattern in asked["allow_patterns"])
+
+
+# --- the record ---
+
+
+def test_record_is_complete_and_atomic(llama, tmp_path, monkeypatch):
+    model, _ = load(llama)
+    path = write_base_record(model, tmp_path / "adapter")
+    assert sorted(p.name for p in path.parent.iterdir()) == ["base_quantization.json"]
+    record = read_base_record(path.parent)
+    assert json.loads(path.read_text()) == base_record(model)
+    assert record.base_model_name_or_path == str(llama)
+    assert record.config_sha256 == config_sha256(json.loads((llama / "config.json").read_text()))
+    assert (record.block_size, record.quant_storage, record.prequantized) == (64, "uint8", False)
+    before = path.read_text()
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OutputError, match="No space left"):
+        write_base_record(model, path.parent)
+    assert path.read_text() == before
+    assert len(list(path.parent.iterdir())) == 1
+
+
+def test_record_of_a_model_loaded_by_other_means(llama):
+    from transformers import AutoModelForCausalLM
+
+    settings = base_record(AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32))
+    loaded, _ = load(llama, quantization="none")
+    assert settings == base_record(loaded)
+
+
+def test_config_digest_ignores_versions_and_sees_shapes():
+    config = {"hidden_size": 64, "rope": {"theta": 1e4, "dtype": "float32"}, "transformers_version": "5.0"}
+    other = {"transformers_version": "5.1", "rope": {"theta": 1e4}, "hidden_size": 64, "dtype": "bfloat16"}
+    assert config_sha256(config) == config_sha256(other)
+    assert config_sha256(config) != config_sha256(config | {"hidden_size": 65})
+    assert config_sha256(config) != config_sha256(config | {"rope": {"theta": 1e5}})
+
+
+def test_broken_records(llama, tmp_path):
+    with pytest.raises(BaseModelError, match="has no base_quantization.json"):
+        read_base_record(tmp_path)
+    path = tmp_path / "base_quantization.json"
+    for content, said in (
+        ("{", "cannot be read"),
+        ("[]", "not a JSON object"),
+        ('{"revision": null}', "lacks qpsft_v"),
+    ):
+        path.write_text(content)
+        with pytest.raises(BaseModelError, match=said):
+            read_base_record(tmp_path)
