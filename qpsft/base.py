@@ -255,6 +255,7 @@ def _load_model(
             dtype=dtype,
             device_map={"": device},
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # raised below, by name
             local_files_only=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
@@ -269,14 +270,14 @@ def _load_model(
             f"{folder} cannot be loaded: {one_line(error)}",
             "Check that config.json belongs to these weights, and that transformers is new enough for the model.",
         ) from error
-    broken = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    broken = sorted(info["missing_keys"]) + sorted(key[0] for key in info["mismatched_keys"])
     broken += [name for name, module in quantized_linears(model).items() if not _has_its_shape(module)]
     if broken:
         raise BaseModelError(
             f"The weights in {folder} are not those of a {type(model).__name__}: {len(broken)} tensors are missing "
             f"or have another shape, such as {broken[0]}.",
-            "Get config.json and weights from one source; of a classifier or a bare encoder, use the causal LM it was made "
-            "from.",
+            "Get config.json and weights from one source; in place of a classifier or a bare encoder, use the causal "
+            "LM it was made from.",
         )
     return model
 

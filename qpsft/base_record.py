@@ -12,12 +12,12 @@ import json
 import os
 import tempfile
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from qpsft import __version__
 from qpsft.checkpoint import config_sha256, read_config, resolve_folder
 from qpsft.errors import BaseModelError, OutputError
 
@@ -120,7 +120,7 @@ def base_record(model: nn.Module, name_or_path: str | None = None) -> dict:
         source = _find_source(name_or_path or base.name_or_path)
     return dataclasses.asdict(
         BaseRecord(
-            qpsft_version=package_version(),
+            qpsft_version=__version__,
             base_model_name_or_path=source.name,
             revision=source.revision,
             config_sha256=source.config_sha256,
@@ -145,7 +145,10 @@ def _settings(base: nn.Module) -> dict:
         "unquantized_modules": [
             _base_name(name)
             for name, module in base.named_modules()
-            if isinstance(module, nn.Linear) and id(module) not in quantized and ".lora_" not in name
+            if isinstance(module, nn.Linear)
+            and id(module) not in quantized
+            and ".lora_" not in name
+            and ".modules_to_save." not in name
         ],
     }
     if not linears:
@@ -228,14 +231,6 @@ def read_base_record(folder: str | os.PathLike) -> BaseRecord:
     if missing:
         raise BaseModelError(f"{path} lacks {', '.join(missing)}.", advice)
     return BaseRecord(**{name: content[name] for name in names})
-
-
-def package_version() -> str:
-    """The installed version of qpsft; "unknown" when it runs from a folder that was never installed."""
-    try:
-        return version("qpsft")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
-import types
+import os
+import textwrap
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +21,7 @@ from typing import Any, Literal
 import yaml
 
 from qpsft.errors import RecipeError
+from qpsft.options import coerce
 
 Quantization = Literal["nf4", "fp4", "int8", "none"]
 
@@ -52,7 +55,9 @@ class LoraArguments:
     """The adapter: what becomes a `peft.LoraConfig`. Names follow TRL's ModelConfig where it has one."""
 
     lora_r: int = _option(16, "Rank of the adapter.")
-    lora_alpha: float = _option(32, "Scale of the adapter: its output is multiplied by alpha / r (alpha / sqrt(r) for rsLoRA).")
+    lora_alpha: float = _option(
+        32, "Scale of the adapter: its output is multiplied by alpha / r (alpha / sqrt(r) for rsLoRA)."
+    )
     lora_dropout: float = _option(
         0.0, "Dropout on the adapter's input. 0, because dropout makes the ratio differ from 1 right after a snapshot."
     )
@@ -64,7 +69,7 @@ class LoraArguments:
     use_rslora: bool = _option(False, "Rank-stabilised scaling: alpha / sqrt(r).")
     use_dora: bool = _option(False, "Weight-decomposed LoRA: a trained magnitude per output feature.")
     init_lora_weights: bool | str = _option(
-        True, "true (A random, B zero), gaussian, olora, or pissa / pissa_niter_4 (these two need quantization: none)."
+        True, "true (A random, B zero), gaussian, or with quantization: none also pissa, pissa_niter_4 and olora."
     )
 
     def __post_init__(self) -> None:
@@ -96,7 +101,7 @@ class DataArguments:
     )
     use_chat_template: Literal["auto", "always", "never"] = _option(
         "auto",
-        "Render prompt/completion and Alpaca rows made of plain strings through the chat template. auto: if there is one.",
+        "Render plain-string prompt/completion and Alpaca rows through the chat template. auto: if there is one.",
     )
     prompt_format: str = _option(
         "{prompt}", "Text around a plain-string prompt, such as 'Question: {prompt}\\nAnswer: '."
@@ -105,6 +110,244 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         if self.dataset_limit is not None and self.dataset_limit <= 0:
-            raise RecipeError(f"dataset_limit is {self.dataset_limit}; it must be at least 1.", "Leave it out for all rows.")
+            raise RecipeError(
+                f"dataset_limit is {self.dataset_limit}; it must be at least 1.", "Leave it out for all rows."
+            )
         if "{prompt}" not in self.prompt_format:
             raise RecipeError(f"prompt_format {self.prompt_format!r} lacks {{prompt}}.", "Put {prompt} where it goes.")
+
+
+@dataclass
+class RunArguments:
+    """What happens around training."""
+
+    resume: bool = _option(False, "Continue the run in output_dir from its newest whole checkpoint.")
+    overwrite: bool = _option(False, "Replace the run that output_dir holds.")
+    held_out_rows: int = _option(
+        16, "Rows kept from training, at most a tenth of them, to verify merged and exported models on."
+    )
+
+    def __post_init__(self) -> None:
+        if self.held_out_rows < 0:
+            raise RecipeError(f"held_out_rows is {self.held_out_rows}; it must not be negative.", "0 keeps none.")
+        if self.resume and self.overwrite:
+            raise RecipeError("resume and overwrite contradict each other.", "Give one of them.")
+
+
+# The trainer's options that people set most; the others are as good as these in YAML, flags and Python.
+COMMON_TRAINER_OPTIONS = (
+    "output_dir", "num_train_epochs", "max_steps", "max_length", "learning_rate", "lr_scheduler_type", "warmup_steps",
+    "weight_decay", "optim", "max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "gradient_checkpointing", "packing", "logging_steps", "save_strategy", "save_steps", "save_total_limit", "seed",
+    "report_to", "bf16", "fp16", "use_cpu", "trust_remote_code",
+)  # fmt: skip
+
+
+@dataclass
+class Recipe:
+    """A run, resolved.
+
+    Attributes:
+        path: the YAML file, if there was one.
+        given: the options that YAML and flags set, flags winning.
+        trainer: an instance of the trainer class handed to `load_recipe`.
+    """
+
+    path: Path | None
+    given: dict[str, Any]
+    model: ModelArguments
+    lora: LoraArguments
+    data: DataArguments
+    run: RunArguments
+    trainer: Any
+
+    def values(self) -> dict[str, Any]:
+        """The resolved options, those of the trainer that are common, its own or given; enough to repeat the run."""
+        values = {}
+        for part in (self.model, self.data, self.lora):
+            values |= dataclasses.asdict(part)
+        own = set(getattr(type(self.trainer), "__annotations__", ())) | set(COMMON_TRAINER_OPTIONS) | set(self.given)
+        for option in dataclasses.fields(self.trainer):
+            if option.name in own:
+                value = getattr(self.trainer, option.name)
+                values[option.name] = value.value if isinstance(value, enum.Enum) else value
+        return values
+
+
+def load_recipe(path: str | Path | None, flags: Sequence[str], trainer_class: type) -> Recipe:
+    """Reads a YAML file and command-line flags into a `Recipe`.
+
+    Args:
+        path: YAML file with a flat mapping, or None.
+        flags: `--name value`, `--name=value`, `--name` (true), `--name a b` (a list).
+        trainer_class: dataclass of the trainer's options (`PSFTConfig`).
+
+    Raises:
+        RecipeError: the file is missing or no mapping, an option is unknown (with the nearest right name), a value is
+            of the wrong type or out of range.
+    """
+    path = None if path is None else Path(path)
+    classes = (ModelArguments, LoraArguments, DataArguments, RunArguments, trainer_class)
+    hints = option_types(classes)
+    given = {} if path is None else _read_yaml(path)
+    where = {name: f"{path}: {name}" for name in given}
+    for name, text in _read_flags(flags).items():
+        given[name], where[name] = text, f"--{name}"
+    for name in given:
+        if name not in hints:
+            raise RecipeError(f"{where[name]}: there is no such option.", _suggestion(name, hints))
+        given[name] = coerce(given[name], hints[name], where[name])
+    _default_output_dir(given, path)
+    _find_beside(given, path)
+    if given.get("dtype", "auto") != "auto" and not {"bf16", "fp16"} & set(given):
+        # the trainer's mixed precision follows the base's compute dtype
+        given |= {"bf16": given["dtype"] == "bfloat16", "fp16": given["dtype"] == "float16"}
+    parts = [_build(cls, given) for cls in classes]
+    return Recipe(path, given, parts[0], parts[1], parts[2], parts[3], parts[4])
+
+
+def option_types(classes: Sequence[type]) -> dict[str, Any]:
+    """Option name -> declared type, over dataclasses that share no name."""
+    hints: dict[str, Any] = {}
+    for cls in classes:
+        types_of = typing.get_type_hints(cls)
+        for option in dataclasses.fields(cls):
+            if option.init:
+                hints.setdefault(option.name, types_of[option.name])
+    return hints
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if path.is_dir() and (path / "recipe.yaml").is_file():
+        path = path / "recipe.yaml"
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in _siblings(path)], n=1)
+        hint = f"Did you mean {path.with_name(near[0])}?" if near else "Check the path; recipes are YAML files."
+        raise RecipeError(f"There is no recipe {path}.", hint) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"The recipe {path} cannot be read: {error}.", "A recipe is a YAML file in UTF-8.") from None
+    try:
+        content = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise RecipeError(
+            f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)}).", "Write one `name: value` a line."
+        ) from None
+    if content is None:
+        raise RecipeError(f"The recipe {path} is empty.", "Give at least model_name_or_path and dataset_name.")
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise RecipeError(
+            f"The recipe {path} is a {type(content).__name__}, not a mapping of option names.",
+            "Write one `name: value` a line, such as `learning_rate: 2e-4`.",
+        )
+    return content
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, where PyYAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", key_node.start_mark)
+            if isinstance(key, str):
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _siblings(path: Path) -> list[Path]:
+    return list(path.parent.iterdir()) if path.parent.is_dir() else []
+
+
+def _read_flags(flags: Sequence[str]) -> dict[str, str | list[str]]:
+    read: dict[str, str | list[str]] = {}
+    name = None
+    for flag in flags:
+        if flag.startswith("--"):
+            name, equals, value = flag[2:].partition("=")
+            name = name.replace("-", "_")
+            read[name] = value if equals else []
+            if equals:
+                name = None
+        elif name is None:
+            raise RecipeError(f"{flag!r} belongs to no option.", "Flags are written --name value.")
+        else:
+            read[name] = [*read[name], flag]
+    return {n: v if isinstance(v, str) else "true" if not v else v[0] if len(v) == 1 else v for n, v in read.items()}
+
+
+def _suggestion(name: str, known: typing.Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    return f"Did you mean {' or '.join(near)}?" if near else "`qpsft train --help_all` lists all options."
+
+
+def _default_output_dir(given: dict[str, Any], path: Path | None) -> None:
+    if given.get("output_dir") is None:
+        folder = "runs/qpsft" if path is None else path if path.is_dir() else path.parent
+        given["output_dir"] = str(folder)
+
+
+def _find_beside(given: dict[str, Any], path: Path | None) -> None:
+    """Relative paths are looked up from where the command runs, then beside the recipe."""
+    if path is None:
+        return
+    folder = path if path.is_dir() else path.parent
+    for name in ("dataset_name", "model_name_or_path"):
+        value = given.get(name)
+        if isinstance(value, str) and not Path(value).exists() and (folder / value).exists():
+            given[name] = os.path.normpath(folder / value)
+
+
+def _build(cls: type, given: dict[str, Any]) -> Any:
+    names = {option.name for option in dataclasses.fields(cls) if option.init}
+    try:
+        return cls(**{name: value for name, value in given.items() if name in names})
+    except RecipeError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise RecipeError(
+            f"The options do not fit together: {error}", "Change the option the message names."
+        ) from error
+
+
+def option_help(trainer_class: type, *, everything: bool = False) -> str:
+    """The options with their defaults and explanations, as `qpsft train --help` prints them.
+
+    Args:
+        everything: also the trainer's options that few people set.
+    """
+    sections = [
+        ("run", RunArguments, None),
+        ("base model", ModelArguments, None),
+        ("data", DataArguments, None),
+        ("adapter", LoraArguments, None),
+        ("method", trainer_class, set(vars(trainer_class).get("__annotations__", ())) - set(COMMON_TRAINER_OPTIONS)),
+        ("training", trainer_class, set(COMMON_TRAINER_OPTIONS)),
+    ]
+    if everything:
+        shown = sections[-1][2] | sections[-2][2]
+        names = {option.name for option in dataclasses.fields(trainer_class) if option.init} - shown
+        sections.append(("everything else of transformers and TRL", trainer_class, names))
+    lines = []
+    for title, cls, names in sections:
+        lines.append(f"{title}:")
+        for option in dataclasses.fields(cls):
+            if option.init and (names is None or option.name in names):
+                lines += _explain(option)
+        lines.append("")
+    if not everything:
+        lines.append("--help_all lists every option of transformers' and TRL's trainers too.")
+    return "\n".join(lines)
+
+
+def _explain(option: dataclasses.Field) -> list[str]:
+    default = None if option.default is dataclasses.MISSING else option.default
+    shown = "unset" if default is None else str(default).lower() if isinstance(default, bool) else default
+    text = str(option.metadata.get("help", "")).replace("%%", "%")
+    wrapped = textwrap.wrap(f"{text} (default: {shown})", 92)
+    return [f"  --{option.name}", *(f"      {line}" for line in wrapped)]

@@ -440,7 +440,7 @@ def test_tensor_of_another_shape(own_llama):
     edit_config(own_llama, intermediate_size=96)
     for quantization in ("nf4", "int8", "none"):
         message = refusal(own_llama, quantization=quantization)
-        assert str(own_llama) in message and ("another shape" in message or "cannot be loaded" in message), message
+        assert "6 tensors are missing or have another shape" in message
 
 
 def test_config_missing_broken_or_not_an_object(own_llama):
