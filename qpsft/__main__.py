@@ -1,0 +1,5 @@
+import sys
+
+from qpsft.cli import main
+
+sys.exit(main())

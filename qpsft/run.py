@@ -1,0 +1,308 @@
+"""One run, from a recipe to an adapter folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import PrinterCallback
+
+from qpsft.adapter import add_adapter, save_adapter
+from qpsft.base import load_base, load_tokenizer
+from qpsft.config import PSFTConfig
+from qpsft.console import ConsoleCallback, MetricsCallback, read_metrics
+from qpsft.data import TokenizedRows, load_dataset
+from qpsft.errors import OutputError, RecipeError
+from qpsft.recipe import Recipe
+from qpsft.report import draw_training
+from qpsft.resume import checkpoints, newest_complete_checkpoint, remove_folder
+from qpsft.trainer import PSFTTrainer
+
+METRICS = "metrics.jsonl"
+VERIFY_PROMPTS = "verify_prompts.jsonl"
+ADAPTER = "adapter_model.safetensors"
+PACKAGES = ("qpsft", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
+
+
+@dataclass
+class RunSummary:
+    """How a run ended.
+
+    Attributes:
+        folder: the adapter folder.
+        numbers: the last log line: nll and entropy (nats per token), clip_fraction, tokens_per_second, ….
+        seconds: wall time of training.
+        peak_bytes: the most memory in use: on the CUDA device if there is one, else the process's.
+        files: names of what was written.
+    """
+
+    folder: Path
+    numbers: dict[str, float]
+    seconds: float
+    peak_bytes: int
+    files: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        n = self.numbers
+        where = "GPU" if torch.cuda.is_available() else "process"
+        return (
+            f"trained {int(n['step'])} steps in {self.seconds:.0f} s\n"
+            f"  nll            {n['nll']:.4f} nats per token (last log line)\n"
+            f"  entropy        {n['entropy']:.4f} nats per token\n"
+            f"  clip fraction  {n['clip_fraction']:.1%}\n"
+            f"  tokens/s       {n['tokens_per_second']:,.0f}\n"
+            f"  peak memory    {self.peak_bytes / 1e9:.2f} GB ({where})\n"
+            f"adapter: {self.folder}\n"
+            f"  {', '.join(self.files)}"
+        )
+
+
+def train(recipe: Recipe) -> RunSummary:
+    """Trains an adapter as `recipe` says and writes it to the recipe's `output_dir`.
+
+    Raises:
+        QpsftError: every mistake a user can make, before training starts wherever it can be seen before.
+    """
+    arguments: PSFTConfig = recipe.trainer
+    for name, value in (
+        ("model_name_or_path", recipe.model.model_name_or_path),
+        ("dataset_name", recipe.data.dataset_name),
+    ):
+        if not value:
+            raise RecipeError(f"{name} is missing.", f"Write `{name}: …` in the recipe or give --{name}.")
+    folder = Path(arguments.output_dir)
+    prepare_output(folder, resume=recipe.run.resume, overwrite=recipe.run.overwrite)
+
+    source = {"revision": recipe.model.model_revision, "trust_remote_code": arguments.trust_remote_code}
+    tokenizer = load_tokenizer(recipe.model.model_name_or_path, **source)
+    rows = load_dataset(recipe.data, tokenizer, arguments.max_length)
+    train_rows, held_out = hold_out(rows, recipe.run.held_out_rows, arguments.seed)
+    dropped = "".join(f", {number} dropped ({reason})" for reason, number in rows.counts.dropped.items())
+    print(
+        f"data: {rows.name} ({rows.shape}) · {len(train_rows)} rows to train on, {len(held_out)} held out{dropped} · "
+        f"{rows.counts.supervised_tokens:,} supervised tokens",
+        flush=True,
+    )
+    model, tokenizer = load_base(
+        recipe.model.model_name_or_path,
+        quantization=recipe.model.quantization,
+        double_quant=recipe.model.double_quant,
+        dtype=recipe.model.dtype,
+        device="cpu" if arguments.use_cpu else "auto",
+        attn_implementation=recipe.model.attn_implementation,
+        **source,
+    )
+    torch.manual_seed(arguments.seed)
+    model = add_adapter(model, recipe.lora)
+    trainer = make_trainer(model, tokenizer, arguments, train_rows, folder)
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=recipe.run.resume or None)
+    seconds = time.perf_counter() - started
+    numbers = [line for line in read_metrics(folder / METRICS) if "nll" in line][-1]
+    summary = RunSummary(folder, numbers, seconds, _peak_bytes())
+    if trainer.is_world_process_zero():
+        summary.files = write_outputs(recipe, trainer, tokenizer, held_out, summary)
+    return summary
+
+
+def make_trainer(model, tokenizer, arguments: PSFTConfig, train_rows, folder: Path) -> PSFTTrainer:
+    """The trainer of a command-line run: tokenized rows, our own progress bar and `metrics.jsonl`."""
+    arguments.disable_tqdm = True  # ConsoleCallback has the bar
+    arguments.dataloader_pin_memory = torch.cuda.is_available()
+    if not arguments.packing:  # the rows are labelled and cut already
+        arguments.dataset_kwargs = {**(arguments.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    trainer = PSFTTrainer(
+        model,
+        args=arguments,
+        train_dataset=train_rows,
+        processing_class=tokenizer,
+        callbacks=[ConsoleCallback(), MetricsCallback(folder / METRICS)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def prepare_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Makes sure the results can be written to `folder`, and clears an old run's checkpoints if asked to.
+
+    Raises:
+        OutputError: it is a file, cannot be written to, or holds another run; or there is nothing to resume.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"output_dir {folder} is a file.", "Choose a folder.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".qpsft-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"output_dir {folder} cannot be written to: {error.strerror}.", "Choose another with --output_dir."
+        ) from None
+    shutil.rmtree(folder / ".partial", ignore_errors=True)
+    if resume:
+        if newest_complete_checkpoint(folder) is None:
+            raise OutputError(
+                f"output_dir {folder} holds no whole checkpoint to resume from.", "Start the run without --resume."
+            )
+        return
+    holds_run = (folder / ADAPTER).exists() or (folder / METRICS).exists() or checkpoints(folder)
+    if holds_run and not overwrite:
+        raise OutputError(
+            f"output_dir {folder} already holds a run.",
+            "Give --resume to continue it, --overwrite to replace it, or another --output_dir.",
+        )
+    for checkpoint in checkpoints(folder):
+        remove_folder(checkpoint)
+    (folder / METRICS).unlink(missing_ok=True)
+
+
+def hold_out(rows: TokenizedRows, count: int, seed: int) -> tuple[Any, Any]:
+    """Splits off `count` rows, a tenth at most, that training never sees. Returns (train, held out) datasets."""
+    count = min(count, len(rows.dataset) // 10)
+    order = torch.randperm(len(rows.dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    return rows.dataset.select(sorted(order[count:])), rows.dataset.select(sorted(order[:count]))
+
+
+def write_outputs(recipe: Recipe, trainer: PSFTTrainer, tokenizer, held_out, summary: RunSummary) -> list[str]:
+    """Writes the adapter folder: everything under a temporary name first, then renamed into place.
+
+    Returns: the names written. Raises: OutputError; what was in the folder before is then untouched.
+    """
+    folder, partial = summary.folder, summary.folder / ".partial"
+    lines = [line for line in read_metrics(folder / METRICS) if "nll" in line]
+    try:
+        partial.mkdir()
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        save_adapter(model, partial)
+        tokenizer.save_pretrained(partial)
+        draw_training(lines, partial / "training.png", f"{recipe.trainer.loss_type} on {recipe.data.dataset_name}")
+        (partial / resolved_name(recipe, folder)).write_text(resolved_recipe(recipe), encoding="utf-8")
+        (partial / "README.md").write_text(model_card(recipe, summary), encoding="utf-8")
+        with (partial / VERIFY_PROMPTS).open("w", encoding="utf-8") as file:
+            for row in held_out:
+                file.write(json.dumps(_verify_prompt(row, tokenizer), ensure_ascii=False) + "\n")
+        names = sorted(path.name for path in partial.iterdir())
+        for name in names:
+            (partial / name).chmod(0o644)  # safetensors leaves 0600
+            os.replace(partial / name, folder / name)
+    except OSError as error:
+        raise OutputError(
+            f"The adapter could not be written to {folder}: {error.strerror or error}.",
+            "Free some space, then give --resume: training itself is done and continues from its last checkpoint.",
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return [*names, METRICS]
+
+
+def resolved_name(recipe: Recipe, folder: Path) -> str:
+    """`recipe.yaml`, unless that is the very file the user wrote."""
+    own = recipe.path is not None and (folder / "recipe.yaml").exists() and recipe.path.exists()
+    source = recipe.path / "recipe.yaml" if own and recipe.path.is_dir() else recipe.path
+    return "recipe.resolved.yaml" if own and (folder / "recipe.yaml").samefile(source) else "recipe.yaml"
+
+
+def resolved_recipe(recipe: Recipe) -> str:
+    """The run's options as YAML that `qpsft train` reads again, with the versions in comments."""
+    values = recipe.values()
+    values.pop("output_dir", None)  # the folder may be moved
+    header = ["# Written by qpsft train. The options of this run; `qpsft train` on this file repeats it.", *_versions()]
+    return "\n".join(header) + "\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _versions() -> list[str]:
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    found = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
+    return [
+        f"# {found}",
+        f"# Python {platform.python_version()} on {platform.system()} {platform.machine()}, {machine}",
+    ]
+
+
+def _version(name: str) -> str:
+    if name == "qpsft":
+        from qpsft import __version__
+
+        return __version__
+    return version(name)
+
+
+def _verify_prompt(row: dict, tokenizer) -> dict:
+    supervised = [i for i, label in enumerate(row["labels"]) if label != -100]
+    return {
+        "text": tokenizer.decode(row["input_ids"]),
+        "input_ids": row["input_ids"],
+        "prompt_length": supervised[0] if supervised else len(row["input_ids"]),
+    }
+
+
+def model_card(recipe: Recipe, summary: RunSummary) -> str:
+    """README.md of the adapter folder: a model card that the Hub understands."""
+    arguments, n = recipe.trainer, summary.numbers
+    base = recipe.model.model_name_or_path
+    on_hub = not Path(base).exists() and base != "demo"
+    front = {
+        **({"base_model": base} if on_hub else {}),
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["qpsft", arguments.loss_type, "lora", "trl"],
+    }
+    blocks = f", {arguments.num_iterations} visits" if arguments.num_iterations > 1 else ""
+    method = {
+        "psft": f"Proximal SFT (arXiv 2508.17784), ε = {arguments.epsilon}, K = {arguments.reference_steps}{blocks}",
+        "nll": "plain SFT (negative log-likelihood)",
+        "dft": "DFT (arXiv 2508.05629)",
+    }[arguments.loss_type]
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False).strip()}
+---
+
+# {summary.folder.resolve().name}
+
+A LoRA adapter for `{base}` ({recipe.model.quantization}), trained with qpsft on `{recipe.data.dataset_name}`
+by {method}.
+
+| | |
+| --- | --- |
+| optimizer steps | {int(n["step"])} |
+| learning rate | {arguments.learning_rate:g} |
+| rank, alpha | {recipe.lora.lora_r}, {recipe.lora.lora_alpha:g} |
+| NLL at the end | {n["nll"]:.4f} nats per token |
+| entropy at the end | {n["entropy"]:.4f} nats per token |
+| clip fraction at the end | {n["clip_fraction"]:.1%} |
+
+![training curves](training.png)
+
+```python
+from peft import PeftModel
+from qpsft import load_base
+
+model, tokenizer = load_base("{base}", quantization="{recipe.model.quantization}")
+model = PeftModel.from_pretrained(model, "{summary.folder.name}")
+```
+
+The adapter was trained on the rounded base that `base_quantization.json` describes. All options: `recipe.yaml`.
+"""
+
+
+def _peak_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
