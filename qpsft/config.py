@@ -10,7 +10,7 @@ import torch
 from trl import SFTConfig
 
 from qpsft.errors import RecipeError
-from qpsft.hardware import compute_dtype_for
+from qpsft.hardware import compute_dtype_for, pick_device
 from qpsft.losses import EPSILON
 
 LOSS_TYPES = ("psft", "nll", "dft")
@@ -72,7 +72,9 @@ class PSFTConfig(SFTConfig):
     lr_scheduler_type: str = _option(
         "constant_with_warmup", "Constant after a warm-up: a decaying rate undertrains when blocks are revisited."
     )
-    warmup_steps: float = _option(10, "Learning-rate warm-up: steps, or below 1 a fraction of the run. 10 as in the paper.")
+    warmup_steps: float = _option(
+        10, "Learning-rate warm-up: steps, or below 1 a fraction of the run. 10 as in the paper."
+    )
     max_grad_norm: float = _option(1.0, "Gradient clipping, as in the paper; 0 turns it off.")
     per_device_train_batch_size: int = _option(
         2, "Rows per micro-batch. Small, to fit small cards; the reference pass is batched larger by itself."
@@ -80,16 +82,21 @@ class PSFTConfig(SFTConfig):
     gradient_accumulation_steps: int = _option(
         8, "Micro-batches per optimizer step; 2 x 8 = 16 rows, between the paper's mini-batches of 8 and 32."
     )
-    save_steps: float = _option(100, "Save a checkpoint every so many steps: adapters are small, runs at home are cut off.")
+    save_steps: float = _option(
+        100, "Save a checkpoint every so many steps: adapters are small, runs at home are cut off."
+    )
     save_total_limit: int | None = _option(2, "Checkpoints kept; two, so that one is whole while the next is written.")
 
     def __post_init__(self) -> None:
         self._check()
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # transformers refuses bf16 on the CPU unless it is said
         if self.bf16 is None and not self.fp16:
-            cpu = self.use_cpu or not torch.cuda.is_available()
-            dtype = compute_dtype_for("cpu" if cpu else "cuda")
+            dtype = compute_dtype_for("cpu" if self.use_cpu else pick_device())
             self.bf16, self.fp16 = dtype == torch.bfloat16, dtype == torch.float16
         super().__post_init__()
+        if self.accelerator_config.split_batches:
+            raise RecipeError("split_batches is not supported.", "Give per_device_train_batch_size per process.")
 
     def _check(self) -> None:
         if self.loss_type not in LOSS_TYPES:
@@ -116,6 +123,14 @@ class PSFTConfig(SFTConfig):
                 raise RecipeError(f"{name} is {value}; it must be at least {least}, or left out.")
         if self.max_steps == 0 or self.max_steps < -1:
             raise RecipeError(f"max_steps is {self.max_steps}; it must be at least 1, or left out to train by epochs.")
+        refused = {
+            "auto_find_batch_size": "It changes the rows of a step under way; set per_device_train_batch_size.",
+            "ignore_data_skip": "A resumed run must go on in the same block.",
+            "label_smoothing_factor": "The losses are those of the papers; use trl.SFTTrainer.",
+        }
+        for name, why in refused.items():
+            if getattr(self, name):
+                raise RecipeError(f"{name} is not supported.", why)
         if self.loss_type == "psft" and self.reference_steps == 1 and self.num_iterations == 1:
             warnings.warn(
                 "reference_steps = 1 with one visit is plain SFT: the ratio is 1 at every step and nothing is ever "

@@ -1,0 +1,100 @@
+"""The command line: instant help, verbs, exit codes, one paragraph per mistake."""
+
+import subprocess
+import sys
+
+import pytest
+
+from qpsft import __version__, cli
+
+
+def qpsft(*arguments, **environment):
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-m", "qpsft", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=120,
+    )
+
+
+def test_help_does_not_wait_for_torch():
+    code = (
+        "import sys, time\n"
+        "from qpsft.cli import main; code = main(['--help'])\n"
+        "seconds = time.process_time()\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'yaml'} & set(sys.modules)\n"
+        "print(code, heavy, seconds < 0.5)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1] == "0 set() True"
+    for verb in cli.VERBS:
+        assert verb in result.stdout
+
+
+def test_import_is_lazy_and_exports_what_it_says():
+    code = (
+        "import sys, qpsft; assert 'torch' not in sys.modules\n"
+        "from qpsft import PSFTConfig, PSFTTrainer, ReferencePolicy, psft_loss, load_base\n"
+        "assert set(qpsft.__all__) >= {'PSFTConfig', 'PSFTTrainer', 'ReferencePolicy', 'psft_loss', 'load_base'}\n"
+        "print(PSFTTrainer.__mro__[1].__name__, psft_loss.__name__)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "SFTTrainer psft_loss", result.stderr
+    import qpsft
+
+    with pytest.raises(AttributeError, match="psft_los"):
+        _ = qpsft.psft_los
+
+
+def test_without_a_verb_it_prints_help_and_exits_2():
+    result = qpsft()
+    assert result.returncode == 2 and "usage: qpsft VERB" in result.stderr and not result.stdout
+
+
+def test_version():
+    result = qpsft("--version")
+    assert (result.returncode, result.stdout.strip()) == (0, f"qpsft {__version__}")
+
+
+def test_an_unknown_verb_is_an_error_that_suggests_the_right_one(capsys):
+    assert cli.main(["trian"]) == 2
+    assert "Did you mean train?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", sorted(cli.VERBS))
+def test_every_verb_explains_itself(verb, capsys):
+    try:
+        code = cli.main([verb, "--help"])
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    out = capsys.readouterr().out
+    assert code == 0 and f"usage: qpsft {verb}" in out and len(out) > 300
+
+
+def test_the_help_of_train_shows_every_own_option_with_its_default(capsys):
+    cli.main(["train", "--help"])
+    short = capsys.readouterr().out
+    for option in ("--epsilon", "--reference_steps", "--num_iterations", "--lora_r", "--dataset_columns", "--resume"):
+        assert option in short
+    assert "(default: 0.28)" in short and "--adam_beta1" not in short
+    cli.main(["train", "--help_all"])
+    assert "--adam_beta1" in capsys.readouterr().out
+
+
+def test_a_mistake_is_one_paragraph_without_a_traceback(tmp_path):
+    result = qpsft("train", str(tmp_path / "none.yaml"))
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: There is no recipe") and "Traceback" not in result.stderr
+    assert not result.stdout
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.VERBS, "train", interrupted)
+    assert cli.main(["train"]) == 130
+    assert "--resume" in capsys.readouterr().err

@@ -1,0 +1,136 @@
+"""Recipes: one flat set of options from YAML and flags, strictly read."""
+
+import pytest
+
+from qpsft.config import PSFTConfig
+from qpsft.errors import RecipeError
+from qpsft.recipe import load_recipe, option_types
+
+
+def read(*flags, path=None):
+    return load_recipe(path, flags, PSFTConfig)
+
+
+def yaml_file(tmp_path, text, name="recipe.yaml"):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_yaml_and_flags_make_one_set_and_flags_win(tmp_path):
+    path = yaml_file(
+        tmp_path,
+        "model_name_or_path: demo\ndataset_name: demo-noisy\nlearning_rate: 1e-3  # PyYAML reads a text\n"
+        "lora_r: 4\nmax_steps: 7\ndataset_columns: {prompt: question}\n",
+    )
+    recipe = read("--lora_r", "32", "--max-steps=9", "--lora_target_modules", "q_proj", "v_proj", path=path)
+    assert recipe.trainer.learning_rate == 1e-3 and recipe.trainer.max_steps == 9
+    assert recipe.lora.lora_r == 32 and recipe.lora.lora_target_modules == ["q_proj", "v_proj"]
+    assert recipe.data.dataset_columns == {"prompt": "question"} and recipe.model.model_name_or_path == "demo"
+    assert recipe.trainer.output_dir == str(tmp_path)  # the recipe's folder
+
+
+def test_a_flag_without_a_value_is_true_and_values_may_be_negative():
+    assert read("--use_dora", "--max_steps", "-1").lora.use_dora is True
+    assert read("--use_dora", "false").lora.use_dora is False
+
+
+def test_the_resolved_values_read_back_to_the_same_recipe(tmp_path):
+    import yaml
+
+    first = read("--learning_rate", "3e-4", "--num_iterations", "4", "--adam_beta2", "0.98", "--lora_alpha", "8")
+    path = yaml_file(tmp_path, yaml.safe_dump(first.values()))
+    again = read(path=path)
+    assert again.values() == first.values()
+    assert again.trainer.adam_beta2 == 0.98 and again.trainer.num_iterations == 4
+
+
+def test_no_option_is_declared_twice():
+    from dataclasses import fields
+
+    from qpsft.recipe import DataArguments, LoraArguments, ModelArguments, RunArguments
+
+    classes = (ModelArguments, LoraArguments, DataArguments, RunArguments, PSFTConfig)
+    names = [option.name for cls in classes for option in fields(cls) if option.init]
+    assert len(names) == len(set(names)) == len(option_types(classes))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--learning_rat", "1"], "Did you mean learning_rate"),
+        (["--lora_rank", "8"], "lora_r"),
+        (["--lora_r", "x"], "must be a whole number"),
+        (["--lora_r", "1.5"], "must be a whole number"),
+        (["--lora_r", "-8"], "rank must be at least 1"),
+        (["--lora_r", "0"], "rank must be at least 1"),
+        (["--epsilon", "0"], "epsilon is 0.0; it must be above 0"),
+        (["--epsilon", "-0.2"], "must be above 0"),
+        (["--per_device_train_batch_size", "0"], "must be at least 1"),
+        (["--per_device_train_batch_size", "-2"], "must be at least 1"),
+        (["--gradient_accumulation_steps", "0"], "must be at least 1"),
+        (["--num_train_epochs", "0"], "must be above 0"),
+        (["--num_train_epochs", "-1"], "must be above 0"),
+        (["--learning_rate", "-1e-4"], "must be above 0"),
+        (["--reference_steps", "0"], "must be at least 1"),
+        (["--num_iterations", "0"], "must be at least 1"),
+        (["--max_steps", "0"], "max_steps is 0"),
+        (["--max_length", "1"], "must be at least 2"),
+        (["--quantization", "nf5"], "must be nf4, fp4, int8 or none"),
+        (["--loss_type", "ppo"], "psft, nll, dft"),
+        (["--lora_dropout", "1"], r"in \[0, 1\)"),
+        (["--dataset_limit", "0"], "at least 1"),
+        (["--prompt_format", "Question:"], "lacks {prompt}"),
+        (["--use_dora", "maybe"], "true or false"),
+        (["--optim", "adamm"], "adamm"),
+        (["--resume", "--overwrite"], "contradict"),
+        (["oops"], "belongs to no option"),
+    ],
+)
+def test_bad_flags(flags, message):
+    with pytest.raises(RecipeError, match=message):
+        read(*flags)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b\n", "is a list, not a mapping"),
+        ("just words\n", "is a str, not a mapping"),
+        ("", "is empty"),
+        ("lora_r: [1,\n", "line"),
+        ("lora_r: 8\nlora_r: 16\n", "lora_r is given twice"),
+        ("learning_rte: 1e-4\n", "Did you mean learning_rate"),
+        ("1: 2\n", "not a mapping of option names"),
+        ("lora_r: eight\n", "recipe.yaml: lora_r is 'eight'"),
+        ("dataset_columns: [a]\n", "a mapping"),
+    ],
+)
+def test_bad_files(tmp_path, text, message):
+    with pytest.raises(RecipeError, match=message):
+        read(path=yaml_file(tmp_path, text))
+
+
+def test_a_missing_file_names_its_neighbour(tmp_path):
+    yaml_file(tmp_path, "lora_r: 8\n", "gsm8k.yaml")
+    with pytest.raises(RecipeError, match=r"Did you mean .*gsm8k\.yaml"):
+        read(path=tmp_path / "gsm8.yaml")
+
+
+def test_a_file_that_is_not_text(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"\xff\xfe\x00lora")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        read(path=path)
+
+
+def test_data_beside_the_recipe_are_found(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    path = yaml_file(tmp_path, "dataset_name: rows.jsonl\n")
+    assert read(path=path).data.dataset_name == str(tmp_path / "rows.jsonl")
+
+
+def test_mixed_precision_follows_the_compute_dtype():
+    assert not read("--dtype", "float32").trainer.bf16
+    assert read("--dtype", "bfloat16").trainer.bf16
+    assert not read("--dtype", "bfloat16", "--bf16", "false").trainer.bf16
