@@ -1,0 +1,289 @@
+"""The trained model, live: the base rounded as in training, the adapter on it, all arithmetic in float32.
+
+Float32 arithmetic over the weights that training used is what makes a sharp comparison possible: two models with the
+same weights then agree to about 1e-5 nats, where bfloat16 arithmetic alone would make them differ by 1e-2.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qpsft.base import load_base, load_tokenizer
+from qpsft.base_record import BaseRecord, quantized_linears, read_base_record
+from qpsft.checkpoint import config_sha256, read_config, resolve_folder
+from qpsft.errors import BaseModelError, ExportError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
+
+@dataclass
+class LiveModel:
+    """An adapter on its base.
+
+    Attributes:
+        model: the PEFT model, in eval mode, every unquantized weight float32.
+        tokenizer: the one training used: the adapter folder's own, else the base's.
+        record: how the base was rounded.
+        base_folder: the base's local folder.
+    """
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    record: BaseRecord
+    base_folder: Path
+
+
+@dataclass(frozen=True)
+class TrainedWeight:
+    """One tensor of the trained model under its name in a dense checkpoint, before and after training; float32."""
+
+    name: str
+    base: Tensor
+    trained: Tensor
+
+
+def check_adapter_folder(adapter: str | Path) -> Path:
+    """The adapter's folder as a path. Raises BaseModelError when it is not a PEFT adapter's."""
+    folder = Path(adapter).expanduser()
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise BaseModelError(
+                f"{folder} is not an adapter folder: it has no {name}.",
+                "Give the folder that training wrote, with adapter_config.json and adapter_model.safetensors in it.",
+            )
+    try:
+        json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BaseModelError(f"{folder / ADAPTER_CONFIG} is not valid JSON: {error}.", "Copy it again.") from error
+    return folder
+
+
+def trained_tokenizer(adapter: Path, base_folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer training used: training saves its own with the adapter; other trainers may leave the base's."""
+    has_own = any((adapter / name).is_file() for name in TOKENIZER_FILES)
+    if not has_own:
+        return load_tokenizer(base_folder)
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(adapter, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        raise BaseModelError(
+            f"The tokenizer in {adapter} cannot be loaded: {error}", "Copy the tokenizer's files there again."
+        ) from error
+
+
+def find_base(adapter: Path, base: str | Path | None) -> tuple[BaseRecord, Path]:
+    """The adapter's record and the local folder of its base.
+
+    Raises:
+        BaseModelError: no record, no such base, or `base` is another model than the one the adapter was trained on.
+    """
+    record = read_base_record(adapter)
+    name = record.base_model_name_or_path if base is None else base
+    folder = resolve_folder(name, revision=record.revision if base is None else None)
+    found = config_sha256(read_config(folder))
+    if found != record.config_sha256:
+        raise BaseModelError(
+            f"The adapter in {adapter} was trained on {record.base_model_name_or_path} (config hash "
+            f"{record.config_sha256[:12]}…), and {folder} is another model (config hash {found[:12]}…).",
+            "Give the base it was trained on.",
+        )
+    return record, folder
+
+
+def load_live(
+    adapter: str | Path, base: str | Path | None = None, *, quantized: bool = True, device: str = "auto"
+) -> LiveModel:
+    """Loads the adapter on its base, rounded as its record says.
+
+    Args:
+        adapter: the folder of a PEFT adapter with `base_quantization.json`.
+        base: where the base is now; None is the place in the record.
+        quantized: False puts the adapter on the base's original weights, which training never saw.
+        device: as in `load_base`.
+
+    Raises:
+        BaseModelError: not an adapter folder, no record, another base, or an adapter that does not fit it.
+    """
+    from peft import PeftModel
+
+    adapter = check_adapter_folder(adapter)
+    record, folder = find_base(adapter, base)
+    model, _ = load_base(
+        folder,
+        quantization=record.quantization if quantized and not record.prequantized else "none",
+        double_quant=record.double_quant,
+        dtype=record.weights_dtype,
+        device=device,
+        verbose=False,
+    )
+    _compute_in_float32(model)
+    try:
+        peft_model = PeftModel.from_pretrained(model, adapter)
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        raise BaseModelError(
+            f"The adapter in {adapter} cannot be put on {folder}: {str(error).strip().splitlines()[0]}",
+            "Check that adapter_config.json and adapter_model.safetensors belong together and to this base.",
+        ) from error
+    peft_model.eval().requires_grad_(False)
+    return LiveModel(peft_model, trained_tokenizer(adapter, folder), record, folder)
+
+
+def _compute_in_float32(model: nn.Module) -> None:
+    """Float32 for every unquantized weight, and for the products with quantized ones."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.float()
+    for layer in quantized_linears(model).values():
+        if hasattr(layer.weight, "quant_state"):
+            layer.compute_dtype = torch.float32
+        else:
+            # int8 kernels round the activations too, which no dense file can hold: compare the weights alone.
+            layer.forward = partial(_dense_forward, layer)
+
+
+def _dense_forward(layer: nn.Module, x: Tensor) -> Tensor:
+    return F.linear(x, dense_weight(layer), layer.bias)
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """The weight of a linear layer (out, in) or an embedding (rows, width) as float32, dequantized if need be."""
+    weight = layer.weight
+    if getattr(weight, "quant_state", None) is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state).float()
+    if type(weight).__name__ == "Int8Params":
+        return weight.data.float() * (weight.SCB.float() / 127).unsqueeze(1)
+    return weight.data.float()
+
+
+def trained_weights(model: PeftModel) -> Iterator[TrainedWeight]:
+    """Every weight of the trained model as a dense checkpoint would hold it, one at a time, shared ones once.
+
+    Raises:
+        ExportError: a kind of adapter layer whose weight cannot be told (named).
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    seen: set[int] = set()
+    inside: tuple[str, ...] = ()
+    for name, module in model.get_base_model().named_modules():
+        if name.startswith(inside) if inside else False:
+            continue
+        if isinstance(module, LoraLayer):
+            inside += (f"{name}.",)
+            base, trained = lora_weight(name, module)
+            yield TrainedWeight(f"{name}.weight", base, trained)
+            bias = getattr(module.get_base_layer(), "bias", None)
+            if bias is not None:
+                yield TrainedWeight(f"{name}.bias", bias.data.float(), bias.data.float())
+        elif isinstance(module, ModulesToSaveWrapper):
+            inside += (f"{name}.",)
+            originals = dict(module.original_module.named_parameters())
+            for own, parameter in module.modules_to_save[module.active_adapter].named_parameters():
+                yield TrainedWeight(f"{name}.{own}", originals[own].data.float(), parameter.data.float())
+        else:
+            for own, parameter in module.named_parameters(recurse=False):
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    dense = dense_weight(module) if own == "weight" else parameter.data.float()
+                    yield TrainedWeight(f"{name}.{own}", dense, dense)
+
+
+def lora_weight(name: str, layer: Any) -> tuple[Tensor, Tensor]:
+    """(base, trained) weight of a LoRA layer, float32, in the base layer's own orientation."""
+    from peft.tuners.lora import Embedding, Linear
+
+    base_layer = layer.get_base_layer()
+    if not isinstance(layer, Linear | Embedding) and not isinstance(base_layer, nn.Linear):
+        raise ExportError(
+            f"{name} is adapted as a {type(layer).__name__}, whose merged weight qpsft cannot compute.",
+            "Use the adapter as it is, on its base.",
+        )
+    base = dense_weight(base_layer)
+    trained = base.clone()
+    for adapter in layer.active_adapters:
+        if adapter not in layer.lora_A and adapter not in getattr(layer, "lora_embedding_A", {}):
+            continue
+        trained += layer.get_delta_weight(adapter).float()
+        if adapter in layer.lora_magnitude_vector:
+            # DoRA (arXiv 2402.09353, Eq. 5): every output's row keeps its direction and takes a learnt length.
+            magnitude = layer.lora_magnitude_vector[adapter].weight.float().flatten()
+            if getattr(layer, "fan_in_fan_out", False) or isinstance(layer, Embedding):
+                trained *= (magnitude / trained.norm(dim=0)).unsqueeze(0)
+            else:
+                trained *= (magnitude / trained.norm(dim=1)).unsqueeze(1)
+    return base, trained
+
+
+def round_weights(model: PeftModel, dtype_of: Callable[[str], torch.dtype]) -> None:
+    """Makes the live model the one a faultless export is: each weight rounded once to its dtype in the export.
+
+    Weights over quantized layers are made anew in every forward, so the model stays as small as it was. There is no
+    way back.
+
+    Args:
+        model: the live model.
+        dtype_of: dtype of a tensor in the export, by its name in a dense checkpoint.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    quantized = {id(layer) for layer in quantized_linears(model).values()}
+    inside: list[str] = []
+    for name, module in model.get_base_model().named_modules():
+        if any(name.startswith(prefix) for prefix in inside):
+            continue
+        if isinstance(module, LoraLayer):
+            inside.append(f"{name}.")
+            layer = module.get_base_layer()
+            if layer.bias is not None if hasattr(layer, "bias") else False:
+                layer.bias.data = layer.bias.data.to(dtype_of(f"{name}.bias")).float()
+            if id(layer) in quantized:
+                module.forward = partial(_rounded_forward, name, module, dtype_of(f"{name}.weight"))
+            else:
+                rounded = lora_weight(name, module)[1].to(dtype_of(f"{name}.weight")).float()
+                layer.weight = nn.Parameter(rounded, requires_grad=False)
+                module.merged_adapters.extend(module.active_adapters)
+        elif id(module) in quantized:
+            module.forward = partial(_rounded_forward, name, module, dtype_of(f"{name}.weight"))
+        else:
+            for own, parameter in module.named_parameters(recurse=False):
+                full = _dense_name(f"{name}.{own}")
+                parameter.data = parameter.data.to(dtype_of(full)).float()
+
+
+def _rounded_forward(name: str, module: Any, dtype: torch.dtype, x: Tensor) -> Tensor:
+    layer = module
+    if hasattr(module, "get_base_layer"):
+        layer = module.get_base_layer()
+        weight = lora_weight(name, module)[1]
+    else:
+        weight = dense_weight(module)
+    return F.linear(x, weight.to(dtype).float(), layer.bias)
+
+
+def _dense_name(name: str) -> str:
+    """A parameter's name in a dense checkpoint, without what PEFT puts around saved modules."""
+    head, wrapped, tail = name.partition(".modules_to_save.")
+    return f"{head}.{tail.partition('.')[2]}" if wrapped else name.replace(".original_module.", ".")

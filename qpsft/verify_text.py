@@ -1,0 +1,92 @@
+"""Do two tokenizers write the same tokens, and do two model folders stop at the same ones?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CONVERSATIONS: tuple[list[dict[str, str]], ...] = (
+    [{"role": "user", "content": "Hello!"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 2?"}],
+    [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello, how can I help?"},
+        {"role": "user", "content": "  spaces,\nlines and ünïcödé 🙂  "},
+    ],
+    [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "1 2 3"}],
+)
+
+
+def template_difference(trained: PreTrainedTokenizerBase, exported: PreTrainedTokenizerBase) -> str | None:
+    """The first conversation that the two chat templates turn into other tokens, in words; None when they agree.
+
+    A conversation that both templates refuse, such as one with a system turn, counts as agreement.
+    """
+    if (trained.chat_template is None) != (exported.chat_template is None):
+        return f"the chat template is {'missing' if exported.chat_template is None else 'new'} in the export"
+    if trained.chat_template is None:
+        return None
+    for number, conversation in enumerate(CONVERSATIONS, 1):
+        for opened in (False, True):
+            expected, found = (_render(tokenizer, conversation, opened) for tokenizer in (trained, exported))
+            if expected != found:
+                return f"the chat template renders conversation {number} differently: {_first(expected, found)}"
+    return None
+
+
+def tokens_difference(
+    trained: PreTrainedTokenizerBase, exported: PreTrainedTokenizerBase, texts: list[str]
+) -> str | None:
+    """The first text the two tokenizers make other tokens of, in words; None when they agree on all."""
+    for text in texts:
+        expected, found = (tokenizer(text, verbose=False)["input_ids"] for tokenizer in (trained, exported))
+        if expected != found:
+            return f"the tokenizer makes other tokens of {text!r}: {_first(expected, found)}"
+    return None
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]], opened: bool) -> list[int] | None:
+    try:
+        text = tokenizer.apply_chat_template(conversation, add_generation_prompt=opened, tokenize=False)
+    except (TemplateError, TypeError, ValueError):
+        return None
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _first(expected: list[int] | None, found: list[int] | None) -> str:
+    if expected is None or found is None:
+        return f"{'the trained' if expected is None else 'the exported'} one refuses it"
+    place = next(
+        (index for index, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b),
+        min(len(expected), len(found)),
+    )
+    return f"at token {place}, {expected[place : place + 8]} became {found[place : place + 8]}"
+
+
+def stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids at which generation with this folder stops: generation_config.json's, else config.json's, and the eos."""
+    stops: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        value: Any = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+        if value is not None:
+            stops = set(value if isinstance(value, list) else [value])
+            break
+    return stops | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
+
+
+def stops_difference(trained: set[int], exported: set[int], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What the two sets of stop tokens do not share, in words; None when they are equal."""
+    if trained == exported:
+        return None
+    parts = []
+    for what, ids in (("lacks", trained - exported), ("adds", exported - trained)):
+        if ids:
+            parts.append(f"{what} {', '.join(repr(tokenizer.convert_ids_to_tokens(i)) for i in sorted(ids))}")
+    return f"the export {' and '.join(parts)} as a stop token"
