@@ -7,17 +7,25 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qpsft.errors import TrainingError
+from qpsft.errors import OutputError, TrainingError
 
 COMPLETE = "complete.json"
+RUN = "psft_run.json"
 REFERENCE = "psft_reference.safetensors"
 SCORES = "psft_scores_{process}.safetensors"
+
+# what torch.save says on a full disk: RuntimeErrors of its own, not an OSError
+_TORCH_WRITE_ERRORS = ("inline_container", "PytorchStreamWriter", "iostream", "File too large", "No space left")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -41,7 +49,7 @@ def is_complete(folder: Path) -> bool:
     try:
         files = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["files"]
         return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -61,6 +69,46 @@ def newest_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
             return path
         warnings.warn(f"{path} is half-written (the run was cut off while saving); it is skipped.", stacklevel=2)
     return None
+
+
+@contextmanager
+def whole_or_removed(folder: Path) -> Iterator[None]:
+    """A write that fails inside removes `folder` and becomes an OutputError; its neighbours stay as they are."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not any(text in str(error) for text in _TORCH_WRITE_ERRORS):
+            raise
+        remove_folder(folder)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OutputError(
+            f"The checkpoint {folder} could not be written: {reason}.",
+            "The disk may be full: free some space or choose another output_dir. Earlier checkpoints are untouched; "
+            "resume from the last one.",
+        ) from error
+
+
+def save_run(folder: Path, settings: Mapping[str, Any], num_tokens: int) -> None:
+    """Saves the settings that fix which rows a step sees, and the tokens trained on so far."""
+    (folder / RUN).write_text(json.dumps({"num_tokens": num_tokens, "settings": settings}, indent=1), encoding="utf-8")
+
+
+def load_run(folder: Path, settings: Mapping[str, Any]) -> int:
+    """The tokens trained on so far; 0 for a checkpoint of another trainer.
+
+    Raises:
+        TrainingError: a setting differs, so that the kept log-probabilities would belong to other rows.
+    """
+    if not (folder / RUN).is_file():
+        return 0
+    run = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    for name, saved in run["settings"].items():
+        if settings.get(name) != saved:
+            raise TrainingError(
+                f"{folder} was made with {name} = {saved}, this run has {settings.get(name)}: steps see other rows.",
+                "Resume with the settings the checkpoint was made with.",
+            )
+    return run["num_tokens"]
 
 
 def save_psft_state(
@@ -84,13 +132,13 @@ def load_psft_state(folder: Path, process: int) -> tuple[dict[str, Tensor] | Non
     """Loads what `save_psft_state` saved: the reference (None before the first snapshot) and the block's scores.
 
     Raises:
-        TrainingError: the scores of this process are missing (another number of processes made the checkpoint).
+        TrainingError: the scores of this process are missing (another trainer made the checkpoint).
     """
     scores_file = folder / SCORES.format(process=process)
     if not scores_file.is_file():
         raise TrainingError(
             f"{folder} holds no old log-probabilities for process {process}.",
-            "Resume with the same number of processes, and with loss_type psft, as the run that was cut off.",
+            "Resume from a checkpoint that qpsft made with loss_type psft.",
         )
     scores: dict[int, list[tuple[int, Tensor]]] = {}
     for key, tensor in load_file(scores_file).items():

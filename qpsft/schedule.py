@@ -13,11 +13,14 @@ the seed and the step, so nothing but the step is needed to resume.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.utils.data import Sampler
+
+from qpsft.errors import RecipeError
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,35 @@ class BlockSchedule:
         """Share of the rows that the run never reaches, in [0, 1)."""
         last = max((self.position(step).mini_batch for step in range(self.total_steps)), default=-1)
         return max(0.0, 1.0 - (last + 1) * self.mini_batch_size / self.num_rows)
+
+    def check(self, *, psft: bool) -> None:
+        """Says what a user may not expect of this schedule.
+
+        Args:
+            psft: the loss is PSFT's; False: only the order is used.
+
+        Raises:
+            RecipeError: the SFT warm-up takes the whole run.
+        """
+        left = self.total_steps - self.warmup_steps
+        if psft and left <= 0:
+            raise RecipeError(
+                f"sft_warmup_steps takes all {self.total_steps} optimizer steps, so PSFT never begins.",
+                "Lower sft_warmup_steps, or use loss_type nll.",
+            )
+        if psft and self.reference_steps > left:
+            warnings.warn(
+                f"A block of reference_steps = {self.reference_steps} is longer than the {left} optimizer steps of "
+                "the run: the reference policy is never renewed. Lower reference_steps or train longer.",
+                stacklevel=2,
+            )
+        unseen = self.unseen_share() if self.num_iterations > 1 else 0.0
+        if unseen > 0:
+            warnings.warn(
+                f"With num_iterations = {self.num_iterations}, {self.total_steps} optimizer steps never reach "
+                f"{unseen:.0%} of the rows; num_train_epochs = {self.num_iterations} would cover them all.",
+                stacklevel=2,
+            )
 
 
 class BlockSampler(Sampler[int]):

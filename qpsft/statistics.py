@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +17,7 @@ class RunStatistics:
     """Sums on the device, so that training never waits for a number; read once per log line.
 
     Attributes:
-        num_tokens: tokens trained on since the run began, padding excluded, all processes.
+        num_tokens: tokens in the log lines since the run began, padding excluded, all processes.
     """
 
     _SUMS = ("num_items", "tokens", *SUMS)
@@ -33,6 +35,20 @@ class RunStatistics:
     def add(self, part: dict[str, Tensor], tokens: Tensor) -> None:
         """Adds a micro-batch: its `loss_statistics` and its number of tokens."""
         self._parts.append(part | {"tokens": tokens})
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside does not count in `tokens_per_second`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - start
+
+    def tokens_so_far(self, accelerator: Accelerator) -> int:
+        """`num_tokens` and the tokens since the last log line. Every process must call it."""
+        own = sum((part["tokens"] for part in self._parts), torch.zeros((), device=accelerator.device))
+        return self.num_tokens + int(accelerator.gather(own.reshape(1).long()).sum())
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
         """Token means since the last call, `tokens_per_second` and `num_tokens`; empty if there was no micro-batch."""

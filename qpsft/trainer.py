@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import has_length, rotate_checkpoints
 from trl import SFTTrainer
-from trl.trainer.utils import create_model_from_path
 
 from qpsft import resume
 from qpsft.config import PSFTConfig
-from qpsft.errors import OutputError, RecipeError, TrainingError
+from qpsft.errors import RecipeError, TrainingError
 from qpsft.losses import NotFiniteError, dft_loss, loss_statistics, nll_loss, psft_loss
+from qpsft.policy import adapter_parameters, default_config, noise_sources, prepare_policy
 from qpsft.reference import ReferencePolicy
 from qpsft.schedule import BlockSampler, BlockSchedule, StepPosition
 from qpsft.statistics import RunStatistics
@@ -70,56 +68,52 @@ class PSFTTrainer(SFTTrainer):
         quantization_config: Any = None,
         **kwargs: Any,
     ):
-        if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            args = PSFTConfig(f"{Path(name).name}-PSFT")
+        args = default_config(model) if args is None else args
         if not isinstance(args, PSFTConfig):
             raise RecipeError(f"args is a {type(args).__name__}.", "Pass a qpsft.PSFTConfig.")
+        if kwargs.get("compute_loss_func") is not None:
+            raise RecipeError("compute_loss_func is not supported: the loss is loss_type's.", "Use trl.SFTTrainer.")
         set_seed(args.seed)  # the adapter's initial values are random
-        if isinstance(model, str):
-            model = _load(model, args, quantization_config)
-        if peft_config is not None and not is_peft_model(model):
-            if args.chat_template_path and not args.chat_template_path.endswith((".jinja", ".j2")):
-                raise RecipeError(
-                    f"chat_template_path {args.chat_template_path!r} names a tokenizer, whose added tokens would "
-                    "have to be trained in a 4-bit embedding.",
-                    "Give a .jinja file, or clone the template onto the model before it is quantized.",
-                )
-            model = get_peft_model(model, peft_config)
-            peft_config = None
-
-        trainable = _float32_adapter(model) if is_peft_model(model) else []
+        model = prepare_policy(model, args, peft_config, quantization_config)
+        trainable = adapter_parameters(model)
         loss_type, args.loss_type = args.loss_type, "nll" if args.loss_type == "psft" else args.loss_type
         try:
             # SFTTrainer casts a quantized model's trainable parameters to bfloat16, too coarse for small steps
             for parameter in trainable:
                 parameter.requires_grad_(False)
-            super().__init__(model, args, peft_config=peft_config, **kwargs)
+            super().__init__(model, args, **kwargs)
         finally:
             args.loss_type = loss_type
             for parameter in trainable:
                 parameter.requires_grad_(True)
 
+        if self._visits() > 1 and not has_length(self.train_dataset):
+            raise RecipeError(
+                "num_iterations above 1 needs a data set of known length, not a stream.",
+                "Load it without streaming, or set num_iterations to 1.",
+            )
+        self._start_over()
+        self._check_noise()
+
+    def _start_over(self) -> None:
         self.reference: ReferencePolicy | None = None
         self._schedule: BlockSchedule | None = None
         self._position: StepPosition | None = None
         self._scores: dict[int, list[Tensor]] = {}  # old log-probabilities of the block, by mini-batch
         self._resumed: tuple | None = None
         self._statistics = RunStatistics()
-        self._check_dropout()
 
     def _send_telemetry(self) -> None:
         """Nothing is sent anywhere unless the user names a Hub id."""
 
-    def _check_dropout(self) -> None:
-        configs = self.model.peft_config.values() if is_peft_model(self.model) else []
-        dropout = max((getattr(c, "lora_dropout", 0.0) or 0.0 for c in configs), default=0.0)
-        if dropout > 0 and self.args.loss_type == "psft":
-            warnings.warn(
-                f"lora_dropout is {dropout}: the two passes drop different inputs, so the ratio differs from 1 right "
-                "after a snapshot and the trust region clips noise. Set lora_dropout to 0 for PSFT.",
-                stacklevel=3,
-            )
+    def _check_noise(self) -> None:
+        for name, size in noise_sources(self.model, self.args).items():
+            if self.args.loss_type == "psft":
+                warnings.warn(
+                    f"{name} is {size}: the two passes see different noise, so the ratio differs from 1 right after a "
+                    f"snapshot and the trust region clips noise. Set {name} to 0 for PSFT.",
+                    stacklevel=3,
+                )
 
     # ---- the order of the data ----
 
@@ -128,19 +122,15 @@ class PSFTTrainer(SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         train_dataset = self.train_dataset if train_dataset is None else train_dataset
-        if not has_length(train_dataset):
-            if self._visits() > 1:
-                raise RecipeError(
-                    "num_iterations above 1 needs a data set of known length, not a stream.",
-                    "Load it without streaming, or set num_iterations to 1.",
-                )
-            return None
         return BlockSampler(
             self._get_schedule, len(train_dataset), self._mini_batch_size(), step=lambda: self.state.global_step
         )
 
     def _visits(self) -> int:
         return self.args.num_iterations if self.args.loss_type == "psft" or self.args.block_order else 1
+
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def _get_schedule(self) -> BlockSchedule:
         if self._schedule is None:
@@ -152,10 +142,10 @@ class PSFTTrainer(SFTTrainer):
                 num_iterations=self._visits(),
                 warmup_steps=self.args.sft_warmup_steps_of(self.state.max_steps),
                 total_steps=self.state.max_steps,
-                seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+                seed=self._data_seed(),
                 permute=self._permutation(),
             )
-            self._explain_schedule(self._schedule)
+            self._schedule.check(psft=self.args.loss_type == "psft")
         return self._schedule
 
     def _permutation(self):
@@ -172,29 +162,6 @@ class PSFTTrainer(SFTTrainer):
             f"train_sampling_strategy {strategy!r} cannot be combined with blocks.",
             "Use random, sequential or group_by_length.",
         )
-
-    def _explain_schedule(self, schedule: BlockSchedule) -> None:
-        if self.args.loss_type != "psft":
-            return
-        left = schedule.total_steps - schedule.warmup_steps
-        if left <= 0:
-            raise RecipeError(
-                f"sft_warmup_steps takes all {schedule.total_steps} optimizer steps, so PSFT never begins.",
-                "Lower sft_warmup_steps, or use loss_type nll.",
-            )
-        if schedule.reference_steps > left:
-            warnings.warn(
-                f"A block of reference_steps = {schedule.reference_steps} is longer than the {left} optimizer steps "
-                "of the run: the reference policy is never renewed. Lower reference_steps or train longer.",
-                stacklevel=2,
-            )
-        unseen = schedule.unseen_share() if has_length(self.train_dataset) else 0.0
-        if unseen > 0 and schedule.num_iterations > 1:
-            warnings.warn(
-                f"With num_iterations = {schedule.num_iterations}, {schedule.total_steps} optimizer steps never reach "
-                f"{unseen:.0%} of the rows; num_train_epochs = {schedule.num_iterations} would cover them all.",
-                stacklevel=2,
-            )
 
     # ---- one optimizer step ----
 
@@ -290,8 +257,8 @@ class PSFTTrainer(SFTTrainer):
             return nll_loss(logprobs, None, mask, num_items=num_items)
         return psft_loss(logprobs, old_logprobs, mask, epsilon=self.args.epsilon, num_items=num_items)
 
-    def _clip_grad_norm(self, model):
-        norm = super()._clip_grad_norm(model)
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
         # with loss scaling, infinite gradients are expected: the scaler skips that step
         if self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(norm)):
             raise self._not_finite("the gradient is NaN or infinite")
@@ -316,7 +283,13 @@ class PSFTTrainer(SFTTrainer):
         if self.model.training:
             numbers = self._statistics.read(self.accelerator)
             self._metrics["train"].update({name: [value] for name, value in numbers.items()})
+            self._total_train_tokens = self._statistics.num_tokens  # SFTTrainer logs it with evaluations
         super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in SFTTrainer; its time does not count in `tokens_per_second`."""
+        with self._statistics.paused():
+            return super().evaluate(*args, **kwargs)
 
     # ---- saving and resuming ----
 
@@ -327,32 +300,15 @@ class PSFTTrainer(SFTTrainer):
             if found is None:
                 raise TrainingError(f"{self.args.output_dir} holds no whole checkpoint to resume from.")
             resume_from_checkpoint = str(found)
-        self._schedule = None
-        self._statistics.restart()
+        self._start_over()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save_checkpoint(self, model, trial) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # the old ones go when this one is whole
         try:
-            if self.args.should_save:
-                resume.remove_folder(folder)
-            self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
-            if self.args.loss_type == "psft":
-                reference = self.reference.state_dict() if self.reference and self.args.should_save else None
-                resume.save_psft_state(folder, self.args.process_index, reference, self._scores)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                (folder / "tokens.json").write_text(json.dumps({"num_tokens": self._statistics.num_tokens}))
-                resume.mark_complete(folder)
-        except OSError as error:
-            resume.remove_folder(folder)
-            raise OutputError(
-                f"The checkpoint {folder} could not be written: {error.strerror or error}.",
-                "Free some space or choose another output_dir; earlier checkpoints are untouched, so `--resume` "
-                "continues from the last one.",
-            ) from error
+            with resume.whole_or_removed(folder):
+                self._write_checkpoint(folder, model, trial)
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
@@ -363,30 +319,37 @@ class PSFTTrainer(SFTTrainer):
                 use_mtime=True,
             )
 
+    def _write_checkpoint(self, folder: Path, model, trial) -> None:
+        if self.args.should_save:
+            resume.remove_folder(folder)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        if self.args.loss_type == "psft":
+            reference = self.reference.state_dict() if self.reference and self.args.should_save else None
+            resume.save_psft_state(folder, self.args.process_index, reference, self._scores)
+        num_tokens = self._statistics.tokens_so_far(self.accelerator)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            resume.save_run(folder, self._order_settings(), num_tokens)
+            resume.mark_complete(folder)
+
+    def _order_settings(self) -> dict[str, Any]:
+        """What decides which rows a step sees."""
+        return {
+            "loss_type": self.args.loss_type,
+            "rows": len(self.train_dataset) if has_length(self.train_dataset) else None,
+            "processes": self.args.world_size,
+            "per_device_train_batch_size": self.args.train_batch_size,
+            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+            "reference_steps": self.args.reference_steps,
+            "num_iterations": self._visits(),
+            "seed": self._data_seed(),
+            "train_sampling_strategy": str(self.args.train_sampling_strategy),
+        }
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         folder = Path(resume_from_checkpoint)
-        tokens = folder / "tokens.json"
-        if tokens.is_file():
-            self._statistics.num_tokens = json.loads(tokens.read_text())["num_tokens"]
+        self._statistics.num_tokens = resume.load_run(folder, self._order_settings())
         if self.args.loss_type == "psft":
-            self.reference, self._scores = None, {}
             self._resumed = resume.load_psft_state(folder, self.args.process_index)
-
-
-def _load(name: str, args: PSFTConfig, quantization_config: Any) -> PreTrainedModel:
-    arguments = {"trust_remote_code": args.trust_remote_code} | dict(args.model_init_kwargs or {})
-    if quantization_config is not None:
-        arguments["quantization_config"] = quantization_config
-    if args.distributed_state is not None and args.distributed_state.num_processes > 1:
-        arguments["device_map"] = None
-    return create_model_from_path(name, **arguments)
-
-
-def _float32_adapter(model: PeftModel) -> list[torch.nn.Parameter]:
-    """The adapter's trainable parameters, widened to float32 in place (exact) where they were narrower."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trainable:
-        if parameter.dtype in (torch.bfloat16, torch.float16):
-            parameter.data = parameter.data.float()
-    return trainable
