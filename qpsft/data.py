@@ -15,6 +15,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow
 from tqdm import tqdm
 
 from qpsft.chat import ChatRenderer, Span
@@ -29,9 +30,6 @@ IGNORED = -100
 """The label of a token that is not supervised."""
 PERCENTILES = (50, 90, 99, 100)
 ROWS_WORTH_A_BAR = 3000
-FEATURES = datasets.Features(
-    {"input_ids": datasets.List(datasets.Value("int32")), "labels": datasets.List(datasets.Value("int32"))}
-)
 
 
 @dataclass
@@ -171,7 +169,16 @@ def tokenize_rows(
             f"{counts.length_percentiles[50] - 1} tokens).",
             "Raise max_length, or shorten the prompts.",
         )
-    return TokenizedRows(rows.name, rows.shape, datasets.Dataset.from_dict(columns, features=FEATURES), counts, places)
+    return TokenizedRows(rows.name, rows.shape, _as_dataset(columns), counts, places)
+
+
+def _as_dataset(columns: dict[str, list[np.ndarray]]) -> datasets.Dataset:
+    """Columns of int32 arrays, one per row, in memory. `Dataset.from_dict` takes ten times as long to see that."""
+    arrays = {}
+    for name, rows in columns.items():
+        ends = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int32)
+        arrays[name] = pyarrow.ListArray.from_arrays(ends, np.concatenate(rows))
+    return datasets.Dataset(pyarrow.table(arrays))
 
 
 class _Encoder:

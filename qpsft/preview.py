@@ -81,8 +81,8 @@ def _table(tokenized: TokenizedRows) -> str:
         ("length in tokens, uncut", lengths),
     ]
     if counts.shared_tokens:
-        what = "share a token between prompt and completion: end prompt_format where a token ends"
-        lines.append(("rows at odds", f"{counts.shared_tokens:,} {what}"))
+        what = "in which prompt and completion share a token: the prompt alone gives another context"
+        lines.append(("shared tokens", f"{counts.shared_tokens:,} rows {what}"))
     if counts.unused_columns:
         lines.append(("columns not used", ", ".join(map(str, counts.unused_columns))))
     column = max(len(name) for name, _ in lines)

@@ -214,7 +214,7 @@ def _csv_rows(name: str, text: str, limit: int | None) -> Records:
     try:
         for cells in reader:
             start, line = line, reader.line_num + 1
-            if not cells:
+            if not "".join(cells).strip() and len(cells) < 2:
                 continue
             if header is None:
                 header = cells

@@ -230,7 +230,7 @@ def _message(message: object, where: str) -> dict:
     message = {key: value for key, value in message.items() if value is not None}
     if "from" in message and "role" not in message:
         speaker = message.pop("from")
-        if speaker not in SHAREGPT_ROLES:
+        if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
             raise DataError(f"{where}: unknown speaker {speaker!r}.", f"Known are {', '.join(SHAREGPT_ROLES)}.")
         message["role"] = SHAREGPT_ROLES[speaker]
         if "value" in message:
@@ -246,6 +246,8 @@ def _message(message: object, where: str) -> dict:
         message["content"] = _joined_parts(message["content"], where)
     calls = message.get("tool_calls")
     if calls:
+        if not isinstance(calls, list):
+            raise DataError(f"{where}: tool_calls must be a list.", "Write it as OpenAI does.")
         message["tool_calls"] = [_tool_call(call, where) for call in calls]
     elif "content" not in message:
         raise DataError(f"{where}: the {message['role']} message has no content.", "Fill or delete it.")
