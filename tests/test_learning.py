@@ -1,0 +1,100 @@
+"""On real input: PSFT and SFT lower the NLL of text they were not trained on; and the demo shows what it says."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from qpsft import cli
+from qpsft.base import load_base, load_tokenizer
+from qpsft.config import PSFTConfig
+from qpsft.data import load_rows, tokenize_rows
+from qpsft.evaluate import greedy_completions, text_statistics
+from qpsft.recipe import load_recipe
+
+RECIPE = Path(__file__).with_name("recipes") / "stories260k_gsm8k.yaml"
+
+
+def held_out_rows(recipe, tokenizer, gsm8k):
+    recipe.data.dataset_limit = 200
+    rows = load_rows(str(gsm8k / "test.jsonl"), recipe.data)
+    return list(tokenize_rows(rows, tokenizer, recipe.data, recipe.trainer.max_length, show_progress=False).dataset)
+
+
+@pytest.mark.parametrize("loss_type", ["psft", "nll"])
+def test_200_steps_on_gsm8k_end_below_the_base(loss_type, stories, gsm8k, tmp_path):
+    flags = [f"--model_name_or_path={stories}", f"--dataset_name={gsm8k / 'train.jsonl'}", f"--loss_type={loss_type}"]
+    assert cli.main(["train", str(RECIPE), *flags, f"--output_dir={tmp_path / 'a'}"]) == 0
+    recipe = load_recipe(RECIPE, flags, PSFTConfig)
+    base, tokenizer = load_base(stories, verbose=False)
+    rows = held_out_rows(recipe, tokenizer, gsm8k)
+    before = text_statistics(base, rows)
+    after = text_statistics(PeftModel.from_pretrained(base, tmp_path / "a"), rows)
+    print(f"{loss_type}: {before['num_items']} tokens of {len(rows)} rows, base {before}, after {after}")
+    assert before["nll"] > 4.0 and after["nll"] < before["nll"] - 2.0
+    assert after["mean_token_accuracy"] > before["mean_token_accuracy"]
+
+
+def test_the_embedded_base_learns_with_both_losses(tmp_path):
+    flags = ["--max_steps=48", "--seed=0", "--save_strategy=no"]
+    recipe_file = Path(__file__).parents[1] / "qpsft" / "demo" / "recipe.yaml"
+    recipe = load_recipe(recipe_file, [], PSFTConfig)
+    tokenizer = load_tokenizer("demo")
+    rows = load_rows("demo-clean", recipe.data, "test")
+    held_out = list(tokenize_rows(rows, tokenizer, recipe.data, 128, show_progress=False).dataset)
+    before = text_statistics(load_base("demo", verbose=False)[0], held_out)
+    for loss_type in ("psft", "nll"):
+        folder = tmp_path / loss_type
+        assert cli.main(["train", str(recipe_file), *flags, f"--loss_type={loss_type}", f"--output_dir={folder}"]) == 0
+        model = PeftModel.from_pretrained(load_base("demo", verbose=False)[0], folder)
+        assert text_statistics(model, held_out)["nll"] < before["nll"] - 0.5
+
+
+def test_text_statistics_equal_a_computation_row_by_row(stories):
+    model, _ = load_base(stories, verbose=False)
+    torch.manual_seed(0)
+    rows = []
+    for length in (5, 17, 9, 30):
+        ids = torch.randint(3, 500, (length,)).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * 3 + ids[3:]})
+    nll, entropy, top1, count = 0.0, 0.0, 0, 0
+    with torch.no_grad():
+        for row in rows:
+            logprobs = model(torch.tensor([row["input_ids"]])).logits[0].double().log_softmax(-1)
+            for position in range(3, len(row["input_ids"])):
+                here = logprobs[position - 1]
+                nll -= here[row["input_ids"][position]].item()
+                entropy -= (here.exp() * here).sum().item()
+                top1 += int(here.argmax().item() == row["input_ids"][position])
+                count += 1
+    for batch_tokens in (1, 40, 10_000):
+        found = text_statistics(model, rows, batch_tokens=batch_tokens)
+        assert found["num_items"] == count
+        assert found["nll"] == pytest.approx(nll / count, rel=1e-5)
+        assert found["entropy"] == pytest.approx(entropy / count, rel=1e-5)
+        assert found["mean_token_accuracy"] == pytest.approx(top1 / count)
+
+
+def test_greedy_completions_do_not_depend_on_the_batch():
+    from qpsft.demo import tasks
+
+    model, tokenizer = load_base("demo", verbose=False)
+    prompts = [row["prompt"] for row in tasks.in_domain("test", 3) + tasks.out_of_domain("test", 3)["shorter_a"]]
+    one_by_one = [greedy_completions(model, tokenizer, [prompt], max_new_tokens=40)[0] for prompt in prompts]
+    assert greedy_completions(model, tokenizer, prompts, max_new_tokens=40, batch_size=4) == one_by_one
+    assert len(set(one_by_one)) > 1 and all(text.strip() for text in one_by_one)
+
+
+def test_the_demo_learns_and_prints_what_it_did(tmp_path, capsys):
+    from qpsft.demo import walkthrough
+
+    before, after = walkthrough.run(str(tmp_path / "demo"), limit=40)
+    out = capsys.readouterr().out
+    assert after.accuracy["in_domain"] > before.accuracy["in_domain"] + 0.3
+    assert after.nll < before.nll and math.isfinite(after.entropy)
+    assert f"{after.accuracy['in_domain']:.1%}" in out and "three of the in-domain problems" in out
+    assert "next:" in out and str(tmp_path / "demo") in out
+    assert (tmp_path / "demo" / "adapter_model.safetensors").is_file()
+    assert cli.main(["demo", f"--output_dir={tmp_path / 'demo'}"]) == 2  # never over an earlier one
