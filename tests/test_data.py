@@ -5,9 +5,24 @@ import time
 from pathlib import Path
 
 import pytest
+from byte_tokenizers import (
+    BOS,
+    CHATML,
+    EOS,
+    FORGETS_THOUGHTS,
+    LLAMA3,
+    MARKED,
+    MARKED_WITHOUT_END,
+    OPEN,
+    OPENS_THOUGHTS,
+    PROMPT,
+    SPECIAL,
+    TURN,
+    byte_tokenizer,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from trl.chat_template_utils import qwen2_5_chat_template, qwen2_5_training_chat_template
 from trl.data_utils import common_prefix_length
@@ -18,51 +33,6 @@ from qpsft.errors import DataError
 from qpsft.recipe import DataArguments
 
 DEMO = Path(__file__).parents[1] / "qpsft" / "demo" / "model"
-
-OPEN = "{% for m in messages %}"
-TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
-PROMPT = "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-CHATML = OPEN + TURN + PROMPT
-ASSISTANT = "{% if m.role == 'assistant' %}<|im_start|>assistant\n"
-MARKED = OPEN + ASSISTANT + "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{{ '\n' }}{% else %}" + TURN
-MARKED += "{% endif %}" + PROMPT
-MARKED_WITHOUT_END = MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
-LLAMA3 = (
-    "{{ bos_token }}" + OPEN + "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
-    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
-FORGETS_THOUGHTS = (
-    OPEN
-    + ("<|im_start|>{{ m.role }}\n{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|im_end|>\n")
-    + PROMPT
-)
-OPENS_THOUGHTS = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-
-SPECIAL = [
-    "<s>",
-    "</s>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-    "<think>",
-]
-BOS, EOS = 0, 1
-
-
-def byte_tokenizer(template=None, bos=False, pad="</s>"):
-    """One token per byte, so that every expected value can be read off the text; specials as in real models."""
-    vocabulary = {token: i for i, token in enumerate(SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIAL)
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token=pad)
-    fast.chat_template = template
-    return fast
 
 
 def tokenized(tmp_path, rows, tokenizer, max_length=None, **options):
@@ -366,7 +336,7 @@ def test_rows_of_10_mb_are_tokenized_and_cut(tmp_path):
     long = f"{words[3]} {words[4]} " * 100_000
     start = time.monotonic()
     data = tokenized(tmp_path, [{"prompt": words[3] + " ", "completion": long}], tokenizer, max_length=8)
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 180  # about 5 s on a free core; quadratic work would take hours
     assert only(data) == {"input_ids": [3, 3, 4, 3, 4, 3, 4, 3], "labels": [-100, 3, 4, 3, 4, 3, 4, 3]}
     assert data.counts.length_percentiles[100] == 200_002 and data.counts.truncated == 1
 
