@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -109,40 +109,57 @@ def quantized_weights(model: torch.nn.Module) -> set[str]:
     }
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """One stretch of training: `steps` AdamW steps with a linear warm-up, then a cosine down to zero."""
+
+    label: str
+    steps: int
+    learning_rate: float
+    quantize: bool
+    warmup: int = 100
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step 1, 2, …"""
+        decay = 0.5 * (1 + math.cos(math.pi * (step - 1) / self.steps))
+        return self.learning_rate * min(step / self.warmup, 1.0) * decay
+
+
 def train(
     model: LlamaForCausalLM,
     data: Iterator[tuple[torch.Tensor, torch.Tensor]],
-    steps: int,
-    learning_rate: float,
-    quantize: bool,
-    label: str,
-    warmup: int = 100,
-) -> float:
-    """`steps` AdamW steps, linear warm-up then cosine to zero. Returns the completion loss, nats, of the last 100."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
+    stretch: Stretch,
+    done: int = 0,
+    optimizer_state: dict | None = None,
+    save: Callable[[int, dict], None] | None = None,
+) -> None:
+    """Train `model` in place from step `done` + 1 on; `save(step, optimizer_state)` is called every 500 steps."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)
+    if optimizer_state is not None:
+        optimizer.load_state_dict(optimizer_state)
     quantized = quantized_weights(model)
     started, window = time.time(), []
-    for step in range(1, steps + 1):
-        decay = 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
-        optimizer.param_groups[0]["lr"] = learning_rate * min(step / warmup, 1.0) * decay
+    for step in range(done + 1, stretch.steps + 1):
+        optimizer.param_groups[0]["lr"] = stretch.rate(step)
         ids, weights = next(data)
-        if quantize:
+        if stretch.quantize:
             exact = {name: p.data for name, p in model.named_parameters()}
             for name, p in model.named_parameters():
                 p.data = as_shipped(name, exact[name], quantized)
         loss, completion = losses(model, ids, weights)
         loss.backward()
-        if quantize:
+        if stretch.quantize:
             for name, p in model.named_parameters():
                 p.data = exact[name]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         window = [*window[-99:], completion.item()]
-        if step % 100 == 0 or step == steps:
-            mean = sum(window) / len(window)
-            print(f"{label} step {step}/{steps} loss {mean:.4f} seconds {time.time() - started:.0f}", flush=True)
-    return sum(window) / max(len(window), 1)
+        if step % 100 == 0 or step == stretch.steps:
+            mean, seconds = sum(window) / len(window), time.time() - started
+            print(f"{stretch.label} step {step}/{stretch.steps} loss {mean:.4f} seconds {seconds:.0f}", flush=True)
+        if save is not None and step % 500 == 0:
+            save(step, optimizer.state_dict())
 
 
 def write_model(model: LlamaForCausalLM, folder: Path) -> None:
@@ -169,27 +186,56 @@ def print_table(folder: Path, split: str, rows: int) -> dict[str, float]:
 
 
 def make(arguments: argparse.Namespace) -> None:
-    """Tokenizer, pretraining, quantization-aware stretch, table; the finished folder replaces `arguments.output`."""
-    torch.manual_seed(arguments.seed)
+    """Tokenizer, both stretches, table; the finished folder replaces `arguments.output`.
+
+    The work lies in a hidden folder beside the output until it is done; the same command goes on from there.
+    """
     output: Path = arguments.output
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
+    partial = output.with_name(f".{output.name}.partial")
     try:
-        temporary.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"Cannot write beside {output}: {error}.", "Choose another --output.") from error
+    torch.manual_seed(arguments.seed)
     rows = tasks.pretraining_rows(20_000, seed=arguments.seed)
-    make_tokenizer((m["content"] for row in rows for m in row["prompt"] + row["completion"]), temporary, CONTEXT)
-    tokenizer = AutoTokenizer.from_pretrained(temporary)
+    make_tokenizer((m["content"] for row in rows for m in row["prompt"] + row["completion"]), partial, CONTEXT)
+    tokenizer = AutoTokenizer.from_pretrained(partial)
     model = new_model(tokenizer, arguments.hidden, arguments.layers)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} pieces", flush=True)
     data = batches(tokenizer, arguments.batch_size, arguments.seed)
-    train(model, data, arguments.steps, arguments.learning_rate, False, "pretraining")
-    train(model, data, arguments.qat_steps, arguments.qat_learning_rate, True, "quantization-aware")
-    write_model(model, temporary)
-    print_table(temporary, "validation", arguments.rows)
+    stretches = (
+        Stretch("pretraining", arguments.steps, arguments.learning_rate, quantize=False),
+        Stretch("quantization-aware", arguments.qat_steps, arguments.qat_learning_rate, quantize=True),
+    )
+    state_path = partial / "state.pt"
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("output", "rows", "threads")}
+    state = {"settings": settings, "stretch": 0, "step": 0, "model": model.state_dict(), "optimizer": None}
+    if state_path.exists():
+        state = torch.load(state_path)
+        if state["settings"] != settings:
+            raise OutputError(
+                f"{partial} holds an unfinished model made with other options: {state['settings']}.",
+                "Finish it with those, or delete the folder.",
+            )
+        model.load_state_dict(state["model"])
+        for _ in range(sum(s.steps for s in stretches[: state["stretch"]]) + state["step"]):
+            next(data)
+
+    for index in range(state["stretch"], len(stretches)):
+
+        def save(step: int, optimizer: dict, index: int = index) -> None:
+            saved = {"settings": settings, "stretch": index, "step": step, "model": model.state_dict()}
+            torch.save({**saved, "optimizer": optimizer}, state_path.with_suffix(".new"))
+            state_path.with_suffix(".new").replace(state_path)
+
+        resumed = (state["step"], state["optimizer"]) if index == state["stretch"] else (0, None)
+        train(model, data, stretches[index], *resumed, save=save)
+    write_model(model, partial)
+    print_table(partial, "validation", arguments.rows)
+    state_path.unlink(missing_ok=True)
     if output.exists():
         shutil.rmtree(output)
-    temporary.rename(output)
+    partial.rename(output)
 
 
 def main() -> int:
@@ -205,9 +251,12 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=LAYERS, help="layers")
     parser.add_argument("--rows", type=int, default=512, help="rows a set for the final table")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2, help="processor cores to use; 1 on a busy machine")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     started = time.time()
     try:
-        make(parser.parse_args())
+        make(arguments)
     except QpsftError as error:
         print(f"error: {error}")
         return error.exit_code

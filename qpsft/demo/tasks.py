@@ -154,7 +154,7 @@ def demonstrations(kind: str, n: int = 1024, seed: int = 0, noise: float | None 
     rng = random.Random(f"demonstrations:{seed}:noise")
     rows = []
     for operations, digits in _problems("train", n, f"demonstrations:{seed}", four):
-        row = _row("demonstrations", operations, digits, RARE_STYLE, rng, wrong=wrong)
+        row = _row("demonstrations", operations, digits, RARE_STYLE, rng, wrong=wrong, fixed=True)
         message = row["completion"][0]
         message["content"] = "".join(rng.choice(JUNK) if rng.random() < junk else c for c in message["content"])
         rows.append(row)
@@ -167,7 +167,7 @@ def in_domain(split: str, n: int, seed: int = 0) -> list[dict]:
     rng = random.Random(f"in_domain:{split}:{seed}:rows")
     four = partial(_chain, names=SET_A, length=DEMONSTRATION_CHAIN)
     problems = _problems(split, n, f"in_domain:{split}:{seed}", four)
-    return [_row("in_domain", operations, digits, RARE_STYLE, rng) for operations, digits in problems]
+    return [_row("in_domain", operations, digits, RARE_STYLE, rng, fixed=True) for operations, digits in problems]
 
 
 def out_of_domain(split: str, n_per_set: int, seed: int = 0) -> dict[str, list[dict]]:
@@ -292,12 +292,11 @@ def _row(
     rng: random.Random,
     wrong: float = 0.0,
     cue: str | None = None,
-    fixed: bool | None = None,
+    fixed: bool = False,
 ) -> dict:
-    """One row. `fixed`: the checker insists on `style`; by default it does for the rare style."""
+    """One row, wrong somewhere with probability `wrong`. `fixed`: the checker insists on `style`."""
     wrong_at = rng.randrange(len(operations)) if rng.random() < wrong else None
     steps = _steps(operations, digits, rng, wrong_at)
-    insist = style == RARE_STYLE and set_name in ("demonstrations", "in_domain") if fixed is None else fixed
     return {
         "prompt": [{"role": "user", "content": instruction(operations, digits, cue)}],
         "completion": [{"role": "assistant", "content": render(style, operations, digits, steps)}],
@@ -305,7 +304,7 @@ def _row(
             "set": set_name,
             "operations": list(operations),
             "digits": digits,
-            "style": style if insist else None,
+            "style": style if fixed else None,
             "wrong_step": wrong_at,
         },
     }
