@@ -61,10 +61,10 @@ def preview(argv: Sequence[str]) -> int:
 
 def demo(argv: Sequence[str]) -> int:
     """train the embedded base model and show what it learned"""
-    parser = argparse.ArgumentParser(
-        "qpsft demo",
-        description="Train the embedded base model with PSFT on built-in noisy demonstrations, in NF4, without any "
-        "download, and show what it learned and what it kept. About two minutes on two cores.",
+    parser = _parser(
+        "demo",
+        "Train the embedded base model with PSFT on built-in noisy demonstrations, in NF4, without any download, and "
+        "show what it learned and what it kept. About two minutes on two cores.",
     )
     parser.add_argument("--output_dir", default="qpsft-demo", help="where the adapter goes (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier demo's adapter")
@@ -76,7 +76,71 @@ def demo(argv: Sequence[str]) -> int:
     return 0
 
 
-VERBS: dict[str, Callable[[Sequence[str]], int]] = {"demo": demo, "train": train, "preview": preview}
+def merge(argv: Sequence[str]) -> int:
+    """merge an adapter into its base: plain safetensors"""
+    parser = _parser(
+        "merge",
+        "Merge an adapter into its base model, tensor by tensor, and prove that the result is the model that was "
+        "trained. CPU and a few hundred MB of memory suffice, whatever the model's size.",
+    )
+    parser.add_argument("adapter", help="folder that qpsft train wrote")
+    parser.add_argument("-o", "--output", help="folder to write (default: ADAPTER-merged)")
+    parser.add_argument("--base", help="the base's folder or Hub id, if it is no longer where the adapter says")
+    parser.add_argument(
+        "--onto",
+        default="trained",
+        help="trained: the rounded weights training saw, the default; the result is the trained model. original: the "
+        "16-bit weights on disk; often fine, never the same model",
+    )
+    parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32 (default: %(default)s)")
+    parser.add_argument("--max_shard_size", default="2GB", help="size of one file (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier merge")
+    parser.add_argument("--no_verify", action="store_true", help="do not compare the result with the live model")
+    options = parser.parse_args(argv)
+    _quiet_libraries()
+    from qpsft.merge import merge_adapter
+
+    report = merge_adapter(
+        options.adapter,
+        options.output,
+        base=options.base,
+        onto=options.onto,
+        dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
+        overwrite=options.overwrite,
+        verify=not options.no_verify,
+    )
+    print(report.summary())
+    return 0
+
+
+def verify(argv: Sequence[str]) -> int:
+    """prove that an exported model is the trained one"""
+    parser = _parser(
+        "verify",
+        "Compare an exported model with the live 4-bit model and its adapter: weights, log-probabilities on real "
+        "prompts, greedy answers, chat template and stop tokens. Exit code 1 when it is another model.",
+    )
+    parser.add_argument("adapter", help="folder that qpsft train wrote")
+    parser.add_argument("exported", help="folder of the merged model")
+    parser.add_argument("--base", help="the base's folder or Hub id, if it is no longer where the adapter says")
+    parser.add_argument("--prompts", help="prompts to compare on (default: the adapter's held-out rows)")
+    options = parser.parse_args(argv)
+    _quiet_libraries()
+    from qpsft.verify import verify_export
+
+    report = verify_export(options.adapter, options.exported, base=options.base, prompts=options.prompts)
+    print(report.summary())
+    return 0 if report.same_model else 1
+
+
+VERBS: dict[str, Callable[[Sequence[str]], int]] = {
+    "demo": demo,
+    "train": train,
+    "preview": preview,
+    "merge": merge,
+    "verify": verify,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -122,6 +186,10 @@ def _unknown_verb(name: str) -> QpsftError:
 
 def _paragraph(error: QpsftError) -> str:
     return textwrap.fill(f"error: {error}", 100, break_long_words=False, break_on_hyphens=False)
+
+
+def _parser(verb: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(f"qpsft {verb}", description=description)
 
 
 def _recipe(verb: str, argv: Sequence[str], description: str, example: str):
