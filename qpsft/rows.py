@@ -251,10 +251,11 @@ def _read_hub(name: str, arguments: DataArguments, split: str) -> Records:
     try:
         table = datasets.load_dataset(name, arguments.dataset_config, split=split, revision=arguments.dataset_revision)
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
-        near = _near_files(Path(name).expanduser())
+        path = Path(name).expanduser()
+        near = _near_files(path) if path.parent.is_dir() else ""
         raise DataError(
             f"There is no file {name}, and no Hub dataset of that name could be reached ({_one_line(error)}).",
-            near or "Check dataset_name and the network; a private dataset needs `hf auth login`.",
+            f"{near} Check the name, the network and HF_HUB_OFFLINE; a private dataset needs `hf auth login`.".strip(),
         ) from None
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(

@@ -163,6 +163,7 @@ def test_a_hub_name_that_is_not_there_says_so(tmp_path, monkeypatch):
     assert "There is no file me/train, and no Hub dataset of that name could be reached" in text
     assert "Did you mean me/train.csv?" in text
     assert "Did you mean demo-noisy" in refusal("demo-nosy")
+    assert refusal("openai/gsm8k").endswith("needs `hf auth login`.") and "folder" not in refusal("openai/gsm8k")
 
 
 def test_hub_rows_come_with_config_split_revision_and_limit(monkeypatch):
