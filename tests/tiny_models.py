@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from qpsft.base import load_base
+from qpsft.errors import BaseModelError
 
 VOCABULARY = 200
 SIZES = {
@@ -56,3 +60,15 @@ def save_tokenizer(folder: Path, special: tuple[str, ...] = ("<s>", "</s>"), siz
 def edit_config(folder: Path, **changes) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def load(folder, **kwargs):
+    return load_base(folder, device="cpu", verbose=False, **kwargs)
+
+
+def refusal(folder, **kwargs) -> str:
+    """The one paragraph `load_base` refuses `folder` with."""
+    with pytest.raises(BaseModelError) as error:
+        load(folder, **kwargs)
+    assert error.value.what and error.value.todo and "\n" not in str(error.value)
+    return str(error.value)
