@@ -130,11 +130,12 @@ def merge_adapter(
         output: the folder to write; default: the adapter's name with "-merged", beside it.
         base: the base's folder or Hub id, if it is no longer where the adapter's record says.
         onto: "trained": the base's weights as training saw them, rounded and dequantized. "original": as they are on
-            disk, which is never the same model.
+            disk, which is never the model that was trained.
         dtype: of the weights written.
         max_shard_size: of one file, in bytes or as "2GB"; a larger tensor gets a file of its own.
         overwrite: replace `output` if it is an earlier merge. It stays until the new one is complete.
-        verify: compare the result with the live model, and refuse to leave one that differs (onto "trained").
+        verify: compare the result with the live model (adapter on the weights named by `onto`) and leave nothing if
+            it differs. Needs the record that qpsft writes into an adapter's folder.
         show_progress: a progress bar.
 
     Raises:
@@ -181,7 +182,7 @@ def merge_adapter(
                 peak_rss=_peak_rss(),
                 verdict=update_verdict(job.layers),
                 left_out=tensors.left_out,
-                verification=_verify(adapter, temporary, folder, onto) if verify else None,
+                verification=_verify(adapter, temporary, folder, onto, show_progress) if verify and record else None,
                 layers=sorted(job.layers, key=lambda layer: layer.update_to_step),
             )
             report.files = sorted([path.name for path in temporary.iterdir()] + ["README.md", MARK])
@@ -356,13 +357,13 @@ def _in_words(record: BaseRecord | None) -> str:
     return f"{record.quantization}{blocks}{double}, computed in {record.compute_dtype}"
 
 
-def _verify(adapter: Path, merged: Path, base: Path, onto: Onto) -> dict[str, Any]:
+def _verify(adapter: Path, merged: Path, base: Path, onto: Onto, show_progress: bool) -> dict[str, Any]:
     from qpsft.verify import verify_export
 
-    found = verify_export(adapter, merged, base=str(base))
-    if onto == "trained" and not found.same_model:
+    found = verify_export(adapter, merged, base=base, onto=onto, show_progress=show_progress)
+    if not found.same_model:
         raise NotTheSameModelError(
-            f"The merged model is not the model that was trained, and was removed.\n{found.summary()}",
+            f"The merged model is not the adapter on the {onto} weights, and was removed.\n{found.summary()}",
             "Please report this. To look at the folder, merge with --no_verify and run qpsft verify on it.",
         )
     return {

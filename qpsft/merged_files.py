@@ -99,8 +99,7 @@ def card(report: dict[str, Any]) -> str:
 def _verification(result: dict[str, Any] | None) -> list[str]:
     if result is None:
         return ["Not run. `qpsft verify ADAPTER THIS_FOLDER` runs it."]
-    lines = ["The same model." if result["same_model"] else "Not the same model, as merging onto the original weights "
-             "implies."]  # fmt: skip
+    lines = ["The same model." if result["same_model"] else "Another model."]
     lines += ["", "| | |", "| --- | --- |"]
     for key, value in result["numbers"].items():
         if isinstance(value, int | float | str | bool):

@@ -94,8 +94,9 @@ def quantize(values: Tensor, kind: str, block_size: int) -> tuple[Tensor, Tensor
 
 def dequantize(codes: Tensor, absmax: Tensor, count: int, rounding: Rounding, dtype: torch.dtype) -> Tensor:
     """The first `count` values that codes and block maxima stand for: rounded to `dtype`, then float32."""
+    even = count + count % 2  # an odd count would take bitsandbytes' slow path
     values = torch.ops.bitsandbytes.dequantize_4bit.default(
-        codes, absmax, rounding.block_size, rounding.kind, (count,), dtype
+        codes, absmax, rounding.block_size, rounding.kind, (even,), dtype
     )
     return values.view(-1)[:count].float()
 
