@@ -1,119 +1,292 @@
-"""What a model does: likelihood and entropy on given text, and greedy completions."""
+"""What a model does on prompts with references: how likely they are, how often it is right, how far it has drifted.
+
+Every number is defined in docs/metrics.md.
+"""
 
 from __future__ import annotations
 
+import time
+import warnings
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
+import numpy as np
 
 from qpsft.errors import DataError
+from qpsft.estimates import Estimate, bootstrap_weights, pass_at_k, ratio
+from qpsft.evaluation_rows import Encoded, as_rows, duplicates, encode, stop_ids_of
+from qpsft.generation import Completion, Completions, generate, greedy_completions
+from qpsft.likelihood import has_adapter, row_sums, text_statistics
+from qpsft.recipe import DataArguments
+from qpsft.shapes import Rows
+from qpsft.verifiers import Verdict, Verifier, find_verifier, text_of, warn_if_nothing_parsed
 
-VOCABULARY_TILE = 2**25  # logits held at once: 32M floats, 128 MB
+__all__ = ["Evaluation", "RowCompletions", "evaluate", "greedy_completions", "text_statistics"]
+
+MAX_NEW_TOKENS = 256
+CAPPED_TOO_OFTEN = 0.5
 
 
-@torch.no_grad()
-def text_statistics(model: Any, rows: Sequence[dict], *, batch_tokens: int = 8192) -> dict[str, float]:
-    """Likelihood of given text under a model, over its supervised tokens.
+@dataclass
+class RowCompletions:
+    """One row's completions.
 
-    Args:
-        model: a causal LM, with or without adapters; left in the mode it was in.
-        rows: each with `input_ids` and `labels` (lists of int; -100: not supervised), unpadded.
-        batch_tokens: tokens per forward, padding included (one row at least).
-
-    Returns:
-        `nll` and `entropy` of the model's next-token distribution (nats per supervised token), `mean_token_accuracy`
-        (share of them that are the most likely token), and `num_items` (how many they are).
-
-    Raises:
-        DataError: no token is supervised.
+    Attributes:
+        place: where the row came from.
+        prompt: the text of its prompt, or of the prompt's last message.
+        reference: the text of its completion.
+        greedy: the greedy completion, without special tokens, and its verdict.
+        samples: the sampled ones and theirs.
     """
-    totals = torch.zeros(3, dtype=torch.float64)
-    count = 0
-    was_training = model.training
-    model.eval()
-    try:
-        for batch in _length_sorted(rows, batch_tokens):
-            labels = batch.pop("labels").to(model.device)[:, 1:]
-            logits = model(**{k: v.to(model.device) for k, v in batch.items()}, use_cache=False).logits[:, :-1]
-            mask = labels != -100
-            tile = max(1, VOCABULARY_TILE // logits.shape[-1])
-            for some, label in zip(logits[mask].split(tile), labels[mask].split(tile), strict=True):
-                logprobs = some.float().log_softmax(-1)
-                totals[0] -= logprobs.gather(-1, label.unsqueeze(-1)).sum().item()
-                totals[1] -= (logprobs.exp() * logprobs).sum().item()
-                totals[2] += (logprobs.argmax(-1) == label).sum().item()
-                count += len(label)
-    finally:
-        model.train(was_training)
-    if not count:
-        raise DataError("No token of the evaluated rows is supervised.", "Evaluate on rows with a completion.")
-    nll, entropy, accuracy = (totals / count).tolist()
-    return {"nll": nll, "entropy": entropy, "mean_token_accuracy": accuracy, "num_items": count}
+
+    place: str
+    prompt: str
+    reference: str
+    greedy: tuple[str, Verdict]
+    samples: list[tuple[str, Verdict]]
 
 
-def _length_sorted(rows: Sequence[dict], batch_tokens: int):
-    """Batches of right-padded tensors `input_ids`, `attention_mask`, `labels`, shortest rows first."""
-    group: list[dict] = []
-    for row in sorted(rows, key=lambda row: len(row["input_ids"])):
-        if group and len(row["input_ids"]) * (len(group) + 1) > batch_tokens:
-            yield _padded(group)
-            group = []
-        group.append(row)
-    if group:
-        yield _padded(group)
+@dataclass
+class Evaluation:
+    """What was measured on one data set.
+
+    Attributes:
+        name: the data set.
+        rows: rows evaluated.
+        metrics: name -> value with its 95 % bootstrap interval over rows; see docs/metrics.md.
+        settings: verifier, k, temperature, max_new_tokens, seed.
+        counts: `dropped` rows (nothing to evaluate within the model's length), `completions`, how many of them the
+            verifier `parsed`, and with training rows `duplicate_rows` and `duplicate_prompts`.
+        per_row: name -> one number per row, in the order of the rows: `accuracy` (0 or 1), `samples_right`, `nll` and
+            `kl_text` (sums over the reference's tokens), `num_items` (these tokens). For paired comparisons.
+        completions: the texts, one entry per row; empty for multiple choice and plain text.
+        seconds: wall time.
+    """
+
+    name: str
+    rows: int
+    metrics: dict[str, Estimate]
+    settings: dict[str, Any]
+    counts: dict[str, int]
+    per_row: dict[str, list[float]] = field(repr=False)
+    completions: list[RowCompletions] = field(repr=False)
+    seconds: float
+
+    def __getitem__(self, metric: str) -> float:
+        return self.metrics[metric].value
+
+    def to_dict(self, *, completions: bool = False) -> dict[str, Any]:
+        """Plain lists and dicts for JSON; with every completion if asked for."""
+        record = asdict(self)
+        return record if completions else {name: value for name, value in record.items() if name != "completions"}
 
 
-def _padded(rows: Sequence[dict]) -> dict[str, Tensor]:
-    def pad(lists: list[list[int]], value: int) -> Tensor:
-        return torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, lists)), batch_first=True, padding_value=value)
-
-    return {
-        "input_ids": pad([row["input_ids"] for row in rows], 0),
-        "attention_mask": pad([[1] * len(row["input_ids"]) for row in rows], 0),
-        "labels": pad([row["labels"] for row in rows], -100),
-    }
-
-
-@torch.no_grad()
-def greedy_completions(
+def evaluate(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[list[dict]],
+    rows: Rows | Sequence[dict],
     *,
-    max_new_tokens: int = 256,
-    batch_size: int = 64,
-    description: str | None = None,
-) -> list[str]:
-    """Greedy answers to chat prompts, in batches of similar length with the KV cache.
+    name: str = "rows",
+    k: int = 8,
+    temperature: float = 1.0,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    verifier: str | Verifier = "auto",
+    seed: int = 0,
+    limit: int | None = None,
+    drift: bool = True,
+    drift_samples: int = 1,
+    train_rows: Sequence[dict] | None = None,
+    arguments: DataArguments | None = None,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Measures a model on prompts with references, or on plain texts (likelihood and drift only).
 
     Args:
-        prompts: message lists, rendered with the tokenizer's chat template and its generation prompt.
-        description: shown beside a progress bar on a terminal; None: no bar.
+        model: a causal LM, with or without an adapter; left as it was found, modes and gradients included.
+        tokenizer: the model's.
+        rows: {"prompt", "completion"} (strings or messages), {"messages"} (the last assistant turn is the reference)
+            or {"text"}; what the verifier needs beside them (`task`, `choices`) in the same dicts.
+        name: what to call them; `Rows` have their own name.
+        k: completions sampled per prompt; pass@1, pass@2, pass@4, … and pass@k are estimated from them. 0: none.
+        temperature: of the samples.
+        max_new_tokens: a completion's length cap.
+        verifier: one of `qpsft.verifiers.NAMES`, or a function (row, text) -> True, False, or None for no answer.
+        seed: of the samples and of the bootstrap.
+        limit: only the first N rows.
+        drift: measure the divergence from the base, where the model has an adapter to switch off.
+        drift_samples: how many of the k samples of each prompt the divergence is measured on.
+        train_rows: what the model was trained on, in the same shapes; exact duplicates are counted.
+        arguments: `use_chat_template` and `prompt_format` as in training.
+        batch_size: sequences decoded at once; None: as many as fit.
+        progress: show a bar on a terminal.
 
     Returns:
-        One text per prompt, in the order given, without special tokens.
+        The `Evaluation`. The same rows, model and seed give the same numbers.
+
+    Raises:
+        DataError: rows without references, no such verifier, or references that it cannot read.
     """
-    ids = [
-        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-        for prompt in prompts
+    started = time.perf_counter()
+    arguments = arguments or DataArguments()
+    rows = rows if isinstance(rows, Rows) else as_rows(rows, name, arguments)
+    if limit is not None:
+        rows = Rows(rows.name, rows.shape, rows.rows[:limit], rows.places[:limit], rows.unused_columns)
+    if temperature <= 0 or k < 0 or max_new_tokens < 1:
+        raise DataError("temperature must be above 0, k not negative and max_new_tokens at least 1.", "Mend them.")
+    encoded = encode(rows, model, tokenizer, arguments)
+    kept = Rows(rows.name, rows.shape, *([of[i] for i in encoded.kept] for of in (rows.rows, rows.places)), [])
+    drift = drift and has_adapter(model)
+    found = Evaluation(
+        name=rows.name,
+        rows=len(kept.rows),
+        metrics={},
+        settings={"verifier": None, "seed": seed},
+        counts={"dropped": len(rows.rows) - len(kept.rows)},
+        per_row={},
+        completions=[],
+        seconds=0.0,
+    )
+    if train_rows is not None:
+        found.counts |= duplicates(train_rows, rows.rows)
+    weights = bootstrap_weights(found.rows, seed)
+    _measure_text(found, model, encoded, weights, drift)
+    if "text" not in kept.rows[0]:
+        found.settings["verifier"], check = find_verifier(verifier, kept.rows, rows.name)
+        if check is None:
+            _measure_choices(found, model, tokenizer, kept, arguments, weights)
+        else:
+            found.settings |= {"k": k, "temperature": temperature, "max_new_tokens": max_new_tokens}
+            written = generate(
+                model,
+                encoded.prompts,
+                stop_ids=stop_ids_of(model, tokenizer, encoded.texts),
+                samples=k,
+                temperature=temperature,
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+                batch_size=batch_size,
+                description=rows.name if progress else None,
+            )
+            found.completions = _verify(kept, written, tokenizer, check)
+            _measure_completions(found, written, weights)
+            if drift and k:
+                sums = _score_samples(model, encoded.prompts, written, drift_samples)
+                found.metrics["kl_samples"] = ratio(sums["kl"], sums["num_items"], weights)
+    found.seconds = time.perf_counter() - started
+    return found
+
+
+def _measure_text(found: Evaluation, model: Any, encoded: Encoded, weights: np.ndarray, drift: bool) -> None:
+    """Likelihood, entropy and drift along the references."""
+    sums = row_sums(model, encoded.texts, against_base=drift)
+    tokens = sums["num_items"]
+    for metric in ("nll", "mean_token_accuracy", "entropy"):
+        found.metrics[metric] = ratio(sums[metric], tokens, weights)
+    found.per_row |= {"nll": sums["nll"].tolist(), "num_items": tokens.tolist()}
+    if drift:
+        found.metrics["kl_text"] = ratio(sums["kl"], tokens, weights)
+        found.per_row["kl_text"] = sums["kl"].tolist()
+
+
+def _measure_choices(
+    found: Evaluation, model: Any, tokenizer: Any, rows: Rows, arguments: DataArguments, weights: np.ndarray
+) -> None:
+    """Multiple choice: the likeliest choice, written and ended as training would have it, is the answer."""
+    options = [
+        ({"prompt": row["prompt"], "completion": choice}, f"{place}, choice {number}")
+        for row, place in zip(rows.rows, rows.places, strict=True)
+        for number, choice in enumerate(row["choices"], start=1)
     ]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    answers = [""] * len(ids)
-    was_training = model.training
-    model.eval()
-    try:
-        with tqdm(total=len(ids), desc=description, disable=True if description is None else None, leave=False) as bar:
-            for start in range(0, len(order), batch_size):
-                group = order[start : start + batch_size]
-                batch = tokenizer.pad({"input_ids": [ids[i] for i in group]}, padding_side="left", return_tensors="pt")
-                output = model.generate(**batch.to(model.device), do_sample=False, max_new_tokens=max_new_tokens)
-                new = output[:, batch["input_ids"].shape[1] :]
-                for i, text in zip(group, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-                    answers[i] = text
-                bar.update(len(group))
-    finally:
-        model.train(was_training)
-    return answers
+    every = Rows(rows.name, rows.shape, *map(list, zip(*options, strict=True)), [])
+    every = as_rows(every.rows, rows.name, arguments)
+    encoded = encode(every, model, tokenizer, arguments)
+    if len(encoded.kept) < len(options):
+        raise DataError(f"{rows.name}: a choice does not fit the model's length.", "Shorten the prompts.")
+    sums = row_sums(model, encoded.texts)
+    right = {"accuracy": [], "accuracy_per_token": []}
+    start = 0
+    for row in rows.rows:
+        here = slice(start, start := start + len(row["choices"]))
+        answer = row["choices"].index(text_of(row["completion"]))
+        right["accuracy"].append(sums["nll"][here].argmin() == answer)
+        right["accuracy_per_token"].append((sums["nll"][here] / sums["num_items"][here]).argmin() == answer)
+    for metric, hits in right.items():
+        found.per_row[metric] = np.array(hits, dtype=float).tolist()
+        found.metrics[metric] = ratio(np.array(hits, dtype=float), np.ones(found.rows), weights)
+
+
+def _verify(rows: Rows, written: list[Completions], tokenizer: Any, check: Verifier) -> list[RowCompletions]:
+    texts = iter(
+        tokenizer.batch_decode(
+            [completion.token_ids for one in written for completion in (one.greedy, *one.samples)],
+            skip_special_tokens=True,
+        )
+    )
+    found = []
+    for row, place, one in zip(rows.rows, rows.places, written, strict=True):
+        own = [next(texts) for _ in range(1 + len(one.samples))]
+        verdicts = [check(row, text) for text in own]
+        greedy, *samples = zip(own, verdicts, strict=True)
+        found.append(RowCompletions(place, text_of(row["prompt"]), text_of(row["completion"]), greedy, samples))
+    return found
+
+
+def _measure_completions(found: Evaluation, written: list[Completions], weights: np.ndarray) -> None:
+    """Accuracy, pass@k, lengths and entropy of the completions, and warnings about them."""
+    verdicts = [[verdict for _, verdict in (row.greedy, *row.samples)] for row in found.completions]
+    completions = [len(row) for row in verdicts]
+    parsed = sum(verdict is not None for row in verdicts for verdict in row)
+    found.counts |= {"completions": sum(completions), "parsed": parsed}
+    warn_if_nothing_parsed(found.settings["verifier"], found.name, parsed, sum(completions))
+    ones = np.ones(found.rows)
+    right = np.array([[verdict is True for verdict in row] for row in verdicts], dtype=float)
+    found.per_row["accuracy"] = right[:, 0].tolist()
+    found.metrics["accuracy"] = ratio(right[:, 0], ones, weights)
+    samples = right.shape[1] - 1
+    if samples:
+        count = right[:, 1:].sum(1)
+        found.per_row["samples_right"] = count.tolist()
+        for k in sorted({2**power for power in range(samples.bit_length())} | {samples}):
+            found.metrics[f"pass@{k}"] = ratio(pass_at_k(count, samples, k), ones, weights)
+    _measure_lengths(found, [one.greedy for one in written], 1, "greedy_", weights)
+    if samples:
+        drawn = [sample for one in written for sample in one.samples]
+        _measure_lengths(found, drawn, samples, "", weights)
+        tokens = _by_row([len(sample.token_ids) for sample in drawn], samples)
+        found.metrics["sample_entropy"] = ratio(_by_row([sample.entropy for sample in drawn], samples), tokens, weights)
+    capped = sum(not completion.stopped for one in written for completion in (one.greedy, *one.samples))
+    if capped >= CAPPED_TOO_OFTEN * sum(completions):
+        warnings.warn(
+            f"{found.name}: {capped} of {sum(completions)} completions did not stop within "
+            f"{found.settings['max_new_tokens']} tokens. Raise --max_new_tokens, or look whether the model ever stops.",
+            stacklevel=3,
+        )
+
+
+def _measure_lengths(
+    found: Evaluation, completions: list[Completion], copies: int, prefix: str, weights: np.ndarray
+) -> None:
+    number = np.full(found.rows, copies)
+    lengths = _by_row([len(completion.token_ids) for completion in completions], copies)
+    capped = _by_row([not completion.stopped for completion in completions], copies)
+    found.metrics[f"{prefix}length"] = ratio(lengths, number, weights)
+    found.metrics[f"{prefix}length_capped"] = ratio(capped, number, weights)
+
+
+def _by_row(values: list[float], copies: int) -> np.ndarray:
+    return np.array(values, dtype=float).reshape(-1, copies).sum(1)
+
+
+def _score_samples(
+    model: Any, prompts: list[list[int]], written: list[Completions], each: int
+) -> dict[str, np.ndarray]:
+    """Sums over each prompt's first `each` samples, scored under the policy and its base."""
+    texts = [
+        {"input_ids": prompt + sample.token_ids, "labels": [-100] * len(prompt) + sample.token_ids}
+        for prompt, one in zip(prompts, written, strict=True)
+        for sample in one.samples[:each]
+    ]
+    sums = row_sums(model, texts, against_base=True)
+    return {name: _by_row(values, len(texts) // len(prompts)) for name, values in sums.items()}

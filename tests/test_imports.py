@@ -16,7 +16,7 @@ FLOORS = [
     {"recipe", "options", "losses", "hardware", "schedule", "demo.__init__", "demo.tasks", "export.__init__"},
     {"reference", "resume", "statistics", "config", "chat", "rows", "shapes", "data", "preview"}
     | {"checkpoint", "base_record", "base", "adapter"},
-    {"trainer", "console", "evaluate"},
+    {"trainer", "console", "evaluate", "evaluation_rows", "generation", "likelihood", "verifiers", "estimates"},
     {"report"},
     {"run", "demo.accuracy", "demo.tokenizer", "demo.pretrain"},
     {"demo.walkthrough"},
