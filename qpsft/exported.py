@@ -1,15 +1,18 @@
-"""An exported folder of safetensors: its tensors one at a time, and the model as transformers loads it."""
+"""An exported folder of safetensors: its tensors one at a time, and the model that runs on them."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from qpsft.errors import BaseModelError
 from qpsft.hardware import pick_device
@@ -66,12 +69,50 @@ class ExportedWeights:
         return counts.most_common(1)[0][0] if counts else "F32"
 
 
-def load_exported(weights: ExportedWeights, device: str = "auto") -> Any:
-    """The exported model as transformers loads it, in eval mode, with float32 arithmetic.
+def load_exported(weights: ExportedWeights, fetch: Callable[[str], Tensor] | None = None) -> Any:
+    """The exported model with float32 arithmetic, each module's weights read from disk when it runs.
+
+    So the memory needed is one module's weights, whatever the model's size. A model whose modules do not match its
+    file name by name (transformers fuses the experts of some) is loaded whole.
+
+    Args:
+        weights: the export.
+        fetch: what to read a tensor with, by its name in the file; None is `weights.tensor`.
 
     Raises:
-        BaseModelError: it cannot be loaded, or transformers finds tensors missing or too many.
+        BaseModelError: it cannot be loaded, or tensors are missing or too many.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    device = pick_device("auto")
+    config = AutoConfig.from_pretrained(weights.folder, local_files_only=True)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    canonical = {id(parameter): name for name, parameter in model.named_parameters()}
+    if set(canonical.values()) - set(weights.names()):
+        return load_whole(weights, device)
+    for name, module in model.named_modules():
+        for own, buffer in module.named_buffers(recurse=False):
+            full = f"{name}.{own}"
+            module._buffers[own] = (weights.tensor(full) if full in weights else buffer).to(device)
+        names = {own: canonical[id(parameter)] for own, parameter in module.named_parameters(recurse=False)}
+        if names:
+            module.register_forward_pre_hook(partial(_bring, names, fetch or weights.tensor, device))
+            module.register_forward_hook(partial(_drop, dict(module.named_parameters(recurse=False))), always_call=True)
+    return model
+
+
+def _bring(names: dict[str, str], fetch: Callable[[str], Tensor], device: torch.device, module: Any, args: Any) -> None:
+    for own, name in names.items():
+        module._parameters[own] = nn.Parameter(fetch(name).to(device), requires_grad=False)
+
+
+def _drop(empty: dict[str, nn.Parameter], module: Any, args: Any, output: Any) -> None:
+    module._parameters.update(empty)
+
+
+def load_whole(weights: ExportedWeights, device: torch.device) -> Any:
+    """The exported model as transformers loads it, in float32, all of it in memory. Raises as `load_exported`."""
     from transformers import AutoModelForCausalLM
 
     folder = weights.folder
@@ -79,7 +120,7 @@ def load_exported(weights: ExportedWeights, device: str = "auto") -> Any:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
-            device_map={"": pick_device(device)},
+            device_map={"": device},
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
@@ -87,11 +128,11 @@ def load_exported(weights: ExportedWeights, device: str = "auto") -> Any:
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BaseModelError(f"The export in {folder} cannot be loaded: {first}", "Export again.") from error
-    wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    for key, names in wrong.items():
-        if names:
+    for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[key]:
             raise BaseModelError(
-                f"The export in {folder} has {len(names)} {key.replace('_keys', '')} tensors, such as {names[0]}.",
+                f"The export in {folder} has {len(info[key])} {key.removesuffix('_keys')} tensors, such as "
+                f"{min(map(str, info[key]))}.",
                 "Export again.",
             )
     return model.eval()

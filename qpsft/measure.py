@@ -53,14 +53,14 @@ def kept_positions(total: int, vocabulary: int) -> Tensor:
     return torch.linspace(0, total - 1, count).round().long()
 
 
-def measure(model: Any, sequences: list[Sequence], vocabulary: int, progress: Any = None) -> Measurement:
+def measure(model: Any, sequences: list[Sequence], vocabulary: int, device: torch.device) -> Measurement:
     """Runs `model` over the sequences, in batches whose logits stay under `LOGITS_BYTES`.
 
     Args:
         model: a transformers causal LM, PEFT-wrapped or not, in eval mode.
         sequences: each of at least two tokens.
         vocabulary: width of the logits, V.
-        progress: a tqdm bar that counts sequences.
+        device: where it computes.
     """
     offsets = torch.tensor([0] + [len(sequence.ids) - 1 for sequence in sequences]).cumsum(0)
     total = int(offsets[-1])
@@ -76,7 +76,8 @@ def measure(model: Any, sequences: list[Sequence], vocabulary: int, progress: An
     )
     with torch.inference_mode():
         for batch in _batches(sequences, vocabulary):
-            logits, hidden = _forward(model, [sequences[index].ids for index in batch], wants_hidden=0 in batch)
+            rows = [sequences[index].ids for index in batch]
+            logits, hidden = _forward(model, rows, device, wants_hidden=0 in batch)
             if hidden is not None:
                 out.hidden = _first_row(hidden, batch.index(0), len(sequences[0].ids))
             for row, index in enumerate(batch):
@@ -89,8 +90,6 @@ def measure(model: Any, sequences: list[Sequence], vocabulary: int, progress: An
                 out.lead[span] = (values[:, 0] - values[:, 1]).cpu()
                 wanted = place_in_full[span] >= 0
                 out.full[place_in_full[span][wanted]] = logprobs[wanted.to(logprobs.device)].cpu()
-            if progress is not None:
-                progress.update(len(batch))
     return out
 
 
@@ -107,9 +106,10 @@ def _batches(sequences: list[Sequence], vocabulary: int) -> list[list[int]]:
     return batches
 
 
-def _forward(model: Any, rows: list[list[int]], *, wants_hidden: bool) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+def _forward(
+    model: Any, rows: list[list[int]], device: torch.device, *, wants_hidden: bool
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
     """Right-padded forward: a token never sees what comes after it, so padding there changes nothing."""
-    device = model.get_input_embeddings().weight.device
     length = max(map(len, rows))
     ids = torch.zeros(len(rows), length, dtype=torch.int64)
     mask = torch.zeros_like(ids)

@@ -154,7 +154,7 @@ def verify_export(
     stops = stop_tokens(live.base_folder, live.tokenizer)
 
     report = VerifyReport(adapter, exported, weights.main_dtype(), place, {"prompts": len(chosen), "onto": onto})
-    with tqdm(total=4, desc="verify", unit="step", disable=not show_progress, leave=False) as bar:
+    with tqdm(total=4, desc="verify", unit="step", disable=None if show_progress else True, leave=False) as bar:
         bar.set_postfix_str("weights")
         compared = compare_weights(live.model, weights)
         _report_weights(report, compared)
@@ -206,12 +206,13 @@ def _compare_words(
     bar.set_postfix_str("live model")
     vocabulary = live.model.config.vocab_size
     sequences = _sequences(live, chosen, stops, max_new_tokens)
-    trained = measure(live.model, sequences, vocabulary)
+    device = live.model.device
+    trained = measure(live.model, sequences, vocabulary, device)
     bar.update()
 
     bar.set_postfix_str("rounding alone")
     round_weights(live.model, weights.dtype_of)
-    rounded = measure(live.model, sequences, vocabulary)
+    rounded = measure(live.model, sequences, vocabulary, device)
     bar.update()
     live.model = None
     gc.collect()
@@ -219,7 +220,7 @@ def _compare_words(
         torch.cuda.empty_cache()
 
     bar.set_postfix_str("export")
-    found = measure(load_exported(weights), sequences, vocabulary)
+    found = measure(load_exported(weights), sequences, vocabulary, device)
     bar.update()
 
     alone = distance(trained, rounded, sequences, near_tie=math.inf)

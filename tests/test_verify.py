@@ -8,7 +8,8 @@ import torch
 from exporting import DTYPES, copy_folder, edit_json, edit_weights, make_adapter, merge_by_hand
 
 from qpsft.errors import BaseModelError, DataError, NotTheSameModelError
-from qpsft.measure import Measurement, Sequence, distance
+from qpsft.exported import ExportedWeights, load_exported, load_whole
+from qpsft.measure import Measurement, Sequence, distance, measure
 from qpsft.verify import VerifyReport, verify_export
 
 
@@ -144,15 +145,32 @@ def test_nan_in_the_export_fails(adapter, merged, tmp_path):
     assert not report.same_model and report.failing_layer == "model.layers.2.mlp.up_proj.weight"
 
 
-def test_a_weight_left_out_or_left_over_is_named(adapter, merged, tmp_path):
+def test_weights_left_over_or_left_out_are_named(adapter, merged, tmp_path):
     spoiled = copy_folder(merged, tmp_path / "spoiled")
 
-    def rename(tensors):
+    def add(tensors):
         tensors["extra.weight"] = torch.zeros(2)
 
-    edit_weights(spoiled, rename)
-    with pytest.raises(BaseModelError, match="extra.weight"):
+    edit_weights(spoiled, add)
+    assert verify(adapter, spoiled).reasons == ["extra.weight in the export is no weight of the model"]
+
+    def remove(tensors):
+        del tensors["extra.weight"], tensors["model.norm.weight"]
+
+    edit_weights(spoiled, remove)
+    with pytest.raises(BaseModelError, match="missing tensors, such as model.norm.weight"):
         verify(adapter, spoiled)
+
+
+def test_a_model_read_module_by_module_says_the_same_as_one_loaded_whole(merged):
+    weights = ExportedWeights(merged)
+    sequences = [Sequence([5, 40, 41, 42, 60, 61, 3], 7), Sequence([4, 50, 51, 3, 5], 5)]
+    device = torch.device("cpu")
+    streamed = load_exported(weights)
+    assert all(parameter.device.type == "meta" for parameter in streamed.parameters())
+    one, other = (measure(m, sequences, 384, device) for m in (streamed, load_whole(weights, device)))
+    assert torch.equal(one.chosen, other.chosen) and torch.equal(one.full, other.full)
+    assert all(parameter.device.type == "meta" for parameter in streamed.parameters()), "weights were kept"
 
 
 def test_prompts_come_from_the_adapter_folder(adapter, merged, tmp_path):

@@ -1,0 +1,187 @@
+"""An adapter alone as GGUF, for `llama-cli --lora` and Ollama's ADAPTER.
+
+llama.cpp multiplies B·A by `adapter.lora.alpha / rank`, with one alpha for all layers, while PEFT has alpha / √rank
+(rsLoRA) and alphas of single layers. What differs is multiplied into B before llama.cpp's converter sees it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qpsft.errors import ExportError, OutputError
+from qpsft.export.gguf_check import GgufFile, layout_of, rounding_error
+from qpsft.export.llama_cpp import LORA_CONVERTER, find_llama_cpp, load_gguf, run_converter
+from qpsft.export.work_folder import check_space, put_in_place, work_folder
+from qpsft.live import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_folder, find_base
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+TYPES = ("f32", "f16", "bf16")
+NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+
+
+@dataclass
+class LoraExportReport:
+    """A LoRA GGUF that was written.
+
+    Attributes:
+        path: the file.
+        outtype: its type.
+        bytes: its size.
+        layers: how many layers it adapts, each read back and equal to the adapter's.
+        notes: what the user should know.
+    """
+
+    path: Path
+    outtype: str
+    bytes: int
+    layers: int
+    notes: list[str] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """A few lines for a terminal."""
+        lines = [f"wrote {self.path}: {self.bytes / 1e6:,.2f} MB, {self.outtype}", f"read back: {self.layers} layers"]
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+
+def export_gguf_lora(
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    outtype: str = "f32",
+    base: str | None = None,
+    llama_cpp: str | Path | None = None,
+    overwrite: bool = False,
+    show_progress: bool = True,
+) -> LoraExportReport:
+    """Writes an adapter as a LoRA GGUF and reads it back.
+
+    Args:
+        adapter: the adapter's folder.
+        output: the file to write.
+        outtype: f32, f16 or bf16. Adapters are small, and float32 is what they were trained in.
+        base: where the base is now; None is the place in the adapter's record.
+        llama_cpp: see `qpsft.export.llama_cpp.find_llama_cpp`.
+        overwrite: replace an existing `output`.
+        show_progress: show a progress bar.
+
+    Raises:
+        BaseModelError: not an adapter, or not this base's.
+        ExportError: something a LoRA GGUF cannot hold (named), the converter failed, or the file holds other values.
+        OutputError: the output exists or cannot be written.
+    """
+    adapter, output = check_adapter_folder(adapter), Path(output).expanduser()
+    if outtype not in TYPES:
+        raise ExportError(f"outtype {outtype!r} is not known for an adapter.", f"Use {', '.join(TYPES)}.")
+    if output.is_dir():
+        raise OutputError(f"{output} is a folder; a GGUF is one file.", "Give a file name that ends in .gguf.")
+    _, base_folder = find_base(adapter, base)
+    config = _read_config(adapter)
+    with work_folder(output, overwrite=overwrite, source=adapter) as work:
+        size = (adapter / ADAPTER_WEIGHTS).stat().st_size
+        check_space(output.parent, 3 * size + 1e6, "The export")
+        tools = find_llama_cpp(llama_cpp)
+        tensors = _with_llama_cpp_scale(load_file(adapter / ADAPTER_WEIGHTS), config)
+        staged = work / "adapter"
+        staged.mkdir()
+        save_file(tensors, staged / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        (staged / ADAPTER_CONFIG).write_text((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"), encoding="utf-8")
+        made = work / "lora.gguf"
+        arguments = [str(staged), "--base", str(base_folder), "--outtype", outtype]
+        run_converter(tools, LORA_CONVERTER, arguments, made, expected=size, show_progress=show_progress)
+        layers = _check(made, tensors, config, base_folder, load_gguf(tools))
+        report = LoraExportReport(output, outtype, made.stat().st_size, layers)
+        put_in_place(made, output)
+    report.notes.append(
+        "on a base that is rounded otherwise than in training (any GGUF of it) this is not the model that was "
+        "trained; the merged GGUF (--to gguf) is"
+    )
+    return report
+
+
+def _read_config(adapter: Path) -> LoraConfig:
+    """The adapter's config. Raises ExportError for what llama.cpp's LoRA cannot hold."""
+    from peft import LoraConfig
+
+    try:
+        config = LoraConfig.from_pretrained(adapter)
+    except (TypeError, ValueError) as error:
+        raise ExportError(f"{adapter / ADAPTER_CONFIG} is no LoRA config: {error}.", "Merge it instead.") from error
+    cannot = {
+        "DoRA": config.use_dora,
+        "modules trained in full (modules_to_save)": bool(config.modules_to_save),
+        "trained biases": config.bias != "none" or getattr(config, "lora_bias", False),
+        "trainable token rows": bool(getattr(config, "trainable_token_indices", None)),
+        "adapted parameters (target_parameters)": bool(getattr(config, "target_parameters", None)),
+    }
+    for what, found in cannot.items():
+        if found:
+            raise ExportError(
+                f"The adapter in {adapter} has {what}, which a LoRA GGUF cannot hold.",
+                "Use --to gguf, which merges it.",
+            )
+    return config
+
+
+def _with_llama_cpp_scale(tensors: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
+    """The adapter's tensors, with B such that llama.cpp's `lora_alpha / rank` times it is PEFT's update."""
+    from peft.utils.other import get_pattern_key
+
+    result = dict(tensors)
+    for name, tensor in tensors.items():
+        match = NAME.fullmatch(name)
+        if match is None:
+            raise ExportError(f"{name} in the adapter is neither a LoRA A nor a B.", "Use --to gguf, which merges it.")
+        if not bool(torch.isfinite(tensor).all()):
+            raise ExportError(f"{name} in the adapter has values that are not finite.", "Train it again.")
+        if match[2] == "B":
+            rank = tensor.shape[1]
+            pattern = config.alpha_pattern or {}
+            alpha = pattern.get(get_pattern_key(pattern, match[1]), config.lora_alpha)
+            factor = (alpha / rank**0.5 if config.use_rslora else alpha / rank) / (config.lora_alpha / rank)
+            result[name] = (tensor.float() * factor).contiguous() if factor != 1 else tensor
+    return result
+
+
+def _check(path: Path, tensors: dict[str, Tensor], config: LoraConfig, base: Path, gguf: ModuleType) -> int:
+    """Reads the file back. Returns how many layers it adapts."""
+    model = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    file = GgufFile(path, gguf)
+    names = file.name_map(int(model["num_hidden_layers"]))
+    alpha = file.value("adapter.lora.alpha")
+    if alpha is None or abs(alpha - config.lora_alpha) > 1e-6 * abs(config.lora_alpha):
+        raise _wrong(path, f"its alpha is {alpha}, not {config.lora_alpha}")
+    seen = set()
+    for name, tensor in tensors.items():
+        layer, part = NAME.fullmatch(name).groups()
+        target = names(f"{layer}.weight")
+        if target is None or f"{target}.lora_{part.lower()}" not in file.tensors:
+            raise _wrong(path, f"it lacks {name}")
+        target = f"{target}.lora_{part.lower()}"
+        seen.add(target)
+        expected = tensor.float()
+        if part == "B":
+            expected = layout_of(file.architecture, f"{layer}.weight", model).forward(expected)
+        found = file.values(target)
+        if found.shape != expected.shape or not rounding_error(found, expected, file.type_of(target))[1]:
+            raise _wrong(path, f"{target} does not hold {name}")
+    if rest := sorted(set(file.tensors) - seen):
+        raise _wrong(path, f"{rest[0]} in it comes from no tensor of the adapter")
+    return len(seen) // 2
+
+
+def _wrong(path: Path, what: str) -> ExportError:
+    return ExportError(
+        f"The conversion to {path.name} went wrong: {what}.",
+        "Try a newer llama.cpp with --llama_cpp, or merge with --to gguf.",
+    )

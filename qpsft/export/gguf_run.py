@@ -1,0 +1,191 @@
+"""Runs a GGUF with llama.cpp (llama-cpp-python) and compares it with the merged model it was made from.
+
+Tokens must be equal. Log-probabilities are bounded by what the GGUF's own rounding does, which is measured: the
+merged model with its weights, and the same model with the weights that are in the file. llama.cpp rounds activations
+to the weights' type too, so it may be `SLACK` times that far from the merged model.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qpsft.errors import ExportError
+from qpsft.export.gguf_check import GgufFile, sources_of
+from qpsft.export.gguf_texts import varied_texts
+from qpsft.exported import ExportedWeights, load_exported
+from qpsft.hardware import pick_device
+from qpsft.measure import Sequence, measure
+from qpsft.verify_prompts import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SLACK = 3.0
+NOISE_MEAN = 2e-3
+"""Nats. llama.cpp's own arithmetic (its activations and softmax tables are float16 in places) on float32 weights."""
+
+LONGEST = 128
+PROMPTS = 8
+
+
+@dataclass
+class GgufRun:
+    """What running the file found; `ran` is False when llama-cpp-python is not installed.
+
+    Attributes:
+        ran: whether it was run.
+        why_not: why it was not.
+        texts: how many texts gave the same tokens.
+        numbers: mean and largest |Δ log-probability| of llama.cpp and of rounding alone, and the bound, in nats.
+        notes: what the user should know.
+    """
+
+    ran: bool
+    why_not: str = ""
+    texts: int = 0
+    numbers: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def summary(self) -> str:
+        if not self.ran:
+            return f"run with llama.cpp: not run ({self.why_not})"
+        line = f"run with llama.cpp: {self.texts} texts give the same tokens"
+        if self.numbers:
+            line += (
+                f"; log-probabilities differ by {self.numbers['mean_abs']:.1e} nats on average "
+                f"(bound {self.numbers['bound']:.1e}, rounding alone {self.numbers['rounding_mean_abs']:.1e})"
+            )
+        return line
+
+
+def llama_cpp_python() -> ModuleType | None:
+    """The llama_cpp module, or None when it is not installed."""
+    return None if importlib.util.find_spec("llama_cpp") is None else importlib.import_module("llama_cpp")
+
+
+def run_gguf(
+    path: Path,
+    merged: Path,
+    gguf: ModuleType,
+    tokenizer: PreTrainedTokenizerBase,
+    stops: set[int],
+    prompts: list[Prompt],
+) -> GgufRun:
+    """Loads the file with llama-cpp-python, tokenizes and evaluates.
+
+    Args:
+        path: the GGUF.
+        merged: the folder it was made from.
+        gguf: llama.cpp's gguf-py.
+        tokenizer: the folder's.
+        stops: the folder's stop tokens.
+        prompts: texts to evaluate on.
+
+    Raises:
+        ExportError: llama.cpp cannot load the file, makes other tokens of a text (both shown), or computes other
+            log-probabilities.
+    """
+    llama_cpp = llama_cpp_python()
+    if llama_cpp is None:
+        return GgufRun(False, "llama-cpp-python is not installed: pip install 'qpsft[llama-cpp]'")
+    try:
+        model = llama_cpp.Llama(
+            str(path), n_ctx=LONGEST + 8, logits_all=True, type_k=0, type_v=0, n_gpu_layers=0, verbose=False
+        )  # type 0 is float32: the cache's own rounding is no part of the file
+    except (ValueError, AssertionError, RuntimeError) as error:
+        raise ExportError(f"llama.cpp cannot load {path.name}: {error}.", "Try a newer llama.cpp.") from error
+    try:
+        result = GgufRun(True)
+        result.texts = _compare_tokens(model, tokenizer, path)
+        result.notes = _notes(model, tokenizer, stops, llama_cpp)
+        _compare_logprobs(model, path, merged, gguf, prompts, result)
+    finally:
+        model.close()
+    return result
+
+
+def _compare_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, path: Path) -> int:
+    texts = varied_texts(tokenizer)
+    for text in texts:
+        expected = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        found = model.tokenize(text.encode(), add_bos=False, special=True)
+        if found != expected:
+            raise ExportError(
+                f"llama.cpp makes other tokens of {text!r} than the model's own tokenizer: {_around(found, expected)}; "
+                f"so {path.name} would not be the model that was trained.",
+                "Use the merged safetensors folder, or a base whose tokenizer llama.cpp knows. (--no_run skips this.)",
+            )
+    return len(texts)
+
+
+def _around(found: list[int], expected: list[int]) -> str:
+    place = next(
+        (index for index, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b),
+        min(len(found), len(expected)),
+    )
+    start = max(0, place - 2)
+    return f"{found[start : place + 6]} instead of {expected[start : place + 6]} from token {start} on"
+
+
+def _notes(model: Any, tokenizer: PreTrainedTokenizerBase, stops: set[int], llama_cpp: ModuleType) -> list[str]:
+    notes = []
+    vocabulary = llama_cpp.llama_model_get_vocab(model.model)
+    deaf = [token for token in sorted(stops) if not llama_cpp.llama_vocab_is_eog(vocabulary, token)]
+    if deaf:
+        names = ", ".join(repr(tokenizer.convert_ids_to_tokens(token)) for token in deaf)
+        notes.append(f"llama.cpp does not stop at {names} by itself: give it as a stop string (a Modelfile does)")
+    plain, own = model.tokenize(b"a", add_bos=True, special=True), tokenizer("a", verbose=False)["input_ids"]
+    if plain != own and tokenizer.chat_template is None:
+        notes.append(
+            f"of plain text llama.cpp makes {plain[:3]}… where the tokenizer makes {own[:3]}…: mind the BOS token"
+        )
+    return notes
+
+
+def _compare_logprobs(
+    model: Any, path: Path, merged: Path, gguf: ModuleType, prompts: list[Prompt], result: GgufRun
+) -> None:
+    config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
+    weights, file = ExportedWeights(merged), GgufFile(path, gguf)
+    sequences = [Sequence(prompt.ids[:LONGEST], len(prompt.ids)) for prompt in prompts[:PROMPTS] if len(prompt.ids) > 1]
+    stored = {source.sources[0]: source for source in sources_of(file, weights, config) if len(source.sources) == 1}
+
+    def in_file(name: str) -> Tensor:
+        source = stored.get(name)
+        return weights.tensor(name) if source is None else source.layout.back(file.values(source.name))
+
+    device, vocabulary = pick_device("auto"), config["vocab_size"]
+    exact = measure(load_exported(weights), sequences, vocabulary, device).chosen
+    rounded = measure(load_exported(weights, in_file), sequences, vocabulary, device).chosen
+    found = torch.cat([_chosen(model, sequence.ids) for sequence in sequences])
+    difference, alone = (found - exact).abs(), (rounded - exact).abs()
+    bound = SLACK * float(alone.mean()) + NOISE_MEAN
+    result.numbers = {
+        "mean_abs": float(difference.mean()),
+        "max_abs": float(difference.max()),
+        "rounding_mean_abs": float(alone.mean()),
+        "rounding_max_abs": float(alone.max()),
+        "bound": bound,
+    }
+    if not result.numbers["mean_abs"] <= bound:
+        raise ExportError(
+            f"llama.cpp computes other log-probabilities with {path.name}: {result.numbers['mean_abs']:.2g} nats off "
+            f"on average, where its rounding explains {bound:.2g}.",
+            "Try a newer llama.cpp with --llama_cpp, or use the merged safetensors folder.",
+        )
+
+
+def _chosen(model: Any, ids: list[int]) -> Tensor:
+    """Log-probability of each next token, (len(ids) − 1,) float32."""
+    model.reset()
+    model.eval(ids)
+    logprobs = torch.log_softmax(torch.from_numpy(model.scores[: len(ids) - 1].copy()).float(), dim=-1)
+    return logprobs.gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)

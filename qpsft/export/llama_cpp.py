@@ -1,0 +1,241 @@
+"""llama.cpp's own converters: found where the user has them, or obtained once, and run beside this process.
+
+They know every architecture and are in no wheel; llama-cpp-python's source distribution on PyPI carries them with the
+gguf-py they belong to. One version is pinned by its SHA-256, and only the converters are unpacked from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from qpsft.errors import ExportError
+
+VERSION = "0.3.36"
+SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+SIZE = "77 MB"
+
+CONVERTER = "convert_hf_to_gguf.py"
+LORA_CONVERTER = "convert_lora_to_gguf.py"
+INSIDE = f"llama_cpp_python-{VERSION}/vendor/llama.cpp/"
+UNPACKED = (CONVERTER, LORA_CONVERTER, "LICENSE", "conversion/", "gguf-py/", "models/templates/")
+
+NEEDED = {"sentencepiece": "sentencepiece", "yaml": "PyYAML", "tqdm": "tqdm", "numpy": "numpy"}
+"""Modules the converters import that transformers does not bring along, and the packages they come from."""
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: $QPSFT_CACHE, else $XDG_CACHE_HOME/qpsft, else ~/.cache/qpsft."""
+    own = os.environ.get("QPSFT_CACHE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "qpsft"
+
+
+def find_llama_cpp(path: str | Path | None = None, *, verbose: bool = True) -> Path:
+    """A folder with llama.cpp's converters and gguf-py.
+
+    Args:
+        path: a llama.cpp checkout; None is $LLAMA_CPP, else the copy in the cache folder, obtained if it is not there.
+        verbose: say so when something is downloaded.
+
+    Raises:
+        ExportError: the folder has no converters, or the copy cannot be had or is not the pinned one.
+    """
+    given = path or os.environ.get("LLAMA_CPP")
+    if given:
+        folder = Path(given).expanduser().resolve()
+        missing = [name for name in (CONVERTER, "gguf-py/gguf/__init__.py") if not (folder / name).is_file()]
+        if missing:
+            raise ExportError(
+                f"{folder} is no llama.cpp checkout: it has no {missing[0]}.",
+                "Give the folder of a llama.cpp source tree, or leave --llama_cpp and $LLAMA_CPP out.",
+            )
+        return folder
+    folder = cache_folder() / f"llama.cpp-{VERSION}"
+    if not (folder / CONVERTER).is_file():
+        _obtain(folder, verbose)
+    return folder
+
+
+def _obtain(folder: Path, verbose: bool) -> None:
+    """Downloads the pinned source distribution and unpacks the converters; the finished folder or none."""
+    if verbose:
+        print(
+            f"llama.cpp's converters are not here yet: pip downloads the source of llama-cpp-python {VERSION} "
+            f"({SIZE}, once, a minute or two) and they are kept in {folder}.",
+            flush=True,
+        )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".llama.cpp-") as temporary:
+            archive = _download(Path(temporary))
+            unpacked = Path(temporary) / "unpacked"
+            _unpack(archive, unpacked)
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(unpacked, folder)
+    except OSError as error:
+        raise ExportError(
+            f"llama.cpp's converters cannot be put into {folder}: {error}.",
+            "Free some space, or set $QPSFT_CACHE to a folder that can be written.",
+        ) from error
+
+
+def _download(folder: Path) -> Path:
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"llama-cpp-python=={VERSION} --hash=sha256:{SHA256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--require-hashes"]
+    done = subprocess.run(
+        [*command, "--dest", str(folder), "-r", str(requirements)], capture_output=True, text=True, check=False
+    )
+    found = sorted(folder.glob("llama_cpp_python-*.tar.gz"))
+    if done.returncode != 0 or not found:
+        raise ExportError(
+            f"pip could not download llama-cpp-python {VERSION}: {last_lines(done.stderr or done.stdout, 3)}",
+            "Check the connection, or get llama.cpp's source otherwise and give its folder with --llama_cpp.",
+        )
+    digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
+    if digest != SHA256:
+        raise ExportError(
+            f"The download of llama-cpp-python {VERSION} has SHA-256 {digest}, not {SHA256}.",
+            "Do not use it. Get llama.cpp's source otherwise and give its folder with --llama_cpp.",
+        )
+    return found[0]
+
+
+def _unpack(archive: Path, target: Path) -> None:
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            name = member.name.removeprefix(INSIDE)
+            if member.name == name or not member.isfile() or not name.startswith(UNPACKED) or ".." in name:
+                continue
+            path = target / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tar.extractfile(member) as source, path.open("wb") as file:
+                shutil.copyfileobj(source, file)
+
+
+def check_requirements() -> None:
+    """Raises ExportError when a package that the converters import is not installed (named)."""
+    missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ExportError(
+            f"llama.cpp's converters need {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
+            "installed.",
+            "pip install 'qpsft[gguf]'",
+        )
+
+
+def load_gguf(llama_cpp: Path) -> ModuleType:
+    """The gguf package of this llama.cpp, whatever other version is installed or already imported."""
+    path, loaded = sys.path[:], {name: sys.modules.pop(name) for name in list(sys.modules) if _is_gguf(name)}
+    try:
+        sys.path.insert(0, str(llama_cpp / "gguf-py"))
+        module = importlib.import_module("gguf")
+        importlib.import_module("gguf.quants")
+        return module
+    except ImportError as error:
+        raise ExportError(
+            f"gguf-py in {llama_cpp} cannot be imported: {error}.", "pip install 'qpsft[gguf]'"
+        ) from error
+    finally:
+        sys.path[:] = path
+        for name in [name for name in sys.modules if _is_gguf(name)]:
+            del sys.modules[name]
+        sys.modules.update(loaded)
+
+
+def _is_gguf(name: str) -> bool:
+    return name == "gguf" or name.startswith("gguf.")
+
+
+def run_converter(
+    llama_cpp: Path, script: str, arguments: list[str], output: Path, *, expected: int, show_progress: bool
+) -> None:
+    """Runs a converter in a process of its own, with its own gguf-py first on the path.
+
+    Args:
+        llama_cpp: from `find_llama_cpp`.
+        script: its name.
+        arguments: for it, the output excluded.
+        output: the file it writes.
+        expected: about how many bytes it will have, for the progress bar.
+        show_progress: show one.
+
+    Raises:
+        ExportError: it failed; with the end of what it printed.
+    """
+    check_requirements()
+    environment = {name: value for name, value in os.environ.items() if name != "NO_LOCAL_GGUF"}
+    path = [str(llama_cpp / "gguf-py"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment |= {"PYTHONPATH": os.pathsep.join(path)}
+    environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    command = [sys.executable, str(llama_cpp / script), "--outfile", str(output), *arguments]
+    code, said = run_process(command, environment, output, expected=expected, show_progress=show_progress)
+    if code != 0 or not output.is_file():
+        raise ExportError(f"llama.cpp's {script} failed (exit code {code}):\n{last_lines(said, 12)}\n", _advice(said))
+
+
+def run_process(
+    command: list[str], environment: dict[str, str], output: Path, *, expected: int, show_progress: bool
+) -> tuple[int, str]:
+    """Runs a command that writes `output`, with a progress bar over its size. Returns (exit code, what it printed).
+
+    The process is killed when this one is interrupted.
+    """
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        try:
+            _wait(process, output, expected, show_progress)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        log.seek(0)
+        return process.returncode, log.read()
+
+
+def _wait(process: Any, output: Path, expected: int, show_progress: bool) -> None:
+    with tqdm(
+        total=expected,
+        desc="writing GGUF",
+        unit="B",
+        unit_scale=True,
+        disable=None if show_progress else True,
+        leave=False,
+    ) as bar:
+        while process.poll() is None:
+            size = output.stat().st_size if output.exists() else 0
+            bar.update(min(size, expected) - bar.n)
+            time.sleep(0.05)
+
+
+def last_lines(text: str, count: int) -> str:
+    return "\n".join([line for line in text.splitlines() if line.strip()][-count:])
+
+
+def _advice(said: str) -> str:
+    if "ModuleNotFoundError" in said or "ImportError" in said:
+        return "pip install 'qpsft[gguf]'"
+    if "BPE pre-tokenizer was not recognized" in said:
+        return (
+            "llama.cpp knows byte-level BPE tokenizers by a hash of known vocabularies, and this one is not among "
+            "them. Use the merged safetensors folder, or a base whose tokenizer it knows."
+        )
+    if "not supported" in said:
+        return "This llama.cpp does not know the architecture: try a newer one with --llama_cpp."
+    return "Try a newer llama.cpp with --llama_cpp, or use the merged safetensors folder."

@@ -1,0 +1,366 @@
+"""GGUF export: llama.cpp's converter runs, and what it wrote is read back and compared."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from exporting import copy_folder, edit_json, edit_weights, make_adapter, merge_by_hand
+from safetensors.torch import load_file, save_file
+
+from qpsft.base import load_tokenizer
+from qpsft.errors import ExportError, OutputError
+from qpsft.export import gguf as gguf_module
+from qpsft.export import llama_cpp
+from qpsft.export.gguf import export_gguf, without_generation_markers
+from qpsft.export.gguf_check import BLOCK_ERROR, GgufFile, check_gguf, interleave_halves, join_halves, rounding_error
+from qpsft.export.gguf_lora import export_gguf_lora
+from qpsft.export.gguf_run import llama_cpp_python, run_gguf
+from qpsft.export.gguf_texts import COUNT, varied_texts
+from qpsft.verify_prompts import read_prompts
+from qpsft.verify_text import stop_tokens
+
+needs_llama_cpp_python = pytest.mark.skipif(llama_cpp_python() is None, reason="llama-cpp-python is not installed")
+
+
+@pytest.fixture(scope="session")
+def tools() -> Path:
+    """llama.cpp's converters: in the cache, or downloaded once."""
+    try:
+        return llama_cpp.find_llama_cpp()
+    except ExportError as error:
+        if "could not download" in error.what:
+            pytest.skip(f"llama.cpp's converters cannot be downloaded here: {error.what}")
+        raise
+
+
+@pytest.fixture(scope="session")
+def gguf(tools):
+    return llama_cpp.load_gguf(tools)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> Path:
+    return make_adapter(tmp_path_factory.mktemp("gguf") / "adapter")
+
+
+@pytest.fixture(scope="module")
+def merged(adapter) -> Path:
+    return merge_by_hand(adapter, adapter.parent / "merged", "bfloat16")
+
+
+@pytest.fixture(scope="module")
+def exported(merged, tools) -> Path:
+    """The merged demo model as f16, read back."""
+    path = merged.parent / "demo.gguf"
+    report = export_gguf(merged, path, show_progress=False, run=False)
+    assert report.check.types == {"F16": 22, "F32": 7} and report.check.tensors == 29
+    assert report.check.largest_error < 2**-11 and report.run.summary().startswith("run with llama.cpp: not run")
+    assert {"llama.context_length", "llama.rope.freq_base", "tokenizer.chat_template"} <= set(report.check.metadata)
+    assert report.stops == ["<|end|>"] and report.bytes == path.stat().st_size
+    assert sorted(p.name for p in path.parent.iterdir()) == ["adapter", "demo.gguf", "merged"], "something was left"
+    return path
+
+
+def check(path: Path, folder: Path, gguf):
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = None
+    return check_gguf(path, folder, gguf, tokenizer, stop_tokens(folder, tokenizer))
+
+
+def test_an_adapter_is_merged_verified_and_converted(adapter, tools, tmp_path):
+    output = tmp_path / "new" / "model.gguf"
+    report = export_gguf(adapter, output, outtype="q8_0", run=False, show_progress=False)
+    assert report.merge.verification["same_model"] and "verified: the same model" in report.summary()
+    assert report.check.types == {"Q8_0": 22, "F32": 7} and 1e-3 < report.check.largest_error < 0.01
+    assert [path.name for path in output.parent.iterdir()] == ["model.gguf"]
+
+
+def change_one_weight(tensors):
+    tensors["model.layers.1.mlp.gate_proj.weight"][3, 5] += 0.01
+
+
+def swap_two_rows(tensors):
+    weight = tensors["model.layers.0.self_attn.q_proj.weight"]
+    weight[[0, 1]] = weight[[1, 0]]
+
+
+def lengthen(tensors):
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = torch.cat([tensors[name], tensors[name][:1]])
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (change_one_weight, "values of blk.1.ffn_gate.weight"),
+        (swap_two_rows, "values of blk.0.attn_q.weight"),
+        (lengthen, "blk.0.ffn_up.weight .* has shape"),
+        (lambda t: t.pop("model.norm.weight"), "output_norm.weight in it comes from no tensor"),
+        (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(128)}), "it lacks blk.0.attn_q.bias"),
+        (lambda t: t.update({"model.mystery.weight": torch.zeros(2)}), "model.mystery.weight .* has no name"),
+    ],
+    ids=["one value", "rows swapped", "shape", "left over", "left out", "unknown"],
+)
+def test_a_wrong_conversion_is_caught(exported, merged, gguf, tmp_path, change, words):
+    """The file is right and the folder it is compared with is not: the same difference, the other way round."""
+    other = copy_folder(merged, tmp_path / "other")
+    edit_weights(other, change)
+    with pytest.raises(ExportError, match=words):
+        check(exported, other, gguf)
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("max_position_embeddings", 1024, "llama.context_length is 512, not 1024"),
+        ("rope_parameters", {"rope_theta": 5e5, "rope_type": "default"}, "llama.rope.freq_base is 10000.0"),
+        ("rms_norm_eps", 1e-5, "layer_norm_rms_epsilon"),
+    ],
+)
+def test_wrong_metadata_are_caught(exported, merged, gguf, tmp_path, key, value, words):
+    other = copy_folder(merged, tmp_path / "other")
+    edit_json(other / "config.json", **{key: value})
+    with pytest.raises(ExportError, match=words):
+        check(exported, other, gguf)
+
+
+def test_the_rotary_layout_is_llama_cpps(exported, merged, gguf):
+    """By its definition: rows 2i and 2i + 1 of a head in the file are rows i and i + d/2 of the merged weight."""
+    file = GgufFile(exported, gguf)
+    merged_weight = load_file(merged / "model.safetensors")["model.layers.2.self_attn.k_proj.weight"].float()
+    stored = file.values("blk.2.attn_k.weight")
+    head, half = 3, 16
+    for i in (0, 5, 15):
+        assert torch.allclose(stored[head * 32 + 2 * i], merged_weight[head * 32 + i], rtol=1e-3, atol=1e-6)
+        assert torch.allclose(stored[head * 32 + 2 * i + 1], merged_weight[head * 32 + half + i], rtol=1e-3, atol=1e-6)
+    numbers = torch.arange(128.0)[:, None]
+    assert torch.equal(join_halves(interleave_halves(numbers, 4), 4), numbers)
+
+
+def test_a_truncated_file_is_refused(exported, merged, gguf, tmp_path):
+    for size in (10, 5000, exported.stat().st_size - 1000):
+        broken = tmp_path / f"{size}.gguf"
+        broken.write_bytes(exported.read_bytes()[:size])
+        with pytest.raises(ExportError, match="cannot be read back as GGUF"):
+            check(broken, merged, gguf)
+
+
+def test_generation_markers_become_conditions_with_the_same_text(merged):
+    tokenizer = load_tokenizer(merged)
+    template = tokenizer.chat_template
+    assert "generation %}" in template
+    plain = without_generation_markers(template)
+    assert "generation %}" not in plain and "add_generation_prompt" in plain
+    conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    texts = []
+    for tokenizer.chat_template in (template, plain):
+        texts.append(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+    assert texts[0] == texts[1]
+    assert without_generation_markers("a {%- generation -%} b {%- endgeneration +%}") == (
+        "a {%- if true -%} b {%- endif +%}"
+    )
+
+
+def test_stop_tokens_the_file_cannot_name_are_reported(merged, tools, tmp_path):
+    two_stops = copy_folder(merged, tmp_path / "merged")
+    edit_json(two_stops / "generation_config.json", eos_token_id=[3, 1])
+    report = export_gguf(two_stops, tmp_path / "x.gguf", show_progress=False, run=False)
+    assert report.stops == ["<s>", "<|end|>"] and "stop tokens '<s>'" in report.notes[-1]
+
+
+def test_a_quantized_type_without_llama_cpp_python_leaves_the_f16(merged, tools, tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_module, "llama_cpp_python", lambda: None)
+    report = export_gguf(merged, tmp_path / "m-Q4_K_M.gguf", outtype="Q4_K_M", show_progress=False, run=False)
+    assert report.path == tmp_path / "m-f16.gguf" and report.path.is_file() and report.outtype == "f16"
+    assert "q4_k_m needs llama-cpp-python" in report.summary()
+
+
+def test_rounding_bounds_of_block_types_hold_and_bite(gguf):
+    """Bell-shaped weights fit every bound; three times the error of the type does not."""
+    values = np.random.default_rng(0).standard_normal((64, 256)).astype(np.float32)
+    for kind in ("Q8_0", "Q5_0", "Q5_1", "Q4_0", "Q4_1"):
+        number = gguf.GGMLQuantizationType[kind]
+        dense = gguf.quants.dequantize(gguf.quants.quantize(values, number), number)
+        error, right = rounding_error(torch.tensor(dense), torch.tensor(values), kind)
+        assert right and error > BLOCK_ERROR[kind] / 3, (kind, error)
+        worse = values + 3 * (dense - values)
+        assert rounding_error(torch.tensor(worse), torch.tensor(values), kind)[1] is False
+
+
+# the adapter alone
+
+
+@pytest.mark.parametrize("options, factor", [({}, 1.0), ({"use_rslora": True}, 2.0)], ids=["lora", "rslora"])
+def test_an_adapter_alone(tools, gguf, tmp_path, options, factor):
+    """llama.cpp's update is alpha / rank · B·A (llama-adapter.cpp), so B carries what PEFT's scale has besides."""
+    adapter = make_adapter(tmp_path / "adapter", **options)
+    report = export_gguf_lora(adapter, tmp_path / "lora.gguf", show_progress=False)
+    assert report.layers == 21 and "not the model that was trained" in report.summary()
+    file = GgufFile(tmp_path / "lora.gguf", gguf)
+    assert file.value("general.type") == "adapter" and file.value("adapter.lora.alpha") == 8
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.mlp.down_proj.lora_{}.weight"
+    assert torch.equal(file.values("blk.1.ffn_down.weight.lora_a"), tensors[name.format("A")])
+    assert torch.allclose(file.values("blk.1.ffn_down.weight.lora_b"), factor * tensors[name.format("B")])
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+    assert torch.allclose(file.values("blk.1.attn_q.weight.lora_b"), factor * interleave_halves(tensors[name], 4))
+
+
+def test_alphas_of_single_layers_are_carried_by_b(tools, gguf, tmp_path):
+    adapter = make_adapter(tmp_path / "adapter")
+    edit_json(adapter / "adapter_config.json", alpha_pattern={"layers.1.mlp.down_proj": 4})
+    export_gguf_lora(adapter, tmp_path / "lora.gguf", show_progress=False)
+    stored = GgufFile(tmp_path / "lora.gguf", gguf).values("blk.1.ffn_down.weight.lora_b")
+    original = load_file(adapter / "adapter_model.safetensors")
+    assert torch.allclose(stored, 0.5 * original["base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"])
+
+
+@pytest.mark.parametrize("key, value", [("use_dora", True), ("modules_to_save", ["lm_head"]), ("bias", "all")])
+def test_what_a_lora_gguf_cannot_hold_is_refused(adapter, tmp_path, key, value):
+    other = copy_folder(adapter, tmp_path / "adapter")
+    edit_json(other / "adapter_config.json", **{key: value})
+    with pytest.raises(ExportError, match="cannot hold"):
+        export_gguf_lora(other, tmp_path / "lora.gguf", show_progress=False)
+
+
+def test_a_nan_in_the_adapter_is_refused(adapter, tmp_path):
+    other = copy_folder(adapter, tmp_path / "adapter")
+    tensors = load_file(other / "adapter_model.safetensors")
+    name = next(name for name in tensors if "lora_B" in name)
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, other / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ExportError, match="not finite"):
+        export_gguf_lora(other, tmp_path / "lora.gguf", show_progress=False)
+
+
+# bad input
+
+
+def test_bad_input_says_what_to_do(merged, tmp_path, monkeypatch):
+    existing = tmp_path / "there.gguf"
+    existing.write_text("mine")
+    with pytest.raises(OutputError, match="exists"):
+        export_gguf(merged, existing, show_progress=False)
+    assert existing.read_text() == "mine"
+    with pytest.raises(OutputError, match="is a folder"):
+        export_gguf(merged, tmp_path, show_progress=False)
+    with pytest.raises(ExportError, match="outtype 'q9' is not known"):
+        export_gguf(merged, tmp_path / "x.gguf", outtype="q9", show_progress=False)
+    with pytest.raises(ExportError, match="neither an adapter folder"):
+        export_gguf(tmp_path, tmp_path / "x.gguf", show_progress=False)
+    with pytest.raises(ExportError, match="no llama.cpp checkout"):
+        export_gguf(merged, tmp_path / "x.gguf", llama_cpp=tmp_path, show_progress=False)
+    free = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: free)
+    with pytest.raises(OutputError, match="0.00 GB free"):
+        export_gguf(merged, tmp_path / "x.gguf", show_progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["there.gguf"]
+
+
+def fake_llama_cpp(folder: Path, script: str) -> Path:
+    (folder / "gguf-py/gguf").mkdir(parents=True)
+    (folder / "gguf-py/gguf/__init__.py").touch()
+    (folder / "gguf-py/gguf/quants.py").touch()
+    (folder / llama_cpp.CONVERTER).write_text(script)
+    return folder
+
+
+def test_a_failing_converter_shows_what_it_said_and_leaves_nothing(merged, tmp_path):
+    script = "import sys\nprint('ERROR: the sky fell', file=sys.stderr)\nsys.exit(3)"
+    tools = fake_llama_cpp(tmp_path / "llama.cpp", script)
+    with pytest.raises(ExportError, match=r"(?s)exit code 3.*the sky fell"):
+        export_gguf(merged, tmp_path / "x.gguf", llama_cpp=tools, show_progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["llama.cpp"]
+
+
+def test_an_interrupted_export_leaves_nothing_and_the_converter_dies(merged, tmp_path, monkeypatch):
+    beat = tmp_path / "beat"
+    script = f"import time\nwhile True:\n    open({str(beat)!r}, 'a').write('x')\n    time.sleep(0.02)"
+    tools = fake_llama_cpp(tmp_path / "llama.cpp", script)
+
+    def interrupt(process, *args):
+        while not beat.exists():
+            pass
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llama_cpp, "_wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export_gguf(merged, tmp_path / "x.gguf", llama_cpp=tools, show_progress=False)
+    size = beat.stat().st_size
+    import time
+
+    time.sleep(0.2)
+    assert beat.stat().st_size == size, "the converter still runs"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["beat", "llama.cpp"]
+
+
+def test_what_a_killed_run_left_is_removed(merged, tmp_path):
+    left = tmp_path / ".x.gguf.exporting.999999999"
+    (left / "merged").mkdir(parents=True)
+    other = tmp_path / ".y.gguf.exporting.999999999"
+    other.mkdir()
+    tools = fake_llama_cpp(tmp_path / "llama.cpp", "raise SystemExit(1)")
+    with pytest.raises(ExportError):
+        export_gguf(merged, tmp_path / "x.gguf", llama_cpp=tools, show_progress=False)
+    assert not left.exists() and other.exists()
+
+
+def test_the_download_is_refused_when_its_hash_is_another(tmp_path, monkeypatch):
+    def pip(command, **options):
+        folder = Path(command[command.index("--dest") + 1])
+        (folder / "llama_cpp_python-0.tar.gz").write_bytes(b"something else")
+        return type("Done", (), {"returncode": 0, "stderr": "", "stdout": ""})
+
+    monkeypatch.setenv("QPSFT_CACHE", str(tmp_path))
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
+    monkeypatch.setattr(llama_cpp.subprocess, "run", pip)
+    with pytest.raises(ExportError, match="has SHA-256"):
+        llama_cpp.find_llama_cpp()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(llama_cpp.NEEDED, "no_such_module", "no-such-package")
+    with pytest.raises(ExportError, match="need no-such-package"):
+        llama_cpp.check_requirements()
+
+
+# running it
+
+
+def test_the_varied_texts_are_varied(merged):
+    tokenizer = load_tokenizer(merged)
+    texts = varied_texts(tokenizer)
+    assert len(texts) == len(set(texts)) == COUNT and texts == varied_texts(tokenizer)
+    assert "Once upon a time, there was a little girl named Lily." in texts
+    assert any("<|user|>Hello!<|end|><|assistant|>" in text for text in texts)
+    assert any("😀" in text for text in texts) and any("漢" in text for text in texts)
+
+
+@pytest.mark.slow
+@needs_llama_cpp_python
+@pytest.mark.parametrize("outtype", ["f32", "f16", "bf16", "q8_0", "q4_k_m"])
+def test_llama_cpp_computes_the_merged_model(adapter, tools, tmp_path, outtype):
+    report = export_gguf(adapter, tmp_path / "x.gguf", outtype=outtype, show_progress=False)
+    assert report.outtype == outtype and report.run.ran and report.run.texts == COUNT
+    print(outtype, json.dumps(report.run.numbers))
+
+
+@pytest.mark.slow
+@needs_llama_cpp_python
+def test_llama_cpp_with_another_model_fails(adapter, merged, exported, gguf, tmp_path):
+    other = merge_by_hand(adapter, tmp_path / "other", "bfloat16", scale=2.4)
+    tokenizer = load_tokenizer(other)
+    prompts, _ = read_prompts(None, other, tokenizer, 8, 512)
+    with pytest.raises(ExportError, match="other log-probabilities"):
+        run_gguf(exported, other, gguf, tokenizer, {3}, prompts)
+
+
+@pytest.mark.slow
+@needs_llama_cpp_python
+def test_stories260k_is_tokenized_otherwise_by_llama_cpp(stories, tools, tmp_path):
+    with pytest.raises(ExportError, match="llama.cpp makes other tokens of 'Once upon a time, there was a little girl"):
+        export_gguf(stories, tmp_path / "x.gguf", show_progress=False)
+    assert list(tmp_path.iterdir()) == []
