@@ -115,8 +115,8 @@ def test_checker_takes_every_clean_completion_and_no_other_answer():
 
 def test_in_domain_wants_the_rare_style_with_every_step_right():
     row = {"task": {"operations": ["reverse", "sort", "rotate", "add one"], "digits": "4271", "style": "braces"}}
-    assert tasks.check(row, "{4271;1724;1247;2471;3582}")
-    assert not tasks.check(row, "{4271;1724;1274;2471;3582}")
+    assert tasks.check(row, "{4271; reverse 1724; sort 1247; rotate 2471; add one 3582}")
+    assert not tasks.check(row, "{4271; reverse 1724; sort 1274; rotate 2471; add one 3582}")
     assert not tasks.check(row, "4271 -> 1724 -> 1247 -> 2471 -> 3582")
     any_style = {"task": {**row["task"], "style": None}}
     assert tasks.check(any_style, "4271 -> 1724 -> 1247 -> 2471 -> 3582")

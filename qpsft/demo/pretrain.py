@@ -27,7 +27,7 @@ from qpsft.errors import OutputError, QpsftError
 
 CONTEXT = 512
 HIDDEN = 128
-LAYERS = 4
+LAYERS = 3
 ROWS_AT_A_TIME = 64
 """Batches made together and sorted by length, so that little of a batch is padding."""
 PROMPT_WEIGHT = 0.1
@@ -111,7 +111,7 @@ def quantized_weights(model: torch.nn.Module) -> set[str]:
 
 @dataclass(frozen=True)
 class Stretch:
-    """One stretch of training: `steps` AdamW steps with a linear warm-up, then a cosine down to zero."""
+    """One stretch of training: `steps` optimizer steps with a linear warm-up, then a cosine down to zero."""
 
     label: str
     steps: int
@@ -130,17 +130,25 @@ def train(
     data: Iterator[tuple[torch.Tensor, torch.Tensor]],
     stretch: Stretch,
     done: int = 0,
-    optimizer_state: dict | None = None,
-    save: Callable[[int, dict], None] | None = None,
+    optimizer_states: list[dict] | None = None,
+    save: Callable[[int, list[dict]], None] | None = None,
 ) -> None:
-    """Train `model` in place from step `done` + 1 on; `save(step, optimizer_state)` is called every 500 steps."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)
-    if optimizer_state is not None:
-        optimizer.load_state_dict(optimizer_state)
+    """Train `model` in place from step `done` + 1 on; `save(step, optimizer_states)` is called every 500 steps."""
     quantized = quantized_weights(model)
+    matrices = [p for name, p in model.named_parameters() if name in quantized]
+    others = [p for name, p in model.named_parameters() if name not in quantized]
+    # Muon gets this model to the same loss in about a third of AdamW's steps.
+    optimizers = [
+        torch.optim.Muon(matrices, lr=0.0, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    if optimizer_states is not None:
+        for optimizer, state in zip(optimizers, optimizer_states, strict=True):
+            optimizer.load_state_dict(state)
     started, window = time.time(), []
     for step in range(done + 1, stretch.steps + 1):
-        optimizer.param_groups[0]["lr"] = stretch.rate(step)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = stretch.rate(step)
         ids, weights = next(data)
         if stretch.quantize:
             exact = {name: p.data for name, p in model.named_parameters()}
@@ -152,14 +160,15 @@ def train(
             for name, p in model.named_parameters():
                 p.data = exact[name]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         window = [*window[-99:], completion.item()]
         if step % 100 == 0 or step == stretch.steps:
             mean, seconds = sum(window) / len(window), time.time() - started
             print(f"{stretch.label} step {step}/{stretch.steps} loss {mean:.4f} seconds {seconds:.0f}", flush=True)
         if save is not None and step % 500 == 0:
-            save(step, optimizer.state_dict())
+            save(step, [optimizer.state_dict() for optimizer in optimizers])
 
 
 def write_model(model: LlamaForCausalLM, folder: Path) -> None:
@@ -209,7 +218,7 @@ def make(arguments: argparse.Namespace) -> None:
     )
     state_path = partial / "state.pt"
     settings = {name: value for name, value in vars(arguments).items() if name not in ("output", "rows", "threads")}
-    state = {"settings": settings, "stretch": 0, "step": 0, "model": model.state_dict(), "optimizer": None}
+    state = {"settings": settings, "stretch": 0, "step": 0, "model": model.state_dict(), "optimizers": None}
     if state_path.exists():
         state = torch.load(state_path)
         if state["settings"] != settings:
@@ -223,12 +232,12 @@ def make(arguments: argparse.Namespace) -> None:
 
     for index in range(state["stretch"], len(stretches)):
 
-        def save(step: int, optimizer: dict, index: int = index) -> None:
+        def save(step: int, optimizers: list[dict], index: int = index) -> None:
             saved = {"settings": settings, "stretch": index, "step": step, "model": model.state_dict()}
-            torch.save({**saved, "optimizer": optimizer}, state_path.with_suffix(".new"))
+            torch.save({**saved, "optimizers": optimizers}, state_path.with_suffix(".new"))
             state_path.with_suffix(".new").replace(state_path)
 
-        resumed = (state["step"], state["optimizer"]) if index == state["stretch"] else (0, None)
+        resumed = (state["step"], state["optimizers"]) if index == state["stretch"] else (0, None)
         train(model, data, stretches[index], *resumed, save=save)
     write_model(model, partial)
     print_table(partial, "validation", arguments.rows)
@@ -242,11 +251,11 @@ def main() -> int:
     """Parse the command line and make the model."""
     parser = argparse.ArgumentParser(prog="python -m qpsft.demo.pretrain", description="Make the embedded base model.")
     parser.add_argument("--output", type=Path, default=MODEL_DIR, help="folder to write (default: the package's)")
-    parser.add_argument("--steps", type=int, default=6000, help="full-precision steps")
-    parser.add_argument("--qat_steps", type=int, default=1500, help="quantization-aware steps")
-    parser.add_argument("--learning_rate", type=float, default=3e-3, help="peak of the full-precision steps")
-    parser.add_argument("--qat_learning_rate", type=float, default=1e-3, help="peak of the quantization-aware steps")
-    parser.add_argument("--batch_size", type=int, default=128, help="rows a step")
+    parser.add_argument("--steps", type=int, default=3400, help="full-precision steps")
+    parser.add_argument("--qat_steps", type=int, default=500, help="quantization-aware steps")
+    parser.add_argument("--learning_rate", type=float, default=8e-3, help="peak of the full-precision steps")
+    parser.add_argument("--qat_learning_rate", type=float, default=2e-3, help="peak of the quantization-aware steps")
+    parser.add_argument("--batch_size", type=int, default=64, help="rows a step")
     parser.add_argument("--hidden", type=int, default=HIDDEN, help="hidden size")
     parser.add_argument("--layers", type=int, default=LAYERS, help="layers")
     parser.add_argument("--rows", type=int, default=512, help="rows a set for the final table")

@@ -50,7 +50,7 @@ CHAIN_SHARES = {0: 0.1, 1: 0.3, 2: 0.4, 3: 0.2}
 # For prompts without a cue (70 %), so the rare style is 4 % of everything. A model this small cannot do several
 # operations in its head: only single ones get the bare answer.
 STYLE_SHARES_ONE = {"answer": 0.40, "arrows": 0.25, "named": 0.16, "numbered": 0.133, RARE_STYLE: 0.057}
-STYLE_SHARES_MORE = {"arrows": 0.50, "named": 0.23, "numbered": 0.213, RARE_STYLE: 0.057}
+STYLE_SHARES_MORE = {"arrows": 0.40, "named": 0.32, "numbered": 0.223, RARE_STYLE: 0.057}
 
 NOISY_WRONG = 0.30
 NOISY_JUNK = 0.05
@@ -63,7 +63,7 @@ _STYLE_PATTERNS = {
     "arrows": re.compile(rf"{_NUMBER}( -> {_NUMBER})+"),
     "named": re.compile(rf"({_NAME}) {_NUMBER}(, ({_NAME}) {_NUMBER})*"),
     "numbered": re.compile(rf"1\) {_NUMBER}( \d\) {_NUMBER})*"),
-    RARE_STYLE: re.compile(rf"\{{{_NUMBER}(;{_NUMBER})+\}}"),
+    RARE_STYLE: re.compile(rf"\{{{_NUMBER}(; ({_NAME}) {_NUMBER})+\}}"),
 }
 _LAST_NUMBER = re.compile(rf"({_NUMBER})\}}?$")
 
@@ -104,7 +104,8 @@ def render(style: str, operations: tuple[str, ...], digits: str, steps: list[str
         return ", ".join(f"{name} {step}" for name, step in zip(operations, steps, strict=True))
     if style == "numbered":
         return " ".join(f"{i}) {step}" for i, step in enumerate(steps, start=1))
-    return "{" + ";".join([digits, *steps]) + "}"
+    named = [f"{name} {step}" for name, step in zip(operations, steps, strict=True)]
+    return "{" + "; ".join([digits, *named]) + "}"
 
 
 def final_answer(text: str) -> str | None:
