@@ -209,6 +209,7 @@ class PSFTTrainer(SFTTrainer):
         try:
             # dropout must not draw from the stream that training draws from, or a resumed run would differ
             with torch.random.fork_rng(devices):
+                torch.manual_seed(self.args.seed + self.state.global_step)
                 return self.reference.score(batches, token_budget=budget)
         finally:
             self.model.train(was_training)

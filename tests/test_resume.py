@@ -151,12 +151,13 @@ def test_the_log_and_its_token_count_go_on_where_they_were(base, tmp_path):
     assert got[0] == wanted[0] and got[2] == wanted[2]  # the line in between covers the steps since the checkpoint
 
 
-def test_dropout_draws_the_same_numbers_after_resuming(base, tmp_path):
+@pytest.mark.parametrize("stop", [1, 4])  # the next step scores; the next step has kept scores
+def test_dropout_draws_the_same_numbers_after_resuming(base, tmp_path, stop):
     settings = dict(lora=make_lora(lora_dropout=0.2), num_iterations=2, max_steps=6)
     with pytest.warns(UserWarning, match="lora_dropout"):
         whole = trainer_of(base, tmp_path / "whole", **settings)
     whole.train()
-    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "cut" / "checkpoint-4")
+    shutil.copytree(tmp_path / "whole" / f"checkpoint-{stop}", tmp_path / "cut" / f"checkpoint-{stop}")
     resumed = trainer_of(base, tmp_path / "cut", **settings)
     resumed.train(resume_from_checkpoint=True)
     assert same(policy(resumed.model), policy(whole.model))
