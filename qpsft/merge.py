@@ -134,8 +134,8 @@ def merge_adapter(
         dtype: of the weights written.
         max_shard_size: of one file, in bytes or as "2GB"; a larger tensor gets a file of its own.
         overwrite: replace `output` if it is an earlier merge. It stays until the new one is complete.
-        verify: compare the result with the live model (adapter on the weights named by `onto`) and leave nothing if
-            it differs. Needs the record that qpsft writes into an adapter's folder.
+        verify: compare the result with the live model that was trained. Onto "trained", one that differs is removed;
+            onto "original", how far it is off is reported. Needs the record that qpsft writes into adapter folders.
         show_progress: a progress bar.
 
     Raises:
@@ -168,7 +168,7 @@ def merge_adapter(
                 qpsft_version=__version__,
                 adapter=str(adapter),
                 base=name,
-                base_revision=record.revision if record and base is None else None,
+                base_revision=record.revision if record else None,
                 output=os.path.abspath(output),
                 onto=onto,
                 dtype=dtype,
@@ -295,7 +295,9 @@ def _record(adapter: Path, onto: Onto) -> BaseRecord | None:
 def _find_base(adapter: Adapter, record: BaseRecord | None, base: str | None) -> tuple[str, Path]:
     """(what to call the base, its folder)."""
     if base is not None:
-        return base, resolve_folder(base)
+        folder = resolve_folder(base)
+        named = os.path.abspath(folder) if Path(base).expanduser().is_dir() else base
+        return (record.base_model_name_or_path if record else named), folder
     name = record.base_model_name_or_path if record else adapter.config.base_model_name_or_path
     revision = record.revision if record else adapter.config.revision
     if not name:
@@ -360,10 +362,10 @@ def _in_words(record: BaseRecord | None) -> str:
 def _verify(adapter: Path, merged: Path, base: Path, onto: Onto, show_progress: bool) -> dict[str, Any]:
     from qpsft.verify import verify_export
 
-    found = verify_export(adapter, merged, base=base, onto=onto, show_progress=show_progress)
-    if not found.same_model:
+    found = verify_export(adapter, merged, base=base, show_progress=show_progress)
+    if onto == "trained" and not found.same_model:
         raise NotTheSameModelError(
-            f"The merged model is not the adapter on the {onto} weights, and was removed.\n{found.summary()}",
+            f"The merged model is not the model that was trained, and was removed.\n{found.summary()}",
             "Please report this. To look at the folder, merge with --no_verify and run qpsft verify on it.",
         )
     return {

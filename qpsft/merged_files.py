@@ -65,6 +65,7 @@ def card(report: dict[str, Any]) -> str:
         "original": "the base's original weights. The adapter was trained on rounded weights "
         f"({report['rounding']}), so this is near the model that was trained, and not the same.",
     }[report["onto"]]
+    revision = f" @ {report['base_revision']}" if report["base_revision"] else ""
     lines = [
         "---",
         *([f"base_model: {name}"] if on_hub else []),
@@ -79,7 +80,7 @@ def card(report: dict[str, Any]) -> str:
         "",
         "| | |",
         "| --- | --- |",
-        f"| base | {name}{' @ ' + report['base_revision'] if report['base_revision'] else ''} |",
+        f"| base | {name if on_hub else Path(name).name}{revision} |",
         f"| adapter | {Path(report['adapter']).name} |",
         f"| merged onto | {onto} |",
         f"| dtype | {report['dtype']} |",
@@ -99,9 +100,4 @@ def card(report: dict[str, Any]) -> str:
 def _verification(result: dict[str, Any] | None) -> list[str]:
     if result is None:
         return ["Not run. `qpsft verify ADAPTER THIS_FOLDER` runs it."]
-    lines = ["The same model." if result["same_model"] else "Another model."]
-    lines += ["", "| | |", "| --- | --- |"]
-    for key, value in result["numbers"].items():
-        if isinstance(value, int | float | str | bool):
-            lines.append(f"| {key} | {f'{value:.4g}' if isinstance(value, float) else value} |")
-    return lines
+    return ["```", result["summary"], "```"]

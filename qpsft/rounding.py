@@ -174,11 +174,15 @@ class StoredRoundedWeight(RoundedWeight):
         self.rounding_error = self._expected_error()
 
     def _expected_error(self) -> float:
-        bounds, order = _bounds(self.rounding.kind)
-        edges = np.concatenate([[-1.0], bounds, [1.0]])
-        variance = torch.from_numpy(np.diff(edges) ** 2 / 12).float()
-        if order is not None:
-            variance = variance[torch.from_numpy(np.argsort(order))]
+        from bitsandbytes.functional import get_4bit_type
+
+        bounds, _ = _bounds(self.rounding.kind)
+        code = get_4bit_type(self.rounding.kind, device="cpu")
+        order = torch.argsort(code)
+        edges = torch.cat([torch.tensor([-1.0]), torch.from_numpy(bounds), torch.tensor([1.0])])
+        below, above = edges[:-1] - code[order], edges[1:] - code[order]
+        variance = torch.empty(16)
+        variance[order] = ((above**3 - below**3) / (3 * (above - below))).nan_to_num(0.0)
         pairs = (variance.unsqueeze(1) + variance.unsqueeze(0)).view(-1)  # by the byte that holds two codes
         total, half = 0.0, self.rounding.block_size // 2
         for start in range(0, self._absmax.numel(), PIECE // half):
