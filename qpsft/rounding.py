@@ -159,7 +159,7 @@ class StoredRoundedWeight(RoundedWeight):
     """A weight that is on disk in bitsandbytes' 4-bit format already, with its state beside it.
 
     `rounding_error` is estimated, for the weight before its rounding is not known: as if it had lain anywhere in the
-    interval that rounds to its code, all places alike.
+    interval that rounds to its code, all places alike, but for the largest of each block, which is exact.
     """
 
     def __init__(self, stored: StoredTensor, state: dict[str, StoredTensor], compute_dtype: torch.dtype):
@@ -190,7 +190,7 @@ class StoredRoundedWeight(RoundedWeight):
             codes = self._codes[start * half : (start + absmax.numel()) * half]
             errors = pairs[codes.int()]
             errors = torch.nn.functional.pad(errors, (0, absmax.numel() * half - errors.numel()))
-            total += float((errors.view(-1, half).sum(1) * absmax.square()).sum())
+            total += float(((errors.view(-1, half).sum(1) - variance[order[-1]]) * absmax.square()).sum())
         return total
 
 
