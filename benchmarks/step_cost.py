@@ -249,12 +249,10 @@ def main() -> int:
         if name != "trl":
             line += f"   {result['ratio'][name]:5.2f} x trl   per block {result['ratio_per_block'][name]:5.2f} x"
         print(line)
-    print(
-        f"reference pass  {result['reference_share']:.0%} of PSFT's time; psft is {result['psft_over_nll']:.2f} x nll"
-    )
-    print(
-        f"{result['steps']} steps, {args.clock} clock, K = {args.reference_steps}, V = {args.num_iterations}, {result['machine']}"
-    )
+    share, over_nll = result["reference_share"], result["psft_over_nll"]
+    print(f"reference pass  {share:.0%} of PSFT's time; psft is {over_nll:.2f} x nll")
+    settings = f"{args.clock} clock, K = {args.reference_steps}, V = {args.num_iterations}"
+    print(f"{result['steps']} steps, {settings}, {result['machine']}, {result['device']}")
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0 if result["ratio"]["psft"] <= LIMIT else 1

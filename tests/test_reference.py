@@ -43,9 +43,7 @@ def shake(model, seed=2, scale=0.3):
 def collate(rows, left=False):
     def pad(lists, value):
         tensors = [torch.tensor(x) for x in lists]
-        return pad_sequence(
-            tensors, batch_first=True, padding_value=value, padding_side="left" if left else "right"
-        )
+        return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side="left" if left else "right")
 
     ones = [[1] * len(ids) for ids in rows["input_ids"]]
     return {
