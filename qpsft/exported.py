@@ -88,9 +88,10 @@ def load_exported(weights: ExportedWeights, fetch: Callable[[str], Tensor] | Non
     config = AutoConfig.from_pretrained(weights.folder, local_files_only=True)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.tie_weights()
     canonical = {id(parameter): name for name, parameter in model.named_parameters()}
     if set(canonical.values()) - set(weights.names()):
-        return load_whole(weights, device)
+        return load_whole(weights, device, fetch)
     for name, module in model.named_modules():
         for own, buffer in module.named_buffers(recurse=False):
             full = f"{name}.{own}"
@@ -111,8 +112,11 @@ def _drop(empty: dict[str, nn.Parameter], module: Any, args: Any, output: Any) -
     module._parameters.update(empty)
 
 
-def load_whole(weights: ExportedWeights, device: torch.device) -> Any:
-    """The exported model as transformers loads it, in float32, all of it in memory. Raises as `load_exported`."""
+def load_whole(weights: ExportedWeights, device: torch.device, fetch: Callable[[str], Tensor] | None = None) -> Any:
+    """The exported model as transformers loads it, in float32, all of it in memory.
+
+    `fetch` replaces the weights that have a tensor of their own in the file. Raises as `load_exported`.
+    """
     from transformers import AutoModelForCausalLM
 
     folder = weights.folder
@@ -135,4 +139,7 @@ def load_whole(weights: ExportedWeights, device: torch.device) -> Any:
                 f"{min(map(str, info[key]))}.",
                 "Export again.",
             )
+    for name, parameter in model.named_parameters():
+        if fetch is not None and name in weights:
+            parameter.data = fetch(name).to(device)
     return model.eval()

@@ -61,6 +61,8 @@ def merge_by_hand(
             model.get_submodule(name).weight.copy_(weight + scale * (b @ a))
     model.to(DTYPES[dtype]).save_pretrained(output)
     tokenizer.save_pretrained(output)
+    if (resolve_folder(base) / "tokenizer.model").is_file():
+        shutil.copy(resolve_folder(base) / "tokenizer.model", output)
     return output
 
 

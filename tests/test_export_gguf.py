@@ -65,7 +65,7 @@ def exported(merged, tools) -> Path:
 
 def check(path: Path, folder: Path, gguf):
     tokenizer = load_tokenizer(folder)
-    tokenizer.chat_template = None
+    tokenizer.chat_template = gguf_module.plain_template(tokenizer)
     return check_gguf(path, folder, gguf, tokenizer, stop_tokens(folder, tokenizer))
 
 
@@ -161,6 +161,23 @@ def test_generation_markers_become_conditions_with_the_same_text(merged):
     assert without_generation_markers("a {%- generation -%} b {%- endgeneration +%}") == (
         "a {%- if true -%} b {%- endif +%}"
     )
+
+
+def test_special_tokens_that_became_plain_text_are_caught(merged, tools, gguf, tmp_path):
+    """What the converter makes of a folder that transformers 5 saved, without what `stage` adds to it."""
+    path = tmp_path / "raw.gguf"
+    arguments = [str(merged), "--outtype", "f16"]
+    llama_cpp.run_converter(tools, llama_cpp.CONVERTER, arguments, path, expected=1, show_progress=False)
+    with pytest.raises(ExportError, match=r"its token '<\|user\|>' is plain text"):
+        tokenizer = load_tokenizer(merged)
+        check_gguf(path, merged, gguf, tokenizer, {3})
+
+
+def test_a_lost_merge_order_is_refused_where_it_cannot_be_run(merged, tools, tmp_path):
+    other = copy_folder(merged, tmp_path / "merged")
+    (other / "tokenizer.model").unlink()
+    with pytest.raises(ExportError, match="has no tokenizer.model"):
+        export_gguf(other, tmp_path / "x.gguf", show_progress=False, run=False)
 
 
 def test_stop_tokens_the_file_cannot_name_are_reported(merged, tools, tmp_path):

@@ -26,6 +26,8 @@ from qpsft.verify_prompts import read_prompts
 from qpsft.verify_text import stop_tokens
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from qpsft.merge import MergeReport
 
 CONVERTED = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 1.07}
@@ -155,15 +157,22 @@ def export_gguf(
         run_converter(tools, CONVERTER, arguments, made, expected=size, show_progress=show_progress)
         if outtype != first:
             made = _quantize(made, work / "quantized.gguf", outtype, show_progress)
-        tokenizer = load_tokenizer(staged)
+        tokenizer = load_tokenizer(folder)
+        tokenizer.chat_template = plain_template(tokenizer)
         stops = stop_tokens(folder, tokenizer)
         with tqdm(desc="reading back", unit="tensor", disable=None if show_progress else True, leave=False) as bar:
-            check = check_gguf(made, staged, gguf, tokenizer, stops, bar)
+            check = check_gguf(made, folder, gguf, tokenizer, stops, bar)
         ran = GgufRun(False, "switched off")
         if run:
             context = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
             chosen, _ = read_prompts(prompts, source, tokenizer, PROMPTS, context or 2**20)
-            ran = run_gguf(made, staged, gguf, tokenizer, stops, chosen)
+            ran = run_gguf(made, folder, gguf, tokenizer, stops, chosen)
+        if check.merge_order_lost and not ran.ran:
+            raise ExportError(
+                f"{folder} has no tokenizer.model, so the converter cannot tell the order in which pieces are merged, "
+                "and llama.cpp would make other tokens than training did.",
+                "Copy tokenizer.model from the base model's original folder into it, and export again.",
+            )
         report = ExportReport(
             output, outtype, made.stat().st_size, source, check, ran, merge, notes + ran.notes,
             stops=[str(tokenizer.convert_ids_to_tokens(token)) for token in sorted(stops)],
@@ -211,22 +220,42 @@ def _quantize(source: Path, target: Path, outtype: str, show_progress: bool) -> 
 
 
 def stage(folder: Path, staged: Path) -> Path:
-    """A folder of links to a merged model, with a chat template that llama.cpp's template engines can run.
+    """A folder of links to a merged model, with what llama.cpp needs to read its tokenizer right.
 
-    `{% generation %}` markers, which only training reads, become `{% if true %}`: the text rendered is the same.
+    - `{% generation %}` markers in the chat template, which only training reads, become `{% if true %}`: llama.cpp's
+      template engines do not know them, and the text rendered is the same.
+    - tokenizer_config.json gets `added_tokens_decoder`. The converter learns from there which pieces of a
+      `tokenizer.model` are special, transformers 5 does not write it any more, and without it "<|user|>" would be
+      plain text to llama.cpp.
     """
     staged.mkdir()
     for path in folder.iterdir():
         if path.is_file():
             (staged / path.name).symlink_to(path.resolve())
-    for name in ("chat_template.jinja", "tokenizer_config.json"):
-        path = staged / name
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        plain = without_generation_markers(text)
-        if plain != text:
-            path.unlink()
-            path.write_text(plain, encoding="utf-8")
+    template = staged / "chat_template.jinja"
+    if template.is_file():
+        _replace(template, without_generation_markers(template.read_text(encoding="utf-8")))
+    settings = staged / "tokenizer_config.json"
+    content = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    if isinstance(content.get("chat_template"), str):
+        content["chat_template"] = without_generation_markers(content["chat_template"])
+    content["added_tokens_decoder"] = {
+        str(number): {"content": token.content, "special": token.special}
+        for number, token in load_tokenizer(folder).added_tokens_decoder.items()
+    }
+    _replace(settings, json.dumps(content, ensure_ascii=False, indent=2))
     return staged
+
+
+def _replace(link: Path, text: str) -> None:
+    link.unlink(missing_ok=True)
+    link.write_text(text, encoding="utf-8")
+
+
+def plain_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The tokenizer's chat template as the GGUF holds it."""
+    template = tokenizer.chat_template
+    return without_generation_markers(template) if isinstance(template, str) else template
 
 
 def without_generation_markers(template: str) -> str:

@@ -58,6 +58,7 @@ class GgufCheck:
         types: how many tensors of each type.
         metadata: the keys that were compared.
         stops_missing: stop tokens of the merged model that the file does not name.
+        merge_order_lost: the file's SentencePiece tokenizer has one score for all pieces.
     """
 
     tensors: int = 0
@@ -66,6 +67,7 @@ class GgufCheck:
     types: dict[str, int] = field(default_factory=dict)
     metadata: list[str] = field(default_factory=list)
     stops_missing: list[str] = field(default_factory=list)
+    merge_order_lost: bool = False
 
     def summary(self) -> str:
         types = ", ".join(f"{count} {kind}" for kind, count in sorted(self.types.items()))
@@ -308,11 +310,25 @@ def _check_metadata(
         if not equal:
             raise _wrong(file.path, f"its {key.replace('{arch}', file.architecture)} is {found!r}, not {value!r}")
         check.metadata.append(key.replace("{arch}", file.architecture))
+    _check_tokens(file, tokenizer, check)
+
+
+def _check_tokens(file: GgufFile, tokenizer: PreTrainedTokenizerBase, check: GgufCheck) -> None:
+    """Special tokens must be there and be special: a plain one would be cut into pieces by llama.cpp."""
     tokens = file.value("tokenizer.ggml.tokens") or []
-    for token, number in tokenizer.get_added_vocab().items():
-        if number < len(tokens) and tokens[number] != token:
-            raise _wrong(file.path, f"its token {number} is {tokens[number]!r}, not {token!r}")
+    types = file.value("tokenizer.ggml.token_type") or []
+    kinds = file.gguf.TokenType
+    whole = {int(kind) for kind in (kinds.CONTROL, kinds.USER_DEFINED, kinds.UNKNOWN)}
+    for number, token in tokenizer.added_tokens_decoder.items():
+        if number >= len(tokens) or tokens[number] != token.content:
+            found = repr(tokens[number]) if number < len(tokens) else "missing"
+            raise _wrong(file.path, f"its token {number} is {found}, not {token.content!r}")
+        if token.special and types and types[number] not in whole:
+            raise _wrong(file.path, f"its token {token.content!r} is plain text")
     check.metadata.append("tokenizer.ggml.tokens")
+    scores = file.value("tokenizer.ggml.scores") or []
+    normal = {score for score, kind in zip(scores, types, strict=False) if kind == int(kinds.NORMAL)}
+    check.merge_order_lost = file.value("tokenizer.ggml.model") == "llama" and len(scores) > 256 and len(normal) == 1
 
 
 def _note_stops(file: GgufFile, tokenizer: PreTrainedTokenizerBase, stops: set[int], check: GgufCheck) -> None:
