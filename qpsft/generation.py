@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 CPU_BUDGET = 2**30
 """Bytes for the caches and distributions of one batch on the CPU; on CUDA a third of what is free."""
 MOST_SEQUENCES = 1024
-COMPACT_SHARE = 0.1
+CACHE_ROOM = 32
+COMPACT_SHARE = 0.15
 """The cache is packed anew once this share of its rows has ended: they cost time, and packing costs a copy."""
 
 
@@ -132,8 +134,6 @@ def _decode(
     model: Any, prompts: list[list[int]], uniforms: Tensor, stops: Tensor, temperature: float
 ) -> list[Completion]:
     """Completions of each prompt, `len(uniforms) // len(prompts)` copies each, row by row."""
-    from transformers import DynamicCache
-
     device, (rows, length) = model.device, uniforms.shape
     copies = rows // len(prompts)
     widest = max(map(len, prompts))
@@ -142,6 +142,7 @@ def _decode(
     extra = _accepted(model, "logits_to_keep")
     takes_positions = bool(_accepted(model, "position_ids"))
     cache = DynamicCache(config=model.config)
+    cache.layers = [_RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
 
     def forward(tokens: Tensor) -> Tensor:
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
@@ -190,6 +191,38 @@ def _decode(
         Completion(written[i][: ends[i]], was_stopped, entropy)
         for i, (was_stopped, entropy) in enumerate(zip(stopped.tolist(), entropies.tolist(), strict=True))
     ]
+
+
+class _RoomyLayer(DynamicLayer):
+    """A layer's cache with room for tokens to come: DynamicLayer copies all of itself for each one."""
+
+    _buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        old = self.get_seq_length()
+        if not old:
+            return super().update(key_states, value_states, *args, **kwargs)
+        new = old + key_states.shape[-2]
+        if self._buffers is None or new > self._buffers[0].shape[-2]:
+            self._buffers = tuple(self._with_room(states, new + CACHE_ROOM) for states in (self.keys, self.values))
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[..., old:new, :] = states
+        self.keys, self.values = (buffer[..., :new, :] for buffer in self._buffers)
+        return self.keys, self.values
+
+    @staticmethod
+    def _with_room(states: Tensor, length: int) -> Tensor:
+        buffer = states.new_empty(*states.shape[:-2], length, states.shape[-1])
+        buffer[..., : states.shape[-2], :] = states
+        return buffer
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self._buffers is None:
+            super().reorder_cache(beam_idx)
+            return
+        length = self.get_seq_length()
+        self._buffers = tuple(buffer.index_select(0, beam_idx) for buffer in self._buffers)
+        self.keys, self.values = (buffer[..., :length, :] for buffer in self._buffers)
 
 
 def _choose(logits: Tensor, logprobs: Tensor, uniforms: Tensor, temperature: float) -> Tensor:

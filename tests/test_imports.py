@@ -16,9 +16,10 @@ FLOORS = [
     {"recipe", "options", "losses", "hardware", "schedule", "demo.__init__", "demo.tasks", "export.__init__"},
     {"reference", "resume", "statistics", "config", "chat", "rows", "shapes", "data", "preview"}
     | {"checkpoint", "base_record", "base", "adapter"},
-    {"trainer", "console", "evaluate", "evaluation_rows", "generation", "likelihood", "verifiers", "estimates"},
+    {"trainer", "console", "evaluate", "evaluation_rows", "generation", "likelihood", "verifiers", "estimates"}
+    | {"harness", "task_data", "evaluation_options"},
     {"report"},
-    {"run", "demo.accuracy", "demo.tokenizer", "demo.pretrain"},
+    {"run", "evaluation_run", "demo.accuracy", "demo.tokenizer", "demo.pretrain"},
     {"demo.walkthrough"},
     {"cli", "__main__"},
 ]

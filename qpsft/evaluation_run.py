@@ -1,0 +1,304 @@
+"""`qpsft evaluate`: a model or an adapter, loaded once, on data sets and public benchmarks; a table and a JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from qpsft import __version__
+from qpsft.base import describe, load_base
+from qpsft.demo import tasks
+from qpsft.errors import BaseModelError, DataError, OutputError
+from qpsft.estimates import Estimate
+from qpsft.evaluate import MAX_NEW_TOKENS, Evaluation, evaluate
+from qpsft.evaluation_options import EvaluationOptions
+from qpsft.evaluation_rows import as_rows, load_evaluation_rows
+from qpsft.finished_folder import MARK
+from qpsft.harness import check_tasks, run_tasks
+from qpsft.live import ADAPTER_CONFIG, check_adapter_folder, find_base, trained_tokenizer
+from qpsft.recipe import DataArguments
+from qpsft.rows import BUILT_IN
+from qpsft.shapes import Rows
+from qpsft.task_data import parse_task_data
+
+DEMO_IN_DOMAIN_ROWS = 200
+DEMO_ROWS_PER_SET = 100
+DEMO_MAX_NEW_TOKENS = 56
+RECIPES = ("recipe.resolved.yaml", "recipe.yaml")
+SHOWN = (
+    ("nll", "NLL of the reference, nats per token", ".3f"),
+    ("mean_token_accuracy", "its tokens that are the most likely one", ".1%"),
+    ("entropy", "entropy along the reference, nats per token", ".3f"),
+    ("accuracy", "right, greedy", ".1%"),
+    ("accuracy_per_token", "right, by likelihood per token", ".1%"),
+    ("pass@1", "samples right (pass@1)", ".1%"),
+    ("pass@k", "at least one of {k} samples right", ".1%"),
+    ("sample_entropy", "entropy along the samples, nats per token", ".3f"),
+    ("length", "length of a sample, tokens", ".1f"),
+    ("length_capped", "samples cut off at {max_new_tokens} tokens", ".1%"),
+    ("greedy_length_capped", "greedy completions cut off there", ".1%"),
+    ("kl_samples", "KL from the base on samples, nats per token", ".3f"),
+    ("kl_text", "KL from the base on the reference, nats per token", ".3f"),
+)
+
+
+@dataclass
+class EvaluationReport:
+    """What `run_evaluation` found: an `Evaluation` per data set and the harness's results per task."""
+
+    model: str
+    evaluations: list[Evaluation]
+    tasks: dict[str, dict[str, Any]]
+    settings: dict[str, Any]
+    seconds: float
+
+    def to_dict(self, *, completions: bool = False) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "qpsft_version": __version__,
+            "model": self.model,
+            "settings": self.settings,
+            "data": {one.name: one.to_dict(completions=completions) for one in self.evaluations},
+            "tasks": {
+                name: {**task, "metrics": {metric: asdict(value) for metric, value in task["metrics"].items()}}
+                for name, task in self.tasks.items()
+            },
+            "seconds": self.seconds,
+        }
+
+    def table(self) -> str:
+        """For the terminal: a block per data set, one line per metric, each with its 95 % interval."""
+        blocks = [_block(one) for one in self.evaluations]
+        for name, task in self.tasks.items():
+            lines = [_line(metric, estimate, ".4g") for metric, estimate in task["metrics"].items()]
+            rows = f" · {task['rows']} rows" if task["rows"] else ""
+            blocks.append("\n".join([f"{name}{rows} (lm-evaluation-harness)", *lines]))
+        return "\n\n".join(
+            [*blocks, "[…]: 95 % bootstrap interval over rows. Every number is defined in docs/metrics.md."]
+        )
+
+
+def run_evaluation(options: EvaluationOptions, *, verbose: bool = True) -> EvaluationReport:
+    """Loads the model once and evaluates it on everything asked for.
+
+    Args:
+        verbose: print a line about the model, and progress bars on a terminal.
+
+    Raises:
+        QpsftError: the model, the data or the tasks cannot be used; the JSON file cannot be written.
+    """
+    started = time.perf_counter()
+    recipe = _recipe_of(Path(options.model).expanduser())
+    arguments = _data_arguments(options, recipe)
+    names = options.data or [name for name in [recipe.get("dataset_name")] if name in BUILT_IN]
+    if not names and not options.tasks:
+        raise DataError("There is nothing to evaluate on.", "Give --data FILE or --tasks NAME.")
+    task_data = parse_task_data(options.task_data)
+    if options.tasks:
+        check_tasks(options.tasks, task_data)
+    sets = list(_data_sets(names, arguments, options))
+    train_rows = _train_rows(options, recipe, arguments) if sets else None
+    if options.json is not None:
+        _check_writable(Path(options.json))
+
+    model, tokenizer = load_evaluated(options)
+    if verbose:
+        print(f"evaluating {options.model} · {describe_evaluated(model)}", flush=True)
+    evaluations = []
+    for rows in sets:
+        built_in = "task" in rows.rows[0]
+        cap = DEMO_MAX_NEW_TOKENS if built_in else MAX_NEW_TOKENS
+        evaluations.append(
+            evaluate(
+                model,
+                tokenizer,
+                rows,
+                k=options.k,
+                temperature=options.temperature,
+                max_new_tokens=options.max_new_tokens or cap,
+                verifier=options.verifier,
+                seed=options.seed,
+                limit=options.limit,
+                drift=not options.no_drift,
+                drift_samples=options.drift_samples,
+                train_rows=train_rows,
+                arguments=arguments,
+                batch_size=options.batch_size,
+                progress=verbose,
+            )
+        )
+    results = {}
+    if options.tasks:
+        results = run_tasks(
+            model,
+            tokenizer,
+            options.tasks,
+            task_data=task_data,
+            limit=options.limit,
+            num_fewshot=options.num_fewshot,
+            apply_chat_template=options.apply_chat_template,
+            max_new_tokens=options.max_new_tokens,
+            batch_size=options.batch_size or 8,
+            seed=options.seed,
+        )
+    report = EvaluationReport(
+        options.model, evaluations, results, asdict(options), seconds=time.perf_counter() - started
+    )
+    if options.json is not None:
+        write_json(Path(options.json), report.to_dict(completions=options.completions))
+    return report
+
+
+def load_evaluated(options: EvaluationOptions) -> tuple[Any, Any]:
+    """An adapter on its base, rounded as in training, or a model by itself; and the tokenizer.
+
+    Raises:
+        BaseModelError: as `load_base`, or the adapter does not fit its base.
+    """
+    from peft import PeftModel
+
+    folder = Path(options.model).expanduser()
+    if not (folder / ADAPTER_CONFIG).exists():
+        if options.base is not None:
+            raise BaseModelError(f"--base is given, but {folder} is not an adapter's folder.", "Leave --base out.")
+        merged = (folder / MARK).exists()
+        quantization = options.quantization or ("none" if merged else "nf4")
+        return load_base(
+            options.model, quantization=quantization, dtype=options.dtype, device=options.device, verbose=False
+        )
+    check_adapter_folder(folder)
+    record, base_folder = find_base(folder, options.base)
+    model, _ = load_base(
+        base_folder,
+        quantization="none" if record.prequantized else record.quantization,
+        double_quant=record.double_quant,
+        dtype=record.weights_dtype,
+        device=options.device,
+        verbose=False,
+    )
+    try:
+        model = PeftModel.from_pretrained(model, folder)
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        raise BaseModelError(
+            f"The adapter in {folder} cannot be put on {base_folder}: {str(error).strip().splitlines()[0]}",
+            "Check that adapter_config.json and adapter_model.safetensors belong together and to this base.",
+        ) from error
+    return model.eval(), trained_tokenizer(folder, base_folder)
+
+
+def describe_evaluated(model: Any) -> str:
+    """One line about what is evaluated."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return describe(base, base.device, base.dtype)
+
+
+def _recipe_of(folder: Path) -> dict[str, Any]:
+    """The options an adapter was trained with, as far as its folder knows."""
+    import yaml
+
+    for name in RECIPES:
+        path = folder / name
+        if path.is_file():
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+            return values if isinstance(values, dict) else {}
+    return {}
+
+
+def _data_arguments(options: EvaluationOptions, recipe: dict[str, Any]) -> DataArguments:
+    """Prompts are written as in training unless a flag says otherwise."""
+    trained = {name: recipe[name] for name in ("use_chat_template", "prompt_format") if name in recipe}
+    given = {
+        name: getattr(options, name)
+        for name in ("use_chat_template", "prompt_format", "dataset_config", "dataset_columns")
+        if getattr(options, name) is not None
+    }
+    return DataArguments(**trained | given)
+
+
+def _data_sets(names: Sequence[str], arguments: DataArguments, options: EvaluationOptions) -> Iterator[Rows]:
+    if any(name in BUILT_IN for name in names):
+        split = "validation" if options.split == "validation" else "test"
+        yield as_rows(tasks.in_domain(split, DEMO_IN_DOMAIN_ROWS), "in_domain")
+        for name, rows in tasks.out_of_domain(split, DEMO_ROWS_PER_SET).items():
+            yield as_rows(rows, name)
+    for name in names:
+        if name not in BUILT_IN:
+            yield load_evaluation_rows(name, arguments, options.split)
+
+
+def _train_rows(options: EvaluationOptions, recipe: dict[str, Any], arguments: DataArguments) -> list[dict] | None:
+    """The rows the adapter was trained on, if they are still where its recipe says, or where a flag says."""
+    known = {one.name for one in fields(DataArguments)}
+    trained = {name: value for name, value in recipe.items() if name in known}
+    name = options.train_data or trained.get("dataset_name")
+    if name is None:
+        return None
+    if options.train_data is not None:
+        return load_evaluation_rows(name, replace(arguments, dataset_name=name), "train").rows
+    if name not in BUILT_IN and not Path(name).expanduser().exists():
+        print(f"note: the training rows ({name}) are not here, so duplicates are not counted; --train_data FILE does.")
+        return None
+    return load_evaluation_rows(name, DataArguments(**trained), trained.get("dataset_train_split", "train")).rows
+
+
+def _block(one: Evaluation) -> str:
+    counts, settings = one.counts, one.settings
+    head = [f"{one.name} · {one.rows} rows"]
+    if counts["dropped"]:
+        head.append(f"{counts['dropped']} dropped (longer than the model)")
+    if settings["verifier"]:
+        head.append(f"verifier {settings['verifier']}")
+    if "parsed" in counts:
+        head.append(f"{counts['parsed']} of {counts['completions']} completions parsed")
+    if settings.get("k"):
+        head.append(f"{settings['k']} samples at temperature {settings['temperature']:g}")
+    lines = [" · ".join(head)]
+    if "duplicate_rows" in counts:
+        lines.append(
+            f"  {counts['duplicate_rows']} of its rows are exact duplicates of training rows, "
+            f"{counts['duplicate_prompts']} of its prompts"
+        )
+    for metric, label, style in SHOWN:
+        name = f"pass@{settings.get('k')}" if metric == "pass@k" else metric
+        if name in one.metrics and not (metric == "pass@k" and settings["k"] == 1):
+            if metric == "accuracy" and "accuracy_per_token" in one.metrics:
+                label = "right, by likelihood"
+            lines.append(_line(label.format(**settings), one.metrics[name], style))
+    return "\n".join(lines)
+
+
+def _line(label: str, estimate: Estimate, style: str) -> str:
+    interval = "" if estimate.low is None else f"  [{estimate.low:{style}}, {estimate.high:{style}}]"
+    return f"  {label:<50}{estimate.value:>9{style}}{interval}"
+
+
+def _check_writable(path: Path) -> None:
+    if path.is_dir() or not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise OutputError(f"{path} cannot be written.", "Give --json a file name in a folder that exists.")
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Writes a JSON file whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written; what was there before is then untouched.
+    """
+    text = json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n"
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}.", "Check the disk.") from error
