@@ -134,10 +134,32 @@ def verify(argv: Sequence[str]) -> int:
     return 0 if report.same_model else 1
 
 
+def evaluate(argv: Sequence[str]) -> int:
+    """accuracy, pass@k, likelihood, drift; public benchmarks"""
+    from qpsft.evaluation_options import parse_options
+
+    options = parse_options(
+        argv,
+        "qpsft evaluate",
+        "Measure an adapter on its 4-bit base, or a model: likelihood of references, accuracy and pass@k of "
+        "completions, entropy, and drift from the base; and public benchmarks by lm-evaluation-harness. Prints a table "
+        "with 95 % intervals; docs/metrics.md defines every number.",
+    )
+    _quiet_libraries()
+    from qpsft.evaluation_run import run_evaluation
+
+    report = run_evaluation(options)
+    print(f"\n{report.table()}")
+    if options.json is not None:
+        print(f"\nwritten: {options.json}")
+    return 0
+
+
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "demo": demo,
     "train": train,
     "preview": preview,
+    "evaluate": evaluate,
     "merge": merge,
     "verify": verify,
 }
