@@ -106,7 +106,7 @@ class MergedTensor:
         if "absmax" in tensor.state:
             return StoredRoundedWeight(tensor.stored, tensor.state, rounding.compute_dtype)
         if tensor.state:
-            return StoredInt8Weight(tensor.stored, tensor.state["SCB"], rounding.compute_dtype)
+            return StoredInt8Weight(tensor.stored, tensor.state["SCB"])
         read = self._flat(tensor.stored)
         if rounding.kind == "int8":
             return Int8Weight(read, self.columns, rounding)

@@ -214,26 +214,25 @@ class Int8Weight:
 
         rows = self._read(start, stop).view(-1, self._columns).to(self._rounding.weights_dtype)
         codes, scales, _ = int8_vectorwise_quant(rows.to(torch.float16))
-        return dequantize_int8(codes, scales, self._rounding.compute_dtype)
+        return dequantize_int8(codes, scales)
 
 
 class StoredInt8Weight:
     """A weight that is on disk in bitsandbytes' 8-bit format: int8 (rows, columns) and float32 scales (rows,)."""
 
-    def __init__(self, stored: StoredTensor, scales: StoredTensor, compute_dtype: torch.dtype):
+    def __init__(self, stored: StoredTensor, scales: StoredTensor):
         self._stored = stored
         self._scales = scales.read().float()
-        self._dtype = compute_dtype
 
     def values(self, start: int, stop: int) -> Tensor:
         columns = self._stored.shape[1]
         codes = self._stored.read(start, stop).view(-1, columns)
-        return dequantize_int8(codes, self._scales[start // columns : stop // columns], self._dtype)
+        return dequantize_int8(codes, self._scales[start // columns : stop // columns])
 
 
-def dequantize_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """As the training forward of bitsandbytes' 8-bit layer: codes · (scale / 127), rounded once to `dtype`."""
-    return codes.to(dtype).mul_(scales.unsqueeze(1).mul(1.0 / 127.0)).float().view(-1)
+def dequantize_int8(codes: Tensor, scales: Tensor) -> Tensor:
+    """codes · scale / 127, float32: on a GPU the forward multiplies the integers, so nothing rounds these."""
+    return (codes.float() * (scales / 127).unsqueeze(1)).view(-1)
 
 
 def _whole_blocks(elements: int, block: int) -> int:
