@@ -367,8 +367,10 @@ def test_llama_cpp_computes_the_merged_model(adapter, tools, tmp_path, outtype):
 
 @pytest.mark.slow
 @needs_llama_cpp_python
-def test_llama_cpp_with_another_model_fails(adapter, merged, exported, gguf, tmp_path):
-    other = merge_by_hand(adapter, tmp_path / "other", "bfloat16", scale=2.4)
+def test_llama_cpp_that_computes_another_model_fails(merged, exported, gguf, tmp_path):
+    """The weights are right (reading back says so) and the rotary base is another: only running it tells."""
+    other = copy_folder(merged, tmp_path / "other")
+    edit_json(other / "config.json", rope_parameters={"rope_theta": 500.0, "rope_type": "default"})
     tokenizer = load_tokenizer(other)
     prompts, _ = read_prompts(None, other, tokenizer, 8, 512)
     with pytest.raises(ExportError, match="other log-probabilities"):

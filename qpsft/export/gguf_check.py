@@ -59,6 +59,7 @@ class GgufCheck:
         metadata: the keys that were compared.
         stops_missing: stop tokens of the merged model that the file does not name.
         merge_order_lost: the file's SentencePiece tokenizer has one score for all pieces.
+        adds_bos: llama.cpp puts the beginning-of-sequence token before every text.
     """
 
     tensors: int = 0
@@ -68,6 +69,7 @@ class GgufCheck:
     metadata: list[str] = field(default_factory=list)
     stops_missing: list[str] = field(default_factory=list)
     merge_order_lost: bool = False
+    adds_bos: bool = False
 
     def summary(self) -> str:
         types = ", ".join(f"{count} {kind}" for kind, count in sorted(self.types.items()))
@@ -329,6 +331,17 @@ def _check_tokens(file: GgufFile, tokenizer: PreTrainedTokenizerBase, check: Ggu
     scores = file.value("tokenizer.ggml.scores") or []
     normal = {score for score, kind in zip(scores, types, strict=False) if kind == int(kinds.NORMAL)}
     check.merge_order_lost = file.value("tokenizer.ggml.model") == "llama" and len(scores) > 256 and len(normal) == 1
+    check.adds_bos = _adds_bos(file)
+
+
+def _adds_bos(file: GgufFile) -> bool:
+    """The file's own word, else llama.cpp's default for its kind of tokenizer (llama-vocab.cpp)."""
+    said = file.value("tokenizer.ggml.add_bos_token")
+    if said is not None:
+        return bool(said)
+    if file.value("tokenizer.ggml.model") == "llama":
+        return True
+    return file.value("tokenizer.ggml.pre") in ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral")
 
 
 def _note_stops(file: GgufFile, tokenizer: PreTrainedTokenizerBase, stops: set[int], check: GgufCheck) -> None:

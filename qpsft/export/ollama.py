@@ -1,0 +1,295 @@
+"""A folder for `ollama create`: the GGUF and a Modelfile with the template, the stop tokens and the context length.
+
+The template is derived by rendering: conversations made of placeholders go through the model's own chat template, what
+stands around the placeholders becomes Ollama's template, and that must then render other conversations to the very same
+text. A template that does not come apart like this is left to Ollama, which reads the one in the GGUF.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+
+from qpsft.base import load_tokenizer
+from qpsft.checkpoint import resolve_folder
+from qpsft.errors import ExportError, OutputError
+from qpsft.export.gguf import ExportReport, export_gguf
+from qpsft.export.work_folder import is_adapter
+from qpsft.live import find_base, trained_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MODEL_FILE = "model.gguf"
+LARGE_CACHE = 4e9
+SYSTEM, USER, ANSWER = "qpsftSystem", "qpsftUser", "qpsftAnswer"
+
+Messages = list[dict[str, str]]
+Render = Callable[[Messages, bool], "str | None"]
+
+
+@dataclass(frozen=True)
+class ChatPieces:
+    """What a chat template writes around each turn.
+
+    Attributes:
+        head: before everything.
+        default_system: after the head when there is no system turn.
+        turns: role -> (before, after) the content.
+        opening: what opens the assistant's next turn.
+    """
+
+    head: str
+    default_system: str
+    turns: dict[str, tuple[str, str]]
+    opening: str
+
+    def render(self, messages: Messages, *, opened: bool) -> str:
+        """What Ollama's template below renders, in Python, with the opening if `opened`."""
+        text = self.head
+        if not any(message["role"] == "system" for message in messages):
+            text += self.default_system
+        for message in messages:
+            before, after = self.turns[message["role"]]
+            text += before + message["content"] + after
+        return text + (self.opening if opened else "")
+
+    def go_template(self) -> str:
+        """The same as a Go template for a Modelfile."""
+        parts = [_literal(self.head)]
+        if self.default_system:
+            parts.append("{{ if not .System }}" + _literal(self.default_system) + "{{ end }}")
+        branches = [
+            f'if eq .Role "{role}" }}}}{_literal(before)}{{{{ .Content }}}}{_literal(after)}'
+            for role, (before, after) in self.turns.items()
+        ]
+        turn = "{{ " + "{{ else ".join(branches) + "{{ end }}"
+        return "".join([*parts, "{{ range .Messages }}", turn, "{{ end }}", _literal(self.opening)])
+
+
+def _literal(text: str) -> str:
+    """Text as it stands in a Go template."""
+    return text.replace("{{", '{{ "{{" }}')
+
+
+@dataclass
+class OllamaReport:
+    """What was written for Ollama.
+
+    Attributes:
+        folder: where.
+        gguf: the report of the GGUF.
+        template: whether a TEMPLATE was derived.
+        stops: the stop strings.
+        num_ctx: the context length.
+        notes: what the user should know.
+    """
+
+    folder: Path
+    gguf: ExportReport
+    template: bool
+    stops: list[str]
+    num_ctx: int | None
+    notes: list[str] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """A few lines for a terminal, with the command that comes next."""
+        template = "derived from the chat template" if self.template else "left to Ollama"
+        return "\n".join(
+            [
+                self.gguf.summary(),
+                f"wrote {self.folder / 'Modelfile'}: template {template}, "
+                f"stop {', '.join(map(repr, self.stops)) or 'none'}, num_ctx {self.num_ctx}",
+                *(f"note: {note}" for note in self.notes),
+                f"next: ollama create NAME -f {self.folder / 'Modelfile'}",
+            ]
+        )
+
+
+def export_ollama(
+    source: str | Path,
+    output: str | Path,
+    *,
+    num_ctx: int | None = None,
+    base: str | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> OllamaReport:
+    """Writes a folder with `model.gguf` and `Modelfile`.
+
+    Args:
+        source: an adapter's folder or a merged one.
+        output: the folder to write.
+        num_ctx: context length; None is the longest the model was made for.
+        base: as in `export_gguf`.
+        overwrite: replace what an earlier export wrote there.
+        options: the others of `qpsft.export.gguf.export_gguf`.
+
+    Raises:
+        OutputError: the folder holds something and `overwrite` is False.
+        As `export_gguf`.
+    """
+    source, output = Path(source).expanduser(), Path(output).expanduser()
+    if num_ctx is not None and num_ctx < 1:
+        raise ExportError(f"num_ctx is {num_ctx}.", "Use a number of tokens.")
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is a file; an Ollama export is a folder.", "Choose another with -o.")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise OutputError(f"{output} exists.", "Give --overwrite to replace it, or choose another with -o.")
+    new = not output.exists()
+    config_folder = find_base(source, base)[1] if is_adapter(source) else resolve_folder(source)
+    config = json.loads((config_folder / "config.json").read_text(encoding="utf-8"))
+    tokenizer = trained_tokenizer(source, config_folder) if is_adapter(source) else load_tokenizer(source)
+    try:
+        gguf = export_gguf(source, output / MODEL_FILE, base=base, overwrite=overwrite, **options)
+    except BaseException:
+        if new and output.is_dir() and not any(output.iterdir()):
+            output.rmdir()
+        raise
+    notes = []
+    template, reason = derive_template(tokenizer, adds_bos=gguf.check.adds_bos)
+    if template is None:
+        notes.append(f"{reason}: TEMPLATE is left to Ollama, which reads the chat template in the GGUF")
+    elif "system" not in template.turns:
+        notes.append("the chat template has no system turn of its own, so Ollama will leave SYSTEM messages out")
+    if template is not None and "strftime_now" in str(tokenizer.chat_template):
+        notes.append("the chat template writes the current date; the Modelfile keeps the date of this export")
+    length = num_ctx or config.get("max_position_embeddings")
+    cache = _cache_bytes(config, length or 0)
+    if cache > LARGE_CACHE:
+        notes.append(
+            f"a context of {length} tokens takes {cache / 1e9:.0f} GB of cache beside the model: lower num_ctx if that "
+            "is too much"
+        )
+    text = modelfile(gguf.path.name, template, gguf.stops, length)
+    temporary = output / ".Modelfile.partial"
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(output / "Modelfile")
+    return OllamaReport(output, gguf, template is not None, gguf.stops, length, notes)
+
+
+def modelfile(model: str, template: ChatPieces | None, stops: list[str], num_ctx: int | None) -> str:
+    """The Modelfile's text."""
+    lines = [f"FROM ./{model}"]
+    if template is not None:
+        lines.append(f'TEMPLATE """{template.go_template()}"""')
+    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
+    if num_ctx:
+        lines.append(f"PARAMETER num_ctx {num_ctx}")
+    return "\n".join(lines) + "\n"
+
+
+def _cache_bytes(config: dict[str, Any], length: int) -> float:
+    """Of keys and values in float16."""
+    heads = config.get("num_attention_heads") or 1
+    width = config.get("head_dim") or config.get("hidden_size", 0) // heads
+    return 4.0 * length * config.get("num_hidden_layers", 0) * (config.get("num_key_value_heads") or heads) * width
+
+
+def derive_template(tokenizer: PreTrainedTokenizerBase, *, adds_bos: bool) -> tuple[ChatPieces | None, str]:
+    """The pieces of a tokenizer's chat template, or None and the reason why it does not come apart.
+
+    Args:
+        tokenizer: with or without a chat template.
+        adds_bos: llama.cpp writes the beginning-of-sequence token itself, so the pieces must not.
+    """
+    bos = tokenizer.bos_token if adds_bos else None
+
+    def render(messages: Messages, opened: bool) -> str | None:
+        text = _render(tokenizer, messages, opened)
+        return text.removeprefix(bos) if text is not None and bos else text
+
+    if tokenizer.chat_template is None:
+        return None, "the model has no chat template"
+    for take_apart, opened in ((_take_apart, (False, True)), (_take_apart_opened, (True,))):
+        pieces = take_apart(render)
+        if pieces is not None and _renders_the_same(pieces, render, opened):
+            if '"""' in pieces.go_template():
+                return None, 'the chat template contains """'
+            return pieces, ""
+    return None, "the chat template does not write one turn after the other"
+
+
+def _renders_the_same(pieces: ChatPieces, render: Render, opened: tuple[bool, ...]) -> bool:
+    """Whether the pieces give the chat template's text; where only opened ones count, conversations end with a user."""
+    conversations = _conversations("system" in pieces.turns)
+    if opened == (True,):
+        conversations = [messages for messages in conversations if messages[-1]["role"] == "user"]
+    return all(
+        render(messages, last) == pieces.render(messages, opened=last) for messages in conversations for last in opened
+    )
+
+
+def _take_apart(render: Render) -> ChatPieces | None:
+    """By what each turn adds to the ones before it."""
+    user, answer = {"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}
+    one, two = render([user], False), render([user, answer], False)
+    three, opened = render([user, answer, user], False), render([user], True)
+    if None in (one, two, three, opened) or not (two.startswith(one) and three.startswith(two)):
+        return None
+    again = three[len(two) :]  # a user turn that is not the first, so without the head
+    if not opened.startswith(one) or not one.endswith(again) or USER not in again or ANSWER not in two[len(one) :]:
+        return None
+    before_user, _, after_user = again.partition(USER)
+    before_answer, _, after_answer = two[len(one) :].partition(ANSWER)
+    turns = {"user": (before_user, after_user), "assistant": (before_answer, after_answer)}
+    both = render([{"role": "system", "content": SYSTEM}, user], False)
+    return _with_system(one[: len(one) - len(again)], turns, opened[len(one) :], both, again)
+
+
+def _take_apart_opened(render: Render) -> ChatPieces | None:
+    """By conversations that end with a user's turn and the assistant's opening, which is all that Ollama renders.
+
+    Some templates end or trim a conversation otherwise when it is not opened. What stands between two turns may be
+    counted to either.
+    """
+    user, answer = {"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}
+    one, three = render([user], True), render([user, answer, user], True)
+    if one is None or three is None or one.count(USER) != 1 or three.count(ANSWER) != 1:
+        return None
+    start, _, opening = one.partition(USER)
+    if not (three.startswith(start + USER) and three.endswith(USER + opening)):
+        return None
+    before_answer, _, between = three[len(start + USER) : -len(USER + opening)].partition(ANSWER)
+    before_user = os.path.commonprefix([start[::-1], between[::-1]])[::-1]
+    turns = {"user": (before_user, ""), "assistant": (before_answer, between.removesuffix(before_user))}
+    both = render([{"role": "system", "content": SYSTEM}, user], True)
+    return _with_system(start.removesuffix(before_user), turns, opening, both, before_user + USER + opening)
+
+
+def _with_system(head: str, turns: dict[str, tuple[str, str]], opening: str, both: str | None, rest: str) -> ChatPieces:
+    """Adds the system turn, if `both`, a system turn followed by `rest`, shows one of its own."""
+    default = ""
+    if both is not None and SYSTEM in both and both.endswith(rest):
+        before, _, after = both.removesuffix(rest).partition(SYSTEM)
+        if not before.startswith(head):
+            # Without a system turn, the template writes one of its own.
+            head, default = "", head
+        turns = {"system": (before.removeprefix(head), after)} | turns
+    return ChatPieces(head, default, turns, opening)
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, opened: bool) -> str | None:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)
+    except (TemplateError, TypeError, ValueError):
+        return None  # many templates refuse a system turn
+
+
+def _conversations(with_system: bool) -> list[Messages]:
+    talk = [
+        {"role": "user", "content": "What is 2 + 2?"},
+        {"role": "assistant", "content": "4. Anything else?"},
+        {"role": "user", "content": "Line one\nline two"},
+        {"role": "assistant", "content": "ünïcödé 🙂 {{ braces }}"},
+        {"role": "user", "content": "bye"},
+    ]
+    system = {"role": "system", "content": "Be brief."}
+    conversations = [talk[:1], talk[:2], talk[:3], talk]
+    return conversations + ([[system, *some] for some in conversations] if with_system else [])

@@ -1,0 +1,87 @@
+"""vLLM: the command for adapters it can serve, the reasons for those it refuses, and the merge instead."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+from exporting import copy_folder, edit_json, make_adapter
+
+from qpsft.errors import BaseModelError, ExportError
+from qpsft.export.vllm import check_vllm, export_vllm
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> Path:
+    folder = make_adapter(tmp_path_factory.mktemp("vllm") / "my adapter")
+    edit_json(folder / "base_quantization.json", base_model_name_or_path="owner/name", revision="abc")
+    return folder
+
+
+def test_the_command_for_an_adapter(adapter):
+    report = check_vllm(adapter)
+    assert report.servable and not report.refusals
+    assert shlex.split(report.command) == [
+        *("vllm", "serve", "owner/name", "--revision", "abc", "--quantization", "bitsandbytes", "--enable-lora"),
+        *("--lora-modules", f"my adapter={adapter}"),
+    ]
+    assert "rounds the base as training did" in report.notes[0]
+    assert shlex.split(check_vllm(adapter, base="/models/other").command)[2:4] == ["/models/other", "--quantization"]
+
+
+@pytest.mark.parametrize("rank, flag", [(16, None), (17, "32"), (64, "64"), (100, "128"), (512, "512")])
+def test_ranks_above_vllms_default_need_a_flag(adapter, tmp_path, rank, flag):
+    other = copy_folder(adapter, tmp_path / "adapter")
+    edit_json(other / "adapter_config.json", r=rank)
+    command = shlex.split(check_vllm(other).command)
+    assert command[-2:] == ["--max-lora-rank", flag] if flag else "--max-lora-rank" not in command
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"modules_to_save": ["lm_head"]}, "trained in full (lm_head)"),
+        ({"use_dora": True}, "DoRA"),
+        ({"bias": "all"}, "trained biases"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "adapts lm_head"),
+        ({"rank_pattern": {"q_proj": 8}}, "ranks or alphas of their own"),
+        ({"alpha_pattern": {"q_proj": 8}}, "ranks or alphas of their own"),
+        ({"r": 1024}, "its rank is 1024"),
+    ],
+)
+def test_what_vllm_refuses(adapter, tmp_path, settings, words):
+    other = copy_folder(adapter, tmp_path / "adapter")
+    edit_json(other / "adapter_config.json", **settings)
+    report = check_vllm(other)
+    assert not report.servable and report.command is None
+    assert words in report.refusals[0] and words in report.summary() and "next: merge it" in report.summary()
+
+
+def test_a_base_that_vllm_rounds_otherwise_is_noted(adapter, tmp_path):
+    other = copy_folder(adapter, tmp_path / "adapter")
+    edit_json(other / "base_quantization.json", quantization="fp4")
+    report = check_vllm(other)
+    assert "--quantization" not in report.command and "does not round the base to fp4" in report.notes[0]
+
+
+def test_a_refused_adapter_is_merged_instead(tmp_path):
+    adapter = make_adapter(tmp_path / "adapter", use_dora=True)
+    assert export_vllm(adapter).merge is None
+    report = export_vllm(adapter, tmp_path / "merged", verify=False, show_progress=False)
+    assert report.command == f"vllm serve {tmp_path / 'merged'}" and (tmp_path / "merged/config.json").is_file()
+
+
+def test_a_servable_adapter_is_not_merged(adapter, tmp_path):
+    report = export_vllm(adapter, tmp_path / "merged")
+    assert report.merge is None and "--enable-lora" in report.command and not (tmp_path / "merged").exists()
+
+
+def test_bad_input(adapter, tmp_path):
+    with pytest.raises(BaseModelError, match="not an adapter folder"):
+        check_vllm(tmp_path)
+    other = copy_folder(adapter, tmp_path / "adapter")
+    edit_json(other / "adapter_config.json", peft_type="LOHA")
+    with pytest.raises(ExportError, match="of type LOHA"):
+        check_vllm(other)
+    (other / "adapter_config.json").write_text("{")
+    with pytest.raises(BaseModelError, match="is not valid JSON"):
+        check_vllm(other)
