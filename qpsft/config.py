@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from trl import SFTConfig
@@ -14,6 +14,7 @@ from qpsft.hardware import compute_dtype_for, pick_device
 from qpsft.losses import EPSILON
 
 LOSS_TYPES = ("psft", "nll", "dft")
+REFERENCES = ("snapshot", "last_visit")
 
 
 def _option(default: Any, help: str, **metadata: Any) -> Any:
@@ -46,6 +47,11 @@ class PSFTConfig(SFTConfig):
         8,
         "K: optimizer steps' worth of data in a block; the reference policy is renewed at each block's start. 8 as in "
         "the paper (64/8 and 256/32); 4 when the data fill few blocks; 1 with one visit is plain SFT.",
+    )
+    reference: Literal["snapshot", "last_visit"] = _option(
+        "snapshot",
+        "The reference policy. snapshot: a copy of the adapter, renewed every block. last_visit: for each row the "
+        "policy at that row's own last visit, recorded in training at no cost; the first epoch is its warm-up.",
     )
     num_iterations: int = _option(
         1,
@@ -101,6 +107,10 @@ class PSFTConfig(SFTConfig):
     def _check(self) -> None:
         if self.loss_type not in LOSS_TYPES:
             raise RecipeError(f"loss_type {self.loss_type!r} is not known.", f"Use one of {', '.join(LOSS_TYPES)}.")
+        if self.reference not in REFERENCES:
+            raise RecipeError(f"reference {self.reference!r} is not known.", f"Use {' or '.join(REFERENCES)}.")
+        if self.reference == "last_visit" and (self.packing or self.padding_free):
+            raise RecipeError("reference: last_visit needs rows that are not packed.", "Turn packing off.")
         at_least_one = (
             "reference_steps",
             "num_iterations",
@@ -131,7 +141,8 @@ class PSFTConfig(SFTConfig):
         for name, why in refused.items():
             if getattr(self, name):
                 raise RecipeError(f"{name} is not supported.", why)
-        if self.loss_type == "psft" and self.reference_steps == 1 and self.num_iterations == 1:
+        blocks = self.loss_type == "psft" and self.reference == "snapshot"
+        if blocks and self.reference_steps == 1 and self.num_iterations == 1:
             warnings.warn(
                 "reference_steps = 1 with one visit is plain SFT: the ratio is 1 at every step and nothing is ever "
                 "clipped. Use reference_steps 4 to 8 for PSFT.",

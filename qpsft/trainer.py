@@ -18,6 +18,7 @@ from trl import SFTTrainer
 from qpsft import resume
 from qpsft.config import PSFTConfig
 from qpsft.errors import RecipeError, TrainingError
+from qpsft.last_visit import LastVisit
 from qpsft.losses import NotFiniteError, dft_loss, loss_statistics, nll_loss, psft_loss
 from qpsft.policy import adapter_parameters, default_config, noise_sources, prepare_policy
 from qpsft.reference import ReferencePolicy
@@ -92,6 +93,10 @@ class PSFTTrainer(SFTTrainer):
                 "num_iterations above 1 needs a data set of known length, not a stream.",
                 "Load it without streaming, or set num_iterations to 1.",
             )
+        if self.args.reference == "last_visit" and (not has_length(self.train_dataset) or self.args.world_size > 1):
+            raise RecipeError(
+                "reference: last_visit needs a data set of known length and one process.", "Use reference: snapshot."
+            )
         self._start_over()
         self._check_noise()
 
@@ -100,6 +105,7 @@ class PSFTTrainer(SFTTrainer):
         self._schedule: BlockSchedule | None = None
         self._position: StepPosition | None = None
         self._scores: dict[int, list[Tensor]] = {}  # old log-probabilities of the block, by mini-batch
+        self._last_visit = LastVisit()
         self._resumed: tuple | None = None
         self._statistics = RunStatistics()
 
@@ -127,7 +133,8 @@ class PSFTTrainer(SFTTrainer):
         )
 
     def _visits(self) -> int:
-        return self.args.num_iterations if self.args.loss_type == "psft" or self.args.block_order else 1
+        blocks = (self.args.loss_type == "psft" and self.args.reference == "snapshot") or self.args.block_order
+        return self.args.num_iterations if blocks else 1
 
     def _data_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -145,7 +152,7 @@ class PSFTTrainer(SFTTrainer):
                 seed=self._data_seed(),
                 permute=self._permutation(),
             )
-            self._schedule.check(psft=self.args.loss_type == "psft")
+            self._schedule.check(psft=self.args.loss_type == "psft" and self.args.reference == "snapshot")
         return self._schedule
 
     def _permutation(self):
@@ -175,7 +182,10 @@ class PSFTTrainer(SFTTrainer):
             num_items = self.accelerator.gather(counts).sum()
         self._position = self._get_schedule().position(self.state.global_step)
         if self.args.loss_type == "psft" and not self._position.is_warmup:
-            self._attach_old_logprobs(batches)
+            if self.args.reference == "last_visit":
+                self._last_visit.attach(batches, self._schedule.rows(self.state.global_step))
+            else:
+                self._attach_old_logprobs(batches)
         return batches, num_items
 
     def _attach_old_logprobs(self, batches: list[dict[str, Tensor]]) -> None:
@@ -221,7 +231,8 @@ class PSFTTrainer(SFTTrainer):
         """
         if return_outputs or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        old_logprobs, micro_batch = inputs.pop("old_logprobs", None), inputs.pop("micro_batch", None)
+        names = ("old_logprobs", "micro_batch", "seen", "row_numbers")
+        old_logprobs, micro_batch, seen, rows = (inputs.pop(name, None) for name in names)
         inputs["use_cache"] = False
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
@@ -231,6 +242,8 @@ class PSFTTrainer(SFTTrainer):
             old_logprobs = logprobs.detach().float()
             if self._visits() > 1:
                 self._scores[self._position.mini_batch].append(old_logprobs)
+        if rows is not None:
+            old_logprobs = self._last_visit.visit(logprobs.detach().float(), old_logprobs, seen, rows)
         try:
             loss = self._loss(logprobs, old_logprobs, mask, num_items_in_batch)
         except NotFiniteError as error:
@@ -327,7 +340,8 @@ class PSFTTrainer(SFTTrainer):
         super()._save_checkpoint(model, trial)
         if self.args.loss_type == "psft":
             reference = self.reference.state_dict() if self.reference and self.args.should_save else None
-            resume.save_psft_state(folder, self.args.process_index, reference, self._scores)
+            scores = self._scores if self.args.reference == "snapshot" else self._last_visit.state_dict()
+            resume.save_psft_state(folder, self.args.process_index, reference, scores)
         num_tokens = self._statistics.tokens_so_far(self.accelerator)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -338,6 +352,7 @@ class PSFTTrainer(SFTTrainer):
         """What decides which rows a step sees."""
         return {
             "loss_type": self.args.loss_type,
+            "reference": self.args.reference,
             "rows": len(self.train_dataset) if has_length(self.train_dataset) else None,
             "processes": self.args.world_size,
             "per_device_train_batch_size": self.args.train_batch_size,
@@ -354,3 +369,5 @@ class PSFTTrainer(SFTTrainer):
         self._statistics.num_tokens = resume.load_run(folder, self._order_settings())
         if self.args.loss_type == "psft":
             self._resumed = resume.load_psft_state(folder, self.args.process_index)
+            if self.args.reference == "last_visit":
+                self._last_visit.load_state_dict(self._resumed[1])

@@ -15,7 +15,7 @@ FLOORS = [
     {"errors", "__init__"},
     {"recipe", "options", "losses", "hardware", "schedule", "demo.__init__", "demo.tasks", "export.__init__"},
     {"reference", "resume", "statistics", "config", "chat", "rows", "shapes", "data", "preview"}
-    | {"checkpoint", "base_record", "base", "adapter"},
+    | {"checkpoint", "base_record", "base", "adapter", "policy", "last_visit"},
     {"trainer", "console", "evaluate", "evaluation_rows", "generation", "likelihood", "verifiers", "estimates"}
     | {"harness", "task_data", "evaluation_options"},
     {"report"},
