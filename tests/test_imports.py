@@ -17,7 +17,9 @@ FLOORS = [
     {"reference", "resume", "statistics", "config", "chat", "rows", "shapes", "data", "preview"}
     | {"checkpoint", "base_record", "base", "adapter", "policy", "last_visit"},
     {"trainer", "console", "evaluate", "evaluation_rows", "generation", "likelihood", "verifiers", "estimates"}
-    | {"harness", "task_data", "evaluation_options"},
+    | {"harness", "task_data", "evaluation_options"}
+    | {"safetensors_stream", "finished_folder", "rounding", "update_size", "base_tensors", "adapter_file"}
+    | {"merged_tensor", "merged_files", "merge"},
     {"report"},
     {"run", "evaluation_run", "demo.accuracy", "demo.tokenizer", "demo.pretrain"},
     {"demo.walkthrough"},
