@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -15,9 +16,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qpsft.errors import BaseModelError
-from qpsft.hardware import pick_device
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def read_text_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder, with the language model's part of it (`text_config`) at the top."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config | (config.get("text_config") or {})
 
 
 class ExportedWeights:
@@ -69,7 +75,7 @@ class ExportedWeights:
         return counts.most_common(1)[0][0] if counts else "F32"
 
 
-def load_exported(weights: ExportedWeights, fetch: Callable[[str], Tensor] | None = None) -> Any:
+def load_exported(weights: ExportedWeights, device: torch.device, fetch: Callable[[str], Tensor] | None = None) -> Any:
     """The exported model with float32 arithmetic, each module's weights read from disk when it runs.
 
     So the memory needed is one module's weights, whatever the model's size. A model whose modules do not match its
@@ -77,6 +83,7 @@ def load_exported(weights: ExportedWeights, fetch: Callable[[str], Tensor] | Non
 
     Args:
         weights: the export.
+        device: where it computes.
         fetch: what to read a tensor with, by its name in the file; None is `weights.tensor`.
 
     Raises:
@@ -84,7 +91,6 @@ def load_exported(weights: ExportedWeights, fetch: Callable[[str], Tensor] | Non
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    device = pick_device("auto")
     config = AutoConfig.from_pretrained(weights.folder, local_files_only=True)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

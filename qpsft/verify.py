@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from tqdm.auto import tqdm
 from qpsft.base import load_tokenizer
 from qpsft.checkpoint import check_folder
 from qpsft.errors import NotTheSameModelError
-from qpsft.exported import ExportedWeights, load_exported
+from qpsft.exported import ExportedWeights, load_exported, read_text_config
 from qpsft.live import LiveModel, load_live, round_weights
 from qpsft.measure import Distance, Measurement, Sequence, continue_greedily, distance, measure
 from qpsft.verify_prompts import Prompt, read_prompts
@@ -144,12 +145,34 @@ def verify_export(
         DataError: the prompts cannot be read.
     """
     exported = Path(exported).expanduser()
-    config = check_folder(exported)
+    check_folder(exported)
+    options = (prompts, max_prompts, max_new_tokens, show_progress)
+    try:
+        return _verify(adapter, exported, base, onto, "auto", *options)
+    except torch.OutOfMemoryError:
+        _free_memory()
+        if show_progress:
+            print("verify: the card's memory is too small for float32 arithmetic; using the CPU.", flush=True)
+    return _verify(adapter, exported, base, onto, "cpu", *options)
+
+
+def _verify(
+    adapter: str | Path,
+    exported: Path,
+    base: str | Path | None,
+    onto: str,
+    device: str,
+    prompts: str | Path | list[Any] | None,
+    max_prompts: int,
+    max_new_tokens: int,
+    show_progress: bool,
+) -> VerifyReport:
+    config = read_text_config(exported)
     weights = ExportedWeights(exported)
     tokenizer = load_tokenizer(exported)
-    live = load_live(adapter, base, quantized=onto != "original")
+    live = load_live(adapter, base, quantized=onto != "original", device=device)
     adapter = Path(adapter).expanduser()
-    context = getattr(live.model.config, "max_position_embeddings", None) or 2**20
+    context = getattr(live.model.config.get_text_config(), "max_position_embeddings", None) or 2**20
     chosen, place = read_prompts(prompts, adapter, live.tokenizer, max_prompts, max(2, context - max_new_tokens))
     stops = stop_tokens(live.base_folder, live.tokenizer)
 
@@ -160,11 +183,25 @@ def verify_export(
         _report_weights(report, compared)
         bar.update()
         _report_text(report, live, tokenizer, chosen, stops, stop_tokens(exported, tokenizer))
-        if config.get("vocab_size") == live.model.config.vocab_size:
+        if config.get("vocab_size") == live.model.config.get_text_config().vocab_size:
             _compare_words(report, live, weights, chosen, stops, max_new_tokens, bar)
         else:
             report.reasons.insert(0, f"its vocabulary has {config.get('vocab_size')} tokens")
+    if not report.same_model and onto == "trained" and _merged_onto(exported) == "original":
+        report.notes.append("it was merged --onto original on purpose, which is never the model that was trained")
     return report
+
+
+def _merged_onto(exported: Path) -> str | None:
+    """What the folder's merge_report.json says it was merged onto."""
+    path = exported / "merge_report.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("onto") if path.is_file() else None
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _report_weights(report: VerifyReport, compared: WeightsComparison) -> None:
@@ -204,7 +241,7 @@ def _compare_words(
 ) -> None:
     """Measures live, live rounded, and export, and adds the numbers and the verdict to the report."""
     bar.set_postfix_str("live model")
-    vocabulary = live.model.config.vocab_size
+    vocabulary = live.model.config.get_text_config().vocab_size
     sequences = _sequences(live, chosen, stops, max_new_tokens)
     device = live.model.device
     trained = measure(live.model, sequences, vocabulary, device)
@@ -215,12 +252,10 @@ def _compare_words(
     rounded = measure(live.model, sequences, vocabulary, device)
     bar.update()
     live.model = None
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    _free_memory()
 
     bar.set_postfix_str("export")
-    found = measure(load_exported(weights), sequences, vocabulary, device)
+    found = measure(load_exported(weights, device), sequences, vocabulary, device)
     bar.update()
 
     alone = distance(trained, rounded, sequences, near_tie=math.inf)

@@ -9,7 +9,9 @@ from exporting import DTYPES, copy_folder, edit_json, edit_weights, make_adapter
 
 from qpsft.errors import BaseModelError, DataError, NotTheSameModelError
 from qpsft.exported import ExportedWeights, load_exported, load_whole
+from qpsft.live import load_live
 from qpsft.measure import Measurement, Sequence, distance, measure
+from qpsft.merge import merge_adapter
 from qpsft.verify import VerifyReport, verify_export
 
 
@@ -41,6 +43,33 @@ def test_a_correct_merge_passes(adapter, tmp_path, dtype, largest_kl, largest_er
     assert report.numbers["weights"]["update_kept"] == pytest.approx(1, abs=0.01)
     assert json.loads(json.dumps(report.numbers)) == report.numbers
     report.require_same()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True},
+        {"use_rslora": True, "lora_target_modules": ["q_proj", "down_proj"]},
+        {"quantization": "int8"},
+        {"quantization": "none", "init_lora_weights": "pissa"},
+        {"lora_modules_to_save": ["embed_tokens", "lm_head"]},
+    ],
+    ids=["dora", "rslora on some layers", "int8", "pissa", "embeddings trained in full"],
+)
+def test_every_kind_of_adapter_agrees_with_its_merge(tmp_path, options):
+    """`merge` and `verify` compute the trained weights from different sources: files there, live modules here."""
+    adapter = make_adapter(tmp_path / "adapter", **options)
+    merge_adapter(adapter, tmp_path / "merged", dtype="float32", verify=False, show_progress=False)
+    report = verify(adapter, tmp_path / "merged", max_prompts=2)
+    assert report.same_model, report.summary()
+    assert report.numbers["distance"]["max_abs"] < 2e-4 and report.numbers["weights"]["largest_relative_error"] < 2e-6
+
+
+def test_a_merge_onto_the_original_weights_is_another_model_and_its_own(adapter, tmp_path):
+    merge_adapter(adapter, tmp_path / "merged", onto="original", dtype="float32", verify=False, show_progress=False)
+    report = verify(adapter, tmp_path / "merged")
+    assert not report.same_model and "on purpose" in report.notes[-1]
+    assert verify(adapter, tmp_path / "merged", onto="original").same_model
 
 
 def swap_two_layers(tensors):
@@ -166,11 +195,24 @@ def test_a_model_read_module_by_module_says_the_same_as_one_loaded_whole(merged)
     weights = ExportedWeights(merged)
     sequences = [Sequence([5, 40, 41, 42, 60, 61, 3], 7), Sequence([4, 50, 51, 3, 5], 5)]
     device = torch.device("cpu")
-    streamed = load_exported(weights)
+    streamed = load_exported(weights, device)
     assert all(parameter.device.type == "meta" for parameter in streamed.parameters())
     one, other = (measure(m, sequences, 384, device) for m in (streamed, load_whole(weights, device)))
     assert torch.equal(one.chosen, other.chosen) and torch.equal(one.full, other.full)
     assert all(parameter.device.type == "meta" for parameter in streamed.parameters()), "weights were kept"
+
+
+def test_a_card_that_is_too_small_leaves_it_to_the_cpu(adapter, merged, monkeypatch):
+    devices = []
+
+    def small_card(*args, device, **options):
+        devices.append(device)
+        if device != "cpu":
+            raise torch.OutOfMemoryError
+        return load_live(*args, device=device, **options)
+
+    monkeypatch.setattr("qpsft.verify.load_live", small_card)
+    assert verify(adapter, merged, max_prompts=1).same_model and devices == ["auto", "cpu"]
 
 
 def test_prompts_come_from_the_adapter_folder(adapter, merged, tmp_path):

@@ -20,7 +20,7 @@ from qpsft.export.gguf_check import GgufCheck, check_gguf
 from qpsft.export.gguf_run import PROMPTS, GgufRun, llama_cpp_python, run_gguf
 from qpsft.export.llama_cpp import CONVERTER, find_llama_cpp, last_lines, load_gguf, run_converter, run_process
 from qpsft.export.work_folder import check_space, is_adapter, put_in_place, work_folder
-from qpsft.exported import ExportedWeights
+from qpsft.exported import ExportedWeights, read_text_config
 from qpsft.live import find_base
 from qpsft.verify_prompts import read_prompts
 from qpsft.verify_text import stop_tokens
@@ -164,7 +164,7 @@ def export_gguf(
             check = check_gguf(made, folder, gguf, tokenizer, stops, bar)
         ran = GgufRun(False, "switched off")
         if run:
-            context = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+            context = read_text_config(folder).get("max_position_embeddings")
             chosen, _ = read_prompts(prompts, source, tokenizer, PROMPTS, context or 2**20)
             ran = run_gguf(made, folder, gguf, tokenizer, stops, chosen)
         if check.merge_order_lost and not ran.ran:

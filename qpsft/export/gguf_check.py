@@ -6,7 +6,6 @@ weights (not with the converter's code), and values are compared under a bound t
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qpsft.errors import ExportError
-from qpsft.exported import ExportedWeights
+from qpsft.exported import ExportedWeights, read_text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -216,7 +215,7 @@ def check_gguf(
     Raises:
         ExportError: a tensor is missing, has no source, another shape or other values; or metadata differ (named).
     """
-    config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
+    config = read_text_config(merged)
     file, weights, check = GgufFile(path, gguf), ExportedWeights(merged), GgufCheck()
     seen = set()
     if progress is not None:

@@ -6,7 +6,6 @@ llama.cpp multiplies B·A by `adapter.lora.alpha / rank`, with one alpha for all
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from qpsft.errors import ExportError, OutputError
 from qpsft.export.gguf_check import GgufFile, layout_of, rounding_error
 from qpsft.export.llama_cpp import LORA_CONVERTER, find_llama_cpp, load_gguf, run_converter
 from qpsft.export.work_folder import check_space, put_in_place, work_folder
+from qpsft.exported import read_text_config
 from qpsft.live import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_folder, find_base
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def _with_llama_cpp_scale(tensors: dict[str, Tensor], config: LoraConfig) -> dic
 
 def _check(path: Path, tensors: dict[str, Tensor], config: LoraConfig, base: Path, gguf: ModuleType) -> int:
     """Reads the file back. Returns how many layers it adapts."""
-    model = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    model = read_text_config(base)
     file = GgufFile(path, gguf)
     names = file.name_map(int(model["num_hidden_layers"]))
     alpha = file.value("adapter.lora.alpha")

@@ -8,7 +8,6 @@ linear layers rounded as llama.cpp rounds them (to the weights' type, or to 8 bi
 from __future__ import annotations
 
 import importlib.util
-import json
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from qpsft.errors import ExportError
 from qpsft.export.gguf_check import GgufFile, sources_of
 from qpsft.export.gguf_texts import varied_texts
-from qpsft.exported import ExportedWeights, load_exported
+from qpsft.exported import ExportedWeights, load_exported, read_text_config
 from qpsft.hardware import pick_device
 from qpsft.measure import Sequence, measure
 from qpsft.verify_prompts import Prompt
@@ -155,7 +154,7 @@ def _notes(model: Any, tokenizer: PreTrainedTokenizerBase, stops: set[int], llam
 def _compare_logprobs(
     model: Any, path: Path, merged: Path, gguf: ModuleType, prompts: list[Prompt], result: GgufRun
 ) -> None:
-    config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
+    config = read_text_config(merged)
     weights, file = ExportedWeights(merged), GgufFile(path, gguf)
     sequences = [Sequence(prompt.ids[:LONGEST], len(prompt.ids)) for prompt in prompts[:PROMPTS] if len(prompt.ids) > 1]
     stored = {source.sources[0]: source for source in sources_of(file, weights, config) if len(source.sources) == 1}
@@ -165,8 +164,8 @@ def _compare_logprobs(
         return weights.tensor(name) if source is None else source.layout.back(file.values(source.name))
 
     device, vocabulary = pick_device("auto"), config["vocab_size"]
-    exact = measure(load_exported(weights), sequences, vocabulary, device).chosen
-    rounding = load_exported(weights, in_file)
+    exact = measure(load_exported(weights, device), sequences, vocabulary, device).chosen
+    rounding = load_exported(weights, device, in_file)
     _round_inputs(rounding, {name: file.type_of(source.name) for name, source in stored.items()})
     rounded = measure(rounding, sequences, vocabulary, device).chosen
     found = torch.cat([_chosen(model, sequence.ids) for sequence in sequences])

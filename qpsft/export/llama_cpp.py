@@ -231,6 +231,8 @@ def last_lines(text: str, count: int) -> str:
 def _advice(said: str) -> str:
     if "ModuleNotFoundError" in said or "ImportError" in said:
         return "pip install 'qpsft[gguf]'"
+    if "No space left on device" in said:
+        return "Free some space, or choose an output on another disk with -o."
     if "BPE pre-tokenizer was not recognized" in said:
         return (
             "llama.cpp knows byte-level BPE tokenizers by a hash of known vocabularies, and this one is not among "

@@ -21,6 +21,7 @@ from qpsft.checkpoint import resolve_folder
 from qpsft.errors import ExportError, OutputError
 from qpsft.export.gguf import ExportReport, export_gguf
 from qpsft.export.work_folder import is_adapter
+from qpsft.exported import read_text_config
 from qpsft.live import find_base, trained_tokenizer
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def export_ollama(
         raise OutputError(f"{output} exists.", "Give --overwrite to replace it, or choose another with -o.")
     new = not output.exists()
     config_folder = find_base(source, base)[1] if is_adapter(source) else resolve_folder(source)
-    config = json.loads((config_folder / "config.json").read_text(encoding="utf-8"))
+    config = read_text_config(config_folder)
     tokenizer = trained_tokenizer(source, config_folder) if is_adapter(source) else load_tokenizer(source)
     try:
         gguf = export_gguf(source, output / MODEL_FILE, base=base, overwrite=overwrite, **options)
