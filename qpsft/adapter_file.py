@@ -8,7 +8,7 @@ must find its tensors; anything else is an error that names it.
 from __future__ import annotations
 
 import copy
-import math
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qpsft.base_tensors import same_values
-from qpsft.checkpoint import PICKLE_SUFFIXES, _read_json, one_line
+from qpsft.checkpoint import PICKLE_SUFFIXES, one_line
 from qpsft.errors import BaseModelError, ExportError
 from qpsft.safetensors_stream import StoredTensor, TensorFile
 
@@ -117,7 +117,10 @@ def read_adapter_config(folder: Path) -> LoraConfig:
             f"{folder} {what}, so it is not an adapter's folder.",
             "It is a whole model: there is nothing to merge." if model else "Give the folder that training wrote.",
         )
-    content = _read_json(folder / CONFIG)
+    try:
+        content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BaseModelError(f"{folder / CONFIG} is not valid JSON: {error}.", "Copy the folder again.") from error
     kind = content.get("peft_type") if isinstance(content, dict) else None
     if kind != "LORA":
         raise ExportError(f"{folder / CONFIG} is for {kind}, and only LoRA can be merged.", "Train with LoRA.")
@@ -338,8 +341,3 @@ def _same_change(one: Change, other: Change) -> bool:
         pairs = zip(one.low_rank.factors(), other.low_rank.factors(), strict=True)
         return all(torch.equal(first, second) for first, second in pairs)
     return False
-
-
-def adapter_numel(adapter: Adapter) -> int:
-    """Number of values in the adapter's file."""
-    return sum(math.prod(tensor.shape) for tensor in adapter.file.tensors.values())

@@ -176,7 +176,7 @@ class _Mapping:
                 states.setdefault(f"{key.removesuffix('SCB')}weight", {})["SCB"] = tensor
             elif key.endswith(".weight_format"):
                 states.setdefault(f"{key.removesuffix('_format')}", {})["weight_format"] = tensor
-        return states
+        return {name: state for name, state in states.items() if name in self.stored}
 
     def _tensor(self, stored: StoredTensor, state: dict[str, StoredTensor]) -> BaseTensor | None:
         parameter, fused = self._rename(stored.name)

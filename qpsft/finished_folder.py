@@ -69,6 +69,8 @@ def check_space(folder: Path, needed: int) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Brings the folder's own entries to the disk (its files must be synced already)."""
+    if os.name == "nt":
+        return  # Windows opens no folders
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -149,7 +151,7 @@ def _put_in_place(temporary: Path, output: Path) -> None:
 
 def _exchange(one: Path, other: Path) -> bool:
     """Swaps two names in one step; False where the system or its file system cannot."""
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         rename = ctypes.CDLL(None, use_errno=True).renameat2
         return rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _EXCHANGE) == 0
     return False

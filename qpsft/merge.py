@@ -13,7 +13,6 @@ import dataclasses
 import json
 import os
 import re
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -381,5 +380,11 @@ def _verify(adapter: Path, merged: Path, base: Path, onto: Onto, show_progress: 
 
 def _peak_rss() -> int:
     """The largest resident memory of this process so far, in bytes."""
+    if os.name == "nt":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,8 +1,8 @@
 """Safetensors files read and written piece by piece, so that no tensor need be in memory as a whole.
 
 The format (https://github.com/huggingface/safetensors): 8 bytes with the header's length, little-endian; a JSON header
-with dtype, shape and offsets of each tensor; then the tensors' bytes, one after the other. Reading is by `preadv` into
-one buffer and not by memory map: pages of a map count as this process's memory once touched.
+with dtype, shape and offsets of each tensor; then the tensors' bytes, one after the other. Files are read into small
+buffers and not mapped: pages of a map count as this process's memory once touched.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class TensorFile:
     def __init__(self, path: Path):
         self.path = path
         try:
-            self._descriptor = os.open(path, os.O_RDONLY)
+            self._file = path.open("rb", buffering=0)
         except OSError as error:
             raise BaseModelError(f"{path} cannot be opened: {error.strerror}.", "Copy or download it again.") from error
         try:
@@ -47,12 +47,12 @@ class TensorFile:
             raise
 
     def _read_header(self) -> dict[str, StoredTensor]:
-        size = os.fstat(self._descriptor).st_size
-        length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
+        size = os.fstat(self._file.fileno()).st_size
+        length = int.from_bytes(self._file.read(8), "little")
         if not 2 <= length <= min(size - 8, _LARGEST_HEADER):
             raise self._broken(f"its header's length reads {length:,} in a file of {size:,} bytes")
         try:
-            header = json.loads(os.pread(self._descriptor, length, 8))
+            header = json.loads(self._file.read(length))
             header.pop("__metadata__", None)
             tensors = [self._stored(name, entry, 8 + length) for name, entry in header.items()]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -84,17 +84,16 @@ class TensorFile:
     def read_into(self, buffer: Tensor, offset: int) -> None:
         """Fills `buffer` (1-D uint8) with the file's bytes from `offset` on."""
         view = memoryview(buffer.numpy())
+        self._file.seek(offset)
         done = 0
         while done < len(view):
-            count = os.preadv(self._descriptor, [view[done:]], offset + done)
-            if count == 0:
+            count = self._file.readinto(view[done:])
+            if not count:
                 raise self._broken(f"it ends at byte {offset + done:,}, in the middle of a tensor")
             done += count
 
     def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._file.close()
 
     def __enter__(self) -> TensorFile:
         return self

@@ -51,6 +51,9 @@ def test_not_an_adapter(tmp_path, base, adapter):
     refused(BaseModelError, "nowhere does not exist, so it is not an adapter's folder", tmp_path / "nowhere")
     assert "whole model" in refused(BaseModelError, "base has no adapter_config.json", base).todo
     refused(BaseModelError, "config.json is a file", base / "config.json")
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "adapter_config.json").write_text('{"peft_type": "LO')
+    refused(BaseModelError, "cut/adapter_config.json is not valid JSON", tmp_path / "cut")
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     refused(BaseModelError, r"has no adapter_model.safetensors; it holds adapter_model.bin", adapter)
 
