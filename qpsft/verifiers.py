@@ -18,8 +18,8 @@ Verifier = Callable[[dict, str], Verdict]
 
 CHOICE = "choice"
 """Not a verifier of texts: the row's `choices` are compared by their likelihood."""
-GSM8K_ANSWER = re.compile(r"####\s*([-+$]?[\d,.]*\d)")
-NUMBER = re.compile(r"[-+]?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+GSM8K_ANSWER = re.compile(r"####\s*([-+$]{0,2}[\d,]*\.?\d+)")
+NUMBER = re.compile(r"(?:(?<![\w)])[-+])?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
 def text_of(answer: str | list[dict]) -> str:

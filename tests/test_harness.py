@@ -1,0 +1,158 @@
+"""Public benchmarks from local files, on a real model, against numbers computed here."""
+
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import shared_path
+
+from qpsft.base import load_base
+from qpsft.errors import DataError
+from qpsft.task_data import BENCHMARKS, parse_task_data
+
+pytest.importorskip("lm_eval")
+
+from qpsft.harness import check_tasks, run_tasks  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def model_and_tokenizer(stories):
+    return load_base(stories, device="cpu", verbose=False)
+
+
+@pytest.fixture(scope="module")
+def truthfulqa():
+    return shared_path("data/truthfulqa/TruthfulQA.csv")
+
+
+def choice_logprob(model, tokenizer, context, choice):
+    """log p(choice | context), summed token by token."""
+    start = len(tokenizer(context)["input_ids"])
+    ids = tokenizer(f"{context} {choice}")["input_ids"]
+    with torch.no_grad():
+        logprobs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return sum(logprobs[position - 1, ids[position]].item() for position in range(start, len(ids)))
+
+
+def test_truthfulqa_from_the_csv_equals_own_log_likelihoods(model_and_tokenizer, truthfulqa):
+    model, tokenizer = model_and_tokenizer
+    limit = 10
+    tasks = ["truthfulqa_mc1", "truthfulqa_mc2"]
+    found = run_tasks(model, tokenizer, tasks, task_data={"truthfulqa": truthfulqa}, limit=limit, samples=True)
+    with truthfulqa.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))[:limit]
+    prompt = found["truthfulqa_mc1"]["samples"][0]["arguments"][0][0]
+    preamble = prompt[: prompt.rindex("Q: ")]
+    assert preamble.count("Q: ") == 6
+    mc1, mc2 = [], []
+    for row in rows:
+        context = f"{preamble}Q: {row['Question']}\nA:"
+        correct = [text.strip() for text in row["Correct Answers"].split(";") if text.strip()]
+        incorrect = [text.strip() for text in row["Incorrect Answers"].split(";") if text.strip()]
+        wrong = [choice_logprob(model, tokenizer, context, text) for text in incorrect]
+        mc1.append(float(choice_logprob(model, tokenizer, context, row["Best Answer"].strip()) > max(wrong)))
+        mass = np.exp([choice_logprob(model, tokenizer, context, text) for text in correct]).sum()
+        mc2.append(mass / (mass + np.exp(wrong).sum()))
+    acc1, acc2 = (found[task]["metrics"]["acc"] for task in tasks)
+    assert acc1.value == pytest.approx(np.mean(mc1)) and 0 < np.mean(mc1) < 1
+    assert acc2.value == pytest.approx(np.mean(mc2), rel=1e-4)
+    assert acc1.low <= acc1.value <= acc1.high and acc1.low >= 0.0
+    assert found["truthfulqa_mc1"]["rows"] == limit
+
+
+def test_gsm8k_from_local_files_counts_what_the_model_writes(model_and_tokenizer, gsm8k, monkeypatch):
+    model, tokenizer = model_and_tokenizer
+    limit = 5
+    text = "So it is 3.\n#### 18"  # the first row's answer; the second's is 3, which only `flexible-extract` could see
+    answer = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    monkeypatch.setattr(
+        model, "generate", lambda input_ids, **_: torch.cat([input_ids, answer.repeat(len(input_ids), 1)], 1)
+    )
+    found = run_tasks(
+        model, tokenizer, ["gsm8k"], task_data={"gsm8k": gsm8k}, limit=limit, max_new_tokens=40, samples=True
+    )["gsm8k"]
+    rows = [json.loads(line) for line in (gsm8k / "test.jsonl").read_text(encoding="utf-8").splitlines()[:limit]]
+    share = np.mean([row["answer"].endswith("#### 18") for row in rows])
+    assert share == 1 / limit
+    assert found["metrics"]["exact_match,strict-match"].value == pytest.approx(share)
+    assert found["metrics"]["exact_match,flexible-extract"].value == pytest.approx(share)
+    prompts = [sample["arguments"][0][0] for sample in found["samples"] if sample["filter"] == "strict-match"]
+    training = (gsm8k / "train.jsonl").read_text(encoding="utf-8")
+    for prompt, row in zip(prompts, rows, strict=True):
+        assert prompt.endswith(f"Question: {row['question']}\nAnswer:")
+        examples = re.findall(r"Question: (.*)\nAnswer:", prompt)[:-1]
+        assert len(examples) == 5 and all(json.dumps(example)[1:-1] in training for example in examples)
+
+
+def test_truthfulqa_generation_and_ifeval_run_from_local_files(model_and_tokenizer, truthfulqa):
+    ifeval = shared_path("data/ifeval")
+    model, tokenizer = model_and_tokenizer
+    model.train()
+    found = run_tasks(
+        model,
+        tokenizer,
+        ["truthfulqa_gen", "ifeval"],
+        task_data={"truthfulqa": truthfulqa, "ifeval": ifeval},
+        limit=2,
+        max_new_tokens=12,
+        samples=True,
+    )
+    assert model.training
+    model.eval()
+    docs = [sample["doc"] for sample in found["truthfulqa_gen"]["samples"]]
+    assert docs[0]["question"] == "What happens to you if you eat watermelon seeds?"
+    assert "Nothing happens." in docs[0]["correct_answers"] and "You die." in docs[0]["incorrect_answers"]
+    assert {"bleu_acc", "rouge1_acc"} <= set(found["truthfulqa_gen"]["metrics"])
+    first = found["ifeval"]["samples"][0]
+    assert first["doc"]["instruction_id_list"][0] == "punctuation:no_comma"
+    response = first["filtered_resps"][0]
+    assert first["inst_level_strict_acc"][0] == ("," not in response)
+    assert first["prompt_level_strict_acc"] is False  # twelve tokens are no 300 words
+
+
+def test_a_length_cap_beyond_the_model_is_one_sentence(model_and_tokenizer):
+    ifeval = shared_path("data/ifeval")
+    with pytest.raises(DataError, match="less than model's maximum sequence length .*smaller --max_new_tokens"):
+        run_tasks(*model_and_tokenizer, ["ifeval"], task_data={"ifeval": ifeval}, limit=1)
+
+
+def test_unknown_tasks_are_refused_with_near_matches(tmp_path):
+    with pytest.raises(DataError, match="no task 'gsm8kk'.*Did you mean .*gsm8k"):
+        check_tasks(["gsm8kk"], {})
+    with pytest.raises(DataError, match="--task_data names gsm8k, but none of the tasks"):
+        check_tasks(["truthfulqa_mc1"], {"gsm8k": tmp_path})
+    assert check_tasks(["truthfulqa"], {"truthfulqa": tmp_path}) == list(BENCHMARKS["truthfulqa"].tasks)
+    assert check_tasks(["gsm8k", "arc_easy"], {}) == ["gsm8k", "arc_easy"]
+
+
+def test_no_network_names_the_local_flag(model_and_tokenizer, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="data of truthfulqa_mc1 could not be read.*--task_data truthfulqa=PATH"):
+        run_tasks(*model_and_tokenizer, ["truthfulqa_mc1"], limit=1)
+    with pytest.raises(DataError, match="data of arc_easy could not be read.*--task_data arc_easy=PATH"):
+        run_tasks(*model_and_tokenizer, ["arc_easy"], limit=1)
+
+
+def test_local_files_of_another_kind_are_refused(tmp_path, gsm8k):
+    (tmp_path / "test.jsonl").write_text('{"question": "1 + 1", "answer": "#### 2"}\n')
+    with pytest.raises(DataError, match=r"train.jsonl is missing"):
+        BENCHMARKS["gsm8k"].read(tmp_path)
+    (tmp_path / "train.jsonl").write_text('{"prompt": "1 + 1"}\n')
+    with pytest.raises(DataError, match="line 1 lacks question, answer; it has prompt"):
+        BENCHMARKS["gsm8k"].read(tmp_path / "test.jsonl")
+    with pytest.raises(DataError, match="lacks Question, Best Answer"):
+        (tmp_path / "t.csv").write_text("a,b\n1,2\n")
+        BENCHMARKS["truthfulqa"].read(tmp_path / "t.csv")
+    assert parse_task_data([f"gsm8k={gsm8k}"]) == {"gsm8k": gsm8k}
+    for wrong, message in (
+        ("gsm8k", "not NAME=PATH"),
+        ("gsm8k=", "not NAME=PATH"),
+        ("gsm8k=/none", "there is no /none"),
+    ):
+        with pytest.raises(DataError, match=message):
+            parse_task_data([wrong])
