@@ -153,6 +153,7 @@ KINDS = {
     "bias": (dict(lora_bias=True), "lora_B.default.bias"),
     "embedding": (dict(modules_to_save=["embed_tokens"]), "embed_tokens"),
     "norm": (dict(modules_to_save=["norm"]), "norm.modules_to_save"),
+    "head": (dict(modules_to_save=["lm_head"]), "lm_head.modules_to_save"),
 }
 
 

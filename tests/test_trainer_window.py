@@ -37,10 +37,13 @@ def collated(trainer, rows):
 
 def scored_forwards(trainer, monkeypatch):
     """Records (step, [(rows, width) of each forward], token budget) of every scoring pass."""
-    passes, shapes = [], []
+    passes, shapes, modes = [], [], []
     trainer.model.get_base_model().model.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append((tuple(kwargs["input_ids"].shape), torch.is_grad_enabled())),
         with_kwargs=True,
+    )
+    trainer.model.get_base_model().model.register_forward_pre_hook(
+        lambda module, args: modes.append(all(m.training for m in trainer.model.modules()))
     )
     score = ReferencePolicy.score
 
@@ -51,7 +54,7 @@ def scored_forwards(trainer, monkeypatch):
         return result
 
     monkeypatch.setattr(ReferencePolicy, "score", recording)
-    return passes, shapes
+    return passes, shapes, modes
 
 
 def test_with_k_4_and_2_visits_only_three_mini_batches_of_a_block_are_scored(base, tmp_path, monkeypatch):
@@ -66,7 +69,7 @@ def test_with_k_4_and_2_visits_only_three_mini_batches_of_a_block_are_scored(bas
         gradient_checkpointing=False,
         score_token_budget=30,
     )
-    passes, shapes = scored_forwards(trainer, monkeypatch)
+    passes, shapes, training = scored_forwards(trainer, monkeypatch)
     trainer.train()
     # warm-up 0 1 | snapshot 2, scored 3 4 5, visited again 6..9 | snapshot 10, scored 11 12 13, visited again 14..17
     assert [step for step, _, _ in passes] == [3, 4, 5, 11, 12, 13]
@@ -76,6 +79,7 @@ def test_with_k_4_and_2_visits_only_three_mini_batches_of_a_block_are_scored(bas
         assert sum(rows for rows, _ in forwards) == len(lengths) == 4
         assert all(rows * width <= 30 or rows == 1 for rows, width in forwards)
         assert max(width for _, width in forwards) == max(lengths)
+    assert all(training) and len(training) == len(shapes)  # in one mode, and so on the same kernels
     with_gradient = [shape for shape, enabled in shapes if enabled]
     assert len(with_gradient) == 18 * 2  # one training forward a micro-batch, and nothing else
     assert len(shapes) - len(with_gradient) == sum(len(forwards) for _, forwards, _ in passes)
@@ -85,7 +89,7 @@ def test_with_k_4_and_2_visits_only_three_mini_batches_of_a_block_are_scored(bas
 def test_the_baselines_score_nothing_and_can_take_psft_s_order(base, tmp_path, monkeypatch, loss_type):
     def order(name, **settings):
         trainer = make_trainer(base, tmp_path / name, num_iterations=2, max_steps=6, **settings)
-        passes, _ = scored_forwards(trainer, monkeypatch)
+        passes, _, _ = scored_forwards(trainer, monkeypatch)
         trainer.train()
         assert bool(passes) == (settings["loss_type"] == "psft")
         return [trainer._get_schedule().rows(step) for step in range(6)]
@@ -97,7 +101,7 @@ def test_the_baselines_score_nothing_and_can_take_psft_s_order(base, tmp_path, m
 
 def test_the_default_budget_is_four_of_the_largest_micro_batches(base, tmp_path, monkeypatch):
     trainer = make_trainer(base, tmp_path, max_steps=2, gradient_accumulation_steps=6)
-    passes, _ = scored_forwards(trainer, monkeypatch)
+    passes, _, _ = scored_forwards(trainer, monkeypatch)
     trainer.train()
     rows = trainer._get_schedule().rows(1)
     micro_batches = [collated(trainer, rows[i : i + 2])["input_ids"].numel() for i in range(0, 12, 2)]
