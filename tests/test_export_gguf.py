@@ -168,7 +168,7 @@ def test_special_tokens_that_became_plain_text_are_caught(merged, tools, gguf, t
     path = tmp_path / "raw.gguf"
     arguments = [str(merged), "--outtype", "f16"]
     llama_cpp.run_converter(tools, llama_cpp.CONVERTER, arguments, path, expected=1, show_progress=False)
-    with pytest.raises(ExportError, match=r"its token '<\|user\|>' is plain text"):
+    with pytest.raises(ExportError, match=r"its token '<\|end\|>' is plain text"):
         tokenizer = load_tokenizer(merged)
         check_gguf(path, merged, gguf, tokenizer, {3})
 
