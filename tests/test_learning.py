@@ -20,7 +20,7 @@ RECIPE = Path(__file__).with_name("recipes") / "stories260k_gsm8k.yaml"
 def held_out_rows(recipe, tokenizer, gsm8k):
     recipe.data.dataset_limit = 200
     rows = load_rows(str(gsm8k / "test.jsonl"), recipe.data)
-    return list(tokenize_rows(rows, tokenizer, recipe.data, recipe.trainer.max_length, show_progress=False).dataset)
+    return list(tokenize_rows(rows, tokenizer, recipe.data, 512, show_progress=False).dataset)
 
 
 @pytest.mark.parametrize("loss_type", ["psft", "nll"])
@@ -32,6 +32,7 @@ def test_200_steps_on_gsm8k_end_below_the_base(loss_type, stories, gsm8k, tmp_pa
     rows = held_out_rows(recipe, tokenizer, gsm8k)
     before = text_statistics(base, rows)
     after = text_statistics(PeftModel.from_pretrained(base, tmp_path / "a"), rows)
+    assert len(rows) >= 199  # one row's question alone fills the model's context
     print(f"{loss_type}: {before['num_items']} tokens of {len(rows)} rows, base {before}, after {after}")
     assert before["nll"] > 4.0 and after["nll"] < before["nll"] - 2.0
     assert after["mean_token_accuracy"] > before["mean_token_accuracy"]
