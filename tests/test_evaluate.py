@@ -259,3 +259,16 @@ def test_a_saved_adapter_measures_the_same(adapted, tmp_path):
     again = PeftModel.from_pretrained(load_base("demo", device="cpu", verbose=False)[0], tmp_path)
     one, other = (evaluate(m, tokenizer, ROWS, limit=4, **QUICK) for m in (model, again))
     assert one.completions == other.completions and one["kl_text"] == pytest.approx(other["kl_text"], rel=1e-5)
+
+
+def test_every_number_is_defined_in_the_documentation(adapted):
+    from pathlib import Path
+
+    from qpsft.losses import SUMS
+
+    text = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    found = evaluate(*adapted, ROWS, limit=2, train_rows=[], **QUICK)
+    names = {name.replace("pass@", "pass@k")[:6] if "pass@" in name else name for name in found.metrics}
+    logged = {*SUMS, "ratio_max", "grad_norm", "loss", "tokens_per_second", "num_tokens"}
+    undefined = {name for name in {*names, *found.counts, *logged} if f"`{name}`" not in text}
+    assert not undefined and "pass@k" in names
