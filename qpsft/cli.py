@@ -134,6 +134,37 @@ def verify(argv: Sequence[str]) -> int:
     return 0 if report.same_model else 1
 
 
+def compare(argv: Sequence[str]) -> int:
+    """compare SFT, DFT and PSFT from the same start"""
+    from qpsft.compare_options import load_comparison, option_parser, read_flags
+    from qpsft.errors import RecipeError
+
+    if "-h" in argv or "--help" in argv or not argv:
+        usage = "qpsft compare RECIPE [options] [--any_option_of_qpsft_train value …]"
+        description = (
+            "Train the same base on the same rows by several methods, with the same number of optimizer steps, and "
+            "compare what they learn in-domain and keep out of domain: comparison.json, report.html and figures in "
+            "output_dir. Finished runs are kept and reused. RECIPE is a recipe file or its folder."
+        )
+        print(option_parser(usage, description).format_help(), end="")
+        return 0 if argv else 2
+    if argv[0].startswith("-"):
+        raise RecipeError("qpsft compare needs a recipe.", "Write it first: qpsft compare RECIPE --seeds 3")
+    given, flags = read_flags(argv[1:])
+    _quiet_libraries()
+    recipe, options = load_comparison(argv[0], flags, given)
+    if options.noise is None:
+        from qpsft.compare import compare_loaded
+        from qpsft.verdict import render
+
+        print(f"\n{render(compare_loaded(recipe, options))}\n\nreport: {recipe.trainer.output_dir}/report.html")
+    else:
+        from qpsft.noise_study import study_noise
+
+        print(f"\n{study_noise(recipe, options)}\n\nreport: {recipe.trainer.output_dir}/report.html")
+    return 0
+
+
 def evaluate(argv: Sequence[str]) -> int:
     """accuracy, pass@k, likelihood, drift; public benchmarks"""
     from qpsft.evaluation_options import parse_options
@@ -155,13 +186,74 @@ def evaluate(argv: Sequence[str]) -> int:
     return 0
 
 
+def export(argv: Sequence[str]) -> int:
+    """write a GGUF, an Ollama folder, or what vLLM needs"""
+    parser = _parser(
+        "export",
+        "Bring an adapter, or a merged model, to where models run, and check what was written against the trained "
+        "model. An adapter is merged first, into a temporary folder.",
+    )
+    parser.add_argument("source", help="folder of an adapter or of a merged model")
+    parser.add_argument("--to", required=True, choices=["gguf", "gguf-lora", "ollama", "vllm"])
+    parser.add_argument("-o", "--output", help="file (gguf, gguf-lora) or folder (ollama, vllm) to write")
+    parser.add_argument(
+        "--outtype", help="f32, f16 (default), bf16, q8_0; q4_k_m and the like with llama-cpp-python; gguf-lora: f32"
+    )
+    parser.add_argument("--base", help="the base's folder or Hub id, if it is no longer where the adapter says")
+    parser.add_argument("--llama_cpp", help="llama.cpp's source (default: $LLAMA_CPP, else a pinned copy from PyPI)")
+    parser.add_argument("--num_ctx", type=int, help="ollama: context length (default: the model's)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    parser.add_argument("--no_run", action="store_true", help="do not run the GGUF in llama.cpp, only read it back")
+    options = parser.parse_args(argv)
+    _quiet_libraries()
+    from pathlib import Path
+
+    from qpsft.export.gguf import export_gguf
+    from qpsft.export.gguf_lora import export_gguf_lora
+    from qpsft.export.ollama import export_ollama
+    from qpsft.export.vllm import export_vllm
+
+    name = Path(options.source.rstrip("/")).name
+    common = {"base": options.base, "overwrite": options.overwrite}
+    gguf = {**common, "llama_cpp": options.llama_cpp, "outtype": options.outtype or "f16", "run": not options.no_run}
+    if options.to == "gguf":
+        report = export_gguf(options.source, options.output or f"{name}.gguf", **gguf)
+    elif options.to == "ollama":
+        report = export_ollama(options.source, options.output or f"{name}-ollama", num_ctx=options.num_ctx, **gguf)
+    elif options.to == "gguf-lora":
+        lora = {**common, "llama_cpp": options.llama_cpp, "outtype": options.outtype or "f32"}
+        report = export_gguf_lora(options.source, options.output or f"{name}-lora.gguf", **lora)
+    else:
+        report = export_vllm(options.source, options.output, **common)
+    print(report.summary())
+    return 0
+
+
+def push(argv: Sequence[str]) -> int:
+    """upload an adapter or a merged model to the Hub"""
+    parser = _parser("push", "Upload a folder to the Hugging Face Hub, card included. Never checkpoints or data rows.")
+    parser.add_argument("folder", help="an adapter's or a merged model's folder, or one with a GGUF")
+    parser.add_argument("repo_id", help="OWNER/NAME; made if it does not exist")
+    parser.add_argument("--private", action="store_true", help="make it private")
+    parser.add_argument("--dry_run", action="store_true", help="list files and sizes; needs no network and no token")
+    options = parser.parse_args(argv)
+    _quiet_libraries()
+    from qpsft.push import push as push_folder
+
+    print(push_folder(options.folder, options.repo_id, private=options.private, dry_run=options.dry_run).summary())
+    return 0
+
+
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "demo": demo,
     "train": train,
     "preview": preview,
     "evaluate": evaluate,
+    "compare": compare,
     "merge": merge,
     "verify": verify,
+    "export": export,
+    "push": push,
 }
 
 
@@ -211,7 +303,7 @@ def _paragraph(error: QpsftError) -> str:
 
 
 def _parser(verb: str, description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(f"qpsft {verb}", description=description)
+    return argparse.ArgumentParser(f"qpsft {verb}", description=description, allow_abbrev=False)
 
 
 def _recipe(verb: str, argv: Sequence[str], description: str, example: str):

@@ -14,7 +14,9 @@ from qpsft.base import load_base, load_tokenizer
 from qpsft.config import PSFTConfig
 from qpsft.data import load_rows, tokenize_rows
 from qpsft.demo import tasks
+from qpsft.errors import OutputError
 from qpsft.evaluate import greedy_completions, text_statistics
+from qpsft.merge import merge_adapter
 from qpsft.recipe import load_recipe
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
@@ -61,6 +63,9 @@ def run(output_dir: str, *, overwrite: bool = False, limit: int | None = None) -
     flags = ["--output_dir", output_dir, *(["--overwrite"] if overwrite else [])]
     recipe = load_recipe(RECIPE, flags, PSFTConfig)
     runs.prepare_output(Path(output_dir), resume=False, overwrite=overwrite)
+    merged = Path(f"{output_dir}-merged")
+    if merged.exists() and not overwrite:
+        raise OutputError(f"{merged} exists already.", "Give --overwrite to replace it, or another --output_dir.")
     print("The embedded base model knows nine operations on digit strings; it is about to learn longer chains of them")
     print("from 1,024 noisy demonstrations (30 % contain a wrong step), by Proximal SFT on its 4-bit weights.\n")
     with _threads():
@@ -73,7 +78,9 @@ def run(output_dir: str, *, overwrite: bool = False, limit: int | None = None) -
         print("measuring the result …", flush=True)
         model = _load_adapter(output_dir)
         after = measure(model, load_tokenizer("demo"), limit)
-    print(f"\n{_table(before, after)}\n\n{_samples(before, after)}\n\n{summary}\n\n{_next(summary.folder)}")
+    print(f"\n{_table(before, after)}\n\n{_samples(before, after)}\n\n{summary}\n", flush=True)
+    merged = merge_adapter(output_dir, overwrite=overwrite)
+    print(f"{merged.summary()}\n\n{_next(summary.folder, Path(merged.output))}")
     return before, after
 
 
@@ -137,10 +144,12 @@ def _samples(before: Measured, after: Measured) -> str:
     return "three of the in-domain problems:\n" + "\n".join(blocks)
 
 
-def _next(folder: Path) -> str:
+def _next(folder: Path, merged: Path) -> str:
     return (
-        "next:\n"
-        f"  qpsft preview {folder}/recipe.yaml                       the rows it was trained on\n"
-        f"  qpsft train {folder}/recipe.yaml --loss_type nll --output_dir runs/sft   the same with plain SFT\n"
-        "  qpsft train --help                                 your own model and data"
+        "also:\n"
+        f"  qpsft preview {folder}/recipe.yaml             the rows it was trained on\n"
+        f"  qpsft train {folder}/recipe.yaml --loss_type nll --output_dir runs/sft\n"
+        "                                                 the same with plain SFT\n"
+        f"  qpsft verify {folder} {merged}   prove again that the merge is the trained model\n"
+        "  qpsft train --help                             your own model and data"
     )
