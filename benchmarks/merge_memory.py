@@ -149,6 +149,10 @@ def run(way: str, base: Path, adapter: Path, output: Path) -> dict[str, float]:
 
 
 def peak_memory() -> int:
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage would count the parent's memory too, from before this program was started
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
