@@ -126,6 +126,9 @@ class RunArguments:
     held_out_rows: int = _option(
         16, "Rows kept from training, at most a tenth of them, to verify merged and exported models on."
     )
+    compare: dict | None = _option(
+        None, "Options of `qpsft compare` on this recipe, such as {in_domain: test.jsonl}; training ignores them."
+    )
 
     def __post_init__(self) -> None:
         if self.held_out_rows < 0:

@@ -23,6 +23,8 @@ FLOORS = [
     {"report"},
     {"run", "evaluation_run", "demo.accuracy", "demo.tokenizer", "demo.pretrain"},
     {"demo.walkthrough"},
+    {"arms", "compare_options", "compared_data", "compared_evaluation", "compared_run", "run_queue", "paired"}
+    | {"comparison", "verdict", "comparison_figures", "comparison_report", "compare", "noise_study"},
     {"cli", "__main__"},
 ]
 

@@ -1,0 +1,239 @@
+"""SFT, DFT and PSFT from the same start with the same budget: which runs that takes, and what comes out.
+
+    base ── tuning runs ── learning rate of each arm ── runs of all arms ── Comparison ── table, verdict, report
+            (rates × tune_seeds)   (validation rows only)   (arms × seeds)
+
+Every run is kept as soon as it is done (`qpsft.compared_run`), so whatever is asked for again is read, not run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qpsft.arms import DEFAULT_ARMS, Arm, find_arms, pairs, rate_source
+from qpsft.base import load_tokenizer
+from qpsft.compare_options import CompareOptions, load_comparison, rate_grid
+from qpsft.compared_data import BASE_SAMPLES, load_data, sample_base
+from qpsft.compared_evaluation import Measurement
+from qpsft.compared_run import RunSpec, Setting, base_key, decisive_options, load_setting
+from qpsft.comparison import ArmResult, Comparison
+from qpsft.errors import OutputError, RecipeError
+from qpsft.recipe import Recipe
+from qpsft.run_queue import RunQueue
+
+RECORD = "comparison.json"
+
+
+def compare(recipe: str | Path, flags: Sequence[str] = (), **options: Any) -> Comparison:
+    """Compares arms as a recipe says and writes `comparison.json`, `report.html` and figures to its `output_dir`.
+
+    ```python
+    found = compare("adapters/mine", in_domain="test.jsonl", out_of_domain=["old_skills.jsonl"], seeds=3)
+    print(found.difference("psft", "sft", "out_of_domain"))
+    ```
+
+    Args:
+        recipe: a recipe file or its folder. Its loss_type, visits and blocks are the arms'; everything else is shared.
+        flags: options of the recipe, as on the command line.
+        **options: of `CompareOptions`, but for `noise` (see `qpsft.noise_study`).
+
+    Raises:
+        QpsftError: a mistake in the recipe, the options or the rows; a run that fails.
+    """
+    loaded, chosen = load_comparison(recipe, flags, options)
+    if chosen.noise is not None:
+        raise RecipeError("noise asks for several comparisons.", "Use qpsft.noise_study.study_noise.")
+    return compare_loaded(loaded, chosen)
+
+
+def compare_loaded(
+    recipe: Recipe, options: CompareOptions, *, noise: float | None = None, folder: Path | None = None
+) -> Comparison:
+    """`compare` with the recipe read.
+
+    Args:
+        noise: replaces the built-in demonstrations' own share of wrong rows.
+        folder: replaces the recipe's `output_dir`.
+    """
+    arms = find_arms(options.arms or DEFAULT_ARMS)
+    folder = prepare(recipe, folder)
+    setting = make_setting(recipe, options, folder, noise)
+    results = Path(options.results_dir) if options.results_dir else folder / "results"
+    with RunQueue(setting, results, options.jobs) as runs:
+        found = run_arms(arms, recipe, options, runs)
+    comparison = gather(found, arms, recipe, options, runs)
+    write(comparison, folder)
+    return comparison
+
+
+def prepare(recipe: Recipe, folder: Path | None = None) -> Path:
+    """Makes the output folder. Raises OutputError if it cannot be written to, RecipeError if no base is named."""
+    if not recipe.model.model_name_or_path:
+        raise RecipeError("model_name_or_path is missing.", "Write `model_name_or_path: …` in the recipe.")
+    folder = folder or Path(recipe.trainer.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"output_dir {folder} cannot be written to: {error.strerror}.", "Choose another with --output_dir."
+        ) from None
+    return folder
+
+
+def make_setting(recipe: Recipe, options: CompareOptions, folder: Path, noise: float | None = None) -> Setting:
+    """What all runs share: the base, the rows, the options of training and of measurement."""
+    model = recipe.model
+    tokenizer = load_tokenizer(
+        model.model_name_or_path, revision=model.model_revision, trust_remote_code=recipe.trainer.trust_remote_code
+    )
+    how = Measurement(
+        k=options.k,
+        temperatures=tuple(options.temperatures),
+        sample_rows=options.sample_rows,
+        max_new_tokens=options.max_new_tokens,
+        verifier=options.verifier,
+        arguments=recipe.data,
+    )
+    key = base_key(model.model_name_or_path, model.model_revision)
+    setting = Setting(model, recipe.lora, decisive_options(recipe), recipe.trainer.logging_steps, key, None, how)
+    samples = None
+    if BASE_SAMPLES in (options.out_of_domain or ()):
+        samples = sample_base(lambda: load_setting(setting), folder / f"{BASE_SAMPLES}-{key}.jsonl")
+    setting.data = load_data(recipe, options, tokenizer, noise=noise, base_samples=samples)
+    return setting
+
+
+@dataclass
+class Found:
+    """The results of a comparison's runs: the base's, and by arm and learning rate and seed."""
+
+    base: dict[str, Any]
+    rates: dict[str, float]
+    runs: dict[str, dict[float, dict[int, dict[str, Any]]]] = field(default_factory=dict)
+
+
+def run_arms(arms: Sequence[Arm], recipe: Recipe, options: CompareOptions, runs: RunQueue) -> Found:
+    """Does what has to be done: base, tuning grid, then every arm at its learning rate on every seed."""
+    seeds = [recipe.trainer.seed + index for index in range(options.seeds)]
+    epochs = options.epochs or recipe.trainer.num_train_epochs
+    methods = {arm.name: _method(arm, recipe) for arm in arms}
+    own = [arm for arm in arms if rate_source(arm, arms) == arm.name]
+    base = RunSpec({})
+    grid = rate_grid(options, recipe)
+    tuned = [arm for arm in own if options.tune and arm.name not in (options.arm_rates or {})]
+
+    def spec(arm: str, rate: float, seed: int) -> RunSpec:
+        return RunSpec(methods[arm], rate, seed, epochs)
+
+    tuning = {
+        arm.name: {rate: {seed: spec(arm.name, rate, seed) for seed in seeds[: options.tune_seeds]} for rate in grid}
+        for arm in tuned
+    }
+    first = [s for by_rate in tuning.values() for by_seed in by_rate.values() for s in by_seed.values()]
+    later = max(0, len(seeds) - options.tune_seeds) * len(tuned) + (len(arms) - len(tuned)) * len(seeds)
+    runs.expect(1 + len(first) + later)
+    done = runs.do([base, *first])
+    sign = 1 if runs.setting.data.metric == "accuracy" else -1
+    rates = {arm.name: (options.arm_rates or {}).get(arm.name, recipe.trainer.learning_rate) for arm in own}
+    for name, by_rate in tuning.items():
+        scores = {rate: [_validation(done[s]) for s in by_seed.values()] for rate, by_seed in by_rate.items()}
+        rates[name] = choose_rate(scores, sign)
+    rates |= {arm.name: rates[rate_source(arm, arms)] for arm in arms if arm not in own}
+    last = {arm.name: {seed: spec(arm.name, rates[arm.name], seed) for seed in seeds} for arm in arms}
+    done |= runs.do([s for by_seed in last.values() for s in by_seed.values()])
+    found = Found(done[base], {arm.name: rates[arm.name] for arm in arms})
+    for arm in arms:
+        specs = {rate: dict(by_seed) for rate, by_seed in tuning.get(arm.name, {}).items()}
+        specs[rates[arm.name]] = specs.get(rates[arm.name], {}) | last[arm.name]
+        found.runs[arm.name] = {rate: {seed: done[s] for seed, s in by_seed.items()} for rate, by_seed in specs.items()}
+    return found
+
+
+def _method(arm: Arm, recipe: Recipe) -> dict[str, Any]:
+    trainer = recipe.trainer
+    return arm.options(trainer.reference_steps, trainer.epsilon, trainer.num_iterations)
+
+
+def _validation(result: dict[str, Any]) -> float:
+    return result["points"][-1]["metrics"]["validation"]
+
+
+def choose_rate(scores: dict[float, list[float]], sign: int) -> float:
+    """The learning rate with the best mean validation score; of equal ones the lowest.
+
+    Args:
+        scores: learning rate -> validation scores at the last epoch, by seed.
+        sign: 1 if a higher score is better, else -1.
+    """
+    return max(sorted(scores), key=lambda rate: sign * sum(scores[rate]) / len(scores[rate]))
+
+
+def gather(found: Found, arms: Sequence[Arm], recipe: Recipe, options: CompareOptions, runs: RunQueue) -> Comparison:
+    """The runs' results as a `Comparison`."""
+    setting = runs.setting
+    every = [
+        found.base,
+        *(r for by_rate in found.runs.values() for by_seed in by_rate.values() for r in by_seed.values()),
+    ]
+    return Comparison(
+        name=setting.data.name,
+        metric=setting.data.metric,
+        base=found.base["points"][0]["metrics"],
+        base_completions=found.base["completions"],
+        arms={
+            arm.name: ArmResult(
+                arm.name,
+                arm.what,
+                found.rates[arm.name],
+                rate_source(arm, arms) == arm.name,
+                found.runs[arm.name][found.rates[arm.name]],
+                found.runs[arm.name] if len(found.runs[arm.name]) > 1 else {},
+            )
+            for arm in arms
+        },
+        pairs=pairs(arms),
+        overlap=setting.data.overlap,
+        counts=setting.data.counts,
+        settings={
+            "comparison": asdict(options),
+            "methods": {arm.name: _method(arm, recipe) for arm in arms},
+            "base": asdict(setting.model) | {"weights": setting.base_key},
+            "adapter": asdict(setting.lora),
+            "training": setting.options,
+            "versions": _distinct(result["versions"] for result in every),
+            "machines": sorted({result["machine"] for result in every}),
+        },
+        reused=runs.reused,
+        done=runs.done,
+    )
+
+
+def _distinct(versions: Iterator[dict[str, str]]) -> dict[str, str]:
+    """Package -> version, or all versions that took part."""
+    found: dict[str, set[str]] = {}
+    for one in versions:
+        for name, version in one.items():
+            found.setdefault(name, set()).add(version)
+    return {name: ", ".join(sorted(values)) for name, values in found.items()}
+
+
+def write(comparison: Comparison, folder: Path) -> None:
+    """Writes the record, the page and its figures.
+
+    Raises:
+        OutputError: they cannot be written.
+    """
+    from qpsft.comparison_report import write_report
+
+    try:
+        text = json.dumps(comparison.to_dict(), indent=1, ensure_ascii=False)
+        (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+        write_report(comparison, folder)
+    except OSError as error:
+        raise OutputError(
+            f"The report could not be written to {folder}: {error.strerror}.", "Mend it and repeat: the runs are kept."
+        ) from error

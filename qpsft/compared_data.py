@@ -1,0 +1,217 @@
+"""The rows of a comparison: to train on, to choose on (validation), to judge on (in-domain and out-of-domain)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from qpsft.compare_options import CompareOptions
+from qpsft.data import load_rows, tokenize_rows
+from qpsft.demo import tasks
+from qpsft.errors import DataError, RecipeError
+from qpsft.evaluation_rows import as_rows, duplicates
+from qpsft.generation import generate, stop_tokens
+from qpsft.recipe import DataArguments, Recipe
+from qpsft.rows import BUILT_IN, read_records
+from qpsft.shapes import Rows
+from qpsft.verifiers import find_verifier
+
+BASE_SAMPLES = "base_samples"
+SAMPLED_TEXTS = 128
+SAMPLED_LENGTH = 192
+SPLIT_SHARE = 0.1
+METRICS = ("accuracy", "nll")
+
+
+@dataclass
+class ComparedData:
+    """What every run of one data set trains and is evaluated on.
+
+    Attributes:
+        name: the demonstrations.
+        train: tokenized rows.
+        validation: rows that learning rates are chosen on.
+        in_domain: test rows like the demonstrations.
+        out_of_domain: test rows of other kinds, by set.
+        metric: "accuracy" or "nll": what is compared.
+        overlap: set -> `duplicate_rows` and `duplicate_prompts` that stand word for word among the training rows;
+            `in_domain in validation` counts test rows among the validation rows.
+        counts: rows by set.
+        key: hash of all rows.
+    """
+
+    name: str
+    train: datasets.Dataset
+    validation: Rows
+    in_domain: Rows
+    out_of_domain: dict[str, Rows]
+    metric: str
+    overlap: dict[str, dict[str, int]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    key: str = ""
+
+    def sets(self) -> dict[str, Rows]:
+        """Every evaluation set by name."""
+        return {"validation": self.validation, "in_domain": self.in_domain, **self.out_of_domain}
+
+
+def load_data(
+    recipe: Recipe,
+    options: CompareOptions,
+    tokenizer: Any,
+    *,
+    noise: float | None = None,
+    base_samples: list[dict] | None = None,
+) -> ComparedData:
+    """Reads, splits and tokenizes the rows of a comparison.
+
+    Args:
+        noise: share of wrong demonstrations of a built-in set, instead of its own.
+        base_samples: what `sample_base` returned, if `out_of_domain` names it.
+
+    Raises:
+        DataError: as `load_rows`; too few rows to split. RecipeError: `noise` for other rows than the built-in ones,
+            or a metric that a set cannot give.
+    """
+    name = recipe.data.dataset_name
+    if not name:
+        raise RecipeError("dataset_name is missing.", "Write `dataset_name: …` in the recipe or give --dataset_name.")
+    built_in = BUILT_IN.get(name)
+    if noise is not None and built_in is None:
+        raise RecipeError(f"noise cannot be varied in {name}.", f"Use one of {', '.join(BUILT_IN)}.")
+    if noise is None:
+        rows = load_rows(name, recipe.data, recipe.data.dataset_train_split)
+    else:
+        made = tasks.demonstrations(built_in, noise=noise)[: recipe.data.dataset_limit]
+        rows = as_rows(made, f"{name}, {noise:.0%} wrong", recipe.data)
+    test, validation, out_of_domain = _own_sets(built_in, options)
+    neutral = replace(recipe.data, dataset_columns=None, dataset_shape="auto", dataset_limit=None)
+    if options.in_domain:
+        test = _read(options.in_domain, recipe.data, neutral, options.eval_rows)
+    if options.validation:
+        validation = _read(options.validation, recipe.data, neutral, options.eval_rows)
+    if test is None:
+        rows, test = _split_off(rows, options.eval_rows, "in-domain test")
+    if validation is None:
+        rows, validation = _split_off(rows, options.eval_rows, "validation")
+    if options.out_of_domain is not None:
+        out_of_domain = {}
+        for one in options.out_of_domain:
+            label = _free_name(Path(one).stem, out_of_domain)
+            if one == BASE_SAMPLES:
+                out_of_domain[label] = as_rows(base_samples, BASE_SAMPLES, neutral)
+            else:
+                out_of_domain[label] = _read(one, recipe.data, neutral, options.out_of_domain_rows)
+    tokenized = tokenize_rows(rows, tokenizer, recipe.data, recipe.trainer.max_length)
+    data = ComparedData(rows.name, tokenized.dataset, validation, test, out_of_domain, "")
+    data.metric = _metric(options, data)
+    data.counts = {"train": len(tokenized.dataset), **{label: len(one.rows) for label, one in data.sets().items()}}
+    data.overlap = {label: duplicates(rows.rows, one.rows) for label, one in data.sets().items()}
+    data.overlap["in_domain in validation"] = duplicates(validation.rows, test.rows)
+    data.key = _digest(
+        [tokenized.dataset["input_ids"][:], tokenized.dataset["labels"][:]],
+        *(one.rows for one in data.sets().values()),
+    )
+    return data
+
+
+def _own_sets(built_in: str | None, options: CompareOptions) -> tuple[Rows | None, Rows | None, dict[str, Rows]]:
+    """The built-in world's test and validation rows and its out-of-domain sets, for its own demonstrations."""
+    if built_in is None:
+        return None, None, {}
+    test = as_rows(tasks.in_domain("test", options.eval_rows), "in_domain")
+    validation = as_rows(tasks.in_domain("validation", options.eval_rows), "validation")
+    others = tasks.out_of_domain("test", options.out_of_domain_rows)
+    return test, validation, {label: as_rows(rows, label) for label, rows in others.items()}
+
+
+def _read(name: str, arguments: DataArguments, neutral: DataArguments, limit: int) -> Rows:
+    """An evaluation set; the training rows' column names apply where it has such columns."""
+    records = read_records(name, neutral, "test")
+    columns = set((arguments.dataset_columns or {}).values())
+    alike = bool(columns) and columns <= set(records.records[0])
+    return as_rows(records.records[:limit], Path(name).name, arguments if alike else neutral)
+
+
+def _split_off(rows: Rows, limit: int, what: str) -> tuple[Rows, Rows]:
+    count = min(limit, int(len(rows.rows) * SPLIT_SHARE))
+    if not count:
+        raise DataError(
+            f"{rows.name} has {len(rows.rows)} rows, too few to set a tenth aside as {what} rows.",
+            "Name a file with --in_domain and one with --validation.",
+        )
+    order = random.Random(f"qpsft compare: {what}").sample(range(len(rows.rows)), len(rows.rows))
+    return _select(rows, sorted(order[count:])), _select(rows, sorted(order[:count]))
+
+
+def _select(rows: Rows, indices: list[int]) -> Rows:
+    return replace(rows, rows=[rows.rows[i] for i in indices], places=[rows.places[i] for i in indices])
+
+
+def _free_name(name: str, taken: dict[str, Any]) -> str:
+    number = 2
+    free = name
+    while free in taken:
+        free, number = f"{name}-{number}", number + 1
+    return free
+
+
+def _metric(options: CompareOptions, data: ComparedData) -> str:
+    """What to compare. Accuracy needs answers that can be checked: an exact match of free text says nothing."""
+    tested = {label: rows for label, rows in data.sets().items() if label != "validation"}
+    plain = [label for label, rows in tested.items() if "text" in rows.rows[0]]
+    if options.metric == "accuracy" and plain:
+        raise RecipeError(f"{plain[0]} is plain text, which has no accuracy.", "Use --metric nll.")
+    if options.metric != "auto":
+        return options.metric
+    if plain:
+        return "nll"
+    verifier, _ = find_verifier(options.verifier, data.in_domain.rows, data.in_domain.name)
+    return "nll" if options.verifier == "auto" and verifier == "exact" else "accuracy"
+
+
+def sample_base(load: Callable[[], tuple[Any, Any]], path: Path) -> list[dict]:
+    """Texts sampled from the base itself at temperature 1, made once and kept in `path` (JSON lines).
+
+    Args:
+        load: returns the base and its tokenizer; called if `path` is not there yet.
+
+    Raises:
+        RecipeError: the tokenizer has no token that begins a text.
+    """
+    if path.is_file():
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    model, tokenizer = load()
+    if tokenizer.bos_token_id is None:
+        raise RecipeError(
+            f"{BASE_SAMPLES} needs a base with a beginning-of-sequence token to start from.",
+            "Name a file of texts as --out_of_domain instead.",
+        )
+    written = generate(
+        model,
+        [[tokenizer.bos_token_id]] * SAMPLED_TEXTS,
+        stop_ids=stop_tokens(model, tokenizer),
+        greedy=False,
+        samples=1,
+        max_new_tokens=SAMPLED_LENGTH,
+        description=BASE_SAMPLES,
+    )
+    texts = tokenizer.batch_decode([one.samples[0].token_ids for one in written], skip_special_tokens=True)
+    rows = [{"text": text.strip()} for text in texts if text.strip()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return rows
+
+
+def _digest(*parts: Any) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(json.dumps(part, sort_keys=True, ensure_ascii=False).encode())
+    return found.hexdigest()[:16]

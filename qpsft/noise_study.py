@@ -1,0 +1,144 @@
+"""When is PSFT worth it? The same comparison at several shares of wrong demonstrations, and the gain against them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qpsft.arms import NOISE_ARMS, find_arms
+from qpsft.compare import compare_loaded, prepare
+from qpsft.compare_options import CompareOptions
+from qpsft.comparison import SHARE, Comparison, aligned, describe_metric, format_mean, format_value
+from qpsft.comparison_figures import draw_gains
+from qpsft.comparison_report import PNG_DPI, REPORT, bullets, page, picture, table
+from qpsft.errors import RecipeError
+from qpsft.paired import Difference, mean_and_sd
+from qpsft.recipe import Recipe
+from qpsft.verdict import METHOD, verdict
+
+CONTROL = "sft"
+SCORES = ("in_domain", "out_of_domain")
+
+
+@dataclass
+class NoiseStudy:
+    """Comparisons by their share of wrong demonstrations, ascending.
+
+    Attributes:
+        name: the built-in set.
+        comparisons: share -> comparison of `CONTROL` with the same other arms.
+    """
+
+    name: str
+    comparisons: dict[float, Comparison]
+
+    @property
+    def treatments(self) -> list[str]:
+        """The arms compared with the control."""
+        return [name for name in next(iter(self.comparisons.values())).arms if name != CONTROL]
+
+    def gains(self, treatment: str) -> dict[str, list[Difference | None]]:
+        """Out of domain, treatment − control at each share: at equal in-domain accuracy, and at the last epoch."""
+        matched = [found.matched(treatment, CONTROL) for found in self.comparisons.values()]
+        return {
+            "at equal in-domain accuracy": [None if found is None else found[1] for found in matched],
+            "at the last epoch": [
+                found.difference(treatment, CONTROL, "out_of_domain") for found in self.comparisons.values()
+            ],
+        }
+
+    def rows(self, treatment: str) -> list[list[str]]:
+        """A table: a header, and one row per share."""
+        rows = [["wrong rows", *(f"{arm} {name.replace('_', ' ')}" for name in SCORES for arm in (CONTROL, treatment))]]
+        gains = self.gains(treatment)
+        rows[0] += [f"gain {where}" for where in gains]
+        for index, (share, found) in enumerate(self.comparisons.items()):
+            unit = describe_metric("in_domain", found.metric).unit
+            cells = [format_mean(found.arms[arm].last(name), unit) for name in SCORES for arm in (CONTROL, treatment)]
+            rows.append([f"{share:.0%}", *cells, *(_gain(values[index]) for values in gains.values())])
+        return rows
+
+    def figures(self) -> dict[str, Any]:
+        """Treatment -> figure of its gain."""
+        titles = {name: describe_metric(name).title for name in SCORES}
+        drawn = {}
+        for treatment in self.treatments:
+            scores = {
+                title: {
+                    arm: [mean_and_sd(list(found.arms[arm].last(name).values())) for found in self.comparisons.values()]
+                    for arm in (CONTROL, treatment)
+                }
+                for name, title in titles.items()
+            }
+            gains = self.gains(treatment)
+            drawn[treatment] = draw_gains(list(self.comparisons), gains, f"{treatment} − {CONTROL}, share", scores)
+        return drawn
+
+    def to_dict(self) -> dict[str, Any]:
+        """Shares, scores and gains, for JSON; the comparisons themselves have files of their own."""
+        return {
+            "name": self.name,
+            "noise": list(self.comparisons),
+            "learning_rates": [{n: arm.learning_rate for n, arm in c.arms.items()} for c in self.comparisons.values()],
+            "gains": {
+                treatment: {
+                    where: [found and asdict(found) for found in values]
+                    for where, values in self.gains(treatment).items()
+                }
+                for treatment in self.treatments
+            },
+        }
+
+    def __str__(self) -> str:
+        return "\n\n".join("\n".join(aligned(self.rows(treatment))) for treatment in self.treatments)
+
+
+def _gain(found: Difference | None) -> str:
+    if found is None:
+        return "–"
+    mean = f"{'−' if found.mean < 0 else '+'}{format_value(abs(found.mean), SHARE)}"
+    return mean if found.half_width is None else f"{mean} ± {format_value(found.half_width, SHARE)}"
+
+
+def study_noise(recipe: Recipe, options: CompareOptions) -> NoiseStudy:
+    """Compares at each share of `options.noise`, and writes `noise.json`, `report.html` and figures to `output_dir`.
+
+    Each comparison has a folder and a report of its own; the runs of all are kept together.
+
+    Raises:
+        RecipeError: the demonstrations are not built in, or `sft` or an arm to compare with it is missing.
+    """
+    arms = [arm.name for arm in find_arms(options.arms or NOISE_ARMS)]
+    if CONTROL not in arms or len(arms) < 2:
+        raise RecipeError(f"The noise study compares with {CONTROL}.", f"Give --arms {','.join(NOISE_ARMS)}.")
+    folder = prepare(recipe)
+    results = options.results_dir or str(folder / "results")
+    comparisons = {}
+    for share in sorted(set(options.noise)):
+        print(f"{share:.0%} wrong demonstrations", flush=True)
+        one = replace(options, noise=None, arms=arms, results_dir=results)
+        comparisons[share] = compare_loaded(recipe, one, noise=share, folder=folder / f"noise-{share:g}")
+    study = NoiseStudy(recipe.data.dataset_name, comparisons)
+    write_study(study, folder)
+    return study
+
+
+def write_study(study: NoiseStudy, folder: Path) -> None:
+    """Writes the study's record, page and figures."""
+    (folder / "noise.json").write_text(json.dumps(study.to_dict(), indent=1) + "\n", encoding="utf-8")
+    parts = [f"<h1>{study.name}: the gain against the noise</h1>"]
+    for treatment, figure in study.figures().items():
+        name = "noise.png" if len(study.treatments) == 1 else f"noise-{treatment}.png"
+        figure.savefig(folder / name, dpi=PNG_DPI)
+        parts += [
+            f"<h2>{treatment} − {CONTROL}</h2>",
+            picture("Mean over seeds.", figure),
+            table(study.rows(treatment)),
+        ]
+    for share, found in study.comparisons.items():
+        link = f'<p><a href="noise-{share:g}/{REPORT}">its own report</a></p>'
+        parts += [f"<h2>{share:.0%} wrong demonstrations</h2>", bullets(verdict(found)), link]
+    parts.append(f"<p>{METHOD}</p>")
+    (folder / REPORT).write_text(page(f"qpsft compare --noise: {study.name}", parts), encoding="utf-8")

@@ -1,0 +1,139 @@
+"""Runs one after another or several at a time, each kept as soon as it is done, with a bar and the time left."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from qpsft.compared_run import RunSpec, Setting, do_run, read_result
+from qpsft.errors import TrainingError
+
+Result = dict[str, Any]
+
+
+class RunQueue:
+    """Does runs that have no result yet, `jobs` at a time, and says how far it is.
+
+    Attributes:
+        reused, done: how many results were found, and how many were made.
+    """
+
+    def __init__(self, setting: Setting, results: Path, jobs: int):
+        self.setting = setting
+        self.reused = 0
+        self.done = 0
+        self._results = results
+        self._jobs = jobs
+        self._pool: ProcessPoolExecutor | None = None
+        self._bar: tqdm | None = None
+        self._seconds = 0.0
+        self._cache: dict[str, Result] = {}
+
+    def __enter__(self) -> RunQueue:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._bar is not None:
+            self._bar.close()
+
+    def expect(self, runs: int) -> None:
+        """How many runs there will be, repeated ones included."""
+        self._bar = tqdm(total=runs, unit="run", disable=None, leave=False)
+
+    def do(self, specs: Sequence[RunSpec]) -> dict[RunSpec, Result]:
+        """The results of these runs, made or found. Specs that come to the same run share it."""
+        by_key: dict[str, list[RunSpec]] = {}
+        for spec in specs:
+            by_key.setdefault(spec.key(self.setting), []).append(spec)
+        missing = []
+        for key, same in by_key.items():
+            if key in self._cache:
+                self._bar.update(len(same))
+                continue
+            result = read_result(same[0], self.setting, self._results)
+            if result is None:
+                missing.append((key, same))
+            else:
+                self.reused += 1
+                self._keep(key, same, result)
+        if self.reused and missing and not self.done:
+            tqdm.write(f"{self.reused} runs are reused, {len(missing)} to do next")
+        for key, same, result in self._work(missing):
+            self.done += 1
+            self._keep(key, same, result)
+            tqdm.write(self._line(result))
+        return {spec: self._cache[key] for key, same in by_key.items() for spec in same}
+
+    def _keep(self, key: str, same: list[RunSpec], result: Result) -> None:
+        self._cache[key] = result
+        self._bar.update(len(same))
+
+    def _work(self, missing: list[tuple[str, list[RunSpec]]]) -> Iterator[tuple[str, list[RunSpec], Result]]:
+        if self._jobs == 1:
+            for key, same in missing:
+                yield key, same, self._timed(lambda spec=same[0]: do_run(spec, self.setting, self._results))
+            return
+        if self._pool is None and missing:
+            context = multiprocessing.get_context("spawn")  # a forked torch may hang
+            self._pool = ProcessPoolExecutor(self._jobs, context, _start_worker, (self.setting, self._results))
+        futures: dict[Future, tuple[str, list[RunSpec]]] = {
+            self._pool.submit(_do_in_worker, same[0]): (key, same) for key, same in missing
+        }
+        while futures:
+            started = time.perf_counter()
+            finished, _ = wait(futures, return_when=FIRST_COMPLETED)
+            self._seconds += time.perf_counter() - started
+            for future in finished:
+                key, same = futures.pop(future)
+                try:
+                    result = future.result()
+                except BrokenProcessPool as error:
+                    raise TrainingError(
+                        f"A worker process was killed during {same[0].label}, perhaps for lack of memory.",
+                        "Repeat with fewer --jobs; finished runs are kept.",
+                    ) from error
+                yield key, same, result
+
+    def _timed(self, work: Callable[[], Result]) -> Result:
+        started = time.perf_counter()
+        result = work()
+        self._seconds += time.perf_counter() - started
+        return result
+
+    def _line(self, result: Result) -> str:
+        metrics, seconds = result["points"][-1]["metrics"], result["seconds"]
+        scores = [
+            f"{name.replace('_', ' ')} {metrics[name]:.3f}"
+            for name in ("in_domain", "out_of_domain")
+            if name in metrics
+        ]
+        left = (self._bar.total - self._bar.n) * self._seconds / self.done
+        took = f"{seconds['training']:.0f} s training, {seconds['evaluation']:.0f} s evaluation"
+        return f"{result['label']:<34} {' · '.join(scores)} · {took} · about {_duration(left)} left"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min"
+
+
+_worker: tuple[Setting, Path] | None = None
+
+
+def _start_worker(setting: Setting, results: Path) -> None:
+    global _worker
+    _worker = (setting, results)
+    torch.set_num_threads(1)
+
+
+def _do_in_worker(spec: RunSpec) -> Result:
+    return do_run(spec, *_worker)

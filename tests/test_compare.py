@@ -1,0 +1,214 @@
+"""Which runs a comparison takes, what is reused, and how learning rates are chosen; the runs themselves are made up."""
+
+import json
+
+import pytest
+from comparing import FakeRuns, write_recipe
+
+from qpsft import cli, comparison_report, run_queue
+from qpsft.arms import ARMS, find_arms
+from qpsft.compare import choose_rate, compare
+from qpsft.compare_options import load_comparison
+from qpsft.compared_run import RESULT
+from qpsft.errors import RecipeError
+
+
+def scores(spec):
+    """PSFT keeps more; each is best in-domain at another rate than out of domain."""
+    if not spec.method:
+        return [(0.0, 0.9)], 0.0
+    kept = 0.6 if spec.method["loss_type"] == "psft" else 0.2
+    best = 4e-3 if spec.method["loss_type"] == "psft" else 1e-3
+    off = abs(spec.learning_rate - best)
+    return [(0.5 - off, 0.7), (0.9 - off, kept + spec.seed / 100)], 0.9 - 10 * off
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr(comparison_report, "write_report", lambda comparison, folder: None)  # drawing takes seconds
+
+    def use(**changes):
+        runs = FakeRuns(**({"scores": scores} | changes))
+        monkeypatch.setattr(run_queue, "do_run", runs)
+        return runs
+
+    return use
+
+
+def labels(runs):
+    return sorted(spec.label for spec in runs.specs)
+
+
+def test_every_arm_runs_once_per_seed_and_shared_runs_once(tmp_path, fake):
+    runs = fake()
+    found = compare(write_recipe(tmp_path), arms="sft,sft_matched,psft")
+    # sft_matched is sft here: both have the recipe's learning rate
+    expected = [f"{kind}-lr2e-3-seed{seed}" for kind in ("nll", "psft") for seed in (3, 4)]
+    assert labels(runs) == sorted(["base", *expected])
+    assert (found.done, found.reused) == (5, 0)
+    assert found.arms["psft"].last("out_of_domain") == {3: 0.63, 4: 0.64}
+    assert found.same_runs("sft", "sft_matched") and not found.same_runs("sft", "psft")
+
+
+def test_adding_arms_and_seeds_reuses_the_others(tmp_path, fake):
+    recipe = write_recipe(tmp_path)
+    fake()
+    compare(recipe, arms="sft,psft")
+    runs = fake()
+    found = compare(recipe, arms="sft,dft,psft", seeds=3)
+    assert labels(runs) == [f"dft-lr2e-3-seed{s}" for s in (3, 4, 5)] + ["nll-lr2e-3-seed5", "psft-lr2e-3-seed5"]
+    assert (found.done, found.reused) == (5, 5)
+    runs = fake()
+    assert compare(recipe, arms="sft,dft,psft", seeds=3).done == 0
+    assert not runs.specs
+
+
+def test_killed_between_runs_it_goes_on_with_the_next(tmp_path, fake):
+    recipe = write_recipe(tmp_path)
+    first = fake(stop_after=3)
+    with pytest.raises(KeyboardInterrupt):
+        compare(recipe, arms="sft,psft")
+    second = fake()
+    found = compare(recipe, arms="sft,psft")
+    assert len(first.specs) == 3 and len(second.specs) == 2
+    assert not set(labels(first)) & set(labels(second))
+    assert (found.reused, found.done) == (3, 2)
+
+
+def test_a_result_that_was_cut_off_is_made_again(tmp_path, fake):
+    recipe = write_recipe(tmp_path)
+    fake()
+    compare(recipe, arms="sft", seeds=1)
+    (path,) = tmp_path.glob(f"comparison/results/nll-*/{RESULT}")
+    path.write_text(path.read_text()[:100])
+    runs = fake()
+    assert compare(recipe, arms="sft", seeds=1).done == 1
+    assert labels(runs) == ["nll-lr2e-3-seed3"]
+    assert json.loads(path.read_text())["label"] == "nll-lr2e-3-seed3"
+
+
+@pytest.mark.parametrize("change", ["--max_grad_norm=0.5", "--lora_r=8", "--dataset_limit=12", "--quantization=none"])
+def test_what_decides_a_run_makes_another_one(tmp_path, fake, change):
+    recipe = write_recipe(tmp_path)
+    fake()
+    compare(recipe, arms="sft", seeds=1)
+    runs = fake()
+    compare(recipe, [change], arms="sft", seeds=1)
+    assert "nll-lr2e-3-seed3" in labels(runs)
+
+
+def test_what_does_not_decide_a_run_reuses_it(tmp_path, fake):
+    recipe = write_recipe(tmp_path)
+    fake()
+    compare(recipe, arms="sft,psft", seeds=1)
+    runs = fake()
+    compare(recipe, ["--logging_steps=3", "--num_iterations=8", "--save_strategy=steps"], arms="sft,psft", seeds=1)
+    assert not runs.specs  # visits belong to psft_visits, and no arm here has them
+
+
+def test_tuning_chooses_on_validation_and_reuses_the_grid(tmp_path, fake):
+    runs = fake()
+    found = compare(
+        write_recipe(tmp_path),
+        arms="sft,sft_matched,psft",
+        seeds=3,
+        tune=True,
+        tune_seeds=2,
+        learning_rates=[1e-3, 2e-3, 4e-3],
+    )
+    assert {name: arm.learning_rate for name, arm in found.arms.items()} == {
+        "sft": 1e-3,
+        "psft": 4e-3,
+        "sft_matched": 4e-3,
+    }
+    # base, 2 arms × 3 rates × 2 seeds, one more seed each, and sft_matched's third seed at a rate the grid has for two
+    assert len(runs.specs) == 1 + 12 + 2 + 1
+    assert sorted(found.arms["psft"].runs) == [3, 4, 5]
+    assert set(found.arms["sft"].grid) == {1e-3, 2e-3, 4e-3} and not found.arms["sft_matched"].grid
+    record = json.loads((tmp_path / "comparison/comparison.json").read_text())
+    assert record["arms"]["psft"]["tuning"]["0.004"] == pytest.approx(0.9)
+
+
+def test_test_scores_do_not_move_the_choice(tmp_path, fake):
+    def poisoned(spec):
+        after_epochs, validation = scores(spec)
+        good = spec.learning_rate == 2e-3
+        return [(float(good), float(good)) for _ in after_epochs], validation
+
+    fake(scores=poisoned)
+    found = compare(write_recipe(tmp_path), arms="sft,psft", tune=True, learning_rates=[1e-3, 2e-3, 4e-3])
+    assert (found.arms["sft"].learning_rate, found.arms["psft"].learning_rate) == (1e-3, 4e-3)
+
+
+def test_choose_rate():
+    assert choose_rate({1e-3: [0.5, 0.7], 2e-3: [0.9, 0.1]}, 1) == 1e-3
+    assert choose_rate({1e-3: [0.5, 0.7], 2e-3: [0.9, 0.1]}, -1) == 2e-3
+    assert choose_rate({4e-3: [0.5], 1e-3: [0.5]}, 1) == 1e-3
+
+
+def test_known_rates_are_taken(tmp_path, fake):
+    runs = fake()
+    compare(write_recipe(tmp_path), arms="sft,sft_matched,psft", seeds=1, arm_rates="{sft: 2e-3, psft: 5e-4}")
+    assert labels(runs) == ["base", "nll-lr2e-3-seed3", "nll-lr5e-4-seed3", "psft-lr5e-4-seed3"]
+
+
+def test_methods_of_the_arms(tmp_path):
+    recipe, _ = load_comparison(write_recipe(tmp_path), [], {})
+    trainer = recipe.trainer
+    methods = {
+        n: arm.options(trainer.reference_steps, trainer.epsilon, trainer.num_iterations) for n, arm in ARMS.items()
+    }
+    assert methods["sft"] == methods["sft_matched"] == {"loss_type": "nll"}
+    assert methods["dft"] == {"loss_type": "dft"}
+    psft = {"loss_type": "psft", "epsilon": 0.28, "reference_steps": 2, "num_iterations": 1, "sft_warmup_steps": 0}
+    assert methods["psft"] == psft
+    assert methods["psft_visits"] == psft | {"num_iterations": 4, "sft_warmup_steps": 2}
+    # the same order as psft_visits, another loss
+    order = {name: methods["psft_visits"][name] for name in ("reference_steps", "num_iterations", "sft_warmup_steps")}
+    assert methods["sft_blocks"] == {"loss_type": "nll", "block_order": True, **order}
+    assert methods["last_visit"] == {"loss_type": "psft", "epsilon": 0.28, "reference": "last_visit"}
+
+
+def test_unknown_arms_get_the_nearest_name():
+    with pytest.raises(RecipeError, match="no arm 'psft_visit'. Did you mean psft_visits"):
+        find_arms(["sft", "psft_visit"])
+    with pytest.raises(RecipeError, match="takes the learning rate of psft or psft_visits"):
+        find_arms(["sft", "sft_matched"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seeds", "0"], "seeds is 0; it must be at least 1"),
+        (["--arms", "sfft"], "Did you mean sft"),
+        (["--seeds", "many"], "--seeds is 'many'; it must be a whole number"),
+        (["--tune", "--seeds", "2", "--tune_seeds", "3"], "tune_seeds is 3, more than the 2 seeds"),
+        (["--learning_rates", "1e-3,-1"], "learning_rates has a value that is not above 0"),
+        (["--noise", "0,2"], "outside 0 to 1"),
+        (["--sedes", "3"], "--sedes: there is no such option"),
+        (["--in_domain", "nowhere.jsonl"], "There is no file nowhere.jsonl"),
+    ],
+)
+def test_mistakes_are_told_in_one_paragraph(tmp_path, capsys, flags, message):
+    assert cli.main(["compare", str(write_recipe(tmp_path)), *flags]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_misspelt_option_in_the_recipe(tmp_path):
+    recipe = write_recipe(tmp_path, "model_name_or_path: demo\ndataset_name: demo-noisy\ncompare: {sedes: 3}\n")
+    with pytest.raises(RecipeError, match="compare: sedes: there is no such option. Did you mean seeds"):
+        compare(recipe)
+
+
+def test_flags_win_and_epochs_default_to_four(tmp_path):
+    text = "model_name_or_path: demo\ndataset_name: demo-noisy\ncompare: {seeds: 3, k: 2}\n"
+    _, options = load_comparison(write_recipe(tmp_path, text), [], {"seeds": "7"})
+    assert (options.seeds, options.k, options.epochs) == (7, 2, 4)
+    recipe, options = load_comparison(write_recipe(tmp_path, text + "num_train_epochs: 2\n"), [], {})
+    assert options.epochs is None and recipe.trainer.num_train_epochs == 2
+
+
+def test_help(capsys):
+    assert cli.main(["compare", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--arms" in text and "sft,sft_matched,dft,psft,psft_visits" in " ".join(text.split())
