@@ -26,6 +26,7 @@ from qpsft.recipe import DataArguments
 from qpsft.rows import BUILT_IN
 from qpsft.shapes import Rows
 from qpsft.task_data import parse_task_data
+from qpsft.verifiers import text_of
 
 DEMO_IN_DOMAIN_ROWS = 200
 DEMO_ROWS_PER_SET = 100
@@ -77,6 +78,8 @@ class EvaluationReport:
         blocks = [_block(one) for one in self.evaluations]
         for name, task in self.tasks.items():
             lines = [_line(metric, estimate, ".4g") for metric, estimate in task["metrics"].items()]
+            if "duplicate_prompts" in task:
+                lines.insert(0, f"  {task['duplicate_prompts']} of its rows have a training row's prompt")
             rows = f" · {task['rows']} rows" if task["rows"] else ""
             blocks.append("\n".join([f"{name}{rows} (lm-evaluation-harness)", *lines]))
         return "\n\n".join(
@@ -103,7 +106,7 @@ def run_evaluation(options: EvaluationOptions, *, verbose: bool = True) -> Evalu
     if options.tasks:
         check_tasks(options.tasks, task_data)
     sets = list(_data_sets(names, arguments, options))
-    train_rows = _train_rows(options, recipe, arguments) if sets else None
+    train_rows = _train_rows(options, recipe, arguments)
     if options.json is not None:
         _check_writable(Path(options.json))
 
@@ -146,6 +149,7 @@ def run_evaluation(options: EvaluationOptions, *, verbose: bool = True) -> Evalu
             max_new_tokens=options.max_new_tokens,
             batch_size=options.batch_size or 8,
             seed=options.seed,
+            train_prompts={text_of(row["prompt"]).strip() for row in train_rows or () if "prompt" in row},
         )
     report = EvaluationReport(
         options.model, evaluations, results, asdict(options), seconds=time.perf_counter() - started

@@ -99,7 +99,9 @@ def generate(
                 group = order[-max(1, size // copies) :]  # longest first, so that what does not fit shows at once
                 del order[-len(group) :]
                 uniforms = _uniforms(group, seed, greedy, samples, room).to(model.device)
-                completions = _decode(model, [prompts[i] for i in group], uniforms, stops, temperature)
+                parts = uniforms.split(max(1, size)) if size < copies else [uniforms]  # then the group is one prompt
+                own_prompts = [prompts[i] for i in group]
+                completions = [c for part in parts for c in _decode(model, own_prompts, part, stops, temperature)]
                 for index, i in enumerate(group):
                     own = completions[index * copies : (index + 1) * copies]
                     found[i] = Completions(own[0] if greedy else None, own[int(greedy) :])

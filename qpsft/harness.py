@@ -7,7 +7,7 @@ import difflib
 import functools
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ def run_tasks(
     batch_size: int = 8,
     seed: int = 0,
     samples: bool = False,
+    train_prompts: Set[str] = frozenset(),
 ) -> dict[str, dict[str, Any]]:
     """Evaluates `model` on tasks of lm-evaluation-harness.
 
@@ -50,9 +51,11 @@ def run_tasks(
         batch_size: rows per forward.
         seed: of the few-shot examples and the bootstrap.
         samples: keep the harness's record of every row under `samples`.
+        train_prompts: texts the model was trained on; rows with a field that is one of them are counted.
 
     Returns:
-        task -> {"metrics": {name: Estimate}, "rows": number of rows, "samples": …}. A metric's name is the harness's
+        task -> {"metrics": {name: Estimate}, "rows": number of rows} and, as asked for, "samples" and
+        "duplicate_prompts". A metric's name is the harness's
         (`acc`, `exact_match,strict-match`); its interval is a bootstrap over rows, as in `evaluate`, or ± 1.96 of the
         harness's standard errors where the metric is not a mean over rows.
 
@@ -88,7 +91,7 @@ def run_tasks(
                 )
     finally:
         model.train(was_training)
-    return {name: _tidy(name, results, seed, samples) for name in results["results"]}
+    return {name: _tidy(name, results, seed, samples, train_prompts) for name in results["results"]}
 
 
 def check_tasks(tasks: Sequence[str], task_data: Mapping[str, Path]) -> list[str]:
@@ -206,7 +209,7 @@ def _explained(names: Sequence[str], task_data: Mapping[str, Path]) -> Iterator[
         ) from error
 
 
-def _tidy(name: str, results: Mapping[str, Any], seed: int, samples: bool) -> dict[str, Any]:
+def _tidy(name: str, results: Mapping[str, Any], seed: int, samples: bool, train_prompts: Set[str]) -> dict[str, Any]:
     """The harness's flat result, `{"acc,none": .5, "acc_stderr,none": .1, …}`, as estimates."""
     record = results["results"][name]
     by_row = results.get("samples", {}).get(name, [])
@@ -218,7 +221,14 @@ def _tidy(name: str, results: Mapping[str, Any], seed: int, samples: bool) -> di
             error = record.get(f"{metric}_stderr,{filtered}")
             metrics[metric if filtered == "none" else key] = _estimate(float(value), rows, error, seed)
     tidy = {"metrics": metrics, "rows": results.get("n-samples", {}).get(name, {}).get("effective")}
+    if train_prompts:
+        seen = {row["doc_id"] for row in by_row if any(text in train_prompts for text in _texts(row["doc"]))}
+        tidy["duplicate_prompts"] = len(seen)
     return tidy | {"samples": by_row} if samples else tidy
+
+
+def _texts(doc: Mapping[str, Any]) -> list[str]:
+    return [value.strip() for value in doc.values() if isinstance(value, str)]
 
 
 def _estimate(value: float, rows: list[Any], error: Any, seed: int) -> Estimate:

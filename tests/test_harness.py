@@ -9,8 +9,10 @@ import pytest
 import torch
 from conftest import shared_path
 
+from qpsft.adapter import add_adapter
 from qpsft.base import load_base
 from qpsft.errors import DataError
+from qpsft.recipe import LoraArguments
 from qpsft.task_data import BENCHMARKS, parse_task_data
 
 pytest.importorskip("lm_eval")
@@ -20,7 +22,14 @@ from qpsft.harness import check_tasks, run_tasks  # noqa: E402
 
 @pytest.fixture(scope="module")
 def model_and_tokenizer(stories):
-    return load_base(stories, device="cpu", verbose=False)
+    model, tokenizer = load_base(stories, device="cpu", verbose=False)
+    torch.manual_seed(0)
+    model = add_adapter(model, LoraArguments(lora_r=4))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    return model.eval(), tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +75,23 @@ def test_truthfulqa_from_the_csv_equals_own_log_likelihoods(model_and_tokenizer,
 def test_gsm8k_from_local_files_counts_what_the_model_writes(model_and_tokenizer, gsm8k, monkeypatch):
     model, tokenizer = model_and_tokenizer
     limit = 5
+    rows = [json.loads(line) for line in (gsm8k / "test.jsonl").read_text(encoding="utf-8").splitlines()[:limit]]
     text = "So it is 3.\n#### 18"  # the first row's answer; the second's is 3, which only `flexible-extract` could see
     answer = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     monkeypatch.setattr(
         model, "generate", lambda input_ids, **_: torch.cat([input_ids, answer.repeat(len(input_ids), 1)], 1)
     )
     found = run_tasks(
-        model, tokenizer, ["gsm8k"], task_data={"gsm8k": gsm8k}, limit=limit, max_new_tokens=40, samples=True
+        model,
+        tokenizer,
+        ["gsm8k"],
+        task_data={"gsm8k": gsm8k},
+        limit=limit,
+        max_new_tokens=40,
+        samples=True,
+        train_prompts={rows[1]["question"], rows[3]["question"], "unrelated"},
     )["gsm8k"]
-    rows = [json.loads(line) for line in (gsm8k / "test.jsonl").read_text(encoding="utf-8").splitlines()[:limit]]
+    assert found["duplicate_prompts"] == 2
     share = np.mean([row["answer"].endswith("#### 18") for row in rows])
     assert share == 1 / limit
     assert found["metrics"]["exact_match,strict-match"].value == pytest.approx(share)
