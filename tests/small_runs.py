@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -142,10 +141,6 @@ def same(one: Any, other: Any) -> bool:
 def log_lines(trainer: PSFTTrainer, key: str = "loss") -> list[dict[str, float]]:
     """The log lines that carry `key`."""
     return [line for line in trainer.state.log_history if key in line]
-
-
-def checkpoint_step(folder: Path) -> int:
-    return json.loads((folder / "trainer_state.json").read_text())["global_step"]
 
 
 class Recorder(TrainerCallback):
