@@ -1,7 +1,7 @@
 """Another reference: each row's own last visit, recorded from the training forward itself.
 
-The policy of a row's last visit is π_old for that row: no snapshot, no second set of parameters, no extra forward. A row
-seen for the first time has no last visit, so its ratio is 1 and its gradient SFT's: the first epoch is the warm-up.
+The policy of a row's last visit is π_old for that row: no snapshot, no second set of parameters, no extra forward. A
+row seen for the first time has no last visit, so its ratio is 1 and its gradient SFT's: the first epoch is the warm-up.
 """
 
 from __future__ import annotations

@@ -19,7 +19,10 @@ FLOORS = [
     {"trainer", "console", "evaluate", "evaluation_rows", "generation", "likelihood", "verifiers", "estimates"}
     | {"harness", "task_data", "evaluation_options"}
     | {"safetensors_stream", "finished_folder", "rounding", "update_size", "base_tensors", "adapter_file"}
-    | {"merged_tensor", "merged_files", "merge"},
+    | {"merged_tensor", "merged_files", "merge"}
+    | {"live", "measure", "exported", "verify", "verify_prompts", "verify_text", "verify_weights", "push"}
+    | {"export.llama_cpp", "export.work_folder", "export.gguf_check", "export.gguf_texts", "export.gguf_run"}
+    | {"export.gguf", "export.gguf_lora", "export.ollama", "export.vllm"},
     {"report"},
     {"run", "evaluation_run", "demo.accuracy", "demo.tokenizer", "demo.pretrain"},
     {"demo.walkthrough"},
