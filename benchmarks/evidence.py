@@ -1,0 +1,96 @@
+"""The built-in evidence: what SFT, DFT and PSFT learn and keep on noisy and clean demonstrations, and by the noise.
+
+    python benchmarks/evidence.py                    all parts, two runs at a time
+    python benchmarks/evidence.py noisy clean        some of them
+
+Every run is kept in benchmarks/results/evidence/results as soon as it is done and never done again, so the command may
+be killed at any time and repeated. Learning rates are chosen on validation rows. Each part writes comparison.json,
+report.html, figures and summary.txt (the noise study noise.json) into a folder of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TextIO
+
+from qpsft.compare import compare_loaded
+from qpsft.compare_options import load_comparison
+from qpsft.noise_study import study_noise
+from qpsft.verdict import render
+
+HERE = Path(__file__).resolve().parent
+SHELF = HERE.parent / "adapters"
+OUTPUT = HERE / "results" / "evidence"
+ARMS = "sft,sft_matched,sft_blocks,dft,psft,psft_visits,last_visit"
+TUNED = {"arms": ARMS, "tune": True, "tune_seeds": 2, "seeds": 5}
+PARTS = {
+    "noisy": (SHELF / "demo-noisy", TUNED),
+    "clean": (SHELF / "demo-clean", TUNED),
+    "noise": (SHELF / "demo-noisy", {"noise": "0,0.1,0.3,0.5", "tune": True, "tune_seeds": 2, "seeds": 3}),
+    "stories": (
+        HERE / "recipes" / "stories260k_gsm8k.yaml",
+        {"arms": "sft,sft_matched,dft,psft,psft_visits", "tune": True, "tune_seeds": 1, "seeds": 3},
+    ),
+}
+RUNS = {"noisy": 66, "clean": 66, "noise": 54, "stories": 28}
+"""At most, each, beside those of the parts before."""
+SECONDS = {"noisy": 60, "clean": 60, "noise": 60, "stories": 60}
+"""Of one run on an idle core of the machine in results/evidence/*/comparison.json."""
+
+
+class Tee:
+    """Writes to several files."""
+
+    def __init__(self, *files: TextIO):
+        self._files = files
+
+    def write(self, text: str) -> None:
+        for file in self._files:
+            file.write(text)
+
+    def flush(self) -> None:
+        for file in self._files:
+            file.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="default: %(default)s")
+    options = parser.parse_args()
+    unknown = set(options.parts) - set(PARTS)
+    if unknown:
+        parser.error(f"no such part: {', '.join(sorted(unknown))}; parts: {', '.join(PARTS)}")
+    parts = options.parts or list(PARTS)
+    options.output.mkdir(parents=True, exist_ok=True)
+    minutes = sum(RUNS[part] * SECONDS[part] for part in parts) / options.jobs / 60
+    kept = len(list((options.output / "results").glob("*/result.json")))
+    with (options.output / "log.txt").open("a", encoding="utf-8") as log:
+        sys.stdout = Tee(sys.__stdout__, log)
+        print(
+            f"{', '.join(parts)}: about {minutes:.0f} minutes on {options.jobs} idle cores, less the {kept} runs kept"
+        )
+        for part in parts:
+            do_part(part, options.output, options.jobs)
+        sys.stdout = sys.__stdout__
+
+
+def do_part(part: str, output: Path, jobs: int) -> None:
+    """Does what is left of a part, and writes its outcome."""
+    recipe, given = PARTS[part]
+    if part == "stories" and not (HERE.parents[1] / "shared").is_dir():
+        print("stories: left out, ../shared with stories260K and GSM8K is not here")
+        return
+    print(f"\n== {part}", flush=True)
+    common = {"results_dir": str(output / "results"), "jobs": str(jobs)}
+    loaded, options = load_comparison(recipe, [f"--output_dir={output / part}"], given | common)
+    found = str(study_noise(loaded, options)) if part == "noise" else render(compare_loaded(loaded, options))
+    (output / part / "summary.txt").write_text(found + "\n", encoding="utf-8")
+    print(f"\n{found}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
