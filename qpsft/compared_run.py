@@ -214,7 +214,7 @@ def keep_result(result: dict[str, Any], folder: Path) -> None:
     """Writes a result into a run's folder, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{RESULT}"
-    partial.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(result, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, folder / RESULT)
 
 

@@ -195,7 +195,7 @@ class Comparison:
                     "tuning": tuning_table(arm),
                     "runs": {seed: _run_record(run) for seed, run in arm.runs.items()},
                     "grid": {
-                        f"{rate:g}": {seed: _run_record(run) for seed, run in runs.items()}
+                        f"{rate:g}": {seed: {"points": run["points"]} for seed, run in runs.items()}
                         for rate, runs in arm.grid.items()
                         if rate != arm.learning_rate
                     },

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -35,6 +35,8 @@ class RunQueue:
         self._pool: ProcessPoolExecutor | None = None
         self._bar: tqdm | None = None
         self._seconds = 0.0
+        self._trained = 0
+        self._left = 0
         self._cache: dict[str, Result] = {}
 
     def __enter__(self) -> RunQueue:
@@ -48,6 +50,7 @@ class RunQueue:
 
     def expect(self, runs: int) -> None:
         """How many runs there will be, repeated ones included."""
+        self._left = runs
         self._bar = tqdm(total=runs, unit="run", disable=None, leave=False)
 
     def do(self, specs: Sequence[RunSpec]) -> dict[RunSpec, Result]:
@@ -58,7 +61,7 @@ class RunQueue:
         missing = []
         for key, same in by_key.items():
             if key in self._cache:
-                self._bar.update(len(same))
+                self._advance(len(same))
                 continue
             result = read_result(same[0], self.setting, self._results)
             if result is None:
@@ -70,18 +73,27 @@ class RunQueue:
             tqdm.write(f"{self.reused} runs are reused, {len(missing)} to do next")
         for key, same, result in self._work(missing):
             self.done += 1
+            self._trained += bool(same[0].method)
             self._keep(key, same, result)
             tqdm.write(self._line(result))
         return {spec: self._cache[key] for key, same in by_key.items() for spec in same}
 
     def _keep(self, key: str, same: list[RunSpec], result: Result) -> None:
         self._cache[key] = result
-        self._bar.update(len(same))
+        self._advance(len(same))
+
+    def _advance(self, runs: int) -> None:
+        self._left -= runs  # a bar that nobody watches does not count
+        self._bar.update(runs)
 
     def _work(self, missing: list[tuple[str, list[RunSpec]]]) -> Iterator[tuple[str, list[RunSpec], Result]]:
         if self._jobs == 1:
             for key, same in missing:
-                yield key, same, self._timed(lambda spec=same[0]: do_run(spec, self.setting, self._results))
+                started = time.perf_counter()
+                result = do_run(same[0], self.setting, self._results)
+                if same[0].method:  # the base is only measured: its time says nothing about the others
+                    self._seconds += time.perf_counter() - started
+                yield key, same, result
             return
         if self._pool is None and missing:
             context = multiprocessing.get_context("spawn")  # a forked torch may hang
@@ -104,12 +116,6 @@ class RunQueue:
                     ) from error
                 yield key, same, result
 
-    def _timed(self, work: Callable[[], Result]) -> Result:
-        started = time.perf_counter()
-        result = work()
-        self._seconds += time.perf_counter() - started
-        return result
-
     def _line(self, result: Result) -> str:
         metrics, seconds = result["points"][-1]["metrics"], result["seconds"]
         scores = [
@@ -117,9 +123,10 @@ class RunQueue:
             for name in ("in_domain", "out_of_domain")
             if name in metrics
         ]
-        left = (self._bar.total - self._bar.n) * self._seconds / self.done
+        left = self._left * self._seconds / max(1, self._trained)
         took = f"{seconds['training']:.0f} s training, {seconds['evaluation']:.0f} s evaluation"
-        return f"{result['label']:<34} {' · '.join(scores)} · {took} · about {_duration(left)} left"
+        ahead = f" · about {_duration(left)} left" if self._trained else ""
+        return f"{result['label']:<34} {' · '.join(scores)} · {took}{ahead}"
 
 
 def _duration(seconds: float) -> str:

@@ -212,3 +212,19 @@ def test_help(capsys):
     assert cli.main(["compare", "--help"]) == 0
     text = capsys.readouterr().out
     assert "--arms" in text and "sft,sft_matched,dft,psft,psft_visits" in " ".join(text.split())
+
+
+def test_the_time_left_counts_the_runs_that_are_left(tmp_path, fake, monkeypatch, capsys):
+    def slow(spec, setting, results):
+        clock[0] += 60.0
+        return fake_runs(spec, setting, results)
+
+    clock = [0.0]
+    fake_runs = fake()
+    monkeypatch.setattr(run_queue, "do_run", slow)
+    monkeypatch.setattr(run_queue.time, "perf_counter", lambda: clock[0])
+    compare(write_recipe(tmp_path), arms="sft", seeds=5)
+    lines = capsys.readouterr().out.splitlines()
+    assert "left" not in lines[0]  # the base is measured, not trained
+    assert lines[1].endswith("about 4 min left")
+    assert lines[-1].endswith("about 0 min left")
