@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
 
 from qpsft import __version__
 from qpsft.errors import QpsftError
+from qpsft.quiet import quiet_libraries
 
 INTERRUPTED = 130  # what shells use for Ctrl-C
 
@@ -24,7 +24,7 @@ def train(argv: Sequence[str]) -> int:
     )
     if recipe is None:
         return 0
-    _quiet_libraries()
+    quiet_libraries()
     from qpsft import run
 
     summary = run.train(recipe)
@@ -42,7 +42,7 @@ def preview(argv: Sequence[str]) -> int:
     )
     if recipe is None:
         return 0
-    _quiet_libraries()
+    quiet_libraries()
     from qpsft.base import load_tokenizer
     from qpsft.data import load_dataset
     from qpsft.errors import RecipeError
@@ -69,7 +69,7 @@ def demo(argv: Sequence[str]) -> int:
     parser.add_argument("--output_dir", default="qpsft-demo", help="where the adapter goes (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier demo's adapter")
     options = parser.parse_args(argv)
-    _quiet_libraries()
+    quiet_libraries()
     from qpsft.demo import walkthrough
 
     walkthrough.run(options.output_dir, overwrite=options.overwrite)
@@ -97,7 +97,7 @@ def merge(argv: Sequence[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier merge")
     parser.add_argument("--no_verify", action="store_true", help="do not compare the result with the live model")
     options = parser.parse_args(argv)
-    _quiet_libraries()
+    quiet_libraries()
     from qpsft.merge import merge_adapter
 
     report = merge_adapter(
@@ -126,7 +126,7 @@ def verify(argv: Sequence[str]) -> int:
     parser.add_argument("--base", help="the base's folder or Hub id, if it is no longer where the adapter says")
     parser.add_argument("--prompts", help="prompts to compare on (default: the adapter's held-out rows)")
     options = parser.parse_args(argv)
-    _quiet_libraries()
+    quiet_libraries()
     from qpsft.verify import verify_export
 
     report = verify_export(options.adapter, options.exported, base=options.base, prompts=options.prompts)
@@ -151,7 +151,7 @@ def compare(argv: Sequence[str]) -> int:
     if argv[0].startswith("-"):
         raise RecipeError("qpsft compare needs a recipe.", "Write it first: qpsft compare RECIPE --seeds 3")
     given, flags = read_flags(argv[1:])
-    _quiet_libraries()
+    quiet_libraries()
     recipe, options = load_comparison(argv[0], flags, given)
     if options.noise is None:
         from qpsft.compare import compare_loaded
@@ -176,7 +176,7 @@ def evaluate(argv: Sequence[str]) -> int:
         "completions, entropy, and drift from the base; and public benchmarks by lm-evaluation-harness. Prints a table "
         "with 95 % intervals; docs/metrics.md defines every number.",
     )
-    _quiet_libraries()
+    quiet_libraries()
     from qpsft.evaluation_run import run_evaluation
 
     report = run_evaluation(options)
@@ -205,7 +205,7 @@ def export(argv: Sequence[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--no_run", action="store_true", help="do not run the GGUF in llama.cpp, only read it back")
     options = parser.parse_args(argv)
-    _quiet_libraries()
+    quiet_libraries()
     from pathlib import Path
 
     from qpsft.export.gguf import export_gguf
@@ -237,7 +237,7 @@ def push(argv: Sequence[str]) -> int:
     parser.add_argument("--private", action="store_true", help="make it private")
     parser.add_argument("--dry_run", action="store_true", help="list files and sizes; needs no network and no token")
     options = parser.parse_args(argv)
-    _quiet_libraries()
+    quiet_libraries()
     from qpsft.push import push as push_folder
 
     print(push_folder(options.folder, options.repo_id, private=options.private, dry_run=options.dry_run).summary())
@@ -310,37 +310,16 @@ def _recipe(verb: str, argv: Sequence[str], description: str, example: str):
     """The recipe named on the command line with its flags, or None when help was asked for and printed."""
     wants_all = "--help_all" in argv
     if wants_all or "-h" in argv or "--help" in argv:
-        _quiet_libraries()
+        quiet_libraries()
         from qpsft.config import PSFTConfig
         from qpsft.recipe import option_help
 
         print(f"usage: qpsft {verb} [RECIPE.yaml] [--any_option value …]\n\n{description}\n\n  {example}\n")
         print(option_help(PSFTConfig, everything=wants_all))
         return None
-    _quiet_libraries()
+    quiet_libraries()
     from qpsft.config import PSFTConfig
     from qpsft.recipe import load_recipe
 
     path = argv[0] if argv and not argv[0].startswith("-") else None
     return load_recipe(path, argv[1:] if path else argv, PSFTConfig)
-
-
-def _quiet_libraries() -> None:
-    """Libraries' notes that a user can do nothing about stay out of the way; our own warnings are one clear line."""
-    import logging
-    import warnings
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for name in ("bitsandbytes", "transformers", "accelerate", "trl"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
-    warnings.filterwarnings("default", module=r"qpsft(\.|$)")
-    warnings.showwarning = _show_warning
-
-
-def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    print(textwrap.fill(f"warning: {message}", 100, break_long_words=False), file=sys.stderr)

@@ -10,11 +10,11 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from qpsft.compared_run import RunSpec, Setting, do_run, read_result
 from qpsft.errors import TrainingError
+from qpsft.quiet import quiet_worker
 
 Result = dict[str, Any]
 
@@ -97,9 +97,9 @@ class RunQueue:
             return
         if self._pool is None and missing:
             context = multiprocessing.get_context("spawn")  # a forked torch may hang
-            self._pool = ProcessPoolExecutor(self._jobs, context, _start_worker, (self.setting, self._results))
+            self._pool = ProcessPoolExecutor(self._jobs, context, quiet_worker)
         futures: dict[Future, tuple[str, list[RunSpec]]] = {
-            self._pool.submit(_do_in_worker, same[0]): (key, same) for key, same in missing
+            self._pool.submit(do_run, same[0], self.setting, self._results): (key, same) for key, same in missing
         }
         while futures:
             started = time.perf_counter()
@@ -131,16 +131,3 @@ class RunQueue:
 
 def _duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min"
-
-
-_worker: tuple[Setting, Path] | None = None
-
-
-def _start_worker(setting: Setting, results: Path) -> None:
-    global _worker
-    _worker = (setting, results)
-    torch.set_num_threads(1)
-
-
-def _do_in_worker(spec: RunSpec) -> Result:
-    return do_run(spec, *_worker)

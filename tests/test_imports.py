@@ -12,7 +12,7 @@ PACKAGE = ROOT / "qpsft"
 
 # DESIGN §4, lowest floor first. A module may import from its own floor and from those below.
 FLOORS = [
-    {"errors", "__init__"},
+    {"errors", "quiet", "__init__"},
     {"recipe", "options", "losses", "hardware", "schedule", "demo.__init__", "demo.tasks", "export.__init__"},
     {"reference", "resume", "statistics", "config", "chat", "rows", "shapes", "data", "preview"}
     | {"checkpoint", "base_record", "base", "adapter", "policy", "last_visit"},

@@ -1,0 +1,33 @@
+"""What libraries say that a user can do nothing about, kept off the terminal. Called before they are imported."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import textwrap
+import warnings
+
+
+def quiet_libraries() -> None:
+    """Libraries' notes that a user can do nothing about stay out of the way; our own warnings are one clear line."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("bitsandbytes", "transformers", "accelerate", "trl"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("default", module=r"qpsft(\.|$)")
+    warnings.showwarning = _show_warning
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    print(textwrap.fill(f"warning: {message}", 100, break_long_words=False), file=sys.stderr)
+
+
+def quiet_worker() -> None:
+    """The same in a process that works beside others, with one thread."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    quiet_libraries()
