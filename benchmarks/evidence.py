@@ -15,10 +15,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-from qpsft.compare import compare_loaded
-from qpsft.compare_options import load_comparison
-from qpsft.noise_study import study_noise
-from qpsft.verdict import render
+from qpsft.quiet import quiet_libraries
 
 HERE = Path(__file__).resolve().parent
 SHELF = HERE.parent / "adapters"
@@ -36,7 +33,7 @@ PARTS = {
 }
 RUNS = {"noisy": 66, "clean": 66, "noise": 54, "stories": 28}
 """At most, each, beside those of the parts before."""
-SECONDS = {"noisy": 60, "clean": 60, "noise": 60, "stories": 60}
+SECONDS = {"noisy": 60, "clean": 60, "noise": 60, "stories": 110}
 """Of one run on an idle core of the machine in results/evidence/*/comparison.json."""
 
 
@@ -65,6 +62,7 @@ def main() -> None:
     if unknown:
         parser.error(f"no such part: {', '.join(sorted(unknown))}; parts: {', '.join(PARTS)}")
     parts = options.parts or list(PARTS)
+    quiet_libraries()  # before they are imported, here and in the worker processes
     options.output.mkdir(parents=True, exist_ok=True)
     minutes = sum(RUNS[part] * SECONDS[part] for part in parts) / options.jobs / 60
     kept = len(list((options.output / "results").glob("*/result.json")))
@@ -80,6 +78,11 @@ def main() -> None:
 
 def do_part(part: str, output: Path, jobs: int) -> None:
     """Does what is left of a part, and writes its outcome."""
+    from qpsft.compare import compare_loaded
+    from qpsft.compare_options import load_comparison
+    from qpsft.noise_study import study_noise
+    from qpsft.verdict import render
+
     recipe, given = PARTS[part]
     if part == "stories" and not (HERE.parents[1] / "shared").is_dir():
         print("stories: left out, ../shared with stories260K and GSM8K is not here")

@@ -106,7 +106,7 @@ def load_data(
         for one in options.out_of_domain:
             label = _free_name(Path(one).stem, out_of_domain)
             if one == BASE_SAMPLES:
-                out_of_domain[label] = as_rows(base_samples, BASE_SAMPLES, neutral)
+                out_of_domain[label] = as_rows(base_samples[: options.out_of_domain_rows], BASE_SAMPLES, neutral)
             else:
                 out_of_domain[label] = _read(one, recipe.data, neutral, options.out_of_domain_rows)
     tokenized = tokenize_rows(rows, tokenizer, recipe.data, recipe.trainer.max_length)

@@ -167,6 +167,7 @@ class Comparison:
         passes = sorted((name for name in self.base if name.startswith("pass@")), key=_pass_order)
         largest = max((int(name[5:].partition(",")[0]) for name in passes), default=0)
         shown = [name for name in passes if name.startswith(f"pass@{largest},") or name == "pass@1, T=1"]
+        shown = shown if self.metric == "accuracy" else []
         known = set(self.base)
         for arm in self.arms.values():
             known |= {name for run in arm.runs.values() for name in run["points"][-1]["metrics"]}

@@ -157,6 +157,8 @@ def _training(comparison: Comparison) -> Figure:
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(unit)
+        if name == "approx_kl":
+            axes.set_yscale("symlog", linthresh=0.1)  # one token far from its reference outweighs all others
     _legend(figure, panels[0])
     return figure
 

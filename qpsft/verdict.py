@@ -135,6 +135,8 @@ def _edge_notes(comparison: Comparison) -> list[str]:
 def _completion_notes(comparison: Comparison) -> list[str]:
     """Arms whose greedy completions do not end, or hold no answer, so that their accuracy says little."""
     notes = []
+    if comparison.metric != "accuracy":
+        return notes
     for arm in comparison.arms.values():
         capped, parsed = (list(arm.last(name).values()) for name in ("length_capped", "parsed"))
         if capped and mean_and_sd(capped)[0] >= MANY:
@@ -142,7 +144,7 @@ def _completion_notes(comparison: Comparison) -> list[str]:
                 f"{arm.name}: {mean_and_sd(capped)[0]:.0%} of its greedy in-domain completions were cut off at the "
                 "length cap; raise --max_new_tokens."
             )
-        if parsed and mean_and_sd(parsed)[0] == 0 and comparison.metric == "accuracy":
+        if parsed and mean_and_sd(parsed)[0] == 0:
             notes.append(f"{arm.name}: the verifier found no answer in any greedy in-domain completion.")
     return notes
 

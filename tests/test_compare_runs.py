@@ -251,7 +251,7 @@ compare: {{in_domain: {gsm8k}/test.jsonl, out_of_domain: [base_samples], eval_ro
     (path,) = folder.glob("base_samples-*.jsonl")
     texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
     assert len(texts) > 100 and len(set(texts)) > 100 and "once upon a time" in " ".join(texts).lower()
-    assert [row["text"] for row in data.out_of_domain["base_samples"].rows] == texts
+    assert [row["text"] for row in data.out_of_domain["base_samples"].rows] == texts[:4]
     assert data.metric == "nll" and data.counts["in_domain"] == 4
     written = path.stat().st_mtime_ns
     assert make_setting(recipe, options, folder).data.key == data.key

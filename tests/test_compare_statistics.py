@@ -155,3 +155,14 @@ def test_overlap_is_told():
     (line,) = overlap_lines(comparison)
     assert line == "in_domain: 3 prompts (2 with the same answer) also stand in the training rows."
     assert line in " ".join(render(comparison).split()).replace("· ", "")
+
+
+def test_a_comparison_of_likelihoods_has_no_accuracies():
+    comparison = make_comparison(BETTER, metric="nll")
+    for run in comparison.arms["sft"].runs.values():
+        run["points"][-1]["metrics"] |= {"pass@1, T=1": 0.0, "length_capped": 1.0, "parsed": 0.0}
+    comparison.base["pass@1, T=1"] = 0.0
+    assert comparison.columns() == ["in_domain", "out_of_domain", "sample_entropy", "sample_kl"]
+    assert not [line for line in verdict(comparison) if "completions" in line]
+    comparison.metric = "accuracy"
+    assert "pass@1, T=1" in comparison.columns() and [line for line in verdict(comparison) if "completions" in line]
