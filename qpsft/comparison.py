@@ -145,6 +145,10 @@ class Comparison:
             return None
         return matched_difference(self.points(self.arms[treatment].runs), self.points(self.arms[control].runs))
 
+    def is_learned(self, level: float) -> bool:
+        """Whether an in-domain level (`matched`'s) is better than the base; else nothing is compared there."""
+        return level > self.sign * self.base["in_domain"]
+
     def matched_over_rates(self, treatment: str, control: str) -> tuple[float, Difference] | None:
         """The same over epochs and learning rates, for arms that were tuned, on the seeds of the whole grid."""
         grids = [self.arms[arm].grid for arm in (treatment, control)]

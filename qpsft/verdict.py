@@ -86,7 +86,7 @@ def _pair_verdict(comparison: Comparison, treatment: str, control: str) -> list[
     if found is not None:
         level, difference = found
         kind = "accuracy" if comparison.metric == "accuracy" else "NLL"
-        if level <= comparison.sign * comparison.base["in_domain"]:
+        if not comparison.is_learned(level):
             lines.append(
                 f"{treatment} against {control}: one of them never gets better in-domain than the base, so there is no "
                 "level to compare at."
@@ -200,7 +200,7 @@ def difference_rows(comparison: Comparison) -> list[list[str]]:
 
 def _matched_cell(comparison: Comparison, treatment: str, control: str) -> str:
     found = comparison.matched(treatment, control)
-    if found is None:
+    if found is None or not comparison.is_learned(found[0]):
         return "–"
     level, difference = found
     unit = describe_metric("in_domain", comparison.metric).unit

@@ -74,6 +74,15 @@ def test_what_is_written(compared):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+def test_worker_processes_get_the_same_numbers(compared, tmp_path):
+    found, _ = compared
+    again = compare(write_recipe(tmp_path), arms=ARMS, seeds=1, jobs=2)
+    assert again.done == 4
+    for name, arm in found.arms.items():
+        assert again.arms[name].runs[3]["points"] == arm.runs[3]["points"]
+
+
 class Page(HTMLParser):
     """The links, sources and text of a page."""
 

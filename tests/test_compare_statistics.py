@@ -17,7 +17,7 @@ from qpsft.paired import (
     paired_difference,
     t_quantile,
 )
-from qpsft.verdict import KEEPS, judge, overlap_lines, render, table_rows, verdict
+from qpsft.verdict import KEEPS, difference_rows, judge, overlap_lines, render, table_rows, verdict
 
 
 def test_mean_and_standard_deviation_by_hand():
@@ -110,6 +110,7 @@ def test_an_arm_that_learned_nothing_is_not_matched():
     comparison = make_comparison(never)
     assert "never gets better in-domain than the base" in verdict(comparison)[0]
     assert "keeps more" not in " ".join(verdict(comparison))
+    assert difference_rows(comparison)[1][:2] == ["psft − sft", "–"]
 
 
 def test_a_likelihood_is_better_when_it_is_lower():
