@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from exporting import copy_folder, edit_json, make_adapter
 
+from qpsft.demo import MODEL_DIR
 from qpsft.errors import BaseModelError, ExportError
 from qpsft.export.vllm import check_vllm, export_vllm
 
@@ -26,6 +27,13 @@ def test_the_command_for_an_adapter(adapter):
     ]
     assert "rounds the base as training did" in report.notes[0]
     assert shlex.split(check_vllm(adapter, base="/models/other").command)[2:4] == ["/models/other", "--quantization"]
+
+
+def test_the_embedded_base_is_served_from_its_folder(tmp_path):
+    adapter = make_adapter(tmp_path / "adapter")
+    command = shlex.split(check_vllm(adapter).command)
+    assert command[2] == str(MODEL_DIR) and (Path(command[2]) / "config.json").is_file()
+    assert shlex.split(check_vllm(adapter, base="demo").command)[2] == str(MODEL_DIR)
 
 
 @pytest.mark.parametrize("rank, flag", [(16, None), (17, "32"), (64, "64"), (100, "128"), (512, "512")])

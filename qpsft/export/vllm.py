@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpsft.base_record import BaseRecord, read_base_record
+from qpsft.checkpoint import DEMO
+from qpsft.demo import MODEL_DIR
 from qpsft.errors import ExportError
 from qpsft.live import ADAPTER_CONFIG, check_adapter_folder
 
@@ -132,7 +134,9 @@ def _largest_rank(config: dict[str, Any]) -> int:
 
 
 def _serve(adapter: Path, base: str | None, record: BaseRecord, rank: int) -> str:
-    command = ["vllm", "serve", base or record.base_model_name_or_path]
+    name = base or record.base_model_name_or_path
+    # `demo` is a name that only qpsft knows.
+    command = ["vllm", "serve", str(MODEL_DIR) if name == DEMO else name]
     if base is None and record.revision:
         command += ["--revision", record.revision]
     if _vllm_rounds_alike(record):
