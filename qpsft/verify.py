@@ -27,6 +27,7 @@ from qpsft.base import load_tokenizer
 from qpsft.checkpoint import check_folder
 from qpsft.errors import NotTheSameModelError
 from qpsft.exported import ExportedWeights, load_exported, read_text_config
+from qpsft.exported_parameters import ExportedParameters
 from qpsft.live import LiveModel, load_live, round_weights
 from qpsft.measure import Distance, Measurement, Sequence, continue_greedily, distance, measure
 from qpsft.verify_prompts import Prompt, read_prompts
@@ -134,7 +135,7 @@ def verify_export(
             for an export that was merged onto them on purpose.
         prompts: see `qpsft.verify_prompts.read_prompts`.
         max_prompts: how many prompts at most.
-        max_new_tokens: length of the greedy continuation; 0 for none.
+        max_new_tokens: length of the greedy continuation, at most half the model's context; 0 for none.
         show_progress: show a progress bar.
 
     Returns:
@@ -169,22 +170,24 @@ def _verify(
 ) -> VerifyReport:
     config = read_text_config(exported)
     weights = ExportedWeights(exported)
+    parameters = ExportedParameters(weights)
     tokenizer = load_tokenizer(exported)
     live = load_live(adapter, base, quantized=onto != "original", device=device)
     adapter = Path(adapter).expanduser()
     context = getattr(live.model.config.get_text_config(), "max_position_embeddings", None) or 2**20
-    chosen, place = read_prompts(prompts, adapter, live.tokenizer, max_prompts, max(2, context - max_new_tokens))
+    max_new_tokens = min(max_new_tokens, context // 2)
+    chosen, place = read_prompts(prompts, adapter, live.tokenizer, max_prompts, context - max_new_tokens)
     stops = stop_tokens(live.base_folder, live.tokenizer)
 
     report = VerifyReport(adapter, exported, weights.main_dtype(), place, {"prompts": len(chosen), "onto": onto})
     with tqdm(total=4, desc="verify", unit="step", disable=None if show_progress else True, leave=False) as bar:
         bar.set_postfix_str("weights")
-        compared = compare_weights(live.model, weights)
+        compared = compare_weights(live.model, parameters)
         _report_weights(report, compared)
         bar.update()
         _report_text(report, live, tokenizer, chosen, stops, stop_tokens(exported, tokenizer))
         if config.get("vocab_size") == live.model.config.get_text_config().vocab_size:
-            _compare_words(report, live, weights, chosen, stops, max_new_tokens, bar)
+            _compare_words(report, live, weights, parameters, chosen, stops, max_new_tokens, bar)
         else:
             report.reasons.insert(0, f"its vocabulary has {config.get('vocab_size')} tokens")
     if not report.same_model and onto == "trained" and _merged_onto(exported) == "original":
@@ -234,6 +237,7 @@ def _compare_words(
     report: VerifyReport,
     live: LiveModel,
     weights: ExportedWeights,
+    parameters: ExportedParameters,
     chosen: list[Prompt],
     stops: set[int],
     max_new_tokens: int,
@@ -248,7 +252,7 @@ def _compare_words(
     bar.update()
 
     bar.set_postfix_str("rounding alone")
-    round_weights(live.model, weights.dtype_of)
+    round_weights(live.model, parameters.dtype_of)
     rounded = measure(live.model, sequences, vocabulary, device)
     bar.update()
     live.model = None

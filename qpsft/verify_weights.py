@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from qpsft.exported import ExportedWeights
+from qpsft.exported_parameters import ExportedParameters
 from qpsft.live import TrainedWeight, trained_weights
 
 if TYPE_CHECKING:
@@ -108,25 +108,20 @@ def _more(count: int) -> str:
     return f" ({count} weights in all are so)" if count > 1 else ""
 
 
-def compare_weights(model: PeftModel, exported: ExportedWeights) -> WeightsComparison:
+def compare_weights(model: PeftModel, exported: ExportedParameters) -> WeightsComparison:
     """Reads the export once, tensor by tensor.
 
     Args:
         model: the live model, not rounded yet.
-        exported: the export; a tied LM head may be stored under either name.
+        exported: the export.
     """
-    result = WeightsComparison()
-    unseen = set(exported.names())
-    tied = {"lm_head.weight", "model.embed_tokens.weight"} if model.config.tie_word_embeddings else set()
+    result = WeightsComparison(left_over=sorted(exported.left_over))
     shares: list[float] = []
     for weight in trained_weights(model):
         name = weight.name
-        if name not in exported and name in tied:
-            name = next((other for other in tied if other in exported), name)
         if name not in exported:
             result.absent.append(name)
             continue
-        unseen.discard(name)
         if exported.shape_of(name) != list(weight.trained.shape):
             shapes = f"{exported.shape_of(name)} instead of {list(weight.trained.shape)}"
             result.misshapen.append(f"{name} has shape {shapes}")
@@ -140,12 +135,11 @@ def compare_weights(model: PeftModel, exported: ExportedWeights) -> WeightsCompa
             shares.append(found.expected)
             if found.expected < result.least_kept:
                 result.least_kept, result.least_kept_name = found.expected, name
-    result.left_over = sorted(unseen - tied)
     result.kept = sum(shares) / len(shares) if shares else None
     return result
 
 
-def _compare(name: str, weight: TrainedWeight, exported: ExportedWeights) -> WeightError:
+def _compare(name: str, weight: TrainedWeight, exported: ExportedParameters) -> WeightError:
     found = exported.tensor(name).to(weight.trained.device)
     rounded = weight.trained.to(exported.dtype_of(name)).float()
     size = float(weight.trained.norm()) or 1.0
