@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from qpsft.base import load_base, load_tokenizer
 from qpsft.base_record import BaseRecord, quantized_linears, read_base_record
+from qpsft.base_tensors import dtype_named
 from qpsft.checkpoint import config_sha256, read_config, resolve_folder
 from qpsft.errors import BaseModelError, ExportError
 
@@ -129,11 +130,12 @@ def load_live(
         folder,
         quantization=record.quantization if quantized and not record.prequantized else "none",
         double_quant=record.double_quant,
-        dtype=record.weights_dtype,
+        # A quantized base has been rounded already; another one is rounded from `weights_dtype`.
+        dtype=record.compute_dtype if record.prequantized else record.weights_dtype,
         device=device,
         verbose=False,
     )
-    _compute_in_float32(model)
+    _compute_in_float32(model, dtype_named(record.compute_dtype))
     try:
         peft_model = PeftModel.from_pretrained(model, adapter)
     except (RuntimeError, ValueError, KeyError, OSError) as error:
@@ -145,28 +147,32 @@ def load_live(
     return LiveModel(peft_model, trained_tokenizer(adapter, folder), record, folder)
 
 
-def _compute_in_float32(model: nn.Module) -> None:
-    """Float32 for every unquantized weight, and for the products with quantized ones."""
+def _compute_in_float32(model: nn.Module, compute_dtype: torch.dtype) -> None:
+    """Float32 arithmetic over the weights that the live forward multiplies by, which have `compute_dtype`'s values."""
+    loaded = model.dtype
     for parameter in model.parameters():
         if parameter.is_floating_point():
-            parameter.data = parameter.data.float()
+            kept = parameter.dtype != loaded  # some architectures hold some weights in float32 whatever the dtype
+            parameter.data = (parameter.data if kept else parameter.data.to(compute_dtype)).float()
     for buffer in model.buffers():
         if buffer.is_floating_point():
             buffer.data = buffer.data.float()
     for layer in quantized_linears(model).values():
-        if hasattr(layer.weight, "quant_state"):
+        state = getattr(layer.weight, "quant_state", None)
+        if state is not None:
+            # The live forward dequantizes to its activations' dtype, whatever dtype the weight was quantized from.
+            state.dtype = compute_dtype
             layer.compute_dtype = torch.float32
-        else:
-            # int8 kernels round the activations too, which no dense file can hold: compare the weights alone.
-            layer.forward = partial(_dense_forward, layer)
+        # bitsandbytes would dequantize to float32 here, and int8 kernels round the activations, which no file can hold.
+        layer.forward = partial(_dense_forward, layer)
 
 
 def _dense_forward(layer: nn.Module, x: Tensor) -> Tensor:
-    return F.linear(x, dense_weight(layer), layer.bias)
+    return F.linear(x, _dequantized(layer), layer.bias)
 
 
-def dense_weight(layer: nn.Module) -> Tensor:
-    """The weight of a linear layer (out, in) or an embedding (rows, width) as float32, dequantized if need be."""
+def _dequantized(layer: nn.Module) -> Tensor:
+    """The weight of a quantized linear layer (out, in) or of any other layer as it is, as float32."""
     weight = layer.weight
     if getattr(weight, "quant_state", None) is not None:
         from bitsandbytes.functional import dequantize_4bit
@@ -184,7 +190,7 @@ def trained_weights(model: PeftModel) -> Iterator[TrainedWeight]:
         ExportError: a kind of adapter layer whose weight cannot be told (named).
     """
     from peft.tuners.lora import LoraLayer
-    from peft.utils import ModulesToSaveWrapper
+    from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 
     seen: set[int] = set()
     inside: tuple[str, ...] = ()
@@ -193,11 +199,19 @@ def trained_weights(model: PeftModel) -> Iterator[TrainedWeight]:
             continue
         if isinstance(module, LoraLayer):
             inside += (f"{name}.",)
-            base, trained = lora_weight(name, module)
-            yield TrainedWeight(f"{name}.weight", base, trained)
+            yield _stored(module.get_base_layer(), f"{name}.weight", *lora_weight(name, module))
             bias = getattr(module.get_base_layer(), "bias", None)
             if bias is not None:
-                yield TrainedWeight(f"{name}.bias", bias.data.float(), bias.data.float())
+                yield TrainedWeight(f"{name}.bias", bias.data.float(), _lora_bias(module))
+        elif isinstance(module, TrainableTokensWrapper):
+            inside += (f"{name}.",)
+            layer = module.token_adapter
+            for own, parameter in layer.base_layer.named_parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    base = parameter.data.float()
+                    changed = layer.get_merged_weights(layer.active_adapters).data if own == "weight" else base
+                    yield TrainedWeight(f"{name}.{own}", base, changed)
         elif isinstance(module, ModulesToSaveWrapper):
             inside += (f"{name}.",)
             originals = dict(module.original_module.named_parameters())
@@ -207,8 +221,28 @@ def trained_weights(model: PeftModel) -> Iterator[TrainedWeight]:
             for own, parameter in module.named_parameters(recurse=False):
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
-                    dense = dense_weight(module) if own == "weight" else parameter.data.float()
-                    yield TrainedWeight(f"{name}.{own}", dense, dense)
+                    dense = _dequantized(module) if own == "weight" else parameter.data.float()
+                    yield _stored(module, f"{name}.{own}", dense, dense)
+
+
+def _stored(layer: nn.Module, name: str, base: Tensor, trained: Tensor) -> TrainedWeight:
+    """As a checkpoint holds it: transposed where a Conv1D, which is stored as (in, out), was quantized."""
+    from transformers.pytorch_utils import Conv1D
+
+    if getattr(layer, "source_cls", None) is Conv1D and trained.dim() == 2:
+        same = trained is base
+        base = base.T
+        trained = base if same else trained.T
+    return TrainedWeight(name, base, trained)
+
+
+def _lora_bias(layer: Any) -> Tensor:
+    """The trained bias of a LoRA layer, float32."""
+    bias = layer.get_base_layer().bias.data.float()
+    for adapter in layer.active_adapters:
+        if layer.lora_bias.get(adapter):
+            bias = bias + layer.lora_B[adapter].bias.data.float() * layer.scaling[adapter]
+    return bias
 
 
 def lora_weight(name: str, layer: Any) -> tuple[Tensor, Tensor]:
@@ -221,7 +255,7 @@ def lora_weight(name: str, layer: Any) -> tuple[Tensor, Tensor]:
             f"{name} is adapted as a {type(layer).__name__}, whose merged weight qpsft cannot compute.",
             "Use the adapter as it is, on its base.",
         )
-    base = dense_weight(base_layer)
+    base = _dequantized(base_layer)
     trained = base.clone()
     for adapter in layer.active_adapters:
         if adapter not in layer.lora_A and adapter not in getattr(layer, "lora_embedding_A", {}):
@@ -257,20 +291,20 @@ def round_weights(model: PeftModel, dtype_of: Callable[[str], torch.dtype]) -> N
         if isinstance(module, LoraLayer):
             inside.append(f"{name}.")
             layer = module.get_base_layer()
-            if layer.bias is not None if hasattr(layer, "bias") else False:
-                layer.bias.data = layer.bias.data.to(dtype_of(f"{name}.bias")).float()
+            if getattr(layer, "bias", None) is not None:
+                layer.bias.data = _lora_bias(module).to(dtype_of(f"{name}.bias")).float()
             if id(layer) in quantized:
                 module.forward = partial(_rounded_forward, name, module, dtype_of(f"{name}.weight"))
             else:
                 rounded = lora_weight(name, module)[1].to(dtype_of(f"{name}.weight")).float()
                 layer.weight = nn.Parameter(rounded, requires_grad=False)
                 module.merged_adapters.extend(module.active_adapters)
-        elif id(module) in quantized:
-            module.forward = partial(_rounded_forward, name, module, dtype_of(f"{name}.weight"))
         else:
+            if id(module) in quantized:
+                module.forward = partial(_rounded_forward, name, module, dtype_of(f"{name}.weight"))
             for own, parameter in module.named_parameters(recurse=False):
-                full = _dense_name(f"{name}.{own}")
-                parameter.data = parameter.data.to(dtype_of(full)).float()
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.to(dtype_of(_dense_name(f"{name}.{own}"))).float()
 
 
 def _rounded_forward(name: str, module: Any, dtype: torch.dtype, x: Tensor) -> Tensor:
@@ -279,11 +313,16 @@ def _rounded_forward(name: str, module: Any, dtype: torch.dtype, x: Tensor) -> T
         layer = module.get_base_layer()
         weight = lora_weight(name, module)[1]
     else:
-        weight = dense_weight(module)
+        weight = _dequantized(module)
     return F.linear(x, weight.to(dtype).float(), layer.bias)
 
 
 def _dense_name(name: str) -> str:
-    """A parameter's name in a dense checkpoint, without what PEFT puts around saved modules."""
+    """A parameter's name in a dense checkpoint, without what PEFT puts around saved modules and trained rows."""
     head, wrapped, tail = name.partition(".modules_to_save.")
-    return f"{head}.{tail.partition('.')[2]}" if wrapped else name.replace(".original_module.", ".")
+    if wrapped:
+        return f"{head}.{tail.partition('.')[2]}"
+    head, wrapped, _ = name.partition(".token_adapter.trainable_tokens_delta.")
+    if wrapped:
+        return f"{head}.weight"
+    return name.replace(".token_adapter.base_layer.", ".").replace(".original_module.", ".")
