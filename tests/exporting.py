@@ -25,8 +25,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def make_adapter(
     folder: Path, base: str | Path = "demo", *, size: float = 0.02, quantization: str = "nf4", trained_in="auto", **lora
 ) -> Path:
-    """A saved adapter whose B matrices are random, as large as `size` says."""
+    """A saved adapter whose B matrices are random, as large as `size` says; the same one every time."""
     model, tokenizer = load_base(base, quantization=quantization, dtype=trained_in, verbose=False)
+    torch.manual_seed(0)
     peft_model = add_adapter(model, LoraArguments(lora_r=4, lora_alpha=8, **lora))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
