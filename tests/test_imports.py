@@ -13,21 +13,72 @@ PACKAGE = ROOT / "qpsft"
 # DESIGN §4, lowest floor first. A module may import from its own floor and from those below.
 FLOORS = [
     {"errors", "quiet", "__init__"},
-    {"recipe", "options", "losses", "hardware", "schedule", "demo.__init__", "demo.tasks", "export.__init__"},
-    {"reference", "resume", "statistics", "config", "chat", "rows", "shapes", "data", "preview"}
+    {"recipe", "options", "losses", "hardware", "schedule", "demo.__init__", "demo.tasks", "export.__init__"}
+    | {"dataset.__init__", "merging.__init__", "verification.__init__", "evaluation.__init__", "comparison.__init__"},
+    {
+        "reference",
+        "resume",
+        "statistics",
+        "config",
+        "dataset.chat",
+        "dataset.rows",
+        "dataset.shapes",
+        "data",
+        "dataset.preview",
+    }
     | {"checkpoint", "base_record", "base", "adapter", "policy", "last_visit"},
-    {"trainer", "console", "evaluate", "evaluation_rows", "generation", "likelihood", "verifiers", "estimates"}
-    | {"harness", "task_data", "evaluation_options"}
-    | {"safetensors_stream", "finished_folder", "rounding", "update_size", "base_tensors", "adapter_file"}
-    | {"merged_tensor", "merged_files", "merge"}
-    | {"live", "measure", "exported", "verify", "verify_prompts", "verify_text", "verify_weights", "push"}
+    {
+        "trainer",
+        "console",
+        "evaluate",
+        "evaluation.evaluation_rows",
+        "evaluation.generation",
+        "evaluation.likelihood",
+        "evaluation.verifiers",
+        "evaluation.estimates",
+    }
+    | {"evaluation.harness", "evaluation.task_data", "evaluation.evaluation_options"}
+    | {
+        "merging.safetensors_stream",
+        "merging.finished_folder",
+        "merging.rounding",
+        "merging.update_size",
+        "merging.base_tensors",
+        "merging.adapter_file",
+    }
+    | {"merging.merged_tensor", "merging.merged_files", "merge"}
+    | {
+        "verification.live",
+        "verification.measure",
+        "verification.exported",
+        "verification.exported_parameters",
+        "verify",
+        "verification.verify_prompts",
+        "verification.verify_text",
+    }
+    | {"verification.verify_weights", "push"}
     | {"export.llama_cpp", "export.work_folder", "export.gguf_check", "export.gguf_texts", "export.gguf_run"}
     | {"export.gguf", "export.gguf_lora", "export.ollama", "export.vllm"},
     {"report"},
-    {"run", "evaluation_run", "demo.accuracy", "demo.tokenizer", "demo.pretrain"},
+    {"run", "evaluation.evaluation_run", "demo.accuracy", "demo.tokenizer", "demo.pretrain"},
     {"demo.walkthrough"},
-    {"arms", "compare_options", "compared_data", "compared_evaluation", "compared_run", "run_queue", "paired"}
-    | {"comparison", "verdict", "comparison_figures", "comparison_report", "compare", "noise_study"},
+    {
+        "comparison.arms",
+        "comparison.compare_options",
+        "comparison.compared_data",
+        "comparison.compared_evaluation",
+        "comparison.compared_run",
+        "comparison.run_queue",
+        "comparison.paired",
+    }
+    | {
+        "comparison.results",
+        "comparison.verdict",
+        "comparison.comparison_figures",
+        "comparison.comparison_report",
+        "compare",
+        "comparison.noise_study",
+    },
     {"cli", "__main__"},
 ]
 
