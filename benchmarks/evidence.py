@@ -11,6 +11,7 @@ report.html, figures and summary.txt (the noise study noise.json) into a folder 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 from typing import TextIO
@@ -31,7 +32,7 @@ PARTS = {
         {"arms": "sft,sft_matched,dft,psft,psft_visits", "tune": True, "tune_seeds": 1, "seeds": 3},
     ),
 }
-RUNS = {"noisy": 66, "clean": 66, "noise": 54, "stories": 28}
+RUNS = {"noisy": 66, "clean": 66, "noise": 57, "stories": 28}
 """At most, each, beside those of the parts before."""
 SECONDS = {"noisy": 60, "clean": 60, "noise": 60, "stories": 110}
 """Of one run on an idle core of the machine in results/evidence/*/comparison.json."""
@@ -67,21 +68,22 @@ def main() -> None:
     minutes = sum(RUNS[part] * SECONDS[part] for part in parts) / options.jobs / 60
     kept = len(list((options.output / "results").glob("*/result.json")))
     with (options.output / "log.txt").open("a", encoding="utf-8") as log:
-        sys.stdout = Tee(sys.__stdout__, log)
-        print(
-            f"{', '.join(parts)}: about {minutes:.0f} minutes on {options.jobs} idle cores, less the {kept} runs kept"
-        )
-        for part in parts:
-            do_part(part, options.output, options.jobs)
-        sys.stdout = sys.__stdout__
+        with contextlib.redirect_stdout(Tee(sys.stdout, log)):
+            runs = f"at most {sum(RUNS[part] for part in parts)} runs, {kept} runs of all parts are kept"
+            print(f"{', '.join(parts)}: {runs}; from nothing about {minutes:.0f} minutes on {options.jobs} idle cores")
+            try:
+                for part in parts:
+                    do_part(part, options.output, options.jobs)
+            except KeyboardInterrupt:
+                sys.exit("Interrupted. Finished runs are kept: the same command goes on from here.")
 
 
 def do_part(part: str, output: Path, jobs: int) -> None:
     """Does what is left of a part, and writes its outcome."""
     from qpsft.compare import compare_loaded
-    from qpsft.compare_options import load_comparison
-    from qpsft.noise_study import study_noise
-    from qpsft.verdict import render
+    from qpsft.comparison.compare_options import load_comparison
+    from qpsft.comparison.noise_study import study_noise
+    from qpsft.comparison.verdict import render
 
     recipe, given = PARTS[part]
     if part == "stories" and not (HERE.parents[1] / "shared").is_dir():

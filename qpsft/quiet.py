@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import textwrap
 import warnings
@@ -28,6 +29,8 @@ def _show_warning(message, category, filename, lineno, file=None, line=None) -> 
 
 
 def quiet_worker() -> None:
-    """The same in a process that works beside others, with one thread."""
+    """The same in a process that works beside others, with one thread; Ctrl-C ends it without a word."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of a process in the background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     quiet_libraries()
