@@ -29,7 +29,7 @@ WAYS = ("copy", "qpsft", "qpsft original", "peft")
 
 def make_base(folder: Path, gigabytes: float) -> int:
     """Writes a random Llama of about `gigabytes`; returns its bytes."""
-    from qpsft.safetensors_stream import ShardWriter, TensorSpec, plan_shards, shard_index
+    from qpsft.merging.safetensors_stream import ShardWriter, TensorSpec, plan_shards, shard_index
 
     def spec(name: str, *shape: int) -> TensorSpec:
         return TensorSpec(name, torch.bfloat16, shape)

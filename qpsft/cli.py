@@ -45,8 +45,8 @@ def preview(argv: Sequence[str]) -> int:
     quiet_libraries()
     from qpsft.base import load_tokenizer
     from qpsft.data import load_dataset
+    from qpsft.dataset.preview import render_preview
     from qpsft.errors import RecipeError
-    from qpsft.preview import render_preview
 
     if not recipe.model.model_name_or_path:
         raise RecipeError("model_name_or_path is missing.", "The tokenizer comes with the model: name it.")
@@ -136,7 +136,7 @@ def verify(argv: Sequence[str]) -> int:
 
 def compare(argv: Sequence[str]) -> int:
     """compare SFT, DFT and PSFT from the same start"""
-    from qpsft.compare_options import load_comparison, option_parser, read_flags
+    from qpsft.comparison.compare_options import load_comparison, option_parser, read_flags
     from qpsft.errors import RecipeError
 
     if "-h" in argv or "--help" in argv or not argv:
@@ -155,11 +155,11 @@ def compare(argv: Sequence[str]) -> int:
     recipe, options = load_comparison(argv[0], flags, given)
     if options.noise is None:
         from qpsft.compare import compare_loaded
-        from qpsft.verdict import render
+        from qpsft.comparison.verdict import render
 
         print(f"\n{render(compare_loaded(recipe, options))}\n\nreport: {recipe.trainer.output_dir}/report.html")
     else:
-        from qpsft.noise_study import study_noise
+        from qpsft.comparison.noise_study import study_noise
 
         print(f"\n{study_noise(recipe, options)}\n\nreport: {recipe.trainer.output_dir}/report.html")
     return 0
@@ -167,7 +167,7 @@ def compare(argv: Sequence[str]) -> int:
 
 def evaluate(argv: Sequence[str]) -> int:
     """accuracy, pass@k, likelihood, drift; public benchmarks"""
-    from qpsft.evaluation_options import parse_options
+    from qpsft.evaluation.evaluation_options import parse_options
 
     options = parse_options(
         argv,
@@ -177,7 +177,7 @@ def evaluate(argv: Sequence[str]) -> int:
         "with 95 % intervals; docs/metrics.md defines every number.",
     )
     quiet_libraries()
-    from qpsft.evaluation_run import run_evaluation
+    from qpsft.evaluation.evaluation_run import run_evaluation
 
     report = run_evaluation(options)
     print(f"\n{report.table()}")

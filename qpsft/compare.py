@@ -3,7 +3,8 @@
     base ── tuning runs ── learning rate of each arm ── runs of all arms ── Comparison ── table, verdict, report
             (rates × tune_seeds)   (validation rows only)   (arms × seeds)
 
-Every run is kept as soon as it is done (`qpsft.compared_run`), so whatever is asked for again is read, not run.
+Every run is kept as soon as it is done (`qpsft.comparison.compared_run`), so whatever is asked for again is read,
+not run.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qpsft.arms import DEFAULT_ARMS, Arm, find_arms, pairs, rate_source
 from qpsft.base import load_tokenizer
-from qpsft.compare_options import CompareOptions, load_comparison, rate_grid
-from qpsft.compared_data import BASE_SAMPLES, load_data, sample_base
-from qpsft.compared_evaluation import Measurement
-from qpsft.compared_run import RunSpec, Setting, base_key, decisive_options, load_setting
-from qpsft.comparison import ArmResult, Comparison
+from qpsft.comparison.arms import DEFAULT_ARMS, Arm, find_arms, pairs, rate_source
+from qpsft.comparison.compare_options import CompareOptions, load_comparison, rate_grid
+from qpsft.comparison.compared_data import BASE_SAMPLES, load_data, sample_base
+from qpsft.comparison.compared_evaluation import Measurement
+from qpsft.comparison.compared_run import RunSpec, Setting, base_key, decisive_options, load_setting
+from qpsft.comparison.results import ArmResult, Comparison
+from qpsft.comparison.run_queue import RunQueue
 from qpsft.errors import OutputError, RecipeError
 from qpsft.recipe import Recipe
-from qpsft.run_queue import RunQueue
 
 RECORD = "comparison.json"
 
@@ -39,14 +40,14 @@ def compare(recipe: str | Path, flags: Sequence[str] = (), **options: Any) -> Co
     Args:
         recipe: a recipe file or its folder. Its loss_type, visits and blocks are the arms'; everything else is shared.
         flags: options of the recipe, as on the command line.
-        **options: of `CompareOptions`, but for `noise` (see `qpsft.noise_study`).
+        **options: of `CompareOptions`, but for `noise` (see `qpsft.comparison.noise_study`).
 
     Raises:
         QpsftError: a mistake in the recipe, the options or the rows; a run that fails.
     """
     loaded, chosen = load_comparison(recipe, flags, options)
     if chosen.noise is not None:
-        raise RecipeError("noise asks for several comparisons.", "Use qpsft.noise_study.study_noise.")
+        raise RecipeError("noise asks for several comparisons.", "Use qpsft.comparison.noise_study.study_noise.")
     return compare_loaded(loaded, chosen)
 
 
@@ -227,7 +228,7 @@ def write(comparison: Comparison, folder: Path) -> None:
     Raises:
         OutputError: they cannot be written.
     """
-    from qpsft.comparison_report import write_report
+    from qpsft.comparison.comparison_report import write_report
 
     try:
         text = json.dumps(comparison.to_dict(), indent=1, ensure_ascii=False)

@@ -18,11 +18,11 @@ import numpy as np
 import pyarrow
 from tqdm import tqdm
 
-from qpsft.chat import ChatRenderer, Span
+from qpsft.dataset.chat import ChatRenderer, Span
+from qpsft.dataset.rows import read_records
+from qpsft.dataset.shapes import Rows, to_rows
 from qpsft.errors import DataError
 from qpsft.recipe import DataArguments
-from qpsft.rows import read_records
-from qpsft.shapes import Rows, to_rows
 
 __all__ = ["DataCounts", "Rows", "TokenizedRows", "load_dataset", "load_rows", "tokenize_rows"]
 
@@ -89,7 +89,7 @@ def load_rows(name: str, arguments: DataArguments, split: str = "train") -> Rows
     """Read `name` (a local file, a Hub id, demo-noisy or demo-clean) and bring its rows to one shape.
 
     Raises:
-        DataError: see `qpsft.rows.read_records` and `qpsft.shapes.to_rows`.
+        DataError: see `qpsft.dataset.rows.read_records` and `qpsft.dataset.shapes.to_rows`.
     """
     return to_rows(read_records(name, arguments, split), arguments)
 

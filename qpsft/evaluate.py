@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from qpsft.dataset.shapes import Rows
 from qpsft.errors import DataError
-from qpsft.estimates import Estimate, bootstrap_weights, pass_at_k, ratio
-from qpsft.evaluation_rows import Encoded, as_rows, duplicates, encode, stop_ids_of
-from qpsft.generation import Completion, Completions, generate, greedy_completions
-from qpsft.likelihood import has_adapter, row_sums, text_statistics
+from qpsft.evaluation.estimates import Estimate, bootstrap_weights, pass_at_k, ratio
+from qpsft.evaluation.evaluation_rows import Encoded, as_rows, duplicates, encode, stop_ids_of
+from qpsft.evaluation.generation import Completion, Completions, generate, greedy_completions
+from qpsft.evaluation.likelihood import has_adapter, row_sums, text_statistics
+from qpsft.evaluation.verifiers import Verdict, Verifier, find_verifier, text_of, warn_if_nothing_parsed
 from qpsft.recipe import DataArguments
-from qpsft.shapes import Rows
-from qpsft.verifiers import Verdict, Verifier, find_verifier, text_of, warn_if_nothing_parsed
 
 __all__ = ["Evaluation", "RowCompletions", "evaluate", "greedy_completions", "text_statistics"]
 
@@ -112,7 +112,8 @@ def evaluate(
         k: completions sampled per prompt; pass@1, pass@2, pass@4, … and pass@k are estimated from them. 0: none.
         temperature: of the samples.
         max_new_tokens: a completion's length cap.
-        verifier: one of `qpsft.verifiers.NAMES`, or a function (row, text) -> True, False, or None for no answer.
+        verifier: one of `qpsft.evaluation.verifiers.NAMES`, or a function (row, text) -> True, False, or None for no
+            answer.
         seed: of the samples and of the bootstrap.
         limit: only the first N rows.
         drift: measure the divergence from the base, where the model has an adapter to switch off.

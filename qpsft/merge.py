@@ -24,18 +24,18 @@ import torch
 from tqdm import tqdm
 
 from qpsft import __version__
-from qpsft.adapter_file import Adapter, Change, open_adapter
 from qpsft.base_record import RECORD_FILE, BaseRecord, read_base_record
-from qpsft.base_tensors import BaseTensor, BaseTensors, dtype_named, open_base
 from qpsft.checkpoint import check_folder, config_sha256, resolve_folder
 from qpsft.errors import BaseModelError, ExportError, NotTheSameModelError
-from qpsft.finished_folder import MARK, check_space, finished_folder, write_synced
 from qpsft.hardware import DTYPES
-from qpsft.merged_files import card, copy_tokenizer, write_config, write_json
-from qpsft.merged_tensor import MergedTensor
-from qpsft.rounding import Rounding
-from qpsft.safetensors_stream import ShardWriter, TensorSpec, plan_shards, shard_index
-from qpsft.update_size import LayerUpdate, UpdateMeter, update_verdict
+from qpsft.merging.adapter_file import Adapter, Change, open_adapter
+from qpsft.merging.base_tensors import BaseTensor, BaseTensors, dtype_named, open_base
+from qpsft.merging.finished_folder import MARK, check_space, finished_folder, write_synced
+from qpsft.merging.merged_files import card, copy_tokenizer, write_config, write_json
+from qpsft.merging.merged_tensor import MergedTensor
+from qpsft.merging.rounding import Rounding
+from qpsft.merging.safetensors_stream import ShardWriter, TensorSpec, plan_shards, shard_index
+from qpsft.merging.update_size import LayerUpdate, UpdateMeter, update_verdict
 
 Onto = Literal["trained", "original"]
 OutputDtype = Literal["bfloat16", "float16", "float32"]

@@ -2,7 +2,7 @@
 
 Three things are compared, with one model in memory at a time:
 
-1. every weight of the export with the live model's (`qpsft.verify_weights`);
+1. every weight of the export with the live model's (`qpsft.verification.verify_weights`);
 2. what both say on real prompts: log-probabilities, KL divergence, likeliest tokens, greedy continuation;
 3. the tokens the tokenizer, the chat template and the stop tokens make.
 
@@ -26,13 +26,13 @@ from tqdm.auto import tqdm
 from qpsft.base import load_tokenizer
 from qpsft.checkpoint import check_folder
 from qpsft.errors import NotTheSameModelError
-from qpsft.exported import ExportedWeights, load_exported, read_text_config
-from qpsft.exported_parameters import ExportedParameters
-from qpsft.live import LiveModel, load_live, round_weights
-from qpsft.measure import Distance, Measurement, Sequence, continue_greedily, distance, measure
-from qpsft.verify_prompts import Prompt, read_prompts
-from qpsft.verify_text import stop_tokens, stops_difference, template_difference, tokens_difference
-from qpsft.verify_weights import WeightsComparison, compare_weights
+from qpsft.verification.exported import ExportedWeights, load_exported, read_text_config
+from qpsft.verification.exported_parameters import ExportedParameters
+from qpsft.verification.live import LiveModel, load_live, round_weights
+from qpsft.verification.measure import Distance, Measurement, Sequence, continue_greedily, distance, measure
+from qpsft.verification.verify_prompts import Prompt, read_prompts
+from qpsft.verification.verify_text import stop_tokens, stops_difference, template_difference, tokens_difference
+from qpsft.verification.verify_weights import WeightsComparison, compare_weights
 
 SLACK = 2.0
 """Another order of the same roundings (twice rounded, truncated) may double the error; KL grows with its square."""
@@ -133,7 +133,7 @@ def verify_export(
         base: where the base is now; None is the place in the adapter's record.
         onto: "trained": the live model is the base as training rounded it. "original": the base's original weights,
             for an export that was merged onto them on purpose.
-        prompts: see `qpsft.verify_prompts.read_prompts`.
+        prompts: see `qpsft.verification.verify_prompts.read_prompts`.
         max_prompts: how many prompts at most.
         max_new_tokens: length of the greedy continuation, at most half the model's context; 0 for none.
         show_progress: show a progress bar.

@@ -5,11 +5,12 @@ import json
 import pytest
 from comparing import FakeRuns, write_recipe
 
-from qpsft import cli, comparison_report, run_queue
-from qpsft.arms import ARMS, find_arms
+from qpsft import cli
 from qpsft.compare import choose_rate, compare
-from qpsft.compare_options import load_comparison
-from qpsft.compared_run import RESULT
+from qpsft.comparison import comparison_report, run_queue
+from qpsft.comparison.arms import ARMS, find_arms
+from qpsft.comparison.compare_options import load_comparison
+from qpsft.comparison.compared_run import RESULT
 from qpsft.errors import RecipeError
 
 

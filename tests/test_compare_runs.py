@@ -10,18 +10,19 @@ import torch
 from comparing import RECIPE, make_comparison, write_recipe
 from small_runs import policy, same
 
-from qpsft import noise_study, run
+from qpsft import run
 from qpsft.adapter import add_adapter
 from qpsft.base import load_base, load_tokenizer
 from qpsft.compare import compare, make_setting, prepare
-from qpsft.compare_options import load_comparison
-from qpsft.compared_data import load_data
-from qpsft.compared_evaluation import EpochEvaluation, undisturbed
-from qpsft.comparison_report import write_report
+from qpsft.comparison import noise_study
+from qpsft.comparison.compare_options import load_comparison
+from qpsft.comparison.compared_data import load_data
+from qpsft.comparison.compared_evaluation import EpochEvaluation, undisturbed
+from qpsft.comparison.comparison_report import write_report
 from qpsft.config import PSFTConfig
 from qpsft.console import read_metrics
 from qpsft.errors import DataError, RecipeError
-from qpsft.evaluation_rows import duplicates
+from qpsft.evaluation.evaluation_rows import duplicates
 
 ARMS = "sft,psft_visits,last_visit"
 

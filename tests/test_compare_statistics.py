@@ -5,8 +5,7 @@ import math
 import pytest
 from comparing import make_comparison
 
-from qpsft.comparison import format_mean
-from qpsft.paired import (
+from qpsft.comparison.paired import (
     Difference,
     frontier,
     interval,
@@ -17,7 +16,8 @@ from qpsft.paired import (
     paired_difference,
     t_quantile,
 )
-from qpsft.verdict import KEEPS, difference_rows, judge, overlap_lines, render, table_rows, verdict
+from qpsft.comparison.results import format_mean
+from qpsft.comparison.verdict import KEEPS, difference_rows, judge, overlap_lines, render, table_rows, verdict
 
 
 def test_mean_and_standard_deviation_by_hand():

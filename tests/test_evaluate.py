@@ -12,8 +12,8 @@ from qpsft.base import load_base
 from qpsft.demo import tasks
 from qpsft.errors import DataError
 from qpsft.evaluate import evaluate, text_statistics
-from qpsft.evaluation_rows import duplicates
-from qpsft.likelihood import adapter_off
+from qpsft.evaluation.evaluation_rows import duplicates
+from qpsft.evaluation.likelihood import adapter_off
 from qpsft.recipe import LoraArguments
 
 ROWS = tasks.out_of_domain("test", 12)["shorter_a"]

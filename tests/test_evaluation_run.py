@@ -12,7 +12,7 @@ from qpsft.base import load_base
 from qpsft.demo import tasks
 from qpsft.errors import DataError
 from qpsft.evaluate import evaluate
-from qpsft.evaluation_options import parse_options
+from qpsft.evaluation.evaluation_options import parse_options
 from qpsft.recipe import LoraArguments
 
 
@@ -134,8 +134,8 @@ def test_options_are_read_as_they_are_declared():
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
-    from qpsft import evaluation_run
     from qpsft.errors import OutputError
+    from qpsft.evaluation import evaluation_run
 
     target = tmp_path / "a.json"
     target.write_text("old")

@@ -18,8 +18,8 @@ from qpsft.export.gguf_check import BLOCK_ERROR, GgufFile, check_gguf, interleav
 from qpsft.export.gguf_lora import export_gguf_lora
 from qpsft.export.gguf_run import llama_cpp_python, run_gguf
 from qpsft.export.gguf_texts import COUNT, varied_texts
-from qpsft.verify_prompts import read_prompts
-from qpsft.verify_text import stop_tokens
+from qpsft.verification.verify_prompts import read_prompts
+from qpsft.verification.verify_text import stop_tokens
 
 needs_llama_cpp_python = pytest.mark.skipif(llama_cpp_python() is None, reason="llama-cpp-python is not installed")
 

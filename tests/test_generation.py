@@ -6,8 +6,8 @@ import torch
 from tiny_models import VOCABULARY, save_tiny_model
 
 from qpsft.base import load_base
-from qpsft.generation import generate
-from qpsft.likelihood import row_sums
+from qpsft.evaluation.generation import generate
+from qpsft.evaluation.likelihood import row_sums
 
 STOP = 7
 

@@ -12,12 +12,12 @@ from conftest import shared_path
 from qpsft.adapter import add_adapter
 from qpsft.base import load_base
 from qpsft.errors import DataError
+from qpsft.evaluation.task_data import BENCHMARKS, parse_task_data
 from qpsft.recipe import LoraArguments
-from qpsft.task_data import BENCHMARKS, parse_task_data
 
 pytest.importorskip("lm_eval")
 
-from qpsft.harness import check_tasks, run_tasks  # noqa: E402
+from qpsft.evaluation.harness import check_tasks, run_tasks  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,9 @@ from tiny_models import save_tiny_model
 from transformers import AutoTokenizer
 
 from qpsft.errors import ExportError, OutputError
-from qpsft.finished_folder import _process_mark, finished_folder
 from qpsft.merge import merge_adapter
-from qpsft.safetensors_stream import ShardWriter, TensorFile, TensorSpec, plan_shards
+from qpsft.merging.finished_folder import _process_mark, finished_folder
+from qpsft.merging.safetensors_stream import ShardWriter, TensorFile, TensorSpec, plan_shards
 
 SMALL_FILES = ["README.md", "config.json", "generation_config.json", "merge_report.json", "tokenizer.json"]
 SMALL_FILES += ["tokenizer_config.json"]
@@ -169,7 +169,7 @@ def test_an_output_that_exists(tmp_path, base, adapter):
 @pytest.mark.parametrize("in_one_step", [True, False])
 def test_replacing_keeps_the_old_one_until_the_new_one_is_there(tmp_path, monkeypatch, in_one_step):
     if not in_one_step:
-        monkeypatch.setattr("qpsft.finished_folder._exchange", lambda one, other: False)
+        monkeypatch.setattr("qpsft.merging.finished_folder._exchange", lambda one, other: False)
     for text in ("old", "new"):
         with finished_folder(tmp_path / "out", overwrite=True) as folder:
             assert text == "old" or (tmp_path / "out" / "text").read_text() == "old"

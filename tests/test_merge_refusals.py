@@ -249,7 +249,9 @@ def test_tied_weights_that_differ_on_disk(base, adapter):
 
 
 def test_a_wrong_merge_is_found_and_removed(monkeypatch, adapter):
-    monkeypatch.setattr("qpsft.adapter_file.LowRank.factors", lambda self: (self.left.read(), self.right.read() * 3))
+    monkeypatch.setattr(
+        "qpsft.merging.adapter_file.LowRank.factors", lambda self: (self.left.read(), self.right.read() * 3)
+    )
     error = refused(NotTheSameModelError, "merged model is not the model that was trained", adapter, verify=True)
     assert error.exit_code == 1 and "q_proj" in str(error)
 

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from qpsft.data import load_dataset
-from qpsft.preview import GREEN, RESET, render_preview
+from qpsft.dataset.preview import GREEN, RESET, render_preview
 from qpsft.recipe import DataArguments
 
 FORMAT = "Q: {prompt}\nA:"

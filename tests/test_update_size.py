@@ -14,8 +14,8 @@ from tiny_models import save_tiny_model
 
 from qpsft.base import load_base
 from qpsft.merge import merge_adapter
-from qpsft.rounding import Rounding
-from qpsft.update_size import LayerUpdate, UpdateMeter, update_verdict
+from qpsft.merging.rounding import Rounding
+from qpsft.merging.update_size import LayerUpdate, UpdateMeter, update_verdict
 
 NF4 = Rounding("nf4", False, 64, torch.float32, torch.float32)
 

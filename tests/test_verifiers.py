@@ -8,8 +8,8 @@ import pytest
 
 from qpsft.demo import tasks
 from qpsft.errors import DataError
-from qpsft.estimates import RESAMPLES, bootstrap_weights, pass_at_k, ratio
-from qpsft.verifiers import VERIFIERS, find_verifier, warn_if_nothing_parsed
+from qpsft.evaluation.estimates import RESAMPLES, bootstrap_weights, pass_at_k, ratio
+from qpsft.evaluation.verifiers import VERIFIERS, find_verifier, warn_if_nothing_parsed
 
 
 def row(reference, prompt="?", **extra):

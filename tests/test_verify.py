@@ -8,10 +8,10 @@ import torch
 from exporting import DTYPES, copy_folder, edit_json, edit_weights, make_adapter, merge_by_hand
 
 from qpsft.errors import BaseModelError, DataError, NotTheSameModelError
-from qpsft.exported import ExportedWeights, load_exported, load_whole
-from qpsft.live import load_live
-from qpsft.measure import Measurement, Sequence, distance, measure
 from qpsft.merge import merge_adapter
+from qpsft.verification.exported import ExportedWeights, load_exported, load_whole
+from qpsft.verification.live import load_live
+from qpsft.verification.measure import Measurement, Sequence, distance, measure
 from qpsft.verify import VerifyReport, verify_export
 
 

@@ -20,10 +20,10 @@ from qpsft.export.gguf_check import GgufCheck, check_gguf
 from qpsft.export.gguf_run import PROMPTS, GgufRun, llama_cpp_python, run_gguf
 from qpsft.export.llama_cpp import CONVERTER, find_llama_cpp, last_lines, load_gguf, run_converter, run_process
 from qpsft.export.work_folder import check_space, is_adapter, put_in_place, work_folder
-from qpsft.exported import ExportedWeights, read_text_config
-from qpsft.live import find_base
-from qpsft.verify_prompts import read_prompts
-from qpsft.verify_text import stop_tokens
+from qpsft.verification.exported import ExportedWeights, read_text_config
+from qpsft.verification.live import find_base
+from qpsft.verification.verify_prompts import read_prompts
+from qpsft.verification.verify_text import stop_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,7 +111,7 @@ def export_gguf(
         llama_cpp: see `qpsft.export.llama_cpp.find_llama_cpp`.
         overwrite: replace an existing `output`.
         run: run the file too, if llama-cpp-python is installed.
-        prompts: for that; see `qpsft.verify_prompts.read_prompts`.
+        prompts: for that; see `qpsft.verification.verify_prompts.read_prompts`.
         show_progress: show progress bars.
 
     Raises:

@@ -20,8 +20,8 @@ from qpsft.errors import ExportError, OutputError
 from qpsft.export.gguf_check import GgufFile, layout_of, rounding_error
 from qpsft.export.llama_cpp import LORA_CONVERTER, find_llama_cpp, load_gguf, run_converter
 from qpsft.export.work_folder import check_space, put_in_place, work_folder
-from qpsft.exported import read_text_config
-from qpsft.live import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_folder, find_base
+from qpsft.verification.exported import read_text_config
+from qpsft.verification.live import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_folder, find_base
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -21,8 +21,8 @@ from qpsft.checkpoint import resolve_folder
 from qpsft.errors import ExportError, OutputError
 from qpsft.export.gguf import ExportReport, export_gguf
 from qpsft.export.work_folder import is_adapter
-from qpsft.exported import read_text_config
-from qpsft.live import find_base, trained_tokenizer
+from qpsft.verification.exported import read_text_config
+from qpsft.verification.live import find_base, trained_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

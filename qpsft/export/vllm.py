@@ -12,7 +12,7 @@ from qpsft.base_record import BaseRecord, read_base_record
 from qpsft.checkpoint import DEMO
 from qpsft.demo import MODEL_DIR
 from qpsft.errors import ExportError
-from qpsft.live import ADAPTER_CONFIG, check_adapter_folder
+from qpsft.verification.live import ADAPTER_CONFIG, check_adapter_folder
 
 if TYPE_CHECKING:
     from qpsft.merge import MergeReport

@@ -8,8 +8,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qpsft.comparison import ArmResult, Comparison, Metric, describe_metric, tuning_table
-from qpsft.paired import Difference, mean_and_sd
+from qpsft.comparison.paired import Difference, mean_and_sd
+from qpsft.comparison.results import ArmResult, Comparison, Metric, describe_metric, tuning_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from qpsft.errors import DataError
-from qpsft.estimates import Estimate, bootstrap_weights, ratio
-from qpsft.task_data import BENCHMARKS, benchmark_of, local_rows
+from qpsft.evaluation.estimates import Estimate, bootstrap_weights, ratio
+from qpsft.evaluation.task_data import BENCHMARKS, benchmark_of, local_rows
 
 TWO_SIDED_95 = 1.96
 SAME_VALUE = 1e-9

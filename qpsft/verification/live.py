@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 from qpsft.base import load_base, load_tokenizer
 from qpsft.base_record import BaseRecord, quantized_linears, read_base_record
-from qpsft.base_tensors import dtype_named
 from qpsft.checkpoint import config_sha256, read_config, resolve_folder
 from qpsft.errors import BaseModelError, ExportError
+from qpsft.merging.base_tensors import dtype_named
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from qpsft.compared_run import RunSpec, Setting, do_run, read_result
+from qpsft.comparison.compared_run import RunSpec, Setting, do_run, read_result
 from qpsft.errors import TrainingError
 from qpsft.quiet import quiet_worker
 

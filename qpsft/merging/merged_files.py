@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qpsft.checkpoint import read_config
-from qpsft.finished_folder import write_synced
+from qpsft.merging.finished_folder import write_synced
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from qpsft.data import IGNORED, tokenize_rows
+from qpsft.dataset.rows import Records, read_records
+from qpsft.dataset.shapes import Rows, to_rows
 from qpsft.errors import DataError
-from qpsft.generation import stop_tokens
+from qpsft.evaluation.generation import stop_tokens
 from qpsft.recipe import DataArguments
-from qpsft.rows import Records, read_records
-from qpsft.shapes import Rows, to_rows
 
 EXTRA = ("task", "choices")
 """Columns that verifiers need and training does not."""

@@ -27,12 +27,12 @@ import torch
 from qpsft import __version__
 from qpsft import run as runs
 from qpsft.adapter import add_adapter
-from qpsft.arms import METHOD_OPTIONS
 from qpsft.base import load_base
 from qpsft.base_record import parameter_count
 from qpsft.checkpoint import resolve_folder
-from qpsft.compared_data import ComparedData
-from qpsft.compared_evaluation import EpochEvaluation, Measurement, measure, rounded
+from qpsft.comparison.arms import METHOD_OPTIONS
+from qpsft.comparison.compared_data import ComparedData
+from qpsft.comparison.compared_evaluation import EpochEvaluation, Measurement, measure, rounded
 from qpsft.config import PSFTConfig
 from qpsft.console import ConsoleCallback, read_metrics
 from qpsft.recipe import COMMON_TRAINER_OPTIONS, LoraArguments, ModelArguments, Recipe

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from qpsft.arms import DEFAULT_ARMS, NOISE_ARMS, find_arm
+from qpsft.comparison.arms import DEFAULT_ARMS, NOISE_ARMS, find_arm
 from qpsft.errors import RecipeError
 from qpsft.options import coerce
 from qpsft.recipe import Recipe, load_recipe, option_types

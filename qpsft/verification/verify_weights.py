@@ -15,8 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from qpsft.exported_parameters import ExportedParameters
-from qpsft.live import TrainedWeight, trained_weights
+from qpsft.verification.exported_parameters import ExportedParameters
+from qpsft.verification.live import TrainedWeight, trained_weights
 
 if TYPE_CHECKING:
     from peft import PeftModel

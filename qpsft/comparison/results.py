@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from qpsft.paired import Difference, Point, matched_difference, mean_and_sd, paired_difference
+from qpsft.comparison.paired import Difference, Point, matched_difference, mean_and_sd, paired_difference
 
 SHARE, NATS = "share", "nats"
 

@@ -20,8 +20,8 @@ from qpsft.base_record import BaseRecord
 from qpsft.checkpoint import WEIGHTS, WEIGHTS_INDEX, one_line
 from qpsft.errors import BaseModelError, ExportError
 from qpsft.hardware import DTYPES
-from qpsft.rounding import quant_state
-from qpsft.safetensors_stream import StoredTensor, TensorFile
+from qpsft.merging.rounding import quant_state
+from qpsft.merging.safetensors_stream import StoredTensor, TensorFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qpsft.safetensors_stream import StoredTensor
+from qpsft.merging.safetensors_stream import StoredTensor
 
 PIECE = 1 << 19  # weights worked on at a time: a few MB of temporaries, and small enough for the CPU's caches
 

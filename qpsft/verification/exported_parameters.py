@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpsft.base_tensors import build_skeleton
-from qpsft.exported import ExportedWeights
+from qpsft.merging.base_tensors import build_skeleton
+from qpsft.verification.exported import ExportedWeights
 
 _BROKEN = (RuntimeError, ValueError, IndexError, KeyError, AttributeError, TypeError)
 """What a conversion raises when tensors are missing or have other shapes."""

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from qpsft.adapter_file import Change
-from qpsft.base_tensors import BaseTensor
 from qpsft.errors import ExportError
-from qpsft.rounding import (
+from qpsft.merging.adapter_file import Change
+from qpsft.merging.base_tensors import BaseTensor
+from qpsft.merging.rounding import (
     PIECE,
     Int8Weight,
     PlainWeight,
@@ -21,7 +21,7 @@ from qpsft.rounding import (
     StoredRoundedWeight,
     Weight,
 )
-from qpsft.update_size import UpdateMeter
+from qpsft.merging.update_size import UpdateMeter
 
 Read = Callable[[int, int], Tensor]
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qpsft.rounding import Rounding, dequantize, quantize
+from qpsft.merging.rounding import Rounding, dequantize, quantize
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,16 @@ from typing import Any
 
 import datasets
 
-from qpsft.compare_options import CompareOptions
+from qpsft.comparison.compare_options import CompareOptions
 from qpsft.data import load_rows, tokenize_rows
+from qpsft.dataset.rows import BUILT_IN, read_records
+from qpsft.dataset.shapes import Rows
 from qpsft.demo import tasks
 from qpsft.errors import DataError, RecipeError
-from qpsft.evaluation_rows import as_rows, duplicates
-from qpsft.generation import generate, stop_tokens
+from qpsft.evaluation.evaluation_rows import as_rows, duplicates
+from qpsft.evaluation.generation import generate, stop_tokens
+from qpsft.evaluation.verifiers import find_verifier
 from qpsft.recipe import DataArguments, Recipe
-from qpsft.rows import BUILT_IN, read_records
-from qpsft.shapes import Rows
-from qpsft.verifiers import find_verifier
 
 BASE_SAMPLES = "base_samples"
 SAMPLED_TEXTS = 128

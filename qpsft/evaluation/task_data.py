@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qpsft.dataset.rows import read_records
 from qpsft.errors import DataError
 from qpsft.recipe import DataArguments
-from qpsft.rows import read_records
 
 
 @dataclass(frozen=True)

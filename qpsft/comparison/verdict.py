@@ -5,7 +5,8 @@ from __future__ import annotations
 import textwrap
 from dataclasses import dataclass
 
-from qpsft.comparison import (
+from qpsft.comparison.paired import Difference, mean_and_sd
+from qpsft.comparison.results import (
     SHARE,
     Comparison,
     aligned,
@@ -14,7 +15,6 @@ from qpsft.comparison import (
     format_value,
     tuning_table,
 )
-from qpsft.paired import Difference, mean_and_sd
 
 METHOD = (
     "± behind a mean is the standard deviation over seeds; ± behind a difference is half its 95 % t interval over "

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from qpsft.base_tensors import same_values
 from qpsft.checkpoint import PICKLE_SUFFIXES, one_line
 from qpsft.errors import BaseModelError, ExportError
-from qpsft.safetensors_stream import StoredTensor, TensorFile
+from qpsft.merging.base_tensors import same_values
+from qpsft.merging.safetensors_stream import StoredTensor, TensorFile
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from qpsft.compared_data import ComparedData
+from qpsft.comparison.compared_data import ComparedData
 from qpsft.evaluate import Evaluation, evaluate
 from qpsft.recipe import DataArguments
 
@@ -46,8 +46,8 @@ def measure(
         is_last: the run is at its end: also measure the validation rows, which learning rates are chosen on.
 
     Returns:
-        `metrics`: name -> number (see `qpsft.comparison.describe_metric`; accuracies and pass@k as shares, the others
-        in nats per token), and `completions`: set -> a few rows with what the model wrote.
+        `metrics`: name -> number (see `qpsft.comparison.results.describe_metric`; accuracies and pass@k as shares, the
+        others in nats per token), and `completions`: set -> a few rows with what the model wrote.
     """
     with warnings.catch_warnings():
         # A policy on its way may ramble; what is cut off or unreadable at the end is in the report.

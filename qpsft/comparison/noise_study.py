@@ -7,16 +7,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qpsft.arms import NOISE_ARMS, find_arms
 from qpsft.compare import compare_loaded, prepare
-from qpsft.compare_options import CompareOptions
-from qpsft.comparison import SHARE, Comparison, aligned, describe_metric, format_mean, format_value
-from qpsft.comparison_figures import draw_gains
-from qpsft.comparison_report import PNG_DPI, REPORT, bullets, page, picture, table
+from qpsft.comparison.arms import NOISE_ARMS, find_arms
+from qpsft.comparison.compare_options import CompareOptions
+from qpsft.comparison.comparison_figures import draw_gains
+from qpsft.comparison.comparison_report import PNG_DPI, REPORT, bullets, page, picture, table
+from qpsft.comparison.paired import Difference, mean_and_sd
+from qpsft.comparison.results import SHARE, Comparison, aligned, describe_metric, format_mean, format_value
+from qpsft.comparison.verdict import METHOD, verdict
 from qpsft.errors import RecipeError
-from qpsft.paired import Difference, mean_and_sd
 from qpsft.recipe import Recipe
-from qpsft.verdict import METHOD, verdict
 
 CONTROL = "sft"
 SCORES = ("in_domain", "out_of_domain")

@@ -8,9 +8,9 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpsft.comparison import Comparison, describe_metric, format_mean, format_value, tuning_table
-from qpsft.comparison_figures import as_svg, figures
-from qpsft.verdict import METHOD, difference_rows, overlap_lines, table_rows, verdict
+from qpsft.comparison.comparison_figures import as_svg, figures
+from qpsft.comparison.results import Comparison, describe_metric, format_mean, format_value, tuning_table
+from qpsft.comparison.verdict import METHOD, difference_rows, overlap_lines, table_rows, verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

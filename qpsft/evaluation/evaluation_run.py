@@ -13,20 +13,20 @@ from typing import Any
 
 from qpsft import __version__
 from qpsft.base import describe, load_base
+from qpsft.dataset.rows import BUILT_IN
+from qpsft.dataset.shapes import Rows
 from qpsft.demo import tasks
 from qpsft.errors import BaseModelError, DataError, OutputError
-from qpsft.estimates import Estimate
 from qpsft.evaluate import MAX_NEW_TOKENS, Evaluation, evaluate
-from qpsft.evaluation_options import EvaluationOptions
-from qpsft.evaluation_rows import as_rows, load_evaluation_rows
-from qpsft.finished_folder import MARK
-from qpsft.harness import check_tasks, run_tasks
-from qpsft.live import ADAPTER_CONFIG, check_adapter_folder, find_base, trained_tokenizer
+from qpsft.evaluation.estimates import Estimate
+from qpsft.evaluation.evaluation_options import EvaluationOptions
+from qpsft.evaluation.evaluation_rows import as_rows, load_evaluation_rows
+from qpsft.evaluation.harness import check_tasks, run_tasks
+from qpsft.evaluation.task_data import parse_task_data
+from qpsft.evaluation.verifiers import text_of
+from qpsft.merging.finished_folder import MARK
 from qpsft.recipe import DataArguments
-from qpsft.rows import BUILT_IN
-from qpsft.shapes import Rows
-from qpsft.task_data import parse_task_data
-from qpsft.verifiers import text_of
+from qpsft.verification.live import ADAPTER_CONFIG, check_adapter_folder, find_base, trained_tokenizer
 
 DEMO_IN_DOMAIN_ROWS = 200
 DEMO_ROWS_PER_SET = 100

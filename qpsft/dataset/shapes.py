@@ -6,9 +6,9 @@ import difflib
 import json
 from dataclasses import dataclass
 
+from qpsft.dataset.rows import Records
 from qpsft.errors import DataError
 from qpsft.recipe import DataArguments
-from qpsft.rows import Records
 
 SHAPES = {
     "prompt_completion": ("prompt", "completion"),

@@ -1,0 +1,1 @@
+"""Demonstrations: read from files and the Hub, brought to one shape, rendered and shown. Entry: `qpsft.data`."""

@@ -1,0 +1,1 @@
+"""The parts of an evaluation. Entry: `qpsft.evaluate`."""

@@ -1,0 +1,1 @@
+"""The parts of a streamed merge. Entry: `qpsft.merge`."""
