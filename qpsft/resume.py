@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,33 @@ def load_run(folder: Path, settings: Mapping[str, Any]) -> int:
                 "Resume with the settings the checkpoint was made with.",
             )
     return run["num_tokens"]
+
+
+def rows_sha256(rows: Sequence[Mapping[str, Any]], sample: int = 256) -> str:
+    """A digest of tokenized rows: of `sample` of them at even distances, which is enough to tell two files apart."""
+    numbers = sorted({round(i * (len(rows) - 1) / max(1, sample - 1)) for i in range(min(sample, len(rows)))})
+    text = json.dumps([[rows[n].get("input_ids"), rows[n].get("labels")] for n in numbers])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_adapter(folder: Path, config: Any) -> None:
+    """Compares a checkpoint's `adapter_config.json` with the adapter that is to go on.
+
+    Raises:
+        TrainingError: they differ in what decides the adapter's shape or scale; names the setting.
+    """
+    path = folder / "adapter_config.json"
+    if not path.is_file():  # an adapter of another name has a folder of its own, and PEFT checks its shapes
+        return
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("r", "lora_alpha", "target_modules", "modules_to_save", "use_dora", "use_rslora", "bias"):
+        here = getattr(config, name, None)
+        before, now = (sorted(v) if isinstance(v, (list, set)) else v for v in (saved.get(name), here))
+        if before != now:
+            raise TrainingError(
+                f"{folder} was made with {name} = {before}, this run has {now}.",
+                "Resume with the adapter settings the checkpoint was made with.",
+            )
 
 
 def save_psft_state(

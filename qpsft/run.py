@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
 import shutil
+import textwrap
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -14,14 +16,15 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import PrinterCallback
+from transformers import PrinterCallback, get_scheduler
 
 from qpsft.adapter import add_adapter, save_adapter
 from qpsft.base import load_base, load_tokenizer
+from qpsft.base_record import RECORD_FILE, base_record, read_base_record, write_base_record
 from qpsft.config import PSFTConfig
 from qpsft.console import ConsoleCallback, MetricsCallback, read_metrics
 from qpsft.data import TokenizedRows, load_dataset
-from qpsft.errors import OutputError, RecipeError
+from qpsft.errors import OutputError, QpsftError, RecipeError
 from qpsft.recipe import Recipe
 from qpsft.report import draw_training
 from qpsft.resume import checkpoints, newest_complete_checkpoint, remove_folder
@@ -62,8 +65,16 @@ class RunSummary:
             f"  tokens/s       {n['tokens_per_second']:,.0f}\n"
             f"  peak memory    {self.peak_bytes / 1e9:.2f} GB ({where})\n"
             f"adapter: {self.folder}\n"
-            f"  {', '.join(self.files)}"
+            + textwrap.fill(", ".join(self.files), 80, initial_indent="  ", subsequent_indent="  ")
         )
+
+    def next_commands(self, recipe: Recipe) -> str:
+        """What one would run now."""
+        lines = ["next:", f"  qpsft merge {self.folder}"]
+        if checkpoints(self.folder):
+            longer = "--max_steps" if recipe.trainer.max_steps > 0 else "--num_train_epochs"
+            lines.append(f"  qpsft train {self.folder} --resume {longer} N   (to train longer)")
+        return "\n".join(lines)
 
 
 def train(recipe: Recipe) -> RunSummary:
@@ -80,18 +91,13 @@ def train(recipe: Recipe) -> RunSummary:
         if not value:
             raise RecipeError(f"{name} is missing.", f"Write `{name}: …` in the recipe or give --{name}.")
     folder = Path(arguments.output_dir)
-    prepare_output(folder, resume=recipe.run.resume, overwrite=recipe.run.overwrite)
+    check_output(folder, resume=recipe.run.resume, overwrite=recipe.run.overwrite)
 
     source = {"revision": recipe.model.model_revision, "trust_remote_code": arguments.trust_remote_code}
     tokenizer = load_tokenizer(recipe.model.model_name_or_path, **source)
     rows = load_dataset(recipe.data, tokenizer, arguments.max_length)
     train_rows, held_out = hold_out(rows, recipe.run.held_out_rows, arguments.seed)
-    dropped = "".join(f", {number} dropped ({reason})" for reason, number in rows.counts.dropped.items())
-    print(
-        f"data: {rows.name} ({rows.shape}) · {len(train_rows)} rows to train on, {len(held_out)} held out{dropped} · "
-        f"{rows.counts.supervised_tokens:,} supervised tokens",
-        flush=True,
-    )
+    print(data_line(rows, len(train_rows), len(held_out)), flush=True)
     model, tokenizer = load_base(
         recipe.model.model_name_or_path,
         quantization=recipe.model.quantization,
@@ -103,7 +109,12 @@ def train(recipe: Recipe) -> RunSummary:
     )
     torch.manual_seed(arguments.seed)
     model = add_adapter(model, recipe.lora)
+    if recipe.run.resume:
+        check_same_base(folder, base_record(model))
     trainer = make_trainer(model, tokenizer, arguments, train_rows, folder)
+    if not recipe.run.resume:
+        clear_output(folder)
+    write_base_record(model, folder)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=recipe.run.resume or None)
     seconds = time.perf_counter() - started
@@ -114,25 +125,62 @@ def train(recipe: Recipe) -> RunSummary:
     return summary
 
 
+def data_line(rows: TokenizedRows, trained: int, held_out: int) -> str:
+    """What is trained on, in a line or two of at most 80 columns."""
+    counts = rows.counts
+    facts = [f"{trained:,} rows to train on", f"{held_out} held out"]
+    facts += [f"{number:,} dropped ({reason})" for reason, number in counts.dropped.items()]
+    facts += [f"{counts.truncated:,} truncated at {counts.max_length} tokens"] if counts.truncated else []
+    facts.append(f"{counts.supervised_tokens:,} supervised tokens")
+    return textwrap.fill(f"data: {rows.name} ({rows.shape}): {', '.join(facts)}", 80, subsequent_indent="      ")
+
+
+def check_same_base(folder: Path, record: dict[str, Any]) -> None:
+    """Refuses to go on with a run on another base, or on one rounded otherwise. Raises RecipeError naming it."""
+    if not (folder / RECORD_FILE).is_file():
+        return
+    before = dataclasses.asdict(read_base_record(folder))
+    for name, value in before.items():
+        if name != "qpsft_version" and record[name] != value:
+            raise RecipeError(
+                f"The run in {folder} has {name} = {value}, this one {record[name]}.",
+                "Resume with the base and the quantization the run began with.",
+            )
+
+
 def make_trainer(model, tokenizer, arguments: PSFTConfig, train_rows, folder: Path) -> PSFTTrainer:
     """The trainer of a command-line run: tokenized rows, our own progress bar and `metrics.jsonl`."""
     arguments.disable_tqdm = True  # ConsoleCallback has the bar
     arguments.dataloader_pin_memory = torch.cuda.is_available()
     if not arguments.packing:  # the rows are labelled and cut already
         arguments.dataset_kwargs = {**(arguments.dataset_kwargs or {}), "skip_prepare_dataset": True}
-    trainer = PSFTTrainer(
-        model,
-        args=arguments,
-        train_dataset=train_rows,
-        processing_class=tokenizer,
-        callbacks=[ConsoleCallback(), MetricsCallback(folder / METRICS)],
-    )
+    try:
+        trainer = PSFTTrainer(
+            model,
+            args=arguments,
+            train_dataset=train_rows,
+            processing_class=tokenizer,
+            callbacks=[ConsoleCallback(), MetricsCallback(folder / METRICS)],
+        )
+        get_scheduler(  # one that lacks arguments would say so only after the first checkpoint's worth of set-up
+            arguments.lr_scheduler_type,
+            torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]),
+            num_warmup_steps=1,
+            num_training_steps=2,
+            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+        )
+    except QpsftError:
+        raise
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise RecipeError(
+            f"The trainer cannot be set up: {str(error).splitlines()[0]}", "Change the option the message names."
+        ) from error
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def prepare_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Makes sure the results can be written to `folder`, and clears an old run's checkpoints if asked to.
+def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Makes sure the results can be written to `folder`; removes nothing.
 
     Raises:
         OutputError: it is a file, cannot be written to, or holds another run; or there is nothing to resume.
@@ -148,19 +196,23 @@ def prepare_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
         raise OutputError(
             f"output_dir {folder} cannot be written to: {error.strerror}.", "Choose another with --output_dir."
         ) from None
-    shutil.rmtree(folder / ".partial", ignore_errors=True)
     if resume:
         if newest_complete_checkpoint(folder) is None:
             raise OutputError(
-                f"output_dir {folder} holds no whole checkpoint to resume from.", "Start the run without --resume."
+                f"output_dir {folder} holds no whole checkpoint to resume from.",
+                "Start the run anew with --overwrite.",
             )
         return
-    holds_run = (folder / ADAPTER).exists() or (folder / METRICS).exists() or checkpoints(folder)
+    holds_run = (folder / ADAPTER).exists() or read_metrics(folder / METRICS) or checkpoints(folder)
     if holds_run and not overwrite:
         raise OutputError(
             f"output_dir {folder} already holds a run.",
             "Give --resume to continue it, --overwrite to replace it, or another --output_dir.",
         )
+
+
+def clear_output(folder: Path) -> None:
+    """Removes an earlier run's checkpoints and log; its adapter stays until the new one is there."""
     for checkpoint in checkpoints(folder):
         remove_folder(checkpoint)
     (folder / METRICS).unlink(missing_ok=True)
@@ -181,6 +233,7 @@ def write_outputs(recipe: Recipe, trainer: PSFTTrainer, tokenizer, held_out, sum
     folder, partial = summary.folder, summary.folder / ".partial"
     lines = [line for line in read_metrics(folder / METRICS) if "nll" in line]
     try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed here
         partial.mkdir()
         model = trainer.accelerator.unwrap_model(trainer.model)
         save_adapter(model, partial)
@@ -216,6 +269,7 @@ def resolved_recipe(recipe: Recipe) -> str:
     """The run's options as YAML that `qpsft train` reads again, with the versions in comments."""
     values = recipe.values()
     values.pop("output_dir", None)  # the folder may be moved
+    values["held_out_rows"] = recipe.run.held_out_rows
     header = ["# Written by qpsft train. The options of this run; `qpsft train` on this file repeats it.", *_versions()]
     return "\n".join(header) + "\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
@@ -174,6 +175,10 @@ class PSFTTrainer(SFTTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """The step's micro-batches, each with its `old_logprobs` unless they are the step's own."""
+        if self.state.global_step >= self.state.max_steps:
+            # a finished run that is resumed: transformers would take one step more before it looks
+            self.control.should_training_stop = True
+            return [], None
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, num_items
@@ -354,6 +359,7 @@ class PSFTTrainer(SFTTrainer):
             "loss_type": self.args.loss_type,
             "reference": self.args.reference,
             "rows": len(self.train_dataset) if has_length(self.train_dataset) else None,
+            "rows_sha256": resume.rows_sha256(self.train_dataset) if has_length(self.train_dataset) else None,
             "processes": self.args.world_size,
             "per_device_train_batch_size": self.args.train_batch_size,
             "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
@@ -364,8 +370,10 @@ class PSFTTrainer(SFTTrainer):
         }
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
         folder = Path(resume_from_checkpoint)
+        if is_peft_model(self.model):
+            resume.check_adapter(folder, self.model.peft_config[self.model.active_adapter])
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._statistics.num_tokens = resume.load_run(folder, self._order_settings())
         if self.args.loss_type == "psft":
             self._resumed = resume.load_psft_state(folder, self.args.process_index)

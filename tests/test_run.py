@@ -177,7 +177,7 @@ def test_output_that_is_not_writable(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "touch", denied)  # root may write everywhere, so permissions alone test nothing
     with pytest.raises(OutputError, match="Permission denied"):
-        run.prepare_output(tmp_path, resume=False, overwrite=False)
+        run.check_output(tmp_path, resume=False, overwrite=False)
 
 
 def test_nothing_to_resume(tmp_path, capsys):
@@ -194,10 +194,15 @@ def test_a_full_disk_at_the_end_leaves_no_half_written_adapter(tmp_path, monkeyp
     monkeypatch.setattr(run, "draw_training", full)
     assert train(tmp_path / "a", "--max_steps=2", "--save_steps=2") == 2
     assert "No space left on device" in error(capsys)
-    assert files(tmp_path / "a") <= {"metrics.jsonl", "README.md"} and not (tmp_path / "a" / ".partial").exists()
+    assert (
+        files(tmp_path / "a") <= {"metrics.jsonl", "README.md", "base_quantization.json"}
+        and not (tmp_path / "a" / ".partial").exists()
+    )
     monkeypatch.setattr(run, "draw_training", real)
     assert train(tmp_path / "a", "--max_steps=2", "--save_steps=2", "--resume") == 0  # as the message says
     assert files(tmp_path / "a") == WRITTEN
+    saved, written = (tmp_path / "a" / f / "adapter_model.safetensors" for f in ("checkpoint-2", "."))
+    assert saved.read_bytes() == written.read_bytes()  # not a step more
 
 
 def test_no_supervised_token_is_an_error_before_training(tmp_path, capsys):
@@ -227,3 +232,61 @@ def test_preview_shows_rows_and_counts(capsys):
     assert cli.main(["preview", "--model_name_or_path=demo", "--dataset_name=demo-noisy", "--dataset_limit=20"]) == 0
     out = capsys.readouterr().out
     assert "⟦" in out and "20" in out
+
+
+def test_resuming_a_finished_run_trains_no_further(trained, tmp_path):
+    folder = tmp_path / "a"
+    shutil.copytree(trained, folder)
+    (folder / "adapter_model.safetensors").unlink()
+    assert train(folder, "--max_steps=6", "--save_steps=3", "--resume") == 0
+    for name in ("adapter_model.safetensors", "metrics.jsonl"):
+        if name == "metrics.jsonl":  # transformers adds its closing line once more
+            lines = [[line for line in read_metrics(f / name) if "nll" in line] for f in (folder, trained)]
+            assert lines[0] == lines[1]
+        else:
+            assert (folder / name).read_bytes() == (trained / name).read_bytes()
+
+
+@pytest.mark.parametrize("mistake", ["--dataset_name=nope.jsonl", "--lora_target_modules=zzz", "--max_length=4"])
+def test_a_mistake_beside_overwrite_costs_nothing(mistake, trained, tmp_path):
+    folder = tmp_path / "a"
+    shutil.copytree(trained, folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert train(folder, "--overwrite", mistake) == 2
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_start_that_failed_does_not_block_the_next(tmp_path, capsys):
+    assert train(tmp_path / "a", "--max_steps=2", "--sft_warmup_steps=2") == 2
+    assert "PSFT never begins" in error(capsys)
+    assert train(tmp_path / "a", "--max_steps=2", "--save_strategy=no") == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--quantization=fp4", "quantization = nf4, this one fp4"),
+        ("--lora_r=8", "r = 4, this run has 8"),
+        ("--dataset_name=demo-clean", "rows_sha256"),
+        ("--lora_alpha=4", "lora_alpha"),
+    ],
+)
+def test_a_run_goes_on_only_as_it_began(change, message, trained, tmp_path, capsys):
+    folder = tmp_path / "a"
+    shutil.copytree(trained, folder)
+    before = (folder / "base_quantization.json").read_bytes()
+    assert train(folder, "--max_steps=8", "--resume", change) == 2
+    assert message in error(capsys)
+    assert (folder / "base_quantization.json").read_bytes() == before
+
+
+def test_what_the_trainer_refuses_is_one_paragraph(tmp_path, capsys):
+    assert train(tmp_path / "a", "--lr_scheduler_type=cosine_with_min_lr") == 2
+    assert "cannot be set up" in error(capsys)
+
+
+def test_truncated_rows_are_mentioned(capsys, tmp_path):
+    assert train(tmp_path / "a", "--max_steps=1", "--max_length=60", "--save_strategy=no") == 0
+    out = capsys.readouterr().out
+    assert "truncated at 60 tokens" in out and "qpsft merge" in out
+    assert all(len(line) <= 80 for line in out.splitlines() if line.startswith(("data:", "  README")))

@@ -62,7 +62,7 @@ def run(output_dir: str, *, overwrite: bool = False, limit: int | None = None) -
     """
     flags = ["--output_dir", output_dir, *(["--overwrite"] if overwrite else [])]
     recipe = load_recipe(RECIPE, flags, PSFTConfig)
-    runs.prepare_output(Path(output_dir), resume=False, overwrite=overwrite)
+    runs.check_output(Path(output_dir), resume=False, overwrite=overwrite)
     merged = Path(f"{output_dir}-merged")
     if merged.exists() and not overwrite:
         raise OutputError(f"{merged} exists already.", "Give --overwrite to replace it, or another --output_dir.")
