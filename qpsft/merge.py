@@ -36,6 +36,7 @@ from qpsft.merging.merged_tensor import MergedTensor
 from qpsft.merging.rounding import Rounding
 from qpsft.merging.safetensors_stream import ShardWriter, TensorSpec, plan_shards, shard_index
 from qpsft.merging.update_size import LayerUpdate, UpdateMeter, update_verdict
+from qpsft.wrapping import wrap
 
 Onto = Literal["trained", "original"]
 OutputDtype = Literal["bfloat16", "float16", "float32"]
@@ -86,10 +87,12 @@ class MergeReport:
         lines = [
             f"merged {Path(self.adapter).name} onto the {self.onto} weights of {Path(self.base).name}",
             f"base in training: {self.rounding}",
-            f"wrote {self.output}: {self.tensors} tensors, {self.bytes / 1e9:.3g} GB in {self.dtype}, "
-            f"{len(self.files)} files; {self.merge_seconds:.1f} s, peak memory {self.peak_rss / 1e6:.0f} MB",
+            wrap(
+                f"wrote {self.output}: {self.tensors} tensors, {self.bytes / 1e9:.3g} GB in {self.dtype}, "
+                f"{len(self.files)} files; {self.merge_seconds:.1f} s, peak memory {self.peak_rss / 1e6:.0f} MB"
+            ),
             "",
-            self.verdict,
+            wrap(self.verdict, ""),
         ]
         if self.layers:
             lines.append(f"{'smallest updates':<44} {'update/step':>11} {'codes changed':>13} {'kept':>6}")
@@ -100,7 +103,7 @@ class MergeReport:
             lines.append(f"(all {len(self.layers)} in {MARK})")
         if self.left_out:
             lines.append(
-                f"left out {len(self.left_out)} tensors that the model does not use, such as {self.left_out[0]}"
+                wrap(f"left out {len(self.left_out)} tensors that the model does not use, such as {self.left_out[0]}")
             )
         lines += ["", self.verification["summary"] if self.verification else "verification: not run"]
         lines += ["", f"next: qpsft export {self.output} --to gguf, or load it with transformers or vLLM"]
@@ -229,7 +232,7 @@ class _Merge:
         """Writes the shards and their index."""
         shards = plan_shards(self.specs, shard_bytes)
         total = sum(spec.nbytes for spec in self.specs)
-        check_space(folder, total + _SMALL_FILES)
+        check_space(folder, total + _SMALL_FILES, "The merged model")
         with tqdm(
             total=total, unit="B", unit_scale=True, desc="merging", disable=None if show_progress else True, leave=False
         ) as progress:
@@ -374,7 +377,7 @@ def _verify(adapter: Path, merged: Path, base: Path, onto: Onto, show_progress: 
     return {
         "same_model": found.same_model,
         "numbers": json.loads(json.dumps(found.numbers)),
-        "summary": found.summary(),
+        "summary": found.summary(on_purpose=onto == "original"),
     }
 
 

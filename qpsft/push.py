@@ -76,7 +76,11 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, dry_run: bo
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ExportError(f"{repo_id!r} is not a repository name: {error}", "Use OWNER/NAME.") from error
+        raise ExportError(
+            f"{repo_id!r} is not a repository name.",
+            "Use OWNER/NAME: at most 96 letters, digits, '-', '_' and '.', without '--' and '..', without '-' or '.' at "
+            "either end, and without .git at the end.",
+        ) from error
     if dry_run:
         return PushReport(folder, repo_id, private, files, left_out, None)
     if get_token() is None:

@@ -33,6 +33,7 @@ from qpsft.verification.measure import Distance, Measurement, Sequence, continue
 from qpsft.verification.verify_prompts import Prompt, read_prompts
 from qpsft.verification.verify_text import stop_tokens, stops_difference, template_difference, tokens_difference
 from qpsft.verification.verify_weights import WeightsComparison, compare_weights
+from qpsft.wrapping import wrap
 
 SLACK = 2.0
 """Another order of the same roundings (twice rounded, truncated) may double the error; KL grows with its square."""
@@ -54,6 +55,7 @@ class Bounds:
 
     @classmethod
     def from_rounding(cls, rounding: Distance) -> Bounds:
+        """The bounds, from the distance between the live model and its own weights rounded once."""
         return cls(
             max_abs=SLACK * rounding.max_abs + NOISE_LOGPROB,
             mean_abs=SLACK * rounding.mean_abs + NOISE_MEAN,
@@ -87,6 +89,7 @@ class VerifyReport:
 
     @property
     def same_model(self) -> bool:
+        """The verdict: nothing speaks against it."""
         return not self.reasons
 
     def require_same(self) -> None:
@@ -97,10 +100,16 @@ class VerifyReport:
                 "Merge again with qpsft merge; if it says the same then, please report it.",
             )
 
-    def summary(self) -> str:
-        """A few lines for a terminal."""
-        verdict = "the same model" if self.same_model else "NOT the same model"
-        lines = [f"verify: {verdict} ({self.dtype}, {self.numbers['prompts']} prompts: {self.prompts})"]
+    def summary(self, *, on_purpose: bool = False) -> str:
+        """A few lines for a terminal.
+
+        Args:
+            on_purpose: it was merged onto the original weights, so that it is another model is no fault.
+        """
+        verdict, mark = "the same model" if self.same_model else "NOT the same model", "✗"
+        if on_purpose and not self.same_model:
+            verdict, mark = "as expected: merged onto the original weights, which is never the trained model", "-"
+        lines = [wrap(f"verify: {verdict} ({self.dtype}, {self.numbers['prompts']} prompts: {self.prompts})")]
         found, alone, bound = (self.numbers.get(key) for key in ("distance", "rounding_only", "bounds"))
         if found:
             rows = [("max |Δ log-prob|", "max_abs"), ("mean |Δ log-prob|", "mean_abs"), ("KL(live ‖ export)", "kl")]
@@ -109,8 +118,8 @@ class VerifyReport:
             rows = [("top-1 agreement", "top1"), ("greedy continuation", "greedy")]
             lines += [f"  {name:20}{found[key]:11.2%}{alone[key]:11.2%}" for name, key in rows]
         lines += [f"  {self.numbers['weights']['compared']} weights compared"]
-        lines += [f"  ✗ {reason}" for reason in self.reasons]
-        lines += [f"  note: {note}" for note in self.notes]
+        lines += [wrap(f"  {mark} {reason}", "    ") for reason in self.reasons]
+        lines += [wrap(f"  note: {note}", "    ") for note in self.notes]
         return "\n".join(lines)
 
 
@@ -315,6 +324,7 @@ def _first_other_layer(trained: Measurement, rounded: Measurement, found: Measur
         return "the number of layers"
 
     def differs(layer: int) -> bool:
+        """Whether hidden states number `layer` (0: the embedding's) are farther off than rounding explains."""
         size = trained.hidden[layer].norm()
         alone = (rounded.hidden[layer] - trained.hidden[layer]).norm() / size
         return bool((found.hidden[layer] - trained.hidden[layer]).norm() / size > SLACK * alone + 1e-4)

@@ -10,6 +10,7 @@ from exporting import copy_folder, edit_json, edit_weights, make_adapter, merge_
 from safetensors.torch import load_file, save_file
 
 from qpsft.base import load_tokenizer
+from qpsft.demo import MODEL_DIR
 from qpsft.errors import ExportError, OutputError
 from qpsft.export import gguf as gguf_module
 from qpsft.export import llama_cpp
@@ -18,6 +19,7 @@ from qpsft.export.gguf_check import BLOCK_ERROR, GgufFile, check_gguf, interleav
 from qpsft.export.gguf_lora import export_gguf_lora
 from qpsft.export.gguf_run import llama_cpp_python, run_gguf
 from qpsft.export.gguf_texts import COUNT, varied_texts
+from qpsft.merging.finished_folder import process_mark
 from qpsft.verification.verify_prompts import read_prompts
 from qpsft.verification.verify_text import stop_tokens
 
@@ -176,8 +178,18 @@ def test_special_tokens_that_became_plain_text_are_caught(merged, tools, gguf, t
 def test_a_lost_merge_order_is_refused_where_it_cannot_be_run(merged, tools, tmp_path):
     other = copy_folder(merged, tmp_path / "merged")
     (other / "tokenizer.model").unlink()
-    with pytest.raises(ExportError, match="has no tokenizer.model"):
+    with pytest.raises(ExportError, match="has no tokenizer.model") as error:
         export_gguf(other, tmp_path / "x.gguf", show_progress=False, run=False)
+    assert str(error.value).count(str(other)) == 2
+
+
+def test_a_lost_merge_order_of_an_adapter_is_its_bases(tools, tmp_path):
+    base = copy_folder(MODEL_DIR, tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    (base / "tokenizer.model").unlink()
+    with pytest.raises(ExportError, match="has no tokenizer.model") as error:
+        export_gguf(adapter, tmp_path / "x.gguf", show_progress=False, run=False, verify=False)
+    assert str(error.value).count(str(base)) == 2 and "exporting" not in str(error.value)
 
 
 def test_stop_tokens_the_file_cannot_name_are_reported(merged, tools, tmp_path):
@@ -314,9 +326,10 @@ def test_an_interrupted_export_leaves_nothing_and_the_converter_dies(merged, tmp
 
 
 def test_what_a_killed_run_left_is_removed(merged, tmp_path):
-    left = tmp_path / ".x.gguf.exporting.999999999"
+    mark = f"{process_mark().split('.')[0]}.999999999.1"
+    left = tmp_path / f".x.gguf.exporting.{mark}"
     (left / "merged").mkdir(parents=True)
-    other = tmp_path / ".y.gguf.exporting.999999999"
+    other = tmp_path / f".y.gguf.exporting.{mark}"
     other.mkdir()
     tools = fake_llama_cpp(tmp_path / "llama.cpp", "raise SystemExit(1)")
     with pytest.raises(ExportError):

@@ -83,6 +83,19 @@ def test_a_servable_adapter_is_not_merged(adapter, tmp_path):
     assert report.merge is None and "--enable-lora" in report.command and not (tmp_path / "merged").exists()
 
 
+def test_a_merged_folder_is_served_as_it_is(tmp_path):
+    merged = copy_folder(MODEL_DIR, tmp_path / "merged model")
+    report = export_vllm(merged)
+    assert report.servable and shlex.split(report.command) == ["vllm", "serve", str(merged)]
+    assert "a merged model" in report.summary() and report.summary().endswith(f"next: vllm serve '{merged}'")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ExportError, match="neither an adapter folder"):
+        export_vllm(tmp_path / "empty")
+    (merged / "model.safetensors").unlink()
+    with pytest.raises(BaseModelError, match="merged model"):
+        export_vllm(merged)
+
+
 def test_bad_input(adapter, tmp_path):
     with pytest.raises(BaseModelError, match="not an adapter folder"):
         check_vllm(tmp_path)

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from qpsft.errors import ExportError, OutputError
 from qpsft.merge import merge_adapter
-from qpsft.merging.finished_folder import _process_mark, finished_folder
+from qpsft.merging.finished_folder import finished_folder, process_mark
 from qpsft.merging.safetensors_stream import ShardWriter, TensorFile, TensorSpec, plan_shards
 
 SMALL_FILES = ["README.md", "config.json", "generation_config.json", "merge_report.json", "tokenizer.json"]
@@ -133,6 +133,7 @@ def test_the_card_and_the_report_say_how(tmp_path, base, adapter):
         assert text in card
     assert report.verification["summary"] in card and report.verdict in card and str(tmp_path) not in card
     stored = json.loads((tmp_path / "adapter-merged" / "merge_report.json").read_text())
+    assert all(len(line) <= 80 for line in report.summary().splitlines() if str(tmp_path) not in line)
     assert stored["verification"]["same_model"] and stored["dtype"] == "float32" and stored["seconds"] > 0
     assert (
         len(stored["layers"]) == 14 and stored["layers"][0]["update_to_step"] <= stored["layers"][-1]["update_to_step"]
@@ -143,7 +144,10 @@ def test_onto_the_original_weights_another_model_is_what_it_is(tmp_path, adapter
     report = merge(adapter, onto="original", verify=True)
     assert not report.verification["same_model"]
     card = (tmp_path / "adapter-merged" / "README.md").read_text()
-    assert "and not the same" in card and "NOT the same model" in card
+    for text in (card, report.summary()):
+        assert "as expected: merged onto the original weights" in text and "KL(live ‖ export)" in text
+        assert "NOT" not in text and "✗" not in text
+    assert "and not the same" in card
 
 
 def test_an_output_that_exists(tmp_path, base, adapter):
@@ -179,7 +183,7 @@ def test_replacing_keeps_the_old_one_until_the_new_one_is_there(tmp_path, monkey
 
 
 def test_a_folder_moved_aside_by_a_killed_run_comes_back(tmp_path):
-    aside = tmp_path / f".out.replaced.{_process_mark().split('.')[0]}.{2**22 - 3}.1"
+    aside = tmp_path / f".out.replaced.{process_mark().split('.')[0]}.{2**22 - 3}.1"
     aside.mkdir()
     (aside / "merge_report.json").write_text("{}")
     with pytest.raises(RuntimeError), finished_folder(tmp_path / "out", overwrite=True):
@@ -191,7 +195,7 @@ def test_another_process_that_writes_there(tmp_path):
     import psutil
 
     parent = psutil.Process(os.getppid())
-    mark = f"{_process_mark().split('.')[0]}.{parent.pid}.{int(parent.create_time())}"
+    mark = f"{process_mark().split('.')[0]}.{parent.pid}.{int(parent.create_time())}"
     (tmp_path / f".out.merging.{mark}").mkdir()
     with (
         pytest.raises(OutputError, match=f"Process {parent.pid} is writing"),

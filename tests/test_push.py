@@ -104,8 +104,9 @@ def test_what_the_hub_says_is_passed_on(folder, monkeypatch, error, words):
 
 
 def test_bad_input(folder, tmp_path):
-    with pytest.raises(ExportError, match="not a repository name"):
+    with pytest.raises(ExportError, match="not a repository name.*OWNER/NAME") as error:
         push(folder, "a/b/c", dry_run=True)
+    assert "repo_type" not in str(error.value)
     with pytest.raises(ExportError, match="There is no folder"):
         push(tmp_path / "none", "owner/name", dry_run=True)
     (tmp_path / "empty").mkdir()

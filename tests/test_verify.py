@@ -1,12 +1,14 @@
 """verify_export: correct merges pass in every dtype, and every kind of other model fails with its reason."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from exporting import DTYPES, copy_folder, edit_json, edit_weights, make_adapter, merge_by_hand
 
+from qpsft.demo import MODEL_DIR
 from qpsft.errors import BaseModelError, DataError, NotTheSameModelError
 from qpsft.merge import merge_adapter
 from qpsft.verification.exported import ExportedWeights, load_exported, load_whole
@@ -70,6 +72,15 @@ def test_a_merge_onto_the_original_weights_is_another_model_and_its_own(adapter,
     report = verify(adapter, tmp_path / "merged")
     assert not report.same_model and "on purpose" in report.notes[-1]
     assert verify(adapter, tmp_path / "merged", onto="original").same_model
+
+
+def test_a_scale_is_named_only_where_the_update_is_all_that_differs(adapter, tmp_path):
+    """The bare base's original weights hold none of the update, whatever their rounding errors' share in it is."""
+    scaled = verify(adapter, merge_by_hand(adapter, tmp_path / "scaled", scale=2.2), max_prompts=1)
+    assert "holds 1.1 times the adapter's update instead of 1" in scaled.reasons[0]
+    bare = verify(adapter, MODEL_DIR, max_prompts=1)
+    assert re.search(r"is another weight, [\d.]+ times the adapter's update away", bare.reasons[0])
+    assert "holds" not in bare.summary()
 
 
 def swap_two_layers(tensors):

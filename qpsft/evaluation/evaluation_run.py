@@ -26,7 +26,7 @@ from qpsft.evaluation.task_data import parse_task_data
 from qpsft.evaluation.verifiers import text_of
 from qpsft.merging.finished_folder import MARK
 from qpsft.recipe import DataArguments
-from qpsft.verification.live import ADAPTER_CONFIG, check_adapter_folder, find_base, trained_tokenizer
+from qpsft.verification.live import ADAPTER_CONFIG, check_adapter_folder, find_base, put_adapter, trained_tokenizer
 
 DEMO_IN_DOMAIN_ROWS = 200
 DEMO_ROWS_PER_SET = 100
@@ -165,7 +165,6 @@ def load_evaluated(options: EvaluationOptions) -> tuple[Any, Any]:
     Raises:
         BaseModelError: as `load_base`, or the adapter does not fit its base.
     """
-    from peft import PeftModel
 
     folder = Path(options.model).expanduser()
     if not (folder / ADAPTER_CONFIG).exists():
@@ -186,14 +185,7 @@ def load_evaluated(options: EvaluationOptions) -> tuple[Any, Any]:
         device=options.device,
         verbose=False,
     )
-    try:
-        model = PeftModel.from_pretrained(model, folder)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
-        raise BaseModelError(
-            f"The adapter in {folder} cannot be put on {base_folder}: {str(error).strip().splitlines()[0]}",
-            "Check that adapter_config.json and adapter_model.safetensors belong together and to this base.",
-        ) from error
-    return model.eval(), trained_tokenizer(folder, base_folder)
+    return put_adapter(model, folder, base_folder).eval(), trained_tokenizer(folder, base_folder)
 
 
 def describe_evaluated(model: Any) -> str:

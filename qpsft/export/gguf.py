@@ -19,11 +19,13 @@ from qpsft.errors import ExportError, OutputError
 from qpsft.export.gguf_check import GgufCheck, check_gguf
 from qpsft.export.gguf_run import PROMPTS, GgufRun, llama_cpp_python, run_gguf
 from qpsft.export.llama_cpp import CONVERTER, find_llama_cpp, last_lines, load_gguf, run_converter, run_process
-from qpsft.export.work_folder import check_space, is_adapter, put_in_place, work_folder
+from qpsft.export.work_folder import is_adapter, put_in_place, work_folder
+from qpsft.merging.finished_folder import check_space
 from qpsft.verification.exported import ExportedWeights, read_text_config
 from qpsft.verification.live import find_base
 from qpsft.verification.verify_prompts import read_prompts
 from qpsft.verification.verify_text import stop_tokens
+from qpsft.wrapping import wrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,7 +84,8 @@ class ExportReport:
         if self.merge is not None and self.merge.verification:
             same = self.merge.verification["same_model"]
             lines.append(f"merged {'and verified: the same model' if same else 'onto other weights: another model'}")
-        lines += [self.check.summary(), self.run.summary(), *(f"note: {note}" for note in self.notes)]
+        notes = [f"note: {note}" for note in self.notes]
+        lines += [wrap(text) for text in (self.check.summary(), self.run.summary(), *notes)]
         return "\n".join(lines)
 
 
@@ -168,10 +171,11 @@ def export_gguf(
             chosen, _ = read_prompts(prompts, source, tokenizer, PROMPTS, context or 2**20)
             ran = run_gguf(made, folder, gguf, tokenizer, stops, chosen)
         if check.merge_order_lost and not ran.ran:
+            lacking = find_base(source, base)[1] if from_adapter else source
             raise ExportError(
-                f"{folder} has no tokenizer.model, so the converter cannot tell the order in which pieces are merged, "
+                f"{lacking} has no tokenizer.model, so the converter cannot tell the order in which pieces are merged, "
                 "and llama.cpp would make other tokens than training did.",
-                "Copy tokenizer.model from the base model's original folder into it, and export again.",
+                f"Copy tokenizer.model from the original model into {lacking}, and export again.",
             )
         report = ExportReport(
             output, outtype, made.stat().st_size, source, check, ran, merge, notes + ran.notes,

@@ -71,6 +71,7 @@ class GgufCheck:
     adds_bos: bool = False
 
     def summary(self) -> str:
+        """One sentence."""
         types = ", ".join(f"{count} {kind}" for kind, count in sorted(self.types.items()))
         return (
             f"read back: {self.tensors} tensors ({types}) equal the merged weights up to their type's rounding "

@@ -19,9 +19,11 @@ from torch import Tensor
 from qpsft.errors import ExportError, OutputError
 from qpsft.export.gguf_check import GgufFile, layout_of, rounding_error
 from qpsft.export.llama_cpp import LORA_CONVERTER, find_llama_cpp, load_gguf, run_converter
-from qpsft.export.work_folder import check_space, put_in_place, work_folder
+from qpsft.export.work_folder import put_in_place, work_folder
+from qpsft.merging.finished_folder import check_space
 from qpsft.verification.exported import read_text_config
 from qpsft.verification.live import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_folder, find_base
+from qpsft.wrapping import wrap
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -51,7 +53,7 @@ class LoraExportReport:
     def summary(self) -> str:
         """A few lines for a terminal."""
         lines = [f"wrote {self.path}: {self.bytes / 1e6:,.2f} MB, {self.outtype}", f"read back: {self.layers} layers"]
-        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+        return "\n".join(lines + [wrap(f"note: {note}") for note in self.notes])
 
 
 def export_gguf_lora(

@@ -56,6 +56,7 @@ class GgufRun:
     notes: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
+        """One sentence."""
         if not self.ran:
             return f"run with llama.cpp: not run ({self.why_not})"
         line = f"run with llama.cpp: {self.texts} texts give the same tokens"

@@ -23,6 +23,7 @@ from qpsft.export.gguf import ExportReport, export_gguf
 from qpsft.export.work_folder import is_adapter
 from qpsft.verification.exported import read_text_config
 from qpsft.verification.live import find_base, trained_tokenizer
+from qpsft.wrapping import wrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,7 +108,7 @@ class OllamaReport:
                 self.gguf.summary(),
                 f"wrote {self.folder / 'Modelfile'}: template {template}, "
                 f"stop {', '.join(map(repr, self.stops)) or 'none'}, num_ctx {self.num_ctx}",
-                *(f"note: {note}" for note in self.notes),
+                *(wrap(f"note: {note}") for note in self.notes),
                 f"next: ollama create NAME -f {self.folder / 'Modelfile'}",
             ]
         )

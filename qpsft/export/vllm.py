@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpsft.base_record import BaseRecord, read_base_record
-from qpsft.checkpoint import DEMO
+from qpsft.checkpoint import DEMO, check_folder
 from qpsft.demo import MODEL_DIR
 from qpsft.errors import ExportError
+from qpsft.export.work_folder import is_adapter
 from qpsft.verification.live import ADAPTER_CONFIG, check_adapter_folder
+from qpsft.wrapping import wrap
 
 if TYPE_CHECKING:
     from qpsft.merge import MergeReport
@@ -26,31 +28,34 @@ EMBEDDINGS = ("lm_head", "embed_tokens")
 
 @dataclass
 class VllmReport:
-    """Whether vLLM can serve the adapter, and how.
+    """Whether vLLM can serve an adapter or a merged folder, and how.
 
     Attributes:
-        adapter: its folder.
-        servable: vLLM can load it beside the base.
+        source: the folder.
+        servable: vLLM can load it: an adapter beside its base, a merged folder as it is.
         refusals: why not.
         command: the `vllm serve` command, for the adapter or for the merged folder; None when there is neither.
         notes: what the user should know.
         merge: the report of the merge, if the adapter was merged because it is not servable.
+        is_adapter: False for a merged folder.
     """
 
-    adapter: Path
+    source: Path
     servable: bool
     refusals: list[str]
     command: str | None
     notes: list[str] = field(default_factory=list)
     merge: MergeReport | None = None
+    is_adapter: bool = True
 
     def summary(self) -> str:
         """A few lines for a terminal, the command last."""
-        lines = [f"vLLM can{'' if self.servable else 'not'} serve {self.adapter} as an adapter"]
-        lines += [f"  ✗ {reason}" for reason in self.refusals]
+        kind = "as an adapter" if self.is_adapter else "as it is: a merged model"
+        lines = [f"vLLM can{'' if self.servable else 'not'} serve {self.source} {kind}"]
+        lines += [wrap(f"  ✗ {reason}", "    ") for reason in self.refusals]
         if self.merge is not None:
             lines.append(f"so it was merged into {self.merge.output}")
-        lines += [f"note: {note}" for note in self.notes]
+        lines += [wrap(f"note: {note}") for note in self.notes]
         return "\n".join([*lines, f"next: {self.command or 'merge it with qpsft export --to vllm -o FOLDER'}"])
 
 
@@ -81,24 +86,29 @@ def check_vllm(adapter: str | Path, *, base: str | None = None) -> VllmReport:
 
 
 def export_vllm(
-    adapter: str | Path, output: str | Path | None = None, *, base: str | None = None, **options: Any
+    source: str | Path, output: str | Path | None = None, *, base: str | None = None, **options: Any
 ) -> VllmReport:
-    """The command that serves the adapter; an adapter that vLLM refuses is merged into `output`.
+    """The command that serves an adapter or a merged folder; an adapter that vLLM refuses is merged into `output`.
 
     Args:
-        adapter: the adapter's folder.
+        source: an adapter's folder or a merged one.
         output: folder for the merged model, used only when it is needed; None never merges.
         base: as in `check_vllm`, and for the merge.
         options: for `qpsft.merge.merge_adapter`.
 
     Raises:
+        ExportError: it is neither.
         As `check_vllm`, and as `merge_adapter`.
     """
-    report = check_vllm(adapter, base=base)
+    source = Path(source).expanduser()
+    if not is_adapter(source):
+        check_folder(source)
+        return VllmReport(source, True, [], shlex.join(["vllm", "serve", str(source.resolve())]), is_adapter=False)
+    report = check_vllm(source, base=base)
     if not report.servable and output is not None:
         from qpsft.merge import merge_adapter
 
-        report.merge = merge_adapter(adapter, output, base=base, **options)
+        report.merge = merge_adapter(source, output, base=base, **options)
         report.command = shlex.join(["vllm", "serve", report.merge.output])
     return report
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from qpsft.errors import ExportError, OutputError
+from qpsft.merging.finished_folder import process_mark, remove_left_overs
 
 
 @contextmanager
@@ -17,17 +17,17 @@ def work_folder(output: Path, *, overwrite: bool, source: Path) -> Iterator[Path
     """Yields a new folder on the disk of `output`; folders that killed runs left there are removed first.
 
     Raises:
-        OutputError: `output` exists and `overwrite` is False, holds `source`, or its parent cannot be written; and for
-            any OSError inside the block, such as a full disk.
+        OutputError: `output` exists and `overwrite` is False, holds `source`, is being written by another process,
+            or its parent cannot be written; and for any OSError inside the block, such as a full disk.
     """
     if output.exists() and not overwrite:
         raise OutputError(f"{output} exists.", "Give --overwrite to replace it, or choose another with -o.")
     if output.resolve() == source.resolve() or output.resolve() in source.resolve().parents:
         raise OutputError(f"{output} is, or holds, what is to be exported.", "Choose another output with -o.")
-    folder = output.parent / f".{output.name}.exporting.{os.getpid()}"
+    folder = output.parent / f".{output.name}.exporting.{process_mark()}"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        _remove_left_overs(output)
+        remove_left_overs(output)
         folder.mkdir()
         try:
             yield folder
@@ -40,31 +40,11 @@ def work_folder(output: Path, *, overwrite: bool, source: Path) -> Iterator[Path
         ) from error
 
 
-def _remove_left_overs(output: Path) -> None:
-    import psutil
-
-    left = re.compile(rf"\.{re.escape(output.name)}\.exporting\.(\d+)")
-    for sibling in sorted(output.parent.iterdir()):
-        match = left.fullmatch(sibling.name)
-        if match and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1]))):
-            shutil.rmtree(sibling)
-
-
 def put_in_place(finished: Path, output: Path) -> None:
     """Brings a finished file to the disk and gives it its name, in one step."""
     with finished.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(finished, output)
-
-
-def check_space(folder: Path, needed: float, what: str) -> None:
-    """Raises OutputError unless `needed` bytes are free on the disk of `folder`."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OutputError(
-            f"{what} needs {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free.",
-            "Free some space, or choose an output on another disk with -o.",
-        )
 
 
 def is_adapter(source: Path) -> bool:

@@ -39,10 +39,10 @@ def finished_folder(output: Path, *, overwrite: bool, sources: tuple[Path, ...] 
     """
     output = Path(os.path.abspath(output.expanduser()))
     _check_output(output, overwrite, sources)
-    temporary = output.parent / f".{output.name}.merging.{_process_mark()}"
+    temporary = output.parent / f".{output.name}.merging.{process_mark()}"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        _clean_up(output)
+        remove_left_overs(output)
         temporary.mkdir()
         try:
             yield temporary
@@ -57,13 +57,13 @@ def finished_folder(output: Path, *, overwrite: bool, sources: tuple[Path, ...] 
         ) from error
 
 
-def check_space(folder: Path, needed: int) -> None:
+def check_space(folder: Path, needed: float, what: str) -> None:
     """Raises OutputError unless `needed` bytes are free on the disk of `folder`."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OutputError(
-            f"The merged model needs {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free.",
-            "Free some space, choose a folder on another disk with -o, or a smaller dtype.",
+            f"{what} needs {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free.",
+            "Free some space, or choose an output on another disk with -o.",
         )
 
 
@@ -101,7 +101,8 @@ def _check_output(output: Path, overwrite: bool, sources: tuple[Path, ...]) -> N
         )
 
 
-def _process_mark() -> str:
+def process_mark() -> str:
+    """Machine, process and its start: what the hidden sibling of an output ends in."""
     import psutil
 
     host = re.sub(r"[^\w-]", "-", socket.gethostname())
@@ -118,10 +119,14 @@ def _is_alive(process: int, created: int) -> bool:
         return False
 
 
-def _clean_up(output: Path) -> None:
-    """Removes what dead processes of this machine left beside `output`; brings back what one had moved aside."""
-    host = _process_mark().split(".")[0]
-    left = re.compile(rf"\.{re.escape(output.name)}\.(merging|replaced)\.{re.escape(host)}\.(\d+)\.(\d+)")
+def remove_left_overs(output: Path) -> None:
+    """Removes what dead processes of this machine left beside `output`; brings back what one had moved aside.
+
+    Raises:
+        OutputError: a process that is alive is writing `output`.
+    """
+    host = process_mark().split(".")[0]
+    left = re.compile(rf"\.{re.escape(output.name)}\.(merging|exporting|replaced)\.{re.escape(host)}\.(\d+)\.(\d+)")
     for sibling in sorted(output.parent.iterdir()):
         match = left.fullmatch(sibling.name)
         if match is None:
@@ -130,7 +135,7 @@ def _clean_up(output: Path) -> None:
         if _is_alive(process, created) and process != os.getpid():
             raise OutputError(
                 f"Process {process} is writing {output} right now ({sibling.name}).",
-                "Wait for it, or choose another folder with -o.",
+                "Wait for it, or choose another output with -o.",
             )
         if kind == "replaced" and not output.exists():
             sibling.rename(output)

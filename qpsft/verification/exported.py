@@ -45,9 +45,11 @@ class ExportedWeights:
         return name in self._files
 
     def names(self) -> list[str]:
+        """Of all tensors, file by file."""
         return list(self._files)
 
     def shape_of(self, name: str) -> list[int]:
+        """The tensor's shape, from the file's header."""
         return self._files[name].get_slice(name).get_shape()
 
     def dtype_of(self, name: str) -> torch.dtype:
@@ -57,6 +59,7 @@ class ExportedWeights:
         return _DTYPES.get(self._files[name].get_slice(name).get_dtype(), torch.float32)
 
     def main_dtype(self) -> str:
+        """The dtype that most of the weights have, such as "bfloat16"."""
         return str(_DTYPES[self._common()]).removeprefix("torch.")
 
     def tensor(self, name: str) -> Tensor:

@@ -122,8 +122,6 @@ def load_live(
     Raises:
         BaseModelError: not an adapter folder, no record, another base, or an adapter that does not fit it.
     """
-    from peft import PeftModel
-
     adapter = check_adapter_folder(adapter)
     record, folder = find_base(adapter, base)
     model, _ = load_base(
@@ -136,15 +134,22 @@ def load_live(
         verbose=False,
     )
     _compute_in_float32(model, dtype_named(record.compute_dtype))
-    try:
-        peft_model = PeftModel.from_pretrained(model, adapter)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
-        raise BaseModelError(
-            f"The adapter in {adapter} cannot be put on {folder}: {str(error).strip().splitlines()[0]}",
-            "Check that adapter_config.json and adapter_model.safetensors belong together and to this base.",
-        ) from error
+    peft_model = put_adapter(model, adapter, folder)
     peft_model.eval().requires_grad_(False)
     return LiveModel(peft_model, trained_tokenizer(adapter, folder), record, folder)
+
+
+def put_adapter(model: nn.Module, adapter: Path, base_folder: Path) -> PeftModel:
+    """The adapter on its loaded base. Raises BaseModelError when it does not fit."""
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, adapter)
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        raise BaseModelError(
+            f"The adapter in {adapter} cannot be put on {base_folder}: {str(error).strip().splitlines()[0]}",
+            "Check that adapter_config.json and adapter_model.safetensors belong together and to this base.",
+        ) from error
 
 
 def _compute_in_float32(model: nn.Module, compute_dtype: torch.dtype) -> None:

@@ -30,6 +30,10 @@ NOISE = 2e-6
 SIGMAS = 6.0
 ARRIVED_NOISE = 0.01
 
+MOSTLY_UPDATE = 0.1
+"""A weight that differs from the base by more than this share of the update in other directions holds something else
+than the update at another scale, and how much of the update it holds means nothing."""
+
 
 @dataclass(frozen=True)
 class WeightError:
@@ -42,6 +46,8 @@ class WeightError:
         arrived: share of the update found in the export; None where there is no update.
         expected: the same for W rounded once: 1, or less where rounding erases the update.
         doubt: standard error of `arrived` under rounding.
+        update: ‖D‖ / ‖W‖; 0 where there is no update.
+        beside: ‖X − W0 − arrived · D‖ / ‖W‖, the part of the export's difference that is not the update, scaled.
     """
 
     name: str
@@ -50,12 +56,16 @@ class WeightError:
     arrived: float | None = None
     expected: float | None = None
     doubt: float = 0.0
+    update: float = 0.0
+    beside: float = 0.0
 
     @property
     def wrong(self) -> str | None:
         """What is wrong with it, in words."""
         if self.arrived is not None and abs(self.arrived - self.expected) > SIGMAS * self.doubt + ARRIVED_NOISE:
-            return f"{self.name} holds {self.arrived:.3g} times the adapter's update instead of {self.expected:.3g}"
+            if self.beside <= SLACK * self.rounding + NOISE + MOSTLY_UPDATE * self.update:
+                return f"{self.name} holds {self.arrived:.3g} times the adapter's update instead of {self.expected:.3g}"
+            return f"{self.name} is another weight, {self.error / self.update:.3g} times the adapter's update away"
         if not self.error <= SLACK * self.rounding + NOISE:
             return f"{self.name} is off by {self.error:.2e} of its size where rounding explains {self.rounding:.2e}"
         return None
@@ -77,10 +87,12 @@ class WeightsComparison:
 
     @property
     def first_wrong(self) -> str | None:
+        """Name of the first weight that is misshapen, absent or wrong; None when all are right."""
         names = self.misshapen + self.absent + [item.name for item in self.wrong]
         return names[0] if names else None
 
     def reasons(self) -> list[str]:
+        """Why the export is another model: a sentence for each kind of fault, with the first weight and how many."""
         reasons = []
         for names, what in (
             (self.absent, "is not in the export"),
@@ -153,4 +165,7 @@ def _compare(name: str, weight: TrainedWeight, exported: ExportedParameters) -> 
         return WeightError(name, error / size, alone / size)
     arrived, expected = (float(((x - weight.base) * update).sum()) / length**2 for x in (found, rounded))
     doubt = max(alone, NOISE * size) / found.numel() ** 0.5 / length
-    return WeightError(name, error / size, alone / size, arrived, expected, doubt)
+    beside = float((found - weight.base - arrived * update).norm())
+    return WeightError(
+        name, error / size, alone / size, arrived, expected, doubt, update=length / size, beside=beside / size
+    )
