@@ -78,8 +78,8 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, dry_run: bo
     except HFValidationError as error:
         raise ExportError(
             f"{repo_id!r} is not a repository name.",
-            "Use OWNER/NAME: at most 96 letters, digits, '-', '_' and '.', without '--' and '..', without '-' or '.' at "
-            "either end, and without .git at the end.",
+            "Use OWNER/NAME: at most 96 letters, digits, '-', '_' and '.', with no '--' or '..' in it, no '-' or '.'"
+            " at either end, and no .git at the end.",
         ) from error
     if dry_run:
         return PushReport(folder, repo_id, private, files, left_out, None)

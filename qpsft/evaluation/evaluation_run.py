@@ -165,7 +165,6 @@ def load_evaluated(options: EvaluationOptions) -> tuple[Any, Any]:
     Raises:
         BaseModelError: as `load_base`, or the adapter does not fit its base.
     """
-
     folder = Path(options.model).expanduser()
     if not (folder / ADAPTER_CONFIG).exists():
         if options.base is not None:
