@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from qpsft import __version__
 from qpsft.errors import QpsftError
-from qpsft.quiet import quiet_libraries
+from qpsft.quiet import fill, quiet_libraries
 
 INTERRUPTED = 130  # what shells use for Ctrl-C
 
@@ -299,7 +299,7 @@ def _unknown_verb(name: str) -> QpsftError:
 
 
 def _paragraph(error: QpsftError) -> str:
-    return textwrap.fill(f"error: {error}", 100, break_long_words=False, break_on_hyphens=False)
+    return fill(f"error: {error}")
 
 
 def _parser(verb: str, description: str) -> argparse.ArgumentParser:
@@ -314,7 +314,8 @@ def _recipe(verb: str, argv: Sequence[str], description: str, example: str):
         from qpsft.config import PSFTConfig
         from qpsft.recipe import option_help
 
-        print(f"usage: qpsft {verb} [RECIPE.yaml] [--any_option value …]\n\n{description}\n\n  {example}\n")
+        print(f"usage: qpsft {verb} [RECIPE.yaml] [--any_option value …]\n")
+        print(f"{textwrap.fill(description, 80)}\n\n  {example}\n")
         print(option_help(PSFTConfig, everything=wants_all))
         return None
     quiet_libraries()

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from transformers import get_scheduler
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import SFTConfig
 
 from qpsft.errors import RecipeError
@@ -101,6 +103,7 @@ class PSFTConfig(SFTConfig):
             dtype = compute_dtype_for("cpu" if self.use_cpu else pick_device())
             self.bf16, self.fp16 = dtype == torch.bfloat16, dtype == torch.float16
         super().__post_init__()
+        self._check_scheduler()
         if self.accelerator_config.split_batches:
             raise RecipeError("split_batches is not supported.", "Give per_device_train_batch_size per process.")
 
@@ -131,6 +134,19 @@ class PSFTConfig(SFTConfig):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise RecipeError(f"{name} is {value}; it must be at least {least}, or left out.")
+        for name in ("seed", "data_seed"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 2**32:
+                raise RecipeError(f"{name} is {value}; it must be from 0 to {2**32 - 1}.")
+        for kind in ("logging", "save"):
+            value = getattr(self, f"{kind}_steps")
+            if getattr(self, f"{kind}_strategy") == "steps" and not value > 0:
+                todo = f"To turn it off, set {kind}_strategy: 'no'."
+                raise RecipeError(f"{kind}_steps is {value}; it must be above 0.", todo)
+        known = [*INTEGRATION_TO_CALLBACK, "all", "none"]
+        for name in [self.report_to] if isinstance(self.report_to, str) else self.report_to or []:
+            if name not in known:
+                raise RecipeError(f"report_to {name!r} is not known.", f"Use one of {', '.join(sorted(known))}.")
         if self.max_steps == 0 or self.max_steps < -1:
             raise RecipeError(f"max_steps is {self.max_steps}; it must be at least 1, or left out to train by epochs.")
         refused = {
@@ -148,6 +164,17 @@ class PSFTConfig(SFTConfig):
                 "clipped. Use reference_steps 4 to 8 for PSFT.",
                 stacklevel=4,
             )
+
+    def _check_scheduler(self) -> None:
+        """Some schedules need arguments of their own, which is otherwise found out when training starts."""
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
+        try:
+            get_scheduler(self.lr_scheduler_type, optimizer, 1, 2, self.lr_scheduler_kwargs)
+        except (ValueError, TypeError) as error:
+            raise RecipeError(
+                f"lr_scheduler_type {getattr(self.lr_scheduler_type, 'value', self.lr_scheduler_type)!r}: {error}",
+                "Set lr_scheduler_kwargs, or another.",
+            ) from None
 
     def sft_warmup_steps_of(self, total_steps: int) -> int:
         """`sft_warmup_steps` as a number of optimizer steps, for a run of `total_steps`."""

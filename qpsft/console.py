@@ -36,10 +36,11 @@ class ConsoleCallback(TrainerCallback):
 
 def log_line(step: int, total: int, logs: dict[str, float]) -> str:
     """One log entry in at most 80 columns."""
+    kl = logs["approx_kl"]
     return (
         f"step {step:>{len(str(total))}}/{total}  nll {logs['nll']:.3f}  entropy {logs['entropy']:.2f}  "
-        f"clip {logs['clip_fraction']:4.0%}  kl {logs['approx_kl']:.3f}  "
-        f"lr {logs.get('learning_rate', 0):.1e}  {short_number(logs['tokens_per_second'])} tok/s"
+        f"clip {logs['clip_fraction']:4.0%}  kl {f'{kl:.2g}' if kl < 100 else short_number(kl)}  "
+        f"{short_number(logs['tokens_per_second'])} tok/s"
     )
 
 
@@ -47,7 +48,7 @@ def short_number(number: float) -> str:
     """1234567 as 1.2M."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
-            return f"{number / size:.1f}{unit}"
+            return f"{number / size:.{1 if number < 100 * size else 0}f}{unit}"
     return f"{number:.0f}"
 
 

@@ -14,9 +14,9 @@ class QpsftError(Exception):
     exit_code = 2
 
     def __init__(self, what: str, todo: str = ""):
-        self.what = what
+        self.what = what if what.endswith((".", "!", "?", "…")) else f"{what}."
         self.todo = todo
-        super().__init__(f"{what} {todo}".strip())
+        super().__init__(f"{self.what} {todo}".strip())
 
 
 class RecipeError(QpsftError, ValueError):

@@ -1,4 +1,4 @@
-"""Strict reading of one option's value: the declared type or an error that says what it must be."""
+"""Strict reading of options: the declared type or an error that says what it must be, and no option without effect."""
 
 from __future__ import annotations
 
@@ -13,6 +13,46 @@ import yaml
 from qpsft.errors import RecipeError
 
 _ORDERED = (str, float, int, bool)
+
+_ROWS = "qpsft tokenizes the rows itself"
+# Options of trl.SFTConfig that PSFTTrainer takes from Python, but that `qpsft train` would leave without effect.
+_NOT_OURS = {
+    "completion_only_loss": (_ROWS, "Set supervise_prompt instead."),
+    "assistant_only_loss": (_ROWS, "Set supervise_prompt instead."),
+    "truncation_mode": (_ROWS, "Set max_length; the end of longer rows is cut."),
+    "dataset_text_field": (_ROWS, "Set dataset_shape or dataset_columns instead."),
+    "formatting": (_ROWS, "Set dataset_shape, dataset_columns or prompt_format instead."),
+    "dataset_kwargs": (_ROWS, "Set dataset_shape or dataset_columns instead."),
+    "dataset_num_proc": (_ROWS, "Leave it out."),
+    "chat_template_path": (_ROWS, "Put the template into the base model's folder, as chat_template.jinja."),
+    "resume_from_checkpoint": ("runs continue from their newest whole checkpoint", "Give resume instead."),
+}
+_NO_EVALUATION = ("training has no evaluation set", "Run `qpsft evaluate` on the adapter.")
+
+
+def refuse_without_effect(given: dict[str, Any], where: dict[str, str]) -> None:
+    """Stops at options of the trainer's that a run from a recipe has no use for.
+
+    Args:
+        given: the options set, before or after `coerce`.
+        where: what to call each in an error.
+
+    Raises:
+        RecipeError: with the option to use instead.
+    """
+    for name, value in given.items():
+        on = str(value).lower() not in ("false", "no", "none")
+        if name in _NOT_OURS and value is not None:
+            why, todo = _NOT_OURS[name]
+        elif name in ("eval_strategy", "do_eval", "eval_on_start") and on:
+            why, todo = _NO_EVALUATION
+        elif name == "push_to_hub" and on:
+            why, todo = "training uploads nothing", "Run `qpsft push` on the adapter afterwards."
+        elif name == "padding_free" and on and str(given.get("packing", "false")).lower() == "false":
+            why, todo = "rows that are not packed are padded", "Set packing: true, or leave it out."
+        else:
+            continue
+        raise RecipeError(f"{where[name]} has no effect in `qpsft train`: {why}.", todo)
 
 
 def coerce(value: Any, hint: Any, where: str) -> Any:
@@ -40,6 +80,8 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
             return _conform(candidate, hint)
         except (TypeError, ValueError):
             continue
+    if value is True and where.startswith("--"):
+        raise RecipeError(f"{where} needs a value.", f"It must be {_describe(hint)}.")
     raise RecipeError(f"{where} is {value!r}; it must be {_describe(hint)}.")
 
 
@@ -89,10 +131,12 @@ def _conform(value: Any, hint: Any) -> Any:
         return value
     if hint is int and not isinstance(value, bool):
         number = float(value) if isinstance(value, (int, float, str)) else math.nan
-        if number == int(number):
+        if math.isfinite(number) and number == int(number):
             return int(number)
     if hint is float and not isinstance(value, bool) and isinstance(value, (int, float, str)):
-        return float(value)
+        number = float(value)
+        if math.isfinite(number):
+            return number
     if hint is str and isinstance(value, str):
         return value
     raise ValueError
@@ -106,7 +150,13 @@ def _describe(hint: Any) -> str:
         elif isinstance(member, type) and issubclass(member, enum.Enum):
             names += [str(choice.value) for choice in member]
         elif member is not type(None):
-            word = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "a mapping"}
+            word = {
+                bool: "true or false",
+                int: "a whole number",
+                float: "a finite number",
+                str: "a text",
+                dict: "a mapping",
+            }
             names.append(word.get(member, "a list" if typing.get_origin(member) is list else str(member)))
         else:
             names.append("none")

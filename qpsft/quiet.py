@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import sys
 import textwrap
@@ -15,6 +16,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # no line per retry
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for name in ("bitsandbytes", "transformers", "accelerate", "trl"):
@@ -25,7 +27,13 @@ def quiet_libraries() -> None:
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    print(textwrap.fill(f"warning: {message}", 100, break_long_words=False), file=sys.stderr)
+    print(fill(f"warning: {message}"), file=sys.stderr)
+
+
+def fill(text: str) -> str:
+    """A paragraph as wide as the terminal, at most 100 columns; paths and flags stay whole."""
+    width = min(100, shutil.get_terminal_size().columns)
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def quiet_worker() -> None:

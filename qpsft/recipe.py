@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import enum
 import os
+import re
 import textwrap
 import typing
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from typing import Any, Literal
 import yaml
 
 from qpsft.errors import RecipeError
-from qpsft.options import coerce
+from qpsft.options import coerce, refuse_without_effect
 
 Quantization = Literal["nf4", "fp4", "int8", "none"]
 
@@ -196,16 +197,18 @@ def load_recipe(path: str | Path | None, flags: Sequence[str], trainer_class: ty
     where = {name: f"{path}: {name}" for name in given}
     for name, text in _read_flags(flags).items():
         given[name], where[name] = text, f"--{name}"
+    refuse_without_effect(given, where)
     for name in given:
         if name not in hints:
-            raise RecipeError(f"{where[name]}: there is no such option.", _suggestion(name, hints))
+            likely = {*option_types(classes[:-1]), *trainer_class.__annotations__, *COMMON_TRAINER_OPTIONS}
+            raise RecipeError(f"{where[name]}: there is no such option.", _suggestion(name, hints, likely))
         given[name] = coerce(given[name], hints[name], where[name])
     _default_output_dir(given, path)
     _find_beside(given, path)
     if given.get("dtype", "auto") != "auto" and not {"bf16", "fp16"} & set(given):
         # the trainer's mixed precision follows the base's compute dtype
         given |= {"bf16": given["dtype"] == "bfloat16", "fp16": given["dtype"] == "float16"}
-    parts = [_build(cls, given) for cls in classes]
+    parts = [_build(cls, given, where) for cls in classes]
     return Recipe(path, given, parts[0], parts[1], parts[2], parts[3], parts[4])
 
 
@@ -267,7 +270,7 @@ def _siblings(path: Path) -> list[Path]:
     return list(path.parent.iterdir()) if path.parent.is_dir() else []
 
 
-def _read_flags(flags: Sequence[str]) -> dict[str, str | list[str]]:
+def _read_flags(flags: Sequence[str]) -> dict[str, str | list[str] | bool]:
     read: dict[str, str | list[str]] = {}
     name = None
     for flag in flags:
@@ -281,12 +284,15 @@ def _read_flags(flags: Sequence[str]) -> dict[str, str | list[str]]:
             raise RecipeError(f"{flag!r} belongs to no option.", "Flags are written --name value.")
         else:
             read[name] = [*read[name], flag]
-    return {n: v if isinstance(v, str) else "true" if not v else v[0] if len(v) == 1 else v for n, v in read.items()}
+    return {n: v if isinstance(v, str) else True if not v else v[0] if len(v) == 1 else v for n, v in read.items()}
 
 
-def _suggestion(name: str, known: typing.Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
-    return f"Did you mean {' or '.join(near)}?" if near else "`qpsft train --help_all` lists all options."
+def _suggestion(name: str, known: typing.Iterable[str], likely: set[str]) -> str:
+    def nearness(option: str) -> float:
+        return difflib.SequenceMatcher(None, option, name).ratio() + 0.1 * (option in likely)
+
+    near = sorted(difflib.get_close_matches(name, list(known), n=9, cutoff=0.6), key=nearness, reverse=True)
+    return f"Did you mean {' or '.join(near[:3])}?" if near else "`qpsft train --help_all` lists all options."
 
 
 def _default_output_dir(given: dict[str, Any], path: Path | None) -> None:
@@ -306,16 +312,27 @@ def _find_beside(given: dict[str, Any], path: Path | None) -> None:
             given[name] = os.path.normpath(folder / value)
 
 
-def _build(cls: type, given: dict[str, Any]) -> Any:
+def _build(cls: type, given: dict[str, Any], where: dict[str, str]) -> Any:
     names = {option.name for option in dataclasses.fields(cls) if option.init}
     try:
         return cls(**{name: value for name, value in given.items() if name in names})
     except RecipeError:
         raise
-    except (ValueError, TypeError) as error:
-        raise RecipeError(
-            f"The options do not fit together: {error}", "Change the option the message names."
-        ) from error
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
+        about = _blamed(str(error), {name: given[name] for name in where if name in names})
+        start = where[about] if about else "The options do not fit together"
+        raise RecipeError(f"{start}: {str(error).rstrip(' .')}", "Change or leave out that option.") from error
+
+
+def _blamed(message: str, given: dict[str, Any]) -> str | None:
+    """The option that a library's message names, or whose value it names first."""
+    places = {}
+    for name, value in given.items():
+        for word in (name, *([value] if isinstance(value, str) and value else [])):
+            found = re.search(rf"(?<!\w){re.escape(word)}(?!\w)", message)
+            if found:
+                places[name] = min(places.get(name, len(message)), found.start())
+    return min(places, key=places.get) if places else None
 
 
 def option_help(trainer_class: type, *, everything: bool = False) -> str:
@@ -352,5 +369,5 @@ def _explain(option: dataclasses.Field) -> list[str]:
     default = None if option.default is dataclasses.MISSING else option.default
     shown = "unset" if default is None else str(default).lower() if isinstance(default, bool) else default
     text = str(option.metadata.get("help", "")).replace("%%", "%")
-    wrapped = textwrap.wrap(f"{text} (default: {shown})", 92)
+    wrapped = textwrap.wrap(f"{text} (default: {shown})", 74, break_on_hyphens=False)
     return [f"  --{option.name}", *(f"      {line}" for line in wrapped)]

@@ -84,6 +84,25 @@ def test_the_help_of_train_shows_every_own_option_with_its_default(capsys):
     assert "--adam_beta1" in capsys.readouterr().out
 
 
+def test_the_help_of_train_fits_eighty_columns(capsys):
+    for flag in ("--help", "--help_all"):
+        cli.main(["train", flag])
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_the_help_of_compare_asks_for_no_value_of_a_switch(capsys):
+    cli.main(["compare", "--help"])
+    out = capsys.readouterr().out
+    assert "--seeds [VALUE ...]" in out and "--tune [VALUE" not in out
+
+
+@pytest.mark.parametrize(("columns", "most"), [("60", 60), ("300", 100)])
+def test_errors_are_as_wide_as_the_terminal(columns, most, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", columns)
+    assert cli.main(["train", "--optim=adamm"]) == 2
+    assert max(map(len, capsys.readouterr().err.splitlines())) in range(most - 30, most + 1)
+
+
 def test_a_mistake_is_one_paragraph_without_a_traceback(tmp_path):
     result = qpsft("train", str(tmp_path / "none.yaml"))
     assert result.returncode == 2

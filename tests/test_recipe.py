@@ -82,7 +82,33 @@ def test_no_option_is_declared_twice():
         (["--dataset_limit", "0"], "at least 1"),
         (["--prompt_format", "Question:"], "lacks {prompt}"),
         (["--use_dora", "maybe"], "true or false"),
-        (["--optim", "adamm"], "adamm"),
+        (["--optim", "adamm"], "--optim: adamm is not a valid"),
+        (["--lr_scheduler_type", "cosin"], "--lr_scheduler_type: cosin is not a valid"),
+        (["--lr_scheduler_type", "cosine_with_min_lr"], "lr_scheduler_type .*min_lr"),
+        (["--lora_rank", "8"], "Did you mean lora_r or"),
+        (["--epsilon"], "--epsilon needs a value. It must be a finite number"),
+        (["--dtype", "--use_dora"], "--dtype needs a value"),
+        (["--seed", "-1"], "seed is -1; it must be from 0 to"),
+        (["--seed", "4294967296"], "seed is 4294967296"),
+        (["--lora_r", "inf"], "must be a whole number"),
+        (["--report_to", "bogus"], "report_to 'bogus' is not known"),
+        (["--logging_steps", "0"], "logging_steps is 0.0; it must be above 0"),
+        (["--save_steps", "-5"], "save_steps is -5.0; it must be above 0"),
+        (["--deepspeed", "nope.json"], "--deepspeed: "),
+        (["--accelerator_config", "nope.json"], "--accelerator_config: "),
+        (["--eval_strategy", "steps"], "qpsft evaluate"),
+        (["--do_eval"], "qpsft evaluate"),
+        (["--push_to_hub", "true"], "qpsft push"),
+        (["--padding_free", "true"], "packing: true"),
+        (["--chat_template_path", "/nope"], "chat_template.jinja"),
+        (["--completion_only_loss", "false"], "supervise_prompt"),
+        (["--assistant_only_loss"], "supervise_prompt"),
+        (["--truncation_mode", "keep_end"], "max_length"),
+        (["--dataset_text_field", "text"], "dataset_columns"),
+        (["--dataset_kwargs", "{a: 1}"], "dataset_shape"),
+        (["--dataset_num_proc", "2"], "no effect"),
+        (["--formatting", "x"], "dataset_columns"),
+        (["--resume_from_checkpoint", "true"], "Give resume instead"),
         (["--resume", "--overwrite"], "contradict"),
         (["oops"], "belongs to no option"),
     ],
@@ -90,6 +116,31 @@ def test_no_option_is_declared_twice():
 def test_bad_flags(flags, message):
     with pytest.raises(RecipeError, match=message):
         read(*flags)
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf", ".inf"])
+@pytest.mark.parametrize(
+    "name",
+    ["sft_warmup_steps", "warmup_steps", "lora_alpha", "max_grad_norm", "learning_rate", "weight_decay", "epsilon"],
+)
+def test_numbers_must_be_finite(name, number):
+    with pytest.raises(RecipeError, match=f"--{name} is .*; it must be a finite number"):
+        read(f"--{name}={number}")
+
+
+def test_options_that_are_off_or_have_an_effect_are_taken():
+    recipe = read("--eval_strategy=no", "--do_eval=false", "--push_to_hub=false", "--padding_free", "--packing")
+    assert recipe.trainer.padding_free and recipe.trainer.packing
+
+
+def test_python_takes_what_a_recipe_refuses(tmp_path):
+    arguments = PSFTConfig(tmp_path, completion_only_loss=True, eval_strategy="steps", truncation_mode="keep_end")
+    assert arguments.completion_only_loss and arguments.truncation_mode == "keep_end"
+
+
+@pytest.mark.parametrize(("what", "text"), [("It is red", "It is red. Mend it."), ("Red!", "Red! Mend it.")])
+def test_cause_and_advice_are_two_sentences(what, text):
+    assert str(RecipeError(what, "Mend it.")) == text
 
 
 @pytest.mark.parametrize(

@@ -224,8 +224,9 @@ def test_a_run_shorter_than_a_log_interval_still_ends_with_its_numbers(tmp_path)
 
 
 def test_a_log_line_fits_eighty_columns():
-    numbers = {"nll": 12.3456, "entropy": 10.5, "clip_fraction": 1.0, "approx_kl": 10.1234}
-    assert len(log_line(12345, 12345, numbers | {"learning_rate": 2e-4, "tokens_per_second": 1234567.0})) <= 90
+    numbers = {"nll": 12.3456, "entropy": 10.5, "clip_fraction": 1.0, "tokens_per_second": 123456.0}
+    for kl in (0.0, 1.2345e-5, 1.2345e-4, 10.1234, 7818.4, 1e12):
+        assert len(log_line(12345, 12345, numbers | {"learning_rate": 2e-4, "approx_kl": kl})) <= 80
 
 
 def test_preview_shows_rows_and_counts(capsys):

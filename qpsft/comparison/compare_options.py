@@ -105,10 +105,10 @@ class CompareOptions:
 NAMES = tuple(option.name for option in dataclasses.fields(CompareOptions))
 
 
-def read_flags(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+def read_flags(argv: Sequence[str]) -> tuple[dict[str, str | bool], list[str]]:
     """Splits a command line into the comparison's own options, as texts, and the recipe's flags."""
     own, rest = option_parser().parse_known_args(list(argv))
-    return {name: ",".join(words) if words else "true" for name, words in vars(own).items()}, rest
+    return {name: ",".join(words) if words else True for name, words in vars(own).items()}, rest
 
 
 def option_parser(usage: str | None = None, description: str | None = None) -> argparse.ArgumentParser:
@@ -116,14 +116,16 @@ def option_parser(usage: str | None = None, description: str | None = None) -> a
     parser = argparse.ArgumentParser(
         "qpsft compare", usage=usage, description=description, add_help=False, allow_abbrev=False
     )
+    hints = option_types([CompareOptions])
     for option in dataclasses.fields(CompareOptions):
         default = option.default if option.default is not dataclasses.MISSING else option.default_factory()
         shown = "" if default is None else f" (default: {_shown(default)})"
         parser.add_argument(
             f"--{option.name}",
-            nargs="*",
             default=argparse.SUPPRESS,
-            metavar="VALUE",
+            **(
+                {"action": "store_true"} if usage and hints[option.name] is bool else {"nargs": "*", "metavar": "VALUE"}
+            ),
             help=(option.metadata["help"] + shown).replace("%", "%%"),
         )
     return parser
