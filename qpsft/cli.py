@@ -28,7 +28,7 @@ def train(argv: Sequence[str]) -> int:
     from qpsft import run
 
     summary = run.train(recipe)
-    print(f"\n{summary}\n\nnext:\n  qpsft train {summary.folder} --resume --num_train_epochs N   train longer")
+    print(f"\n{summary}\n\n{summary.next_commands(recipe)}")
     return 0
 
 
