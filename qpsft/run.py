@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import PrinterCallback, get_scheduler
+from transformers import PrinterCallback
 
 from qpsft.adapter import add_adapter, save_adapter
 from qpsft.base import load_base, load_tokenizer
@@ -161,13 +161,6 @@ def make_trainer(model, tokenizer, arguments: PSFTConfig, train_rows, folder: Pa
             train_dataset=train_rows,
             processing_class=tokenizer,
             callbacks=[ConsoleCallback(), MetricsCallback(folder / METRICS)],
-        )
-        get_scheduler(  # one that lacks arguments would say so only after the first checkpoint's worth of set-up
-            arguments.lr_scheduler_type,
-            torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]),
-            num_warmup_steps=1,
-            num_training_steps=2,
-            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
         )
     except QpsftError:
         raise

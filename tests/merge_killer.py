@@ -11,10 +11,12 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from qpsft.merge import merge_adapter
 
@@ -71,6 +73,8 @@ def kill_some(adapter: Path, output: Path, kills: int, rng: random.Random, *, ov
 def main() -> None:
     adapter, output, kills, seed = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     torch.set_num_threads(1)  # a forked child has none of its parent's threads
+    tqdm.monitor_interval = 0
+    tqdm.set_lock(threading.RLock())  # its own lock is shared with the children: one killed holding it blocks all
     rng = random.Random(seed)
     kill_some(adapter, output, kills, rng, overwrite=False)
     kill_some(adapter, output, kills, rng, overwrite=True)

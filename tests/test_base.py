@@ -172,7 +172,7 @@ def test_record_reproduces_a_pretrained_model(stories):
     packed, _ = bnb.quantize_4bit(tensor, blocksize=settings["block_size"], compress_statistics=True, quant_type="nf4")
     assert torch.equal(packed, model.model.layers[3].mlp.down_proj.weight.data)
     assert settings["unquantized_modules"] == ["lm_head"]
-    assert settings["base_model_name_or_path"] == str(stories)
+    assert settings["base_model_name_or_path"] == str(stories.resolve())
     assert tokenizer.pad_token == "<unk>"
 
 

@@ -250,7 +250,7 @@ def killed(tmp_path, adapter, kills, seed):
     script = Path(__file__).with_name("merge_killer.py")
     command = [sys.executable, str(script), str(adapter), str(tmp_path / "out"), str(kills), str(seed)]
     environment = os.environ | {"PYTHONPATH": str(script.parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout
     return done.stdout.split()
 
