@@ -26,7 +26,7 @@ TUNED = {"arms": ARMS, "tune": True, "tune_seeds": 2, "seeds": 5}
 PARTS = {
     "noisy": (SHELF / "demo-noisy", TUNED),
     "clean": (SHELF / "demo-clean", TUNED),
-    "noise": (SHELF / "demo-noisy", {"noise": "0,0.1,0.3,0.5", "tune": True, "tune_seeds": 2, "seeds": 3}),
+    "noise": (SHELF / "demo-noisy", {"noise": "0,0.1,0.3,0.5", "tune": True, "tune_seeds": 1, "seeds": 3}),
     "stories": (
         HERE / "recipes" / "stories260k_gsm8k.yaml",
         {"arms": "sft,sft_matched,dft,psft,psft_visits", "tune": True, "tune_seeds": 1, "seeds": 3},

@@ -25,6 +25,10 @@ _NOT_OURS = {
     "dataset_kwargs": (_ROWS, "Set dataset_shape or dataset_columns instead."),
     "dataset_num_proc": (_ROWS, "Leave it out."),
     "chat_template_path": (_ROWS, "Put the template into the base model's folder, as chat_template.jinja."),
+    "eos_token": (_ROWS, "Set it in the base model's tokenizer_config.json."),
+    "pad_token": ("padding is masked, whatever token fills it", "Leave it out."),
+    "shuffle_dataset": ("every epoch has an order of its own already", "Set data_seed for another one."),
+    "model_init_kwargs": ("qpsft loads the base itself", "Set dtype, quantization or attn_implementation instead."),
     "resume_from_checkpoint": ("runs continue from their newest whole checkpoint", "Give resume instead."),
 }
 _NO_EVALUATION = ("training has no evaluation set", "Run `qpsft evaluate` on the adapter.")
@@ -42,7 +46,7 @@ def refuse_without_effect(given: dict[str, Any], where: dict[str, str]) -> None:
     """
     for name, value in given.items():
         on = str(value).lower() not in ("false", "no", "none")
-        if name in _NOT_OURS and value is not None:
+        if name in _NOT_OURS and value is not None and (on or name != "shuffle_dataset"):
             why, todo = _NOT_OURS[name]
         elif name in ("eval_strategy", "do_eval", "eval_on_start") and on:
             why, todo = _NO_EVALUATION

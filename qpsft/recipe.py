@@ -105,7 +105,9 @@ class DataArguments:
         "Render plain-string prompt/completion and Alpaca rows through the chat template. auto: if there is one.",
     )
     prompt_format: str = _option(
-        "{prompt}", "Text around a plain-string prompt, such as 'Question: {prompt}\\nAnswer: '."
+        "{prompt}",
+        "Text around a plain-string prompt, such as 'Question: {prompt}\\nAnswer:\\n'. End it where a token ends, "
+        "not in a space.",
     )
     supervise_prompt: bool = _option(False, "Train on the prompt's tokens too (continued pretraining).")
 
