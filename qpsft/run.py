@@ -9,6 +9,7 @@ import platform
 import shutil
 import textwrap
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from qpsft.adapter import add_adapter, save_adapter
 from qpsft.base import load_base, load_tokenizer
@@ -77,8 +78,11 @@ class RunSummary:
         return "\n".join(lines)
 
 
-def train(recipe: Recipe) -> RunSummary:
+def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSummary:
     """Trains an adapter as `recipe` says and writes it to the recipe's `output_dir`.
+
+    Args:
+        callbacks: beside the progress bar and `metrics.jsonl`, such as `qpsft.notebook.LivePlot()`.
 
     Raises:
         QpsftError: every mistake a user can make, before training starts wherever it can be seen before.
@@ -111,7 +115,7 @@ def train(recipe: Recipe) -> RunSummary:
     model = add_adapter(model, recipe.lora)
     if recipe.run.resume:
         check_same_base(folder, base_record(model))
-    trainer = make_trainer(model, tokenizer, arguments, train_rows, folder)
+    trainer = make_trainer(model, tokenizer, arguments, train_rows, folder, callbacks)
     if not recipe.run.resume:
         clear_output(folder)
     write_base_record(model, folder)
@@ -148,7 +152,9 @@ def check_same_base(folder: Path, record: dict[str, Any]) -> None:
             )
 
 
-def make_trainer(model, tokenizer, arguments: PSFTConfig, train_rows, folder: Path) -> PSFTTrainer:
+def make_trainer(
+    model, tokenizer, arguments: PSFTConfig, train_rows, folder: Path, callbacks: Sequence[TrainerCallback] = ()
+) -> PSFTTrainer:
     """The trainer of a command-line run: tokenized rows, our own progress bar and `metrics.jsonl`."""
     arguments.disable_tqdm = True  # ConsoleCallback has the bar
     arguments.dataloader_pin_memory = torch.cuda.is_available()
@@ -160,7 +166,7 @@ def make_trainer(model, tokenizer, arguments: PSFTConfig, train_rows, folder: Pa
             args=arguments,
             train_dataset=train_rows,
             processing_class=tokenizer,
-            callbacks=[ConsoleCallback(), MetricsCallback(folder / METRICS)],
+            callbacks=[ConsoleCallback(), MetricsCallback(folder / METRICS), *callbacks],
         )
     except QpsftError:
         raise
