@@ -1,0 +1,265 @@
+"""Draws the figures of docs/: what the clip does to one token's gradient, and a real run of each failure.
+
+    python docs/figures.py                     all of them: five short runs on the embedded base, two minutes
+    python docs/figures.py clip                one of them
+    python docs/figures.py --runs /tmp/runs    keep the runs there, and draw from those that are there already
+
+A run is `qpsft train adapters/demo-noisy` with the flags of RUNS and STEPS, on one thread; `good` is the recipe's own.
+Nothing is drawn from a formula: the clip's curves come out of qpsft.losses by autograd, the others out of
+metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qpsft.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+HERE = Path(__file__).resolve().parent
+RECIPE = HERE.parent / "adapters" / "demo-noisy"
+STEPS = 104  # one block of SFT warm-up, then three blocks of 8 mini-batches with 4 visits
+BLOCK, WARMUP = 32, 8
+RUNS = {
+    "good": [],
+    "learning_rate": ["--learning_rate=3e-2"],
+    "k1": ["--reference_steps=1", "--num_iterations=1", "--sft_warmup_steps=0"],
+    "epsilon": ["--epsilon=0.005"],
+    "dropout": ["--lora_dropout=0.1"],
+}
+TITLES = {
+    "learning_rate": "learning rate 3e-2",
+    "k1": "K = 1, one visit",
+    "epsilon": "ε = 0.005",
+    "dropout": "LoRA dropout 0.1",
+}
+"""Legend of each failure's line."""
+
+PANELS = {
+    "loss": ("loss, what is minimized", "surrogate, no unit"),
+    "nll": ("nll", "nats per token"),
+    "entropy": ("entropy", "nats per token"),
+    "mean_token_accuracy": ("mean_token_accuracy", "share of tokens"),
+    "clip_fraction": ("clip_fraction", "share of tokens"),
+    "approx_kl": ("approx_kl", "nats per token"),
+    "ratio_max": ("ratio_max", "ratio, no unit"),
+    "grad_norm": ("grad_norm", "L2 norm"),
+}
+SHOWN = {
+    "learning_rate": ("nll", "mean_token_accuracy", "clip_fraction"),
+    "k1": ("loss", "clip_fraction", "approx_kl"),
+    "epsilon": ("loss", "clip_fraction", "nll"),
+    "dropout": ("clip_fraction", "approx_kl", "ratio_max"),
+}
+GOOD = {"color": "0.6", "linewidth": 1.4, "label": "good: the recipe as it is"}
+BAD = {"color": "#a03000", "linewidth": 1.6}
+SINCE = 16
+"""Steps of a block that the figure of the dropout shows."""
+DPI = 120
+COLOURS = 48
+
+
+# ---- the clip ----
+
+
+def token_curve(loss: Callable[..., Any], ratios: Sequence[float], old_probability: float) -> tuple[list, list]:
+    """One token's loss and its push on the token's log-probability, −∂L/∂log π, at each ratio.
+
+    Args:
+        loss: of `qpsft.losses`.
+        ratios: the token's probability over its old one.
+        old_probability: the token's, under the reference policy.
+    """
+    import torch
+
+    values, pushes = [], []
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    old_logprobs = torch.full((1, 1), math.log(old_probability), dtype=torch.float64)
+    for ratio in ratios:
+        logprobs = (old_logprobs + math.log(ratio)).requires_grad_()
+        value = loss(logprobs, old_logprobs, mask)
+        value.backward()
+        values.append(value.item())
+        pushes.append(-logprobs.grad.item())
+    return values, pushes
+
+
+def draw_clip(path: Path) -> None:
+    """The three losses of one token, and their gradients, against its ratio."""
+    from qpsft.losses import EPSILON, dft_loss, nll_loss, psft_loss
+
+    old_probability = 0.4
+    ratios = [0.3 + 0.005 * i for i in range(341)]
+    curves = {
+        "PSFT": (psft_loss, {"color": "black", "linewidth": 2.4}),
+        "SFT, nats": (nll_loss, {"color": "#0072b2", "linewidth": 1.7, "linestyle": "--"}),
+        "DFT, nats": (dft_loss, {"color": "#a0508a", "linewidth": 1.9, "linestyle": ":"}),
+    }
+    figure, (left, right) = new_figure(2, width=4.6, height=3.5)
+    for name, (loss, style) in curves.items():
+        values, pushes = token_curve(loss, ratios, old_probability)
+        left.plot(ratios, values, label=name, **style)
+        # the push jumps to 0 at the clip: no line may join the two sides
+        cut = next((i for i, push in enumerate(pushes) if push == 0.0), len(ratios))
+        right.plot(ratios[:cut], pushes[:cut], **style)
+        right.plot(ratios[cut:], pushes[cut:], **style)
+    ratio = "ratio r = π / π_old"
+    left.set(title=f"loss of one token, π_old = {old_probability}", xlabel=ratio, ylabel="loss L", ylim=(-1.5, 2.6))
+    right.set(title="what it does to the token's log-probability", xlabel=ratio, ylabel="push, −∂L / ∂ log π")
+    right.set_ylim(-0.1, 1.6)
+    for axes in (left, right):
+        for x, text in ((1 - EPSILON, "1 − ε"), (1.0, "1"), (1 + EPSILON, "1 + ε")):
+            axes.axvline(x, color="0.8", linewidth=0.8, zorder=0)
+            axes.annotate(text, (x, 1.0), xycoords=("data", "axes fraction"), xytext=(2, -9),
+                          textcoords="offset points", fontsize=8, color="0.35")  # fmt: skip
+    right.annotate("clipped: no gradient", (1.62, 0.0), xytext=(0, 6), textcoords="offset points", ha="center",
+                   fontsize=9)  # fmt: skip
+    left.legend(loc="center right", bbox_to_anchor=(1.0, 0.27), frameon=False, fontsize=9)
+    save(figure, path)
+
+
+# ---- the runs ----
+
+
+def log_of(name: str, folder: Path, *, steps: int = STEPS, flags: Sequence[str] = ()) -> list[dict]:
+    """The log lines of a run, which is done unless `folder` holds it already."""
+    from qpsft import cli
+    from qpsft.console import read_metrics
+
+    metrics = folder / name / "metrics.jsonl"
+    if not metrics.exists():
+        command = ["train", str(RECIPE), f"--max_steps={steps}", "--logging_steps=1", *RUNS[name], *flags]
+        print("$ qpsft", *command, flush=True)
+        if cli.main([*command, f"--output_dir={folder / name}", "--overwrite"]) != 0:
+            raise SystemExit(f"the run {name} failed")
+    return [line for line in read_metrics(metrics) if "nll" in line]
+
+
+def draw_good(lines: Sequence[dict], path: Path) -> None:
+    """Six numbers of the good run."""
+    figure, panels = new_figure(6, legend=True)
+    for axes, name in zip(panels, ("loss", "nll", "entropy", "clip_fraction", "approx_kl", "ratio_max"), strict=True):
+        plot(axes, name, lines, color="0.1", linewidth=1.3, label="good: the recipe as it is")
+    finish(figure, panels, path, snapshots=snapshots(lines))
+
+
+def draw_failure(name: str, good: Sequence[dict], bad: Sequence[dict], path: Path) -> None:
+    """The numbers that tell a failure, beside the good run's."""
+    figure, panels = new_figure(3, legend=True)
+    if name == "dropout":
+        # the noise is seen best before the policy has moved, and where no token's ratio is extreme: not in the first
+        # block, in which a base that finds the demonstrations absurd learns their style
+        first, second = snapshots(good)[1:3]
+        good, bad = ([mean_of(lines, first + i, second + i) for i in range(SINCE)] for lines in (good, bad))
+    for axes, metric in zip(panels, SHOWN[name], strict=True):
+        plot(axes, metric, good, **GOOD)
+        plot(axes, metric, bad, label=TITLES[name], **BAD)
+        if name == "dropout":
+            axes.set_xlabel("steps since the snapshot")
+            for line in axes.get_lines():
+                line.set_marker(".")
+    finish(figure, panels, path, snapshots=[] if name == "dropout" else snapshots(good))
+
+
+def snapshots(lines: Sequence[dict]) -> list[int]:
+    """The steps right after a snapshot (step numbers from 1), as the recipe has them."""
+    return list(range(WARMUP + 1, lines[-1]["step"] + 1, BLOCK))
+
+
+def mean_of(lines: Sequence[dict], *steps: int) -> dict[str, float]:
+    """Means of the numbers over some steps; `step` counts from the first snapshot of the recipe."""
+    chosen = [line for line in lines if line["step"] in steps]
+    means = {name: sum(line[name] for line in chosen) / len(chosen) for name in PANELS}
+    return means | {"step": (steps[0] - WARMUP - 1) % BLOCK}
+
+
+def plot(axes: Axes, name: str, lines: Sequence[dict], **style: Any) -> None:
+    if name == "loss":
+        lines = [line for line in lines if line["loss"] < 0]  # not of the warm-up, where it is the NLL
+    axes.plot([line["step"] for line in lines], [line[name] for line in lines], **style)
+    title, unit = PANELS[name]
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(unit)
+    if name == "ratio_max":
+        axes.set_yscale("log")
+    if name == "approx_kl":
+        axes.set_yscale("symlog", linthresh=0.01)
+        axes.set_ylim(bottom=-0.003)
+
+
+def finish(figure: Figure, panels: Sequence[Axes], path: Path, *, snapshots: Sequence[int]) -> None:
+    """Thin lines at the snapshots, one legend below all panels, and the file."""
+    for axes in panels:
+        for number, step in enumerate(snapshots):
+            label = "right after a snapshot" if number == 0 else None
+            axes.axvline(step, color="0.8", linewidth=0.9, linestyle=(0, (4, 2)), zorder=0, label=label)
+    handles, labels = panels[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    save(figure, path)
+
+
+def new_figure(count: int, *, width: float = 3.3, height: float = 2.6, legend: bool = False) -> tuple[Figure, list]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(count, 3)
+    rows = -(-count // columns)
+    size = (width * columns, height * rows + (0.3 if legend else 0.0))
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.title.set_fontsize(10)
+        axes.margins(x=0.02)
+    return figure, panels
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a PNG of few colours, which is a third of the bytes."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=DPI)
+    Image.open(drawn).convert("RGB").quantize(COLOURS).save(path, optimize=True)
+    print(f"{path.name}: {path.stat().st_size / 1000:.0f} KB", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("figures", nargs="*", help=f"of clip, {', '.join(RUNS)} (default: all)")
+    parser.add_argument("--runs", type=Path, help="keep the runs in this folder, and use those that are there")
+    parser.add_argument("--output", type=Path, default=HERE / "img", help="default: docs/img")
+    options = parser.parse_args()
+    wanted = options.figures or ["clip", *RUNS]
+    unknown = set(wanted) - {"clip", *RUNS}
+    if unknown:
+        parser.error(f"no such figure: {', '.join(sorted(unknown))}")
+    quiet_libraries()
+    import torch
+
+    torch.set_num_threads(1)
+    if "clip" in wanted:
+        draw_clip(options.output / "clip.png")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.runs or Path(temporary)
+        for name in wanted:
+            if name == "good":
+                draw_good(log_of("good", folder), options.output / "good.png")
+            elif name != "clip":
+                draw_failure(name, log_of("good", folder), log_of(name, folder), options.output / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()
