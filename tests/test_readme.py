@@ -1,72 +1,143 @@
-"""README's promises that a machine can check: its commands, paths, flags and options."""
+"""README's promises that a machine can check: its commands run as they are written, its options and its tree exist."""
 
+import json
+import os
 import re
-import shlex
-from pathlib import Path
+import shutil
+import subprocess
+import sys
 
 import pytest
+import torch
+from markdown import ROOT, Block, blocks, command_lines, commands, text_of
 
-from qpsft.cli import VERBS
+from qpsft import cli
 from qpsft.config import PSFTConfig
+from qpsft.demo import tasks
+from qpsft.errors import ExportError
+from qpsft.export.llama_cpp import find_llama_cpp
 from qpsft.recipe import DataArguments, LoraArguments, ModelArguments, RunArguments, option_types
 
-ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = text_of(ROOT / "README.md")
 OPTIONS = option_types((ModelArguments, LoraArguments, DataArguments, RunArguments, PSFTConfig))
+BY_CI = ("pip install -c constraints.txt . && qpsft demo", "pip install -c constraints.txt -e '.[test]' && pytest")
+"""Lines that .ci/run runs word for word, before and after this test."""
+SMALLER = {
+    "train": ["--max_steps=2", "--per_device_train_batch_size=4", "--gradient_accumulation_steps=1", "--lora_r=4"],
+    "compare": ["--max_steps=2", "--seeds=1", "--eval_rows=4", "--out_of_domain_rows=2", "--k=0", "--arms=sft,psft"],
+    "evaluate": ["--limit=2", "--k=1", "--max_new_tokens=8"],
+}
+"""Added to commands so that they take seconds; everything else is as the README has it."""
+PROMISED = ("adapter_model.safetensors", "tokenizer.json", "README.md", "metrics.jsonl", "training.png", "recipe.yaml")
+"""What the README says a run's folder holds."""
 
 
-def bash_blocks() -> list[str]:
-    return re.findall(r"```bash\n(.*?)```", README, flags=re.S)
-
-
-def commands() -> list[list[str]]:
-    lines = [line.split("#")[0].strip() for block in bash_blocks() for line in block.splitlines()]
-    parts = [part.strip() for line in lines for part in line.split("&&")]
-    return [shlex.split(part) for part in parts if part]
+def shell_blocks() -> list[Block]:
+    return blocks(README, "bash", "sh", "console")
 
 
 def test_its_two_commands_are_the_ones_ci_runs():
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    for command in (
-        "pip install -c constraints.txt . && qpsft demo",
-        "pip install -c constraints.txt -e '.[test]' && pytest",
-    ):
-        assert any(command in block for block in bash_blocks())
-        assert command.replace("pip install", "pip install -q") in ci
+    lines = [line for block in shell_blocks() for line in command_lines(block.text)]
+    for line in BY_CI:
+        assert line in lines
+        assert line.replace("pip install", "pip install -q") in ci
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if c[0] == "qpsft"], ids=" ".join)
-def test_every_qpsft_command_names_a_verb_and_flags_it_has(command, capsys):
-    from qpsft import cli
+def test_marks_say_what_a_block_needs():
+    marks = re.findall(r"<!-- test: (.*?) -->", README)
+    assert all(mark.startswith("needs ") for mark in marks), marks
+    assert len(marks) == sum(bool(block.mark) for block in blocks(README)), "a mark stands before no fence"
 
-    assert command[1] in VERBS
-    flags = [word.split("=")[0] for word in command if word.startswith("--")]
-    if command[1] in ("train", "preview"):
-        assert all(flag[2:] in OPTIONS for flag in flags)
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """A folder as the README's reader has it: the repository's recipes, a recipe of his own, rows, and a test set.
+
+    The recipe is the README's, word for word but for the base, which needs no download.
+    """
+    folder = tmp_path_factory.mktemp("workshop")
+    for name in ("adapters", "benchmarks", "docs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("results", "comparison", "img"))
+    (folder / "tests").mkdir()
+    shutil.copytree(ROOT / "tests" / "recipes", folder / "tests" / "recipes")
+    recipe = blocks(README, "yaml")[0].text
+    assert "model_name_or_path:" in recipe and "dataset_name: my/rows.jsonl" in recipe
+    (folder / "my").mkdir()
+    mine = re.sub(r"(?<=model_name_or_path: )\S+", "demo", recipe)
+    (folder / "my" / "recipe.yaml").write_text(mine, encoding="utf-8")
+    rows = [{name: row[name] for name in ("prompt", "completion")} for row in tasks.demonstrations("clean", 48)]
+    for name, part in (("my/rows.jsonl", rows[:40]), ("test.jsonl", rows[40:])):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+    return folder
+
+
+def run_line(line: str) -> None:
+    """Runs a line of a shell block; a single qpsft command in this process, which has torch loaded already."""
+    words, *others = commands(line)
+    if words[0] == "qpsft" and not others:
+        assert cli.main(words[1:] + SMALLER.get(words[1], [])) == 0, line
         return
+    shell = (
+        f'qpsft() {{ "{sys.executable}" -m qpsft "$@"; }}\npython() {{ "{sys.executable}" "$@"; }}\nset -e\n{line}\n'
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "-c", shell], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+
+
+def has_converter() -> bool:
+    """Whether llama.cpp's converters are in the cache, or can be downloaded."""
     try:
-        cli.main([command[1], "--help"])
-    except SystemExit:
-        pass
-    help_text = capsys.readouterr().out
-    assert all(flag in help_text for flag in flags)
+        return find_llama_cpp(verbose=False).is_dir()
+    except ExportError as error:
+        if "could not download" in error.what:
+            return False
+        raise
 
 
-def test_every_path_it_links_or_names_exists():
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
-    named = re.findall(r"`((?:tests|benchmarks|adapters|docs|qpsft)/[\w./-]+)`", README)
-    in_commands = re.findall(r"(?:python|train|compare) ((?:tests|benchmarks|adapters)/[\w./-]+)", README)
-    assert links and named and in_commands
-    for path in {*links, *named, *in_commands}:
-        assert (ROOT / path).exists(), path
+@pytest.mark.filterwarnings("ignore")
+def test_its_shell_blocks_run_in_order(workshop, monkeypatch):
+    """Every line of every block without a mark, as written (see SMALLER), one after the other in one folder."""
+    monkeypatch.chdir(workshop)
+    ran = []
+    for block in shell_blocks():
+        for line in command_lines(block.text):
+            needs_converter = re.search(r"--to (gguf|ollama)", line) and not has_converter()
+            if block.mark or line in BY_CI or line.startswith("pip install") or needs_converter:
+                continue
+            run_line(line)
+            ran.append(line)
+    assert len(ran) >= 5, ran
+    assert all((workshop / "runs" / "mine" / name).is_file() for name in PROMISED)
+    assert (workshop / "runs" / "mine-merged" / "config.json").is_file()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_its_python_blocks_run(workshop, monkeypatch):
+    """As written, but for the base."""
+    from datasets import Dataset
+
+    monkeypatch.chdir(workshop)
+    torch.manual_seed(0)
+    written = blocks(README, "python")
+    assert written
+    for number, block in enumerate(written):
+        if block.mark:
+            continue
+        code = re.sub(r'load_base\("[^"]+"\)', 'load_base("demo", verbose=False)', block.text)
+        code = code.replace("runs/mine", f"runs/python-{number}")
+        rows = [json.loads(line) for line in (workshop / "my" / "rows.jsonl").read_text().splitlines()[:16]]
+        exec(compile(code, "README.md", "exec"), {"rows": Dataset.from_list(rows)})
 
 
 def test_every_option_in_its_recipes_and_tables_exists():
-    for block in re.findall(r"```yaml\n(.*?)```", README, flags=re.S):
-        for name in re.findall(r"^\s*(\w+):", block, flags=re.M):
+    for block in blocks(README, "yaml"):
+        for name in re.findall(r"^\s*(\w+):", block.text, flags=re.M):
             assert name in OPTIONS, name
     for name, default in re.findall(r"^\| `(\w+)` \| (\S+) \|", README, flags=re.M):
-        assert float(default) == float(getattr(PSFTConfig, name)), name
+        if name in OPTIONS:
+            assert float(default) == float(getattr(PSFTConfig, name)), name
 
 
 def test_its_tree_names_what_is_there():
