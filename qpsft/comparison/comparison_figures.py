@@ -27,6 +27,8 @@ STYLES: dict[str, dict[str, Any]] = {
 """Colours that differ in hue and in lightness, a dash and a marker for each arm."""
 BASE = {"color": "0.45", "linestyle": (0, (1, 1.5)), "linewidth": 1.2}
 PANEL = (4.6, 3.3)
+ENTRY_WIDTH = 1.35
+"""Inches that a legend's entry takes: the longest arm name, its line and the gap behind it."""
 
 
 def figures(comparison: Comparison) -> dict[str, tuple[str, Figure]]:
@@ -64,7 +66,9 @@ def _new(panels: int, columns: int = 3) -> tuple[Figure, list[Axes]]:
 
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 8), frameon=False, fontsize=9)
+    fitting = max(1, int(figure.get_figwidth() / ENTRY_WIDTH))
+    columns = -(-len(labels) // -(-len(labels) // fitting))  # as even rows as the width allows
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
 def _curves(comparison: Comparison) -> Figure:
