@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from pathlib import Path
 from typing import TextIO
@@ -90,8 +91,9 @@ def do_part(part: str, output: Path, jobs: int) -> None:
         print("stories: left out, ../shared with stories260K and GSM8K is not here")
         return
     print(f"\n== {part}", flush=True)
-    common = {"results_dir": str(output / "results"), "jobs": str(jobs)}
-    loaded, options = load_comparison(recipe, [f"--output_dir={output / part}"], given | common)
+    # relative: the records hold it, and nobody needs the maker's folders
+    common = {"results_dir": os.path.relpath(output / "results"), "jobs": str(jobs)}
+    loaded, options = load_comparison(recipe, [f"--output_dir={os.path.relpath(output / part)}"], given | common)
     found = str(study_noise(loaded, options)) if part == "noise" else render(compare_loaded(loaded, options))
     (output / part / "summary.txt").write_text(found + "\n", encoding="utf-8")
     print(f"\n{found}", flush=True)
