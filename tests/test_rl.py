@@ -1,6 +1,7 @@
 """From supervised fine-tuning to RL: an adapter of qpsft in TRL's GRPOTrainer, and benchmarks/rl_start.py."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from peft import PeftModel
 from small_runs import make_base, make_trainer, policy, same
 
 from qpsft import float32_adapter
-from qpsft.adapter import save_adapter
+from qpsft.adapter import add_adapter, save_adapter
 from qpsft.base import load_base
 from qpsft.comparison.compared_run import keep_result
 from qpsft.demo import tasks
+from qpsft.recipe import LoraArguments
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -126,6 +128,19 @@ def test_float32_adapter_gives_the_gradients_back_when_the_trainer_cannot_be_mad
         assert not policy(model)
         1 / 0  # noqa: B018
     assert sorted(policy(model)) == before
+
+
+def test_the_script_of_the_documentation_runs(tmp_path, monkeypatch):
+    text = (BENCHMARKS.parent / "docs" / "rl.md").read_text()
+    three_lines, script = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    for line in three_lines.splitlines():
+        assert line.split("(")[0].strip() in script  # the same calls
+    monkeypatch.chdir(tmp_path)
+    save_adapter(add_adapter(load_base("demo", verbose=False)[0], LoraArguments(lora_r=2)), tmp_path / "qpsft-demo")
+    assert "max_steps=30" in script and "max_completion_length=56" in script
+    script = script.replace("max_steps=30", "max_steps=1, report_to=[], disable_tqdm=True")
+    exec(compile(script.replace("length=56", "length=4"), "docs/rl.md", "exec"), {"__name__": "docs"})
+    assert (tmp_path / "runs" / "grpo" / "adapter_model.safetensors").is_file()
 
 
 def test_the_reward_is_the_verifier_s_and_the_prompts_are_neither_demonstrated_nor_tested(rl_start):
