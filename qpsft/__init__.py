@@ -9,16 +9,18 @@ if TYPE_CHECKING:
     from qpsft.base import load_base
     from qpsft.config import PSFTConfig
     from qpsft.losses import psft_loss
+    from qpsft.policy import float32_adapter
     from qpsft.reference import ReferencePolicy
     from qpsft.trainer import PSFTTrainer
 
 __version__ = "0.1.0"
-__all__ = ["PSFTConfig", "PSFTTrainer", "ReferencePolicy", "load_base", "psft_loss"]
+__all__ = ["PSFTConfig", "PSFTTrainer", "ReferencePolicy", "float32_adapter", "load_base", "psft_loss"]
 
 _HOME = {
     "PSFTConfig": "qpsft.config",
     "PSFTTrainer": "qpsft.trainer",
     "ReferencePolicy": "qpsft.reference",
+    "float32_adapter": "qpsft.policy",
     "load_base": "qpsft.base",
     "psft_loss": "qpsft.losses",
 }

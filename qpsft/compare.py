@@ -145,7 +145,7 @@ def run_arms(arms: Sequence[Arm], recipe: Recipe, options: CompareOptions, runs:
         rates[name] = choose_rate(scores, sign)
     rates |= {arm.name: rates[rate_source(arm, arms)] for arm in arms if arm not in own}
     last = {arm.name: {seed: spec(arm.name, rates[arm.name], seed) for seed in seeds} for arm in arms}
-    done |= runs.do([s for by_seed in last.values() for s in by_seed.values()])
+    done |= runs.do([s for by_seed in last.values() for s in by_seed.values() if s not in done])
     found = Found(done[base], {arm.name: rates[arm.name] for arm in arms})
     for arm in arms:
         specs = {rate: dict(by_seed) for rate, by_seed in tuning.get(arm.name, {}).items()}

@@ -21,7 +21,7 @@ from qpsft.config import PSFTConfig
 from qpsft.errors import RecipeError, TrainingError
 from qpsft.last_visit import LastVisit
 from qpsft.losses import NotFiniteError, dft_loss, loss_statistics, nll_loss, psft_loss
-from qpsft.policy import adapter_parameters, default_config, noise_sources, prepare_policy
+from qpsft.policy import default_config, float32_adapter, noise_sources, prepare_policy
 from qpsft.reference import ReferencePolicy
 from qpsft.schedule import BlockSampler, BlockSchedule, StepPosition
 from qpsft.statistics import RunStatistics
@@ -77,17 +77,12 @@ class PSFTTrainer(SFTTrainer):
             raise RecipeError("compute_loss_func is not supported: the loss is loss_type's.", "Use trl.SFTTrainer.")
         set_seed(args.seed)  # the adapter's initial values are random
         model = prepare_policy(model, args, peft_config, quantization_config)
-        trainable = adapter_parameters(model)
         loss_type, args.loss_type = args.loss_type, "nll" if args.loss_type == "psft" else args.loss_type
         try:
-            # SFTTrainer casts a quantized model's trainable parameters to bfloat16, too coarse for small steps
-            for parameter in trainable:
-                parameter.requires_grad_(False)
-            super().__init__(model, args, **kwargs)
+            with float32_adapter(model):
+                super().__init__(model, args, **kwargs)
         finally:
             args.loss_type = loss_type
-            for parameter in trainable:
-                parameter.requires_grad_(True)
 
         if self._visits() > 1 and not has_length(self.train_dataset):
             raise RecipeError(

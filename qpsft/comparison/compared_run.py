@@ -36,6 +36,7 @@ from qpsft.comparison.compared_evaluation import EpochEvaluation, Measurement, m
 from qpsft.config import PSFTConfig
 from qpsft.console import ConsoleCallback, read_metrics
 from qpsft.recipe import COMMON_TRAINER_OPTIONS, LoraArguments, ModelArguments, Recipe
+from qpsft.trainer import PSFTTrainer
 
 RESULT = "result.json"
 FORMAT = 1
@@ -239,7 +240,8 @@ def load_setting(setting: Setting) -> tuple[Any, Any]:
     )
 
 
-def _train(spec: RunSpec, setting: Setting, model: Any, tokenizer: Any, folder: Path) -> dict[str, Any]:
+def make_run_trainer(spec: RunSpec, setting: Setting, model: Any, tokenizer: Any, folder: Path) -> PSFTTrainer:
+    """The trainer of a run, on a base as `load_setting` returns it; `folder` is emptied."""
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off
     folder.mkdir(parents=True)
     arguments = PSFTConfig(
@@ -254,10 +256,14 @@ def _train(spec: RunSpec, setting: Setting, model: Any, tokenizer: Any, folder: 
         report_to=[],
     )
     torch.manual_seed(spec.seed)
-    model = add_adapter(model, setting.lora)
-    trainer = runs.make_trainer(model, tokenizer, arguments, setting.data.train, folder)
-    watch = EpochEvaluation(tokenizer, setting.data, setting.how, spec.label)
+    trainer = runs.make_trainer(add_adapter(model, setting.lora), tokenizer, arguments, setting.data.train, folder)
     trainer.remove_callback(ConsoleCallback)
+    return trainer
+
+
+def _train(spec: RunSpec, setting: Setting, model: Any, tokenizer: Any, folder: Path) -> dict[str, Any]:
+    trainer = make_run_trainer(spec, setting, model, tokenizer, folder)
+    watch = EpochEvaluation(tokenizer, setting.data, setting.how, spec.label)
     trainer.add_callback(watch)
     started = time.perf_counter()
     trainer.train()

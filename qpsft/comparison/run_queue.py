@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
@@ -19,17 +20,27 @@ from qpsft.quiet import quiet_worker
 Result = dict[str, Any]
 
 
+class TimeUp(Exception):
+    """The time is up before all runs are done; those that were begun are done and kept."""
+
+
 class RunQueue:
     """Does runs that have no result yet, `jobs` at a time, and says how far it is.
+
+    Args:
+        deadline: a moment of `time.monotonic()`: no run is begun that would not be done by then, going by the longest
+            so far; then `do` raises TimeUp.
 
     Attributes:
         reused, done: how many results were found, and how many were made.
     """
 
-    def __init__(self, setting: Setting, results: Path, jobs: int):
+    def __init__(self, setting: Setting, results: Path, jobs: int, deadline: float = math.inf):
         self.setting = setting
         self.reused = 0
         self.done = 0
+        self._deadline = deadline
+        self._longest = 0.0
         self._results = results
         self._jobs = jobs
         self._pool: ProcessPoolExecutor | None = None
@@ -51,10 +62,16 @@ class RunQueue:
     def expect(self, runs: int) -> None:
         """How many runs there will be, repeated ones included."""
         self._left = runs
+        if self._bar is not None:
+            self._bar.close()
         self._bar = tqdm(total=runs, unit="run", disable=None, leave=False)
 
     def do(self, specs: Sequence[RunSpec]) -> dict[RunSpec, Result]:
-        """The results of these runs, made or found. Specs that come to the same run share it."""
+        """The results of these runs, made or found. Specs that come to the same run share it.
+
+        Raises:
+            TimeUp: see `deadline`. QpsftError: a run fails.
+        """
         by_key: dict[str, list[RunSpec]] = {}
         for spec in specs:
             by_key.setdefault(spec.key(self.setting), []).append(spec)
@@ -89,24 +106,32 @@ class RunQueue:
     def _work(self, missing: list[tuple[str, list[RunSpec]]]) -> Iterator[tuple[str, list[RunSpec], Result]]:
         if self._jobs == 1:
             for key, same in missing:
+                if not self._is_time_left():
+                    raise TimeUp
                 started = time.perf_counter()
                 result = do_run(same[0], self.setting, self._results)
                 if same[0].method:  # the base is only measured: its time says nothing about the others
                     self._seconds += time.perf_counter() - started
+                    self._longest = max(self._longest, time.perf_counter() - started)
                 yield key, same, result
             return
         if self._pool is None and missing:
             context = multiprocessing.get_context("spawn")  # a forked torch may hang
             self._pool = ProcessPoolExecutor(self._jobs, context, quiet_worker)
-        futures: dict[Future, tuple[str, list[RunSpec]]] = {
-            self._pool.submit(do_run, same[0], self.setting, self._results): (key, same) for key, same in missing
-        }
-        while futures:
+        waiting = list(missing)
+        running: dict[Future, tuple[str, list[RunSpec], float]] = {}
+        while waiting or running:
+            while waiting and len(running) < self._jobs and self._is_time_left():
+                key, same = waiting.pop(0)
+                future = self._pool.submit(do_run, same[0], self.setting, self._results)
+                running[future] = (key, same, time.perf_counter())
+            if not running:
+                raise TimeUp
             started = time.perf_counter()
-            finished, _ = wait(futures, return_when=FIRST_COMPLETED)
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
             self._seconds += time.perf_counter() - started
             for future in finished:
-                key, same = futures.pop(future)
+                key, same, begun = running.pop(future)
                 try:
                     result = future.result()
                 except BrokenProcessPool as error:
@@ -114,7 +139,12 @@ class RunQueue:
                         f"A worker process was killed during {same[0].label}, perhaps for lack of memory.",
                         "Repeat with fewer --jobs; finished runs are kept.",
                     ) from error
+                if same[0].method:
+                    self._longest = max(self._longest, time.perf_counter() - begun)
                 yield key, same, result
+
+    def _is_time_left(self) -> bool:
+        return time.monotonic() + self._longest < self._deadline
 
     def _line(self, result: Result) -> str:
         metrics, seconds = result["points"][-1]["metrics"], result["seconds"]

@@ -9,15 +9,22 @@ destroyed by the rounding.
 from __future__ import annotations
 
 import argparse
+import collections
+import contextlib
+import itertools
 import math
+import multiprocessing
 import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -33,6 +40,9 @@ ROWS_AT_A_TIME = 64
 PROMPT_WEIGHT = 0.1
 """What a prompt token counts for in the loss; a completion token counts 1."""
 BLOCK_SIZE = 64
+NOT_DECISIVE = ("output", "rows", "threads", "workers", "save_every")
+"""Arguments that do not change what is made."""
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def new_model(tokenizer: Any, hidden: int = HIDDEN, layers: int = LAYERS) -> LlamaForCausalLM:
@@ -53,35 +63,54 @@ def new_model(tokenizer: Any, hidden: int = HIDDEN, layers: int = LAYERS) -> Lla
     return LlamaForCausalLM(config)
 
 
-def batches(tokenizer: Any, size: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless `(ids, weights)`, each (batch, sequence): token ids padded on the right, and what each counts for."""
+def batches(tokenizer: Any, size: int, seed: int, workers: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless `(ids, weights)`, each (batch, sequence): token ids padded on the right, and what each counts for.
+
+    Args:
+        workers: processes that make rows ahead of time; 0: made here. The batches are the same ones.
+    """
     shuffler = random.Random(f"batches:{seed}")
-    chunk = 0
-    while True:
-        rows = list(tasks.pretraining_rows(size * ROWS_AT_A_TIME, seed=f"{seed}:{chunk}"))
-        chunk += 1
-        # Rendered by hand: the same as the chat template (tested), which is too slow for millions of rows.
-        prompts = [f"<s><|user|>{row['prompt'][0]['content']}<|end|><|assistant|>" for row in rows]
-        answers = [f"{row['completion'][0]['content']}<|end|>" for row in rows]
-        pairs = list(zip(tokenizer(prompts)["input_ids"], tokenizer(answers)["input_ids"], strict=True))
-        pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
-        starts = list(range(0, len(pairs), size))
-        shuffler.shuffle(starts)
-        for start in starts:
-            part = pairs[start : start + size]
-            width = max(len(prompt) + len(answer) for prompt, answer in part)
-            ids = torch.full((len(part), width), tokenizer.pad_token_id)
-            weights = torch.zeros(len(part), width)
-            for i, (prompt, answer) in enumerate(part):
-                end = len(prompt) + len(answer)
-                ids[i, :end] = torch.tensor(prompt + answer)
-                weights[i, : len(prompt)] = PROMPT_WEIGHT
-                weights[i, len(prompt) : end] = 1.0
-            yield ids, weights
+    make = partial(_make_chunk, tokenizer, size, seed)
+    with contextlib.ExitStack() as stack:
+        if workers:
+            pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))  # a forked torch may hang
+            stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+            ahead = collections.deque(pool.submit(make, chunk) for chunk in range(2 * workers))
+        for chunk in itertools.count():
+            if workers:
+                ahead.append(pool.submit(make, chunk + 2 * workers))
+            parts = ahead.popleft().result() if workers else make(chunk)
+            shuffler.shuffle(parts)
+            for ids, weights in parts:
+                yield torch.from_numpy(ids).long(), torch.from_numpy(weights)
+
+
+def _make_chunk(tokenizer: Any, size: int, seed: int, chunk: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """`ROWS_AT_A_TIME` batches, shortest rows first: ids (int16) and weights (float32)."""
+    rows = list(tasks.pretraining_rows(size * ROWS_AT_A_TIME, seed=f"{seed}:{chunk}"))
+    # Rendered by hand: the same as the chat template (tested), which is too slow for millions of rows.
+    prompts = [f"<s><|user|>{row['prompt'][0]['content']}<|end|><|assistant|>" for row in rows]
+    answers = [f"{row['completion'][0]['content']}<|end|>" for row in rows]
+    pairs = list(zip(tokenizer(prompts)["input_ids"], tokenizer(answers)["input_ids"], strict=True))
+    pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
+    parts = []
+    for start in range(0, len(pairs), size):
+        part = pairs[start : start + size]
+        width = max(len(prompt) + len(answer) for prompt, answer in part)
+        ids = np.full((len(part), width), tokenizer.pad_token_id, dtype=np.int16)
+        weights = np.zeros((len(part), width), dtype=np.float32)
+        for i, (prompt, answer) in enumerate(part):
+            end = len(prompt) + len(answer)
+            ids[i, :end] = prompt + answer
+            weights[i, : len(prompt)] = PROMPT_WEIGHT
+            weights[i, len(prompt) : end] = 1.0
+        parts.append((ids, weights))
+    return parts
 
 
 def losses(model: LlamaForCausalLM, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted mean negative log-likelihood to train on, and the completion's alone to report; nats per token."""
+    ids, weights = ids.to(model.device, non_blocking=True), weights.to(model.device, non_blocking=True)
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
     weights = weights[:, 1:]
@@ -132,8 +161,12 @@ def train(
     done: int = 0,
     optimizer_states: list[dict] | None = None,
     save: Callable[[int, list[dict]], None] | None = None,
+    save_every: int = 500,
 ) -> None:
-    """Train `model` in place from step `done` + 1 on; `save(step, optimizer_states)` is called every 500 steps."""
+    """Train `model` in place from step `done` + 1 on; `save(step, optimizer_states)` every `save_every` steps.
+
+    On CUDA the products are computed in bfloat16.
+    """
     quantized = quantized_weights(model)
     matrices = [p for name, p in model.named_parameters() if name in quantized]
     others = [p for name, p in model.named_parameters() if name not in quantized]
@@ -154,7 +187,8 @@ def train(
             exact = {name: p.data for name, p in model.named_parameters()}
             for name, p in model.named_parameters():
                 p.data = as_shipped(name, exact[name], quantized)
-        loss, completion = losses(model, ids, weights)
+        with torch.autocast("cuda", torch.bfloat16, enabled=model.device.type == "cuda"):
+            loss, completion = losses(model, ids, weights)
         loss.backward()
         if stretch.quantize:
             for name, p in model.named_parameters():
@@ -163,11 +197,11 @@ def train(
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        window = [*window[-99:], completion.item()]
+        window = [*window[-99:], completion]  # not read yet: that would wait for the device
         if step % 100 == 0 or step == stretch.steps:
-            mean, seconds = sum(window) / len(window), time.time() - started
+            mean, seconds = torch.stack(window).double().mean().item(), time.time() - started
             print(f"{stretch.label} step {step}/{stretch.steps} loss {mean:.4f} seconds {seconds:.0f}", flush=True)
-        if save is not None and step % 500 == 0:
+        if save is not None and step % save_every == 0:
             save(step, [optimizer.state_dict() for optimizer in optimizers])
 
 
@@ -194,36 +228,29 @@ def print_table(folder: Path, split: str, rows: int) -> dict[str, float]:
     return nf4
 
 
-def make(arguments: argparse.Namespace) -> None:
-    """Tokenizer, both stretches, table; the finished folder replaces `arguments.output`.
+def train_stretches(
+    model: LlamaForCausalLM,
+    data: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    arguments: argparse.Namespace,
+    state_path: Path,
+    saved: Callable[[], None],
+) -> None:
+    """Trains `model` in place, full precision first, from where the state in `state_path` is, if there is one.
 
-    The work lies in a hidden folder beside the output until it is done; the same command goes on from there.
+    Raises:
+        OutputError: the state is of other arguments.
     """
-    output: Path = arguments.output
-    partial = output.with_name(f".{output.name}.partial")
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"Cannot write beside {output}: {error}.", "Choose another --output.") from error
-    torch.manual_seed(arguments.seed)
-    rows = tasks.pretraining_rows(20_000, seed=arguments.seed)
-    make_tokenizer((m["content"] for row in rows for m in row["prompt"] + row["completion"]), partial, CONTEXT)
-    tokenizer = AutoTokenizer.from_pretrained(partial)
-    model = new_model(tokenizer, arguments.hidden, arguments.layers)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} pieces", flush=True)
-    data = batches(tokenizer, arguments.batch_size, arguments.seed)
     stretches = (
         Stretch("pretraining", arguments.steps, arguments.learning_rate, quantize=False),
         Stretch("quantization-aware", arguments.qat_steps, arguments.qat_learning_rate, quantize=True),
     )
-    state_path = partial / "state.pt"
-    settings = {name: value for name, value in vars(arguments).items() if name not in ("output", "rows", "threads")}
+    settings = {name: value for name, value in vars(arguments).items() if name not in NOT_DECISIVE}
     state = {"settings": settings, "stretch": 0, "step": 0, "model": model.state_dict(), "optimizers": None}
     if state_path.exists():
-        state = torch.load(state_path)
+        state = torch.load(state_path, map_location=arguments.device)
         if state["settings"] != settings:
             raise OutputError(
-                f"{partial} holds an unfinished model made with other options: {state['settings']}.",
+                f"{state_path.parent} holds an unfinished model made with other options: {state['settings']}.",
                 "Finish it with those, or delete the folder.",
             )
         model.load_state_dict(state["model"])
@@ -233,22 +260,53 @@ def make(arguments: argparse.Namespace) -> None:
     for index in range(state["stretch"], len(stretches)):
 
         def save(step: int, optimizers: list[dict], index: int = index) -> None:
-            saved = {"settings": settings, "stretch": index, "step": step, "model": model.state_dict()}
-            torch.save({**saved, "optimizers": optimizers}, state_path.with_suffix(".new"))
+            now = {"settings": settings, "stretch": index, "step": step, "model": model.state_dict()}
+            torch.save({**now, "optimizers": optimizers}, state_path.with_suffix(".new"))
             state_path.with_suffix(".new").replace(state_path)
+            saved()
 
         resumed = (state["step"], state["optimizers"]) if index == state["stretch"] else (0, None)
-        train(model, data, stretches[index], *resumed, save=save)
+        train(model, data, stretches[index], *resumed, save=save, save_every=arguments.save_every)
+
+
+def make(arguments: argparse.Namespace, saved: Callable[[], None] = lambda: None) -> None:
+    """Tokenizer, both stretches, table; the finished folder replaces `arguments.output`.
+
+    The work lies in a hidden folder beside the output until it is done; the same command goes on from there.
+
+    Args:
+        arguments: of `parser`.
+        saved: called whenever the state is on disk; may raise to stop there.
+    """
+    output: Path = arguments.output
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"Cannot write beside {output}: {error}.", "Choose another --output.") from error
+    torch.manual_seed(arguments.seed)
+    if arguments.tokenizer:
+        for name in TOKENIZER_FILES:
+            shutil.copy(Path(arguments.tokenizer) / name, partial)
+    else:
+        rows = tasks.pretraining_rows(20_000, seed=arguments.seed)
+        make_tokenizer((m["content"] for row in rows for m in row["prompt"] + row["completion"]), partial, CONTEXT)
+    tokenizer = AutoTokenizer.from_pretrained(partial)
+    model = new_model(tokenizer, arguments.hidden, arguments.layers).to(arguments.device)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} pieces", flush=True)
+    with contextlib.closing(batches(tokenizer, arguments.batch_size, arguments.seed, arguments.workers)) as data:
+        train_stretches(model, data, arguments, partial / "state.pt", saved)
     write_model(model, partial)
-    print_table(partial, "validation", arguments.rows)
-    state_path.unlink(missing_ok=True)
+    if arguments.rows:
+        print_table(partial, "validation", arguments.rows)
+    (partial / "state.pt").unlink(missing_ok=True)
     if output.exists():
         shutil.rmtree(output)
     partial.rename(output)
 
 
-def main() -> int:
-    """Parse the command line and make the model."""
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m qpsft.demo.pretrain", description="Make the embedded base model.")
     parser.add_argument("--output", type=Path, default=MODEL_DIR, help="folder to write (default: the package's)")
     parser.add_argument("--steps", type=int, default=3400, help="full-precision steps")
@@ -258,10 +316,19 @@ def main() -> int:
     parser.add_argument("--batch_size", type=int, default=64, help="rows a step")
     parser.add_argument("--hidden", type=int, default=HIDDEN, help="hidden size")
     parser.add_argument("--layers", type=int, default=LAYERS, help="layers")
-    parser.add_argument("--rows", type=int, default=512, help="rows a set for the final table")
+    parser.add_argument("--rows", type=int, default=512, help="rows a set for the final table; 0: none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="processor cores to use; 1 on a busy machine")
-    arguments = parser.parse_args()
+    parser.add_argument("--device", default="cpu", help="cuda computes in bfloat16")
+    parser.add_argument("--workers", type=int, default=0, help="processes that make rows ahead of time")
+    parser.add_argument("--save_every", type=int, default=500, help="steps between two saved states")
+    parser.add_argument("--tokenizer", help="folder of a tokenizer to take instead of making one")
+    return parser
+
+
+def main() -> int:
+    """Parse the command line and make the model."""
+    arguments = parser().parse_args()
     torch.set_num_threads(arguments.threads)
     started = time.time()
     try:
