@@ -26,7 +26,7 @@ FLOORS = [
         "data",
         "dataset.preview",
     }
-    | {"checkpoint", "base_record", "base", "adapter", "policy", "last_visit"},
+    | {"checkpoint", "base_record", "base", "adapter", "policy", "last_visit", "precision", "loss_scaling"},
     {
         "trainer",
         "console",
