@@ -310,6 +310,8 @@ class PSFTTrainer(SFTTrainer):
         """Adds the numbers of DESIGN §2 as token means over the steps since the last log, all processes together."""
         if self.model.training:
             numbers = self._statistics.read(self.accelerator)
+            if numbers and self.accelerator.scaler is not None:
+                numbers["loss_scale"] = self.accelerator.scaler.get_scale()
             self._metrics["train"].update({name: [value] for name, value in numbers.items()})
             self._total_train_tokens = self._statistics.num_tokens  # SFTTrainer logs it with evaluations
         super().log(logs, start_time)

@@ -98,8 +98,8 @@ def state(made):
 
 
 def lines(made):
-    clocks = ("tokens_per_second",)
-    return [{k: v for k, v in line.items() if k not in clocks} for line in log_lines(made)]
+    other = ("tokens_per_second", "loss_scale")
+    return [{k: v for k, v in line.items() if k not in other} for line in log_lines(made)]
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -113,6 +113,7 @@ def test_a_run_with_overflows_equals_the_run_without(base, tmp_path, plan):
     assert rough.accelerator.scaler.get_scale() == smooth.accelerator.scaler.get_scale() == 1.0
     assert same(state(rough), state(smooth))
     assert lines(rough) == lines(smooth)
+    assert [line["loss_scale"] for line in log_lines(rough)][:4] == [SCALE / 2, SCALE / 8, SCALE / 8, SCALE / 16]
     windows = {step: [ids for s, ids in smooth.seen if s == step] for step in range(9)}
     for step, window in windows.items():  # the same mini-batch in every attempt, and none was lost
         assert same([ids for s, ids in rough.seen if s == step], window * (OVERFLOWS.get(step, 0) + 1))
