@@ -43,8 +43,8 @@ class ModelArguments:
     double_quant: bool = _option(True, "Quantize the quantization constants too: 0.37 bits per weight less.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "auto",
-        "Compute dtype. auto: bfloat16 on CUDA sm >= 80; on older cards float16, or float32 for models that overflow in it "
-        "(Gemma 2 and newer, …); float32 on the CPU.",
+        "Compute dtype. auto: bfloat16 on CUDA sm >= 80; on older cards float16, or float32 for models that "
+        "overflow in it (Gemma 2 and newer, …); float32 on the CPU.",
     )
     attn_implementation: str | None = _option(None, "sdpa, eager, flash_attention_2, …; transformers chooses if unset.")
 
