@@ -110,8 +110,17 @@ class PSFTConfig(SFTConfig):
                 "Use dtype float32 or bfloat16 there.",
             )
         check_optimizer(self.optim, hardware_of(device))
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # the adapter's are all used; looking for others costs each step
         super().__post_init__()
+        self._n_gpu = min(
+            1, self.n_gpu
+        )  # several cards need several processes: torch's DataParallel ruins 4-bit weights
         self._check_scheduler()
+        if self.world_size > 1 and not self.average_tokens_across_devices:
+            raise RecipeError(
+                "average_tokens_across_devices: false is not supported: N counts the tokens of all processes."
+            )
         if self.accelerator_config.split_batches:
             raise RecipeError("split_batches is not supported.", "Give per_device_train_batch_size per process.")
 

@@ -220,7 +220,13 @@ def pick_device(device: torch.device | str = "auto") -> torch.device:
             return torch.device("cuda", torch.cuda.current_device())
         return device
     if torch.cuda.is_available():
-        rank = os.environ.get("LOCAL_RANK")
+        rank, cards = os.environ.get("LOCAL_RANK"), torch.cuda.device_count()
+        if rank is not None and int(rank) >= cards:
+            raise BaseModelError(
+                f"{int(os.environ.get('LOCAL_WORLD_SIZE', int(rank) + 1))} processes were started on a machine with "
+                f"{cards} GPU(s).",
+                f"Start {cards}: `torchrun --nproc_per_node {cards} …`.",
+            )
         return torch.device("cuda", torch.cuda.current_device() if rank is None else int(rank))
     if hasattr(torch, "xpu") and torch.xpu.is_available():
         return torch.device("xpu", torch.xpu.current_device())

@@ -25,6 +25,7 @@ from qpsft.config import PSFTConfig
 from qpsft.console import ConsoleCallback, MetricsCallback, read_metrics
 from qpsft.data import TokenizedRows, load_dataset
 from qpsft.errors import OutputError, QpsftError, RecipeError
+from qpsft.processes import from_main, is_main
 from qpsft.recipe import Recipe
 from qpsft.report import draw_training
 from qpsft.resume import checkpoints, newest_complete_checkpoint, remove_folder
@@ -78,7 +79,7 @@ class RunSummary:
 
 
 def train(recipe: Recipe) -> RunSummary:
-    """Trains an adapter as `recipe` says and writes it to the recipe's `output_dir`.
+    """Trains an adapter as `recipe` says and writes it to the recipe's `output_dir`; in one process or several.
 
     Raises:
         QpsftError: every mistake a user can make, before training starts wherever it can be seen before.
@@ -91,13 +92,14 @@ def train(recipe: Recipe) -> RunSummary:
         if not value:
             raise RecipeError(f"{name} is missing.", f"Write `{name}: …` in the recipe or give --{name}.")
     folder = Path(arguments.output_dir)
-    check_output(folder, resume=recipe.run.resume, overwrite=recipe.run.overwrite)
+    from_main(lambda: check_output(folder, resume=recipe.run.resume, overwrite=recipe.run.overwrite))
 
     source = {"revision": recipe.model.model_revision, "trust_remote_code": arguments.trust_remote_code}
     tokenizer = load_tokenizer(recipe.model.model_name_or_path, **source)
-    rows = load_dataset(recipe.data, tokenizer, arguments.max_length)
+    rows = from_main(lambda: load_dataset(recipe.data, tokenizer, arguments.max_length))
     train_rows, held_out = hold_out(rows, recipe.run.held_out_rows, arguments.seed)
-    print(data_line(rows, len(train_rows), len(held_out)), flush=True)
+    if is_main():
+        print(data_line(rows, len(train_rows), len(held_out)), flush=True)
     model, tokenizer = load_base(
         recipe.model.model_name_or_path,
         quantization=recipe.model.quantization,
@@ -105,6 +107,7 @@ def train(recipe: Recipe) -> RunSummary:
         dtype=recipe.model.dtype,
         device="cpu" if arguments.use_cpu else "auto",
         attn_implementation=recipe.model.attn_implementation,
+        verbose=is_main(),
         **source,
     )
     torch.manual_seed(arguments.seed)
@@ -113,15 +116,14 @@ def train(recipe: Recipe) -> RunSummary:
         check_same_base(folder, base_record(model))
     trainer = make_trainer(model, tokenizer, arguments, train_rows, folder)
     if not recipe.run.resume:
-        clear_output(folder)
-    write_base_record(model, folder)
+        from_main(lambda: clear_output(folder))
+    from_main(lambda: write_base_record(model, folder))
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=recipe.run.resume or None)
     seconds = time.perf_counter() - started
-    numbers = [line for line in read_metrics(folder / METRICS) if "nll" in line][-1]
+    numbers = from_main(lambda: [line for line in read_metrics(folder / METRICS) if "nll" in line][-1])
     summary = RunSummary(folder, numbers, seconds, _peak_bytes())
-    if trainer.is_world_process_zero():
-        summary.files = write_outputs(recipe, trainer, tokenizer, held_out, summary)
+    summary.files = from_main(lambda: write_outputs(recipe, trainer, tokenizer, held_out, summary))
     return summary
 
 
