@@ -28,7 +28,15 @@ from qpsft.base_record import (
 )
 from qpsft.checkpoint import DEMO, check_folder, config_sha256, one_line, resolve_folder
 from qpsft.errors import BaseModelError
-from qpsft.hardware import compute_dtype_for, pick_device, pick_dtype
+from qpsft.hardware import (
+    check_attention,
+    check_quantization,
+    compute_dtype_for,
+    hardware_of,
+    pick_device,
+    pick_dtype,
+)
+from qpsft.precision import base_dtype
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -74,7 +82,7 @@ def load_base(
         quantization: storage of the linear layers: "nf4", "fp4", "int8", or "none". The LM head and the embeddings
             are never quantized. A folder that bitsandbytes has already quantized keeps its own settings.
         double_quant: quantize the quantization constants of nf4 and fp4 too.
-        dtype: compute dtype, and dtype of everything unquantized; "auto" is `compute_dtype_for` the device.
+        dtype: compute dtype, and dtype of everything unquantized; "auto" fits the device and the model.
         device: "auto", or a torch device. The whole model goes to this one device.
         revision: branch, tag or commit of a Hub id.
         attn_implementation: as in transformers.
@@ -88,17 +96,21 @@ def load_base(
 
     Raises:
         BaseModelError: no such model; its folder is incomplete, truncated, pickle only, not a causal LM, or quantized
-            by another method; its tokenizer has ids the embedding lacks; bitsandbytes cannot serve the device.
+            by another method; its tokenizer has ids the embedding lacks; the hardware cannot do what is asked.
     """
     if quantization not in QUANTIZATIONS:
         raise BaseModelError(f"quantization {quantization!r} is not known.", f"Use {', '.join(QUANTIZATIONS)}.")
     device = pick_device(device)
-    compute_dtype = compute_dtype_for(device, dtype)
     folder = resolve_folder(name_or_path, revision=revision, remote_code=trust_remote_code)
     config_dict = check_folder(folder, trust_remote_code=trust_remote_code)
-    prequantized = config_dict.get("quantization_config") is not None
+    compute_dtype = base_dtype(device, dtype, config_dict)
+    on_disk = config_dict.get("quantization_config")
+    prequantized = on_disk is not None
     if quantization != "none" or prequantized:
         _require_bitsandbytes(device)
+    found = hardware_of(device)
+    check_quantization("int8" if prequantized and on_disk.get("load_in_8bit") else quantization, found)
+    check_attention(attn_implementation, found, compute_dtype)
 
     config = _load_config(folder, trust_remote_code)
     kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from qpsft import __version__
 from qpsft.errors import QpsftError
+from qpsft.processes import first_to_say, is_main, world_size
 from qpsft.quiet import fill, quiet_libraries
 
 INTERRUPTED = 130  # what shells use for Ctrl-C
@@ -28,7 +29,8 @@ def train(argv: Sequence[str]) -> int:
     from qpsft import run
 
     summary = run.train(recipe)
-    print(f"\n{summary}\n\n{summary.next_commands(recipe)}")
+    if is_main():
+        print(f"\n{summary}\n\n{summary.next_commands(recipe)}")
     return 0
 
 
@@ -270,13 +272,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if verb is None:
             raise _unknown_verb(argv[0])
+        if verb is not train and world_size() > 1:
+            raise QpsftError(
+                f"qpsft {argv[0]} runs in one process; {world_size()} were started.", "Leave out torchrun."
+            )
         return verb(argv[1:])
     except QpsftError as error:
-        print(_paragraph(error), file=sys.stderr)
+        _say(_paragraph(error))
         return error.exit_code
     except KeyboardInterrupt:
-        print("\nInterrupted. A training run continues from its last checkpoint with --resume.", file=sys.stderr)
+        _say("\nInterrupted. A training run continues from its last checkpoint with --resume.")
         return INTERRUPTED
+
+
+def _say(text: str) -> None:
+    if first_to_say(text):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _help() -> str:

@@ -12,7 +12,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import SFTConfig
 
 from qpsft.errors import RecipeError
-from qpsft.hardware import compute_dtype_for, pick_device
+from qpsft.hardware import check_optimizer, compute_dtype_for, hardware_of, pick_device
 from qpsft.losses import EPSILON
 
 LOSS_TYPES = ("psft", "nll", "dft")
@@ -99,11 +99,28 @@ class PSFTConfig(SFTConfig):
         self._check()
         if not torch.accelerator.is_available():
             self.use_cpu = True  # transformers refuses bf16 on the CPU unless it is said
-        if self.bf16 is None and not self.fp16:
-            dtype = compute_dtype_for("cpu" if self.use_cpu else pick_device())
+        device = "cpu" if self.use_cpu else pick_device()
+        self.automatic_precision = self.bf16 is None and not self.fp16
+        if self.automatic_precision:
+            dtype = compute_dtype_for(device)
             self.bf16, self.fp16 = dtype == torch.bfloat16, dtype == torch.float16
+        if self.fp16 and not hardware_of(device).loss_scaling:
+            raise RecipeError(
+                f"fp16 needs loss scaling, which torch does not have on {device}.",
+                "Use dtype float32 or bfloat16 there.",
+            )
+        check_optimizer(self.optim, hardware_of(device))
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # the adapter's are all used; looking for others costs each step
         super().__post_init__()
+        self._n_gpu = min(
+            1, self.n_gpu
+        )  # several cards need several processes: torch's DataParallel ruins 4-bit weights
         self._check_scheduler()
+        if self.world_size > 1 and not self.average_tokens_across_devices:
+            raise RecipeError(
+                "average_tokens_across_devices: false is not supported: N counts the tokens of all processes."
+            )
         if self.accelerator_config.split_batches:
             raise RecipeError("split_batches is not supported.", "Give per_device_train_batch_size per process.")
 

@@ -10,6 +10,8 @@ import sys
 import textwrap
 import warnings
 
+from qpsft.processes import is_main
+
 
 def quiet_libraries() -> None:
     """Libraries' notes that a user can do nothing about stay out of the way; our own warnings are one clear line."""
@@ -17,7 +19,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # no line per retry
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or not is_main():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for name in ("bitsandbytes", "transformers", "accelerate", "trl"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -27,7 +29,8 @@ def quiet_libraries() -> None:
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    print(fill(f"warning: {message}"), file=sys.stderr)
+    if is_main():  # of several processes
+        print(fill(f"warning: {message}"), file=sys.stderr)
 
 
 def fill(text: str) -> str:

@@ -42,7 +42,9 @@ class ModelArguments:
     quantization: Quantization = _option("nf4", "Storage of the base model's linear layers. nf4 is QLoRA's format.")
     double_quant: bool = _option(True, "Quantize the quantization constants too: 0.37 bits per weight less.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
-        "auto", "Compute dtype. auto: bfloat16 on CUDA sm >= 80, float16 on older cards, float32 on the CPU."
+        "auto",
+        "Compute dtype. auto: bfloat16 on CUDA sm >= 80; on older cards float16, or float32 for models that "
+        "overflow in it (Gemma 2 and newer, …); float32 on the CPU.",
     )
     attn_implementation: str | None = _option(None, "sdpa, eager, flash_attention_2, …; transformers chooses if unset.")
 

@@ -26,6 +26,7 @@ from qpsft.config import PSFTConfig
 from qpsft.console import ConsoleCallback, MetricsCallback, read_metrics
 from qpsft.data import TokenizedRows, load_dataset
 from qpsft.errors import OutputError, QpsftError, RecipeError
+from qpsft.processes import from_main, is_main
 from qpsft.recipe import Recipe
 from qpsft.report import draw_training
 from qpsft.resume import checkpoints, newest_complete_checkpoint, remove_folder
@@ -79,7 +80,7 @@ class RunSummary:
 
 
 def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSummary:
-    """Trains an adapter as `recipe` says and writes it to the recipe's `output_dir`.
+    """Trains an adapter as `recipe` says and writes it to the recipe's `output_dir`; in one process or several.
 
     Args:
         callbacks: beside the progress bar and `metrics.jsonl`, such as `qpsft.notebook.LivePlot()`.
@@ -95,13 +96,14 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
         if not value:
             raise RecipeError(f"{name} is missing.", f"Write `{name}: …` in the recipe or give --{name}.")
     folder = Path(arguments.output_dir)
-    check_output(folder, resume=recipe.run.resume, overwrite=recipe.run.overwrite)
+    from_main(lambda: check_output(folder, resume=recipe.run.resume, overwrite=recipe.run.overwrite))
 
     source = {"revision": recipe.model.model_revision, "trust_remote_code": arguments.trust_remote_code}
     tokenizer = load_tokenizer(recipe.model.model_name_or_path, **source)
-    rows = load_dataset(recipe.data, tokenizer, arguments.max_length)
+    rows = from_main(lambda: load_dataset(recipe.data, tokenizer, arguments.max_length))
     train_rows, held_out = hold_out(rows, recipe.run.held_out_rows, arguments.seed)
-    print(data_line(rows, len(train_rows), len(held_out)), flush=True)
+    if is_main():
+        print(data_line(rows, len(train_rows), len(held_out)), flush=True)
     model, tokenizer = load_base(
         recipe.model.model_name_or_path,
         quantization=recipe.model.quantization,
@@ -109,6 +111,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
         dtype=recipe.model.dtype,
         device="cpu" if arguments.use_cpu else "auto",
         attn_implementation=recipe.model.attn_implementation,
+        verbose=is_main(),
         **source,
     )
     torch.manual_seed(arguments.seed)
@@ -117,15 +120,14 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
         check_same_base(folder, base_record(model))
     trainer = make_trainer(model, tokenizer, arguments, train_rows, folder, callbacks)
     if not recipe.run.resume:
-        clear_output(folder)
-    write_base_record(model, folder)
+        from_main(lambda: clear_output(folder))
+    from_main(lambda: write_base_record(model, folder))
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=recipe.run.resume or None)
     seconds = time.perf_counter() - started
-    numbers = [line for line in read_metrics(folder / METRICS) if "nll" in line][-1]
+    numbers = from_main(lambda: [line for line in read_metrics(folder / METRICS) if "nll" in line][-1])
     summary = RunSummary(folder, numbers, seconds, _peak_bytes())
-    if trainer.is_world_process_zero():
-        summary.files = write_outputs(recipe, trainer, tokenizer, held_out, summary)
+    summary.files = from_main(lambda: write_outputs(recipe, trainer, tokenizer, held_out, summary))
     return summary
 
 

@@ -36,6 +36,10 @@ class RunStatistics:
         """Adds a micro-batch: its `loss_statistics` and its number of tokens."""
         self._parts.append(part | {"tokens": tokens})
 
+    def forget(self, count: int) -> None:
+        """Drops the last `count` micro-batches: they will come again."""
+        del self._parts[len(self._parts) - count :]
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Time spent inside does not count in `tokens_per_second`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from qpsft import resume
 from qpsft.config import PSFTConfig
 from qpsft.errors import RecipeError, TrainingError
 from qpsft.last_visit import LastVisit
+from qpsft.loss_scaling import repeat_until_finite
 from qpsft.losses import NotFiniteError, dft_loss, loss_statistics, nll_loss, psft_loss
 from qpsft.policy import default_config, float32_adapter, noise_sources, prepare_policy
+from qpsft.precision import OPTIONS, settle_precision
 from qpsft.reference import ReferencePolicy
 from qpsft.schedule import BlockSampler, BlockSchedule, StepPosition
 from qpsft.statistics import RunStatistics
@@ -77,6 +80,7 @@ class PSFTTrainer(SFTTrainer):
             raise RecipeError("compute_loss_func is not supported: the loss is loss_type's.", "Use trl.SFTTrainer.")
         set_seed(args.seed)  # the adapter's initial values are random
         model = prepare_policy(model, args, peft_config, quantization_config)
+        settle_precision(model, args)
         loss_type, args.loss_type = args.loss_type, "nll" if args.loss_type == "psft" else args.loss_type
         try:
             with float32_adapter(model):
@@ -180,6 +184,7 @@ class PSFTTrainer(SFTTrainer):
         if num_items is None:
             counts = sum(batch["labels"][..., 1:].ne(-100).sum() for batch in batches).to(device)
             num_items = self.accelerator.gather(counts).sum()
+        self._window = batches, num_items
         self._position = self._get_schedule().position(self.state.global_step)
         if self.args.loss_type == "psft" and not self._position.is_warmup:
             if self.args.reference == "last_visit":
@@ -199,7 +204,8 @@ class PSFTTrainer(SFTTrainer):
                 self._resumed = None
         if self._position.is_snapshot:
             self.reference.snapshot()
-            self._scores = {self._position.mini_batch: []}  # filled by the training forward itself
+            if self._visits() > 1:
+                self._scores = {self._position.mini_batch: [None] * len(batches)}  # filled by the training forward
             for i, batch in enumerate(batches):
                 batch["micro_batch"] = i
             return
@@ -241,7 +247,7 @@ class PSFTTrainer(SFTTrainer):
         if micro_batch is not None:
             old_logprobs = logprobs.detach().float()
             if self._visits() > 1:
-                self._scores[self._position.mini_batch].append(old_logprobs)
+                self._scores[self._position.mini_batch][micro_batch] = old_logprobs
         if rows is not None:
             old_logprobs = self._last_visit.visit(logprobs.detach().float(), old_logprobs, seen, rows)
         try:
@@ -273,8 +279,10 @@ class PSFTTrainer(SFTTrainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
-        # with loss scaling, infinite gradients are expected: the scaler skips that step
-        if self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(norm)):
+        if self.accelerator.scaler is not None:
+            forget = partial(self._statistics.forget, len(self._window[0]))
+            return repeat_until_finite(self, model, norm, self._window, forget)
+        if not torch.isfinite(torch.as_tensor(norm)):
             raise self._not_finite("the gradient is NaN or infinite")
         return norm
 
@@ -286,7 +294,8 @@ class PSFTTrainer(SFTTrainer):
         last = resume.newest_complete_checkpoint(self.args.output_dir)
         return TrainingError(
             f"Training stopped at optimizer step {self.state.global_step + 1}{rows}: {what}.",
-            "Lower the learning rate, or look at these rows (counted from 0, in the prepared data). "
+            (f"In float16, activations may overflow. {OPTIONS} " if self.args.fp16 else "")
+            + "Lower the learning rate, or look at these rows (counted from 0, in the prepared data). "
             + (f"The last good checkpoint is {last}." if last else "No checkpoint had been saved yet."),
         )
 
@@ -296,6 +305,8 @@ class PSFTTrainer(SFTTrainer):
         """Adds the numbers of DESIGN §2 as token means over the steps since the last log, all processes together."""
         if self.model.training:
             numbers = self._statistics.read(self.accelerator)
+            if numbers and self.accelerator.scaler is not None:
+                numbers["loss_scale"] = self.accelerator.scaler.get_scale()
             self._metrics["train"].update({name: [value] for name, value in numbers.items()})
             self._total_train_tokens = self._statistics.num_tokens  # SFTTrainer logs it with evaluations
         super().log(logs, start_time)

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "qpsft"
 
 # DESIGN §4, lowest floor first. A module may import from its own floor and from those below.
 FLOORS = [
-    {"errors", "quiet", "wrapping", "__init__"},
+    {"errors", "processes", "quiet", "wrapping", "__init__"},
     {"recipe", "options", "losses", "hardware", "schedule", "demo.__init__", "demo.tasks", "export.__init__"}
     | {"dataset.__init__", "merging.__init__", "verification.__init__", "evaluation.__init__", "comparison.__init__"},
     {
@@ -26,7 +26,7 @@ FLOORS = [
         "data",
         "dataset.preview",
     }
-    | {"checkpoint", "base_record", "base", "adapter", "policy", "last_visit"},
+    | {"checkpoint", "base_record", "base", "adapter", "policy", "last_visit", "precision", "loss_scaling"},
     {
         "trainer",
         "console",

@@ -1,0 +1,228 @@
+"""What is decided for each kind of hardware, by faking device properties: dtype, loss scaling, kernels, optimizers."""
+
+import re
+
+import pytest
+import torch
+import transformers.training_args
+from small_runs import make_base, make_config, make_lora, make_rows
+from tiny_models import save_tiny_model
+
+from qpsft import PSFTConfig, PSFTTrainer, config
+from qpsft.base import load_base
+from qpsft.errors import BaseModelError, RecipeError
+from qpsft.hardware import check_attention, check_optimizer, check_quantization, hardware, hardware_of, has_kernels
+from qpsft.precision import base_dtype, overflowing_type, settle_precision
+
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+BUILD_CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Makes torch see one CUDA card of a capability, or a ROCm one of a name, and be built for some architectures."""
+
+    def fake(capability, built_for=()):
+        rocm = isinstance(capability, str)
+        properties = type("Properties", (), {"gcnArchName": capability})
+        monkeypatch.setattr(torch.version, "hip", "6.4" if rocm else None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(built_for))
+
+    return fake
+
+
+@pytest.mark.parametrize(
+    ("capability", "name", "dtype", "flash_attention", "int8"),
+    [
+        ((6, 1), "sm_61", F32, False, False),
+        ((7, 0), "sm_70", F16, False, False),
+        ((7, 5), "sm_75", F16, False, True),
+        ((8, 0), "sm_80", BF16, True, True),
+        ((8, 6), "sm_86", BF16, True, True),
+        ((8, 9), "sm_89", BF16, True, True),
+        ((9, 0), "sm_90", BF16, True, True),
+        ((12, 0), "sm_120", BF16, True, True),
+        ("gfx90a:sramecc+:xnack-", "gfx90a", BF16, True, True),
+        ("gfx1100", "gfx1100", BF16, True, True),
+        ("gfx1030", "gfx1030", F16, False, True),
+    ],
+)
+def test_cards(card, capability, name, dtype, flash_attention, int8):
+    card(capability)
+    found = hardware_of("cuda:0")
+    assert (found.name, found.compute_dtype, found.flash_attention) == (name, dtype, flash_attention)
+    assert ("int8" in found.quantizations) == int8 and "nf4" in found.quantizations
+    assert found.loss_scaling and found.optimizers_8bit and found.optimizers_paged
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "loss_scaling", "flash_attention", "int8", "optimizers_8bit", "paged"),
+    [
+        ("xpu", BF16, True, True, True, True, True),
+        ("mps", F32, True, False, False, False, False),
+        ("cpu", F32, False, False, True, True, False),
+    ],
+)
+def test_other_devices(device, dtype, loss_scaling, flash_attention, int8, optimizers_8bit, paged):
+    found = hardware_of(device)
+    assert (found.name, found.compute_dtype, found.loss_scaling) == (device, dtype, loss_scaling)
+    assert (found.flash_attention, "int8" in found.quantizations) == (flash_attention, int8)
+    assert (found.optimizers_8bit, found.optimizers_paged) == (optimizers_8bit, paged)
+
+
+@pytest.mark.parametrize(
+    ("name", "runs"),
+    [
+        ("sm_61", False),
+        ("sm_70", False),
+        ("sm_75", True),
+        ("sm_86", True),
+        ("sm_89", True),  # as sm_86
+        ("sm_90", True),
+        ("sm_103", True),  # as sm_100
+        ("sm_121", True),
+        ("sm_130", True),  # compiled from compute_120 when it is loaded
+        ("gfx90a", False),
+    ],
+)
+def test_which_cards_a_build_of_torch_serves(name, runs):
+    assert has_kernels(name, BUILD_CU130) == runs
+    assert not has_kernels("sm_130", BUILD_CU130[:-1])
+    assert has_kernels("sm_90", ["sm_90a"]) and not has_kernels("sm_86", ["sm_89"])
+    assert has_kernels("gfx90a", ["gfx90a", "gfx1100"]) and not has_kernels("gfx1030", ["gfx90a", "gfx1100"])
+
+
+def test_a_card_that_cannot_be_served_is_told_what_can_be_done(card):
+    card((7, 0), BUILD_CU130)
+    with pytest.raises(BaseModelError) as caught:
+        hardware_of("cuda:0")
+    assert "was built for sm_75, sm_80" in caught.value.what and "cuda:0 is sm_70" in caught.value.what
+    assert "CUDA 12.6 or older" in caught.value.todo and "use_cpu: true" in caught.value.todo
+    with pytest.raises(BaseModelError, match="This card is sm_52; bitsandbytes has kernels from sm_60"):
+        hardware("cuda", (5, 2))
+    card("gfx1030", ["gfx90a", "gfx1100"])
+    with pytest.raises(BaseModelError, match="built for gfx90a, gfx1100; cuda:0 is gfx1030"):
+        hardware_of("cuda:0")
+
+
+def test_kernels_that_are_not_there_are_refused_by_name():
+    t4, ampere = hardware("cuda", (7, 5)), hardware("cuda", (8, 6))
+    with pytest.raises(BaseModelError, match="no kernels for int8 on sm_70. Use quantization nf4, fp4, none"):
+        check_quantization("int8", hardware("cuda", (7, 0)))
+    with pytest.raises(BaseModelError, match="flash_attention_2 has no kernels for sm_75. Leave attn_implementation"):
+        check_attention("flash_attention_2", t4, F16)
+    with pytest.raises(BaseModelError, match="flash_attention_2 has no kernels for float32"):
+        check_attention("flash_attention_2", ampere, F32)
+    for optimizer in ("paged_adamw_8bit", "paged_lion_32bit"):
+        with pytest.raises(RecipeError, match="pages to host memory, which bitsandbytes cannot do on cpu"):
+            check_optimizer(optimizer, hardware("cpu"))
+    for optimizer in ("adamw_8bit", "adamw_bnb_8bit", "lion_32bit", "ademamix_8bit", "rmsprop_bnb"):
+        with pytest.raises(RecipeError, match="no optimizer kernels for mps. Use adamw_torch_fused"):
+            check_optimizer(optimizer, hardware("mps"))
+        check_optimizer(optimizer, t4)
+    check_quantization("int8", t4)
+    check_attention("flash_attention_2", ampere, BF16)
+    for attention in (None, "sdpa", "eager"):
+        check_attention(attention, hardware("cpu"), F32)
+    for optimizer in ("adamw_torch_fused", "adafactor", "sgd", "adamw_torch_8bit"):
+        check_optimizer(optimizer, hardware("mps"))
+
+
+def test_the_checks_stand_before_the_work(tmp_path):
+    base = make_base(tmp_path / "base")
+    with pytest.raises(BaseModelError, match="flash_attention_2 has no kernels for cpu"):
+        load_base(base, device="cpu", attn_implementation="flash_attention_2", verbose=False)
+    with pytest.raises(RecipeError, match="optim 'paged_adamw_8bit' pages to host memory"):
+        make_config(tmp_path, optim="paged_adamw_8bit")
+    with pytest.raises(RecipeError, match="fp16 needs loss scaling, which torch does not have on cpu"):
+        make_config(tmp_path, fp16=True)
+
+
+# --- the trainer's mixed precision ---
+
+
+def config_on_a_card(monkeypatch, card, capability, tmp_path, **settings):
+    """A PSFTConfig as it would be made on a machine with one such card."""
+    card(capability)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(config, "pick_device", lambda: torch.device("cuda:0"))
+    monkeypatch.setattr(transformers.training_args, "is_torch_bf16_gpu_available", lambda: True)
+    return PSFTConfig(str(tmp_path), report_to=[], save_strategy="no", max_steps=1, **settings)
+
+
+@pytest.mark.parametrize(
+    ("capability", "mixed_precision"),
+    [((6, 1), "no"), ((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((12, 0), "bf16"), ("gfx1030", "fp16")],
+)
+def test_mixed_precision_follows_the_card(monkeypatch, card, tmp_path, capability, mixed_precision):
+    args = config_on_a_card(monkeypatch, card, capability, tmp_path)
+    assert args.mixed_precision == mixed_precision and args.automatic_precision
+    assert (args.bf16, args.fp16) == (mixed_precision == "bf16", mixed_precision == "fp16")
+    asked = config_on_a_card(monkeypatch, card, capability, tmp_path, bf16=False, fp16=False)
+    assert asked.mixed_precision == "no" and not asked.automatic_precision
+
+
+@pytest.mark.parametrize(
+    ("config_json", "found"),
+    [
+        ({"model_type": "gemma2"}, "gemma2"),
+        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "gemma3"),
+        ({"model_type": "some_vision_model", "text_config": {"model_type": "gemma3_text"}}, "gemma3_text"),
+        ({"model_type": "gemma3n_text"}, "gemma3n_text"),
+        ({"model_type": "gemma4_text"}, "gemma4_text"),
+        ({"model_type": "glm4_moe"}, "glm4_moe"),
+        ({"model_type": "gpt_oss"}, "gpt_oss"),
+        ({"model_type": "qwen3_5"}, "qwen3_5"),
+        ({"model_type": "qwen3_moe"}, "qwen3_moe"),
+        *(({"model_type": name}, None) for name in ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "glm")),
+        ({}, None),
+    ],
+)
+def test_models_known_to_overflow_in_float16(config_json, found):
+    assert overflowing_type(config_json) == found
+
+
+def test_the_base_of_an_overflowing_model_is_computed_in_float32_on_a_t4(card):
+    card((7, 5))
+    t4, gemma = torch.device("cuda:0"), {"model_type": "gemma2"}
+    with pytest.warns(UserWarning, match=r"gemma2 models overflow in float16 \(found by vLLM\).* computing in float32"):
+        assert base_dtype(t4, "auto", gemma) == F32
+    with pytest.raises(BaseModelError, match="gemma2 models overflow in float16 .*Use dtype float32"):
+        base_dtype(t4, "float16", gemma)
+    assert base_dtype(t4, "auto", {"model_type": "llama"}) == base_dtype(t4, "float16", {"model_type": "llama"}) == F16
+    assert base_dtype(t4, "bfloat16", gemma) == BF16
+    card((8, 9))
+    assert base_dtype(t4, "auto", gemma) == BF16
+
+
+def test_the_trainer_turns_off_or_refuses_float16_for_an_overflowing_model(monkeypatch, card, tmp_path):
+    save_tiny_model(tmp_path / "gemma", "gemma2")
+    with pytest.raises(BaseModelError, match="gemma2 models overflow in float16"):
+        load_base(tmp_path / "gemma", device="cpu", dtype="float16", verbose=False)
+    gemma, tokenizer = load_base(tmp_path / "gemma", device="cpu", verbose=False)
+    chosen = config_on_a_card(monkeypatch, card, (7, 5), tmp_path)
+    settle_precision(gemma, chosen)
+    assert (chosen.fp16, chosen.mixed_precision) == (False, "no")
+    asked = config_on_a_card(monkeypatch, card, (7, 5), tmp_path, fp16=True)
+    with pytest.raises(RecipeError, match="gemma2 models overflow in float16"):
+        PSFTTrainer(gemma, args=asked, train_dataset=make_rows(4), processing_class=tokenizer, peft_config=make_lora())
+    gemma, _ = load_base(tmp_path / "gemma", device="cpu", quantization="none", verbose=False)
+    gemma.half()  # by hand, past load_base
+    with pytest.raises(RecipeError, match="The base is in float16 and fp16 is off"):
+        settle_precision(gemma, config_on_a_card(monkeypatch, card, (7, 5), tmp_path))
+    llama, _ = load_base(make_base(tmp_path / "llama"), device="cpu", dtype="float16", verbose=False)
+    kept = config_on_a_card(monkeypatch, card, (7, 5), tmp_path)
+    settle_precision(llama, kept)
+    assert (kept.fp16, kept.mixed_precision) == (True, "fp16")
+    with pytest.raises(RecipeError, match=re.escape("Set fp16: true (on a GPU), or load the base in float32")):
+        settle_precision(llama, make_config(tmp_path))
+
+
+def test_emulated_bfloat16_warns(monkeypatch, card, tmp_path):
+    llama, _ = load_base(make_base(tmp_path / "llama"), device="cpu", verbose=False)
+    asked = config_on_a_card(monkeypatch, card, (7, 5), tmp_path, bf16=True)
+    monkeypatch.setattr(type(asked), "device", torch.device("cuda:0"))
+    with pytest.warns(UserWarning, match="bfloat16 is emulated on sm_75, which is slow"):
+        settle_precision(llama, asked)
