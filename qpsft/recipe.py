@@ -57,6 +57,11 @@ class ModelArguments:
 class LoraArguments:
     """The adapter: what becomes a `peft.LoraConfig`. Names follow TRL's ModelConfig where it has one."""
 
+    adapter_name_or_path: str | None = _option(
+        None,
+        "Go on training this adapter, a folder or Hub id, from qpsft, TRL, Unsloth or PEFT. It brings its own rank, "
+        "scale, targets and tokenizer; options beside it that say otherwise are refused.",
+    )
     lora_r: int = _option(16, "Rank of the adapter.")
     lora_alpha: float = _option(
         32, "Scale of the adapter: its output is multiplied by alpha / r (alpha / sqrt(r) for rsLoRA)."
@@ -76,6 +81,8 @@ class LoraArguments:
     )
 
     def __post_init__(self) -> None:
+        if self.adapter_name_or_path is not None and not self.adapter_name_or_path.strip():
+            raise RecipeError("adapter_name_or_path is empty.", "Give a folder or a Hub id, or leave it out.")
         if self.lora_r <= 0:
             raise RecipeError(f"lora_r is {self.lora_r}; a rank must be at least 1.", "Usual values are 8 to 64.")
         if self.lora_alpha <= 0:
@@ -174,6 +181,9 @@ class Recipe:
         values = {}
         for part in (self.model, self.data, self.lora):
             values |= dataclasses.asdict(part)
+        if self.lora.adapter_name_or_path:  # which brings along what is not given here
+            kept = {*self.given, "adapter_name_or_path", "lora_dropout"}
+            values = {n: v for n, v in values.items() if n in kept or not hasattr(self.lora, n)}
         own = set(getattr(type(self.trainer), "__annotations__", ())) | set(COMMON_TRAINER_OPTIONS) | set(self.given)
         for option in dataclasses.fields(self.trainer):
             if option.name in own:
@@ -310,7 +320,7 @@ def _find_beside(given: dict[str, Any], path: Path | None) -> None:
     if path is None:
         return
     folder = path if path.is_dir() else path.parent
-    for name in ("dataset_name", "model_name_or_path"):
+    for name in ("dataset_name", "model_name_or_path", "adapter_name_or_path"):
         value = given.get(name)
         if isinstance(value, str) and not Path(value).exists() and (folder / value).exists():
             given[name] = os.path.normpath(folder / value)

@@ -13,17 +13,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 from transformers import PrinterCallback, TrainerCallback
 
-from qpsft.adapter import add_adapter, save_adapter
-from qpsft.base import load_base, load_tokenizer
+from qpsft.adapter import POLICY, add_adapter, save_adapter
+from qpsft.base import load_base, set_pad_token
 from qpsft.base_record import RECORD_FILE, base_record, read_base_record, write_base_record
 from qpsft.config import PSFTConfig
 from qpsft.console import ConsoleCallback, MetricsCallback, read_metrics
+from qpsft.continued_adapter import check_start, continue_adapter, recipe_tokenizer
 from qpsft.data import TokenizedRows, load_dataset
 from qpsft.errors import OutputError, QpsftError, RecipeError
 from qpsft.processes import from_main, is_main
@@ -31,6 +32,9 @@ from qpsft.recipe import Recipe
 from qpsft.report import draw_training
 from qpsft.resume import checkpoints, newest_complete_checkpoint, remove_folder
 from qpsft.trainer import PSFTTrainer
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 METRICS = "metrics.jsonl"
 VERIFY_PROMPTS = "verify_prompts.jsonl"
@@ -96,26 +100,28 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
         if not value:
             raise RecipeError(f"{name} is missing.", f"Write `{name}: …` in the recipe or give --{name}.")
     folder = Path(arguments.output_dir)
+    check_start(recipe)
     from_main(lambda: check_output(folder, resume=recipe.run.resume, overwrite=recipe.run.overwrite))
 
-    source = {"revision": recipe.model.model_revision, "trust_remote_code": arguments.trust_remote_code}
-    tokenizer = load_tokenizer(recipe.model.model_name_or_path, **source)
+    tokenizer = recipe_tokenizer(recipe)
     rows = from_main(lambda: load_dataset(recipe.data, tokenizer, arguments.max_length))
     train_rows, held_out = hold_out(rows, recipe.run.held_out_rows, arguments.seed)
     if is_main():
         print(data_line(rows, len(train_rows), len(held_out)), flush=True)
-    model, tokenizer = load_base(
+    model, _ = load_base(
         recipe.model.model_name_or_path,
         quantization=recipe.model.quantization,
         double_quant=recipe.model.double_quant,
         dtype=recipe.model.dtype,
         device="cpu" if arguments.use_cpu else "auto",
         attn_implementation=recipe.model.attn_implementation,
+        revision=recipe.model.model_revision,
+        trust_remote_code=arguments.trust_remote_code,
         verbose=is_main(),
-        **source,
     )
+    set_pad_token(model, tokenizer)
     torch.manual_seed(arguments.seed)
-    model = add_adapter(model, recipe.lora)
+    model = continue_adapter(model, recipe) if recipe.lora.adapter_name_or_path else add_adapter(model, recipe.lora)
     if recipe.run.resume:
         check_same_base(folder, base_record(model))
     trainer = make_trainer(model, tokenizer, arguments, train_rows, folder, callbacks)
@@ -241,7 +247,7 @@ def write_outputs(recipe: Recipe, trainer: PSFTTrainer, tokenizer, held_out, sum
         tokenizer.save_pretrained(partial)
         draw_training(lines, partial / "training.png", f"{recipe.trainer.loss_type} on {recipe.data.dataset_name}")
         (partial / resolved_name(recipe, folder)).write_text(resolved_recipe(recipe), encoding="utf-8")
-        (partial / "README.md").write_text(model_card(recipe, summary), encoding="utf-8")
+        (partial / "README.md").write_text(model_card(recipe, summary, model.peft_config[POLICY]), encoding="utf-8")
         with (partial / VERIFY_PROMPTS).open("w", encoding="utf-8") as file:
             for row in held_out:
                 file.write(json.dumps(_verify_prompt(row, tokenizer), ensure_ascii=False) + "\n")
@@ -301,7 +307,7 @@ def _verify_prompt(row: dict, tokenizer) -> dict:
     }
 
 
-def model_card(recipe: Recipe, summary: RunSummary) -> str:
+def model_card(recipe: Recipe, summary: RunSummary, config: LoraConfig) -> str:
     """README.md of the adapter folder: a model card that the Hub understands."""
     arguments, n = recipe.trainer, summary.numbers
     base = recipe.model.model_name_or_path
@@ -318,6 +324,8 @@ def model_card(recipe: Recipe, summary: RunSummary) -> str:
         "nll": "plain SFT (negative log-likelihood)",
         "dft": "DFT (arXiv 2508.05629)",
     }[arguments.loss_type]
+    start = recipe.lora.adapter_name_or_path
+    start = f" Training went on from the adapter `{start}`." if start else ""
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
@@ -325,13 +333,13 @@ def model_card(recipe: Recipe, summary: RunSummary) -> str:
 # {summary.folder.resolve().name}
 
 A LoRA adapter for `{base}` ({recipe.model.quantization}), trained with qpsft on `{recipe.data.dataset_name}`
-by {method}.
+by {method}.{start}
 
 | | |
 | --- | --- |
 | optimizer steps | {int(n["step"])} |
 | learning rate | {arguments.learning_rate:g} |
-| rank, alpha | {recipe.lora.lora_r}, {recipe.lora.lora_alpha:g} |
+| rank, alpha | {config.r}, {config.lora_alpha:g} |
 | NLL at the end | {n["nll"]:.4f} nats per token |
 | entropy at the end | {n["entropy"]:.4f} nats per token |
 | clip fraction at the end | {n["clip_fraction"]:.1%} |

@@ -26,7 +26,8 @@ FLOORS = [
         "data",
         "dataset.preview",
     }
-    | {"checkpoint", "base_record", "base", "adapter", "policy", "last_visit", "precision", "loss_scaling"},
+    | {"checkpoint", "base_record", "base", "adapter", "adapter_folder", "continued_adapter"}
+    | {"policy", "last_visit", "precision", "loss_scaling"},
     {
         "trainer",
         "console",

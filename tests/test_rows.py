@@ -4,9 +4,11 @@ import codecs
 import gzip
 import json
 import os
+import socket
 import time
 
 import datasets
+import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -151,7 +153,44 @@ def test_folders_unknown_endings_and_unreadable_files(tmp_path, monkeypatch):
     assert "cannot be read" in refusal(path)
 
 
-def test_a_hub_name_that_is_not_there_says_so(tmp_path, monkeypatch):
+@pytest.fixture
+def hub_answers(monkeypatch):
+    """The Hub is there; what it holds is up to the test."""
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name, *, revision, timeout: None)
+
+
+def test_a_hub_that_cannot_be_reached_costs_no_time(monkeypatch):
+    """Real requests, to a port of this machine on which nothing listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nowhere = f"http://127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", nowhere)
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", nowhere)
+    start = time.monotonic()
+    text = refusal("nobody/no-data")
+    assert time.monotonic() - start < 5  # five attempts with pauses between them take 23 seconds
+    assert "no Hub dataset of that name could be reached (" in text and "refused" in text.lower()
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_without_the_hub_only_the_cache_is_asked(monkeypatch, reachable):
+    def answer(self, name, *, revision, timeout):
+        assert (name, revision) == ("me/data", "v2") and timeout < 60
+        if not reachable:
+            raise huggingface_hub.errors.OfflineModeIsEnabled("offline")
+
+    def hub(name, config, split, revision):
+        assert datasets.config.HF_HUB_OFFLINE is not reachable
+        return datasets.Dataset.from_list(GOOD)
+
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", answer)
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    assert read("me/data", dataset_revision="v2").rows == GOOD
+    assert datasets.config.HF_HUB_OFFLINE is False
+
+
+def test_a_hub_name_that_is_not_there_says_so(tmp_path, monkeypatch, hub_answers):
     def gone(name, config, split, revision):
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'me/train' doesn't exist on the Hub")
 
@@ -166,7 +205,7 @@ def test_a_hub_name_that_is_not_there_says_so(tmp_path, monkeypatch):
     assert refusal("openai/gsm8k").endswith("needs `hf auth login`.") and "folder" not in refusal("openai/gsm8k")
 
 
-def test_hub_rows_come_with_config_split_revision_and_limit(monkeypatch):
+def test_hub_rows_come_with_config_split_revision_and_limit(monkeypatch, hub_answers):
     def hub(name, config, split, revision):
         assert (name, config, split, revision) == ("openai/gsm8k", "main", "test", "abc")
         return datasets.Dataset.from_list([{"question": "1+1?", "answer": "2"}, {"question": "", "answer": ""}])
@@ -179,7 +218,7 @@ def test_hub_rows_come_with_config_split_revision_and_limit(monkeypatch):
     assert rows.places == ["openai/gsm8k, main, test, row 1"]
 
 
-def test_what_the_hub_library_says_is_passed_on(monkeypatch):
+def test_what_the_hub_library_says_is_passed_on(monkeypatch, hub_answers):
     def ambiguous(*args, **kwargs):
         raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']")
 

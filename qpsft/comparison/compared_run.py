@@ -105,14 +105,15 @@ class RunSpec:
         """Everything that decides the result, ready for JSON."""
         how = dataclasses.asdict(setting.how)
         written = {name: how["arguments"][name] for name in ("use_chat_template", "prompt_format")}
-        model = dataclasses.asdict(setting.model)
+        model, lora = dataclasses.asdict(setting.model), dataclasses.asdict(setting.lora)
+        del lora["adapter_name_or_path"]  # which a comparison refuses
         training = {
             "method": self.method,
             "learning_rate": self.learning_rate,
             "seed": self.seed,
             "epochs": self.epochs,
             "options": setting.options,
-            "lora": dataclasses.asdict(setting.lora),
+            "lora": lora,
         }
         return {
             "format": FORMAT,

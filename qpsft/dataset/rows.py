@@ -10,6 +10,8 @@ import io
 import json
 import re
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,6 +22,8 @@ from qpsft.recipe import DataArguments
 TEXT_KINDS = (".jsonl", ".json", ".csv")
 KINDS = (*TEXT_KINDS, ".parquet")
 BUILT_IN = {"demo-noisy": "noisy", "demo-clean": "clean"}
+HUB_TIMEOUT = 10
+"""Seconds in which the Hub must answer, or be taken for out of reach."""
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -248,13 +252,18 @@ def _parquet_rows(name: str, path: Path) -> list[dict]:
 def _read_hub(name: str, arguments: DataArguments, split: str) -> Records:
     import datasets
 
+    unreachable = _why_unreachable(name, arguments.dataset_revision)
     try:
-        table = datasets.load_dataset(name, arguments.dataset_config, split=split, revision=arguments.dataset_revision)
+        with _offline() if unreachable else nullcontext():
+            table = datasets.load_dataset(
+                name, arguments.dataset_config, split=split, revision=arguments.dataset_revision
+            )
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
         path = Path(name).expanduser()
         near = _near_files(path) if path.parent.is_dir() else ""
+        why = _one_line(unreachable or error)
         raise DataError(
-            f"There is no file {name}, and no Hub dataset of that name could be reached ({_one_line(error)}).",
+            f"There is no file {name}, and no Hub dataset of that name could be reached ({why}).",
             f"{near} Check the name, the network and HF_HUB_OFFLINE; a private dataset needs `hf auth login`.".strip(),
         ) from None
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
@@ -266,6 +275,35 @@ def _read_hub(name: str, arguments: DataArguments, split: str) -> Records:
         table = table.select(range(min(arguments.dataset_limit, len(table))))
     label = ", ".join(filter(None, (name, arguments.dataset_config, split)))
     return _numbered(label, table.to_list(), None)
+
+
+def _why_unreachable(name: str, revision: str | None) -> Exception | None:
+    """What stands between here and the Hub; None if it answers, be it with a refusal, which `load_dataset` words best.
+
+    `load_dataset` by itself tries again and again, for 20 seconds and more, before it looks into its cache.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+
+    try:
+        HfApi().dataset_info(name, revision=revision, timeout=HUB_TIMEOUT)
+    except (HfHubHTTPError, HFValidationError):
+        return None
+    except (HTTPError, OSError) as error:
+        return error
+    return None
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """`datasets` looks into its cache only."""
+    from datasets import config
+
+    before, config.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before
 
 
 def _one_line(error: Exception) -> str:

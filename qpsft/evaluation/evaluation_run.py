@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qpsft import __version__
+from qpsft.adapter_folder import ADAPTER_CONFIG, check_adapter_folder, find_base, put_adapter, trained_tokenizer
 from qpsft.base import describe, load_base
 from qpsft.dataset.rows import BUILT_IN
 from qpsft.dataset.shapes import Rows
@@ -26,7 +27,6 @@ from qpsft.evaluation.task_data import parse_task_data
 from qpsft.evaluation.verifiers import text_of
 from qpsft.merging.finished_folder import MARK
 from qpsft.recipe import DataArguments
-from qpsft.verification.live import ADAPTER_CONFIG, check_adapter_folder, find_base, put_adapter, trained_tokenizer
 
 DEMO_IN_DOMAIN_ROWS = 200
 DEMO_ROWS_PER_SET = 100

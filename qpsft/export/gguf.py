@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
+from qpsft.adapter_folder import find_base
 from qpsft.base import load_tokenizer
 from qpsft.checkpoint import check_folder
 from qpsft.errors import ExportError, OutputError
@@ -22,7 +23,6 @@ from qpsft.export.llama_cpp import CONVERTER, find_llama_cpp, last_lines, load_g
 from qpsft.export.work_folder import is_adapter, put_in_place, work_folder
 from qpsft.merging.finished_folder import check_space
 from qpsft.verification.exported import ExportedWeights, read_text_config
-from qpsft.verification.live import find_base
 from qpsft.verification.verify_prompts import read_prompts
 from qpsft.verification.verify_text import stop_tokens
 from qpsft.wrapping import wrap

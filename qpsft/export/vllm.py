@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qpsft.adapter_folder import ADAPTER_CONFIG, check_adapter_folder
 from qpsft.base_record import BaseRecord, read_base_record
 from qpsft.checkpoint import DEMO, check_folder
 from qpsft.demo import MODEL_DIR
 from qpsft.errors import ExportError
 from qpsft.export.work_folder import is_adapter
-from qpsft.verification.live import ADAPTER_CONFIG, check_adapter_folder
 from qpsft.wrapping import wrap
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ must find its tensors; anything else is an error that names it.
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from qpsft.checkpoint import PICKLE_SUFFIXES, one_line
+from qpsft.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_weights, read_adapter_config
+from qpsft.checkpoint import one_line
 from qpsft.errors import BaseModelError, ExportError
 from qpsft.merging.base_tensors import same_values
 from qpsft.merging.safetensors_stream import StoredTensor, TensorFile
@@ -28,16 +28,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-
-# Features of PEFT's LoRA whose forward is not W + a low-rank product, or that this module does not know.
-_OTHER_FORWARDS = (
-    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "megatron_config",
-    "monteclora_config", "use_bdlora", "use_qalora", "velora_config",
-)  # fmt: skip
-_INITS_THAT_LEAVE_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -101,65 +92,12 @@ class Adapter:
         return _Reading(self, skeleton, tied).changes
 
 
-def read_adapter_config(folder: Path) -> LoraConfig:
-    """PEFT's config of an adapter's folder.
-
-    Raises:
-        BaseModelError: not an adapter's folder.
-        ExportError: not LoRA, or LoRA with a feature that cannot be merged.
-    """
-    from peft import PeftConfig
-
-    if not (folder / CONFIG).is_file():
-        what = "does not exist" if not folder.exists() else "is a file" if folder.is_file() else f"has no {CONFIG}"
-        model = (folder / "config.json").is_file()
-        raise BaseModelError(
-            f"{folder} {what}, so it is not an adapter's folder.",
-            "It is a whole model: there is nothing to merge." if model else "Give the folder that training wrote.",
-        )
-    try:
-        content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BaseModelError(f"{folder / CONFIG} is not valid JSON: {error}.", "Copy the folder again.") from error
-    kind = content.get("peft_type") if isinstance(content, dict) else None
-    if kind != "LORA":
-        raise ExportError(f"{folder / CONFIG} is for {kind}, and only LoRA can be merged.", "Train with LoRA.")
-    for feature in _OTHER_FORWARDS:
-        if content.get(feature):
-            raise ExportError(
-                f"{folder / CONFIG} uses {feature}, which cannot be merged into the base's weights.",
-                "Serve the adapter beside its base, or train without it.",
-            )
-    init = content.get("init_lora_weights")
-    if init not in _INITS_THAT_LEAVE_THE_BASE:
-        raise ExportError(
-            f"{folder / CONFIG} has init_lora_weights {init!r}: training started by taking a part out of the base's "
-            "weights, and the file does not say which.",
-            "qpsft saves such adapters as the plain LoRA they equal; with PEFT, save with "
-            "path_initial_model_for_weight_conversion.",
-        )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return PeftConfig.from_pretrained(str(folder))
-        except (ValueError, TypeError, KeyError) as error:
-            raise BaseModelError(
-                f"{folder / CONFIG} cannot be read by PEFT: {one_line(error)}", "Upgrade peft, or copy it again."
-            ) from error
-
-
 @contextmanager
 def open_adapter(folder: Path) -> Iterator[Adapter]:
     """Opens an adapter's folder. Raises as `read_adapter_config`, and for a missing or broken weights file."""
     config = read_adapter_config(folder)
-    if not (folder / WEIGHTS).is_file():
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
-        raise BaseModelError(
-            f"{folder} has no {WEIGHTS}"
-            + (f"; it holds {pickles[0]}, and loading a pickle can run any code." if pickles else "."),
-            "Copy the folder again, or save the adapter with safetensors.",
-        )
-    with TensorFile(folder / WEIGHTS) as file:
+    check_weights(folder)
+    with TensorFile(folder / ADAPTER_WEIGHTS) as file:
         yield Adapter(folder, config, file)
 
 
@@ -305,15 +243,15 @@ class _Reading:
             raise self._missing(PREFIX + key)
         if like is not None and tensor.shape != tuple(like.shape):
             raise BaseModelError(
-                f"{tensor.name} in {self.path} has shape {tensor.shape}; on this base, with the rank in {CONFIG}, it "
-                f"would have {tuple(like.shape)}.",
+                f"{tensor.name} in {self.path} has shape {tensor.shape}; on this base, with the rank in "
+                f"{ADAPTER_CONFIG}, it would have {tuple(like.shape)}.",
                 "The adapter is for another base: give the one it was trained on.",
             )
         return tensor
 
     def _missing(self, key: str) -> ExportError:
         return ExportError(
-            f"{self.path} lacks {key}, which its {CONFIG} calls for on this base.",
+            f"{self.path} lacks {key}, which its {ADAPTER_CONFIG} calls for on this base.",
             "The adapter is for another base, or its file is incomplete: copy it again.",
         )
 

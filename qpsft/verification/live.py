@@ -6,7 +6,6 @@ same weights then agree to about 1e-5 nats, where bfloat16 arithmetic alone woul
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,19 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qpsft.base import load_base, load_tokenizer
-from qpsft.base_record import BaseRecord, quantized_linears, read_base_record
-from qpsft.checkpoint import config_sha256, read_config, resolve_folder
-from qpsft.errors import BaseModelError, ExportError
+from qpsft.adapter_folder import check_adapter_folder, find_base, put_adapter, trained_tokenizer
+from qpsft.base import load_base
+from qpsft.base_record import BaseRecord, quantized_linears
+from qpsft.errors import ExportError
 from qpsft.merging.base_tensors import dtype_named
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
-
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
 @dataclass
@@ -56,56 +51,6 @@ class TrainedWeight:
     name: str
     base: Tensor
     trained: Tensor
-
-
-def check_adapter_folder(adapter: str | Path) -> Path:
-    """The adapter's folder as a path. Raises BaseModelError when it is not a PEFT adapter's."""
-    folder = Path(adapter).expanduser()
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (folder / name).is_file():
-            raise BaseModelError(
-                f"{folder} is not an adapter folder: it has no {name}.",
-                "Give the folder that training wrote, with adapter_config.json and adapter_model.safetensors in it.",
-            )
-    try:
-        json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BaseModelError(f"{folder / ADAPTER_CONFIG} is not valid JSON: {error}.", "Copy it again.") from error
-    return folder
-
-
-def trained_tokenizer(adapter: Path, base_folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer training used: training saves its own with the adapter; other trainers may leave the base's."""
-    has_own = any((adapter / name).is_file() for name in TOKENIZER_FILES)
-    if not has_own:
-        return load_tokenizer(base_folder)
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(adapter, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        raise BaseModelError(
-            f"The tokenizer in {adapter} cannot be loaded: {error}", "Copy the tokenizer's files there again."
-        ) from error
-
-
-def find_base(adapter: Path, base: str | Path | None) -> tuple[BaseRecord, Path]:
-    """The adapter's record and the local folder of its base.
-
-    Raises:
-        BaseModelError: no record, no such base, or `base` is another model than the one the adapter was trained on.
-    """
-    record = read_base_record(adapter)
-    name = record.base_model_name_or_path if base is None else base
-    folder = resolve_folder(name, revision=record.revision if base is None else None)
-    found = config_sha256(read_config(folder))
-    if found != record.config_sha256:
-        raise BaseModelError(
-            f"The adapter in {adapter} was trained on {record.base_model_name_or_path} (config hash "
-            f"{record.config_sha256[:12]}…), and {folder} is another model (config hash {found[:12]}…).",
-            "Give the base it was trained on.",
-        )
-    return record, folder
 
 
 def load_live(
@@ -137,19 +82,6 @@ def load_live(
     peft_model = put_adapter(model, adapter, folder)
     peft_model.eval().requires_grad_(False)
     return LiveModel(peft_model, trained_tokenizer(adapter, folder), record, folder)
-
-
-def put_adapter(model: nn.Module, adapter: Path, base_folder: Path) -> PeftModel:
-    """The adapter on its loaded base. Raises BaseModelError when it does not fit."""
-    from peft import PeftModel
-
-    try:
-        return PeftModel.from_pretrained(model, adapter)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
-        raise BaseModelError(
-            f"The adapter in {adapter} cannot be put on {base_folder}: {str(error).strip().splitlines()[0]}",
-            "Check that adapter_config.json and adapter_model.safetensors belong together and to this base.",
-        ) from error
 
 
 def _compute_in_float32(model: nn.Module, compute_dtype: torch.dtype) -> None:
