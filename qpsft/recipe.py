@@ -63,7 +63,7 @@ class LoraArguments:
         0.0, "Dropout on the adapter's input. 0, because dropout makes the ratio differ from 1 right after a snapshot."
     )
     lora_target_modules: str | list[str] = _option(
-        "all-linear", "Module names to adapt. all-linear: every linear layer but the LM head."
+        "all-linear", "Module names to adapt. all-linear: every linear layer of the language model but its LM head."
     )
     lora_modules_to_save: list[str] | None = _option(None, "Modules trained in full and saved with the adapter.")
     lora_bias: Literal["none", "all", "lora_only"] = _option("none", "Which biases are trained.")
