@@ -10,6 +10,7 @@ import pytest
 import torch
 from bitsandbytes import functional as bnb
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from small_runs import largest_difference, log_lines, make_config, make_rows
 from tiny_models import SIZES, VOCABULARY, save_tiny_model, save_tokenizer
 from torch import Tensor
@@ -219,6 +220,13 @@ def test_the_merge_is_the_trained_model(tmp_path, model_type):
             file.write(json.dumps({"input_ids": ids, "prompt_length": 3}) + "\n")
     report = merge_adapter(adapter, tmp_path / "merged", show_progress=False)
     assert report.verification["same_model"]
+    if model_type in MULTIMODAL:  # transformers loads it whole
+        _, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", output_loading_info=True)
+        assert not any(info.values()), info
+    if model_type == "qwen3_5":  # whose language model is loaded alone: the rest is carried along as it was
+        before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "base", tmp_path / "merged"))
+        seeing = [name for name in before if "visual" in name]
+        assert seeing and all(torch.equal(after[name], before[name]) for name in seeing)
 
 
 def test_a_vision_model_without_a_text_class_is_refused_by_name(tmp_path):
