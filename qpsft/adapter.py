@@ -85,7 +85,7 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments) -> LoraConfig:
     from peft import LoraConfig
 
     # Copies of the lists, because PEFT writes into them.
-    targets, names = _targets(model, copy.copy(lora.lora_target_modules))
+    targets, excluded, names = _targets(model, copy.copy(lora.lora_target_modules))
     _check_initialisation(model, lora, names)
     check_dtypes(model, lora.lora_bias, lora.use_dora)
     saved = _modules_to_save(model, lora.lora_modules_to_save or [], names)
@@ -96,6 +96,7 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments) -> LoraConfig:
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
         lora_dropout=lora.lora_dropout,
         target_modules=targets,
+        exclude_modules=excluded,
         modules_to_save=list(lora.lora_modules_to_save or []) or None,
         ensure_weight_tying=_is_tied(model) and bool(saved & _embeddings(model)),
         bias=lora.lora_bias,
@@ -115,11 +116,13 @@ def linear_names(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def _targets(model: PreTrainedModel, targets: str | list[str]) -> tuple[str | list[str], list[str]]:
-    """What to give PEFT as target_modules, and the full names of the layers that it will adapt."""
+def _targets(model: PreTrainedModel, targets: str | list[str]) -> tuple[str | list[str], str | None, list[str]]:
+    """What to give PEFT as target_modules and exclude_modules, and the full names of the layers that it will adapt."""
     linear = linear_names(model)
     if targets == ALL_LINEAR:
-        return targets, linear
+        text = _text_prefix(model)
+        inside = [name for name in linear if name.startswith(text)]
+        return targets, None if inside == linear else rf"(?!{re.escape(text)}).*", inside
     if isinstance(targets, str) and any(_ends_with(name, targets) for name, _ in model.named_modules()):
         targets = [targets]  # one plain name, which PEFT would read as a regex for the full name
     if isinstance(targets, str):
@@ -147,7 +150,15 @@ def _targets(model: PreTrainedModel, targets: str | list[str]) -> tuple[str | li
             f"The linear layers are {', '.join(_suffixes(linear))}; to train embeddings or norms in full, name them in "
             "lora_modules_to_save.",
         )
-    return targets, matched
+    return targets, None, matched
+
+
+def _text_prefix(model: PreTrainedModel) -> str:
+    """What the names in the language model start with. Text never reaches a multimodal model's other layers."""
+    if model.config.get_text_config() is model.config:
+        return ""
+    decoder = model.get_decoder()
+    return next(f"{name}." for name, module in model.named_modules() if module is decoder)
 
 
 def targeted_layers(model: PreTrainedModel, targets: str | list[str]) -> list[str]:

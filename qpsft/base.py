@@ -20,6 +20,7 @@ from qpsft.base_record import (
     BaseRecord,
     BaseSource,
     base_record,
+    check_read_back,
     parameter_count,
     quantized_linears,
     read_base_record,
@@ -96,7 +97,8 @@ def load_base(
 
     Raises:
         BaseModelError: no such model; its folder is incomplete, truncated, pickle only, not a causal LM, or quantized
-            by another method; its tokenizer has ids the embedding lacks; the hardware cannot do what is asked.
+            by another method; its tokenizer has ids the embedding lacks; the hardware cannot do what is asked, or a
+            layer's width on it.
     """
     if quantization not in QUANTIZATIONS:
         raise BaseModelError(f"quantization {quantization!r} is not known.", f"Use {', '.join(QUANTIZATIONS)}.")
@@ -121,6 +123,8 @@ def load_base(
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
 
     _keep_one_kernel(model, compute_dtype)
+    if device.type == "cpu":
+        check_read_back(model)
     _check_unquantized(model, folder)
     set_pad_token(model, tokenizer)
     model.requires_grad_(False)

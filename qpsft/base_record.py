@@ -7,6 +7,7 @@ dequantize. That gives the trained base's bytes again, and its dequantized weigh
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -77,6 +78,34 @@ def quantized_linears(model: nn.Module) -> dict[str, nn.Module]:
         if type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params")
         and isinstance(module, nn.Linear)
     }
+
+
+def check_read_back(model: nn.Module) -> None:
+    """Makes sure that bitsandbytes reads 4-bit weights back as it stored them.
+
+    Its CPU kernel (0.50.2) goes row by row, and where rows end within a block it takes another block's scale, for
+    widths that are a multiple of 16 and not of the block size: errors of the weights' own size, silently.
+
+    Raises:
+        BaseModelError: it does not, naming the layer.
+    """
+    import bitsandbytes
+
+    widths = set()
+    for name, module in quantized_linears(model).items():
+        state = getattr(module.weight, "quant_state", None)
+        if state is None or state.shape[-1] % state.blocksize == 0 or state.shape[-1] in widths:
+            continue
+        widths.add(state.shape[-1])
+        in_one_row = copy.copy(state)
+        in_one_row.shape = (1, state.shape.numel())
+        read, right = (bitsandbytes.functional.dequantize_4bit(module.weight, how) for how in (state, in_one_row))
+        if not torch.equal(read.flatten(), right.flatten()):
+            raise BaseModelError(
+                f"{name} has {state.shape[-1]} inputs, no multiple of the block size {state.blocksize}, and "
+                f"bitsandbytes {bitsandbytes.__version__} reads such a weight back wrongly on this CPU.",
+                "Use quantization none, or a GPU.",
+            )
 
 
 def parameter_count(model: nn.Module) -> int:

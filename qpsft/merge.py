@@ -212,7 +212,7 @@ class _Merge:
         self._check_all_found()
 
     def _output_dtype(self, tensor: BaseTensor, dtype: torch.dtype) -> torch.dtype:
-        if not tensor.stored.dtype.is_floating_point and not tensor.state:
+        if tensor.carried or (not tensor.stored.dtype.is_floating_point and not tensor.state):
             return tensor.stored.dtype
         return self.base.dtype_of(tensor.parameter or tensor.fused_into, dtype)
 
@@ -255,7 +255,9 @@ class _Merge:
         meter = (
             UpdateMeter(self._rounding_to_measure()) if change and change.low_rank and len(spec.shape) == 2 else None
         )
-        plain = self._live_dtype and self.base.dtype_of(tensor.parameter or tensor.fused_into, self._live_dtype)
+        plain = None
+        if self._live_dtype and not tensor.carried:
+            plain = self.base.dtype_of(tensor.parameter or tensor.fused_into, self._live_dtype)
         yield from MergedTensor(
             tensor,
             change,

@@ -35,7 +35,8 @@ def prepare_policy(
     The trainable parameters of an adapter are float32, as PEFT made them or widened (exactly) from 16 bits.
 
     Raises:
-        RecipeError: an adapter on a model that has one; a chat template that needs new tokens in the embedding.
+        RecipeError: an adapter on a model that has one; a chat template that needs new tokens in the embedding; packed
+            rows for a model that would let them see each other.
     """
     if isinstance(model, str):
         model = _load(model, args, quantization_config)
@@ -56,6 +57,8 @@ def prepare_policy(
         if parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
     _keep_one_kernel(model)
+    if args.packing or args.padding_free:
+        _refuse_packing(model)
     return model
 
 
@@ -113,6 +116,19 @@ def _keep_one_kernel(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def _refuse_packing(model: nn.Module) -> None:
+    # Attention keeps packed rows apart by their positions; a convolution or a recurrence runs on into the next row.
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    base = model.get_base_model() if is_peft_model(model) else model
+    if base._is_stateful or kinds & {"conv", "linear_attention"}:
+        raise RecipeError(
+            f"packing: a {config.model_type} model has layers that run on from one packed row into the next, so rows "
+            "would see each other.",
+            "Turn packing and padding_free off.",
+        )
 
 
 def _load(name: str, args: PSFTConfig, quantization_config: Any) -> PreTrainedModel:

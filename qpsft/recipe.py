@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
-import os
 import re
 import textwrap
 import typing
@@ -19,10 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from qpsft.errors import RecipeError
 from qpsft.options import coerce, refuse_without_effect
+from qpsft.recipe_file import find_beside, read_recipe_file
 
 Quantization = Literal["nf4", "fp4", "int8", "none"]
 
@@ -70,7 +68,7 @@ class LoraArguments:
         0.0, "Dropout on the adapter's input. 0, because dropout makes the ratio differ from 1 right after a snapshot."
     )
     lora_target_modules: str | list[str] = _option(
-        "all-linear", "Module names to adapt. all-linear: every linear layer but the LM head."
+        "all-linear", "Module names to adapt. all-linear: every linear layer of the language model but its LM head."
     )
     lora_modules_to_save: list[str] | None = _option(None, "Modules trained in full and saved with the adapter.")
     lora_bias: Literal["none", "all", "lora_only"] = _option("none", "Which biases are trained.")
@@ -196,7 +194,7 @@ def load_recipe(path: str | Path | None, flags: Sequence[str], trainer_class: ty
     """Reads a YAML file and command-line flags into a `Recipe`.
 
     Args:
-        path: YAML file with a flat mapping, or None.
+        path: YAML file with a flat mapping (`qpsft.recipe_file`), or None.
         flags: `--name value`, `--name=value`, `--name` (true), `--name a b` (a list).
         trainer_class: dataclass of the trainer's options (`PSFTConfig`).
 
@@ -207,8 +205,7 @@ def load_recipe(path: str | Path | None, flags: Sequence[str], trainer_class: ty
     path = None if path is None else Path(path)
     classes = (ModelArguments, LoraArguments, DataArguments, RunArguments, trainer_class)
     hints = option_types(classes)
-    given = {} if path is None else _read_yaml(path)
-    where = {name: f"{path}: {name}" for name in given}
+    given, where = ({}, {}) if path is None else read_recipe_file(path)
     for name, text in _read_flags(flags).items():
         given[name], where[name] = text, f"--{name}"
     refuse_without_effect(given, where)
@@ -218,7 +215,7 @@ def load_recipe(path: str | Path | None, flags: Sequence[str], trainer_class: ty
             raise RecipeError(f"{where[name]}: there is no such option.", _suggestion(name, hints, likely))
         given[name] = coerce(given[name], hints[name], where[name])
     _default_output_dir(given, path)
-    _find_beside(given, path)
+    find_beside(given, path)
     if given.get("dtype", "auto") != "auto" and not {"bf16", "fp16"} & set(given):
         # the trainer's mixed precision follows the base's compute dtype
         given |= {"bf16": given["dtype"] == "bfloat16", "fp16": given["dtype"] == "float16"}
@@ -235,53 +232,6 @@ def option_types(classes: Sequence[type]) -> dict[str, Any]:
             if option.init:
                 hints.setdefault(option.name, types_of[option.name])
     return hints
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if path.is_dir() and (path / "recipe.yaml").is_file():
-        path = path / "recipe.yaml"
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in _siblings(path)], n=1)
-        hint = f"Did you mean {path.with_name(near[0])}?" if near else "Check the path; recipes are YAML files."
-        raise RecipeError(f"There is no recipe {path}.", hint) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"The recipe {path} cannot be read: {error}.", "A recipe is a YAML file in UTF-8.") from None
-    try:
-        content = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(
-            f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)}).", "Write one `name: value` a line."
-        ) from None
-    if content is None:
-        raise RecipeError(f"The recipe {path} is empty.", "Give at least model_name_or_path and dataset_name.")
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise RecipeError(
-            f"The recipe {path} is a {type(content).__name__}, not a mapping of option names.",
-            "Write one `name: value` a line, such as `learning_rate: 2e-4`.",
-        )
-    return content
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, where PyYAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", key_node.start_mark)
-            if isinstance(key, str):
-                seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _siblings(path: Path) -> list[Path]:
-    return list(path.parent.iterdir()) if path.parent.is_dir() else []
 
 
 def _read_flags(flags: Sequence[str]) -> dict[str, str | list[str] | bool]:
@@ -313,17 +263,6 @@ def _default_output_dir(given: dict[str, Any], path: Path | None) -> None:
     if given.get("output_dir") is None:
         folder = "runs/qpsft" if path is None else path if path.is_dir() else path.parent
         given["output_dir"] = str(folder)
-
-
-def _find_beside(given: dict[str, Any], path: Path | None) -> None:
-    """Relative paths are looked up from where the command runs, then beside the recipe."""
-    if path is None:
-        return
-    folder = path if path.is_dir() else path.parent
-    for name in ("dataset_name", "model_name_or_path", "adapter_name_or_path"):
-        value = given.get(name)
-        if isinstance(value, str) and not Path(value).exists() and (folder / value).exists():
-            given[name] = os.path.normpath(folder / value)
 
 
 def _build(cls: type, given: dict[str, Any], where: dict[str, str]) -> Any:
@@ -374,6 +313,7 @@ def option_help(trainer_class: type, *, everything: bool = False) -> str:
             if option.init and (names is None or option.name in names):
                 lines += _explain(option)
         lines.append("")
+    lines.append("A recipe may begin with `extends: other.yaml` and give only what differs.")
     if not everything:
         lines.append("--help_all lists every option of transformers' and TRL's trainers too.")
     return "\n".join(lines)

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 METRICS = "metrics.jsonl"
 VERIFY_PROMPTS = "verify_prompts.jsonl"
 ADAPTER = "adapter_model.safetensors"
+WRITTEN = "# Written by qpsft train."
 PACKAGES = ("qpsft", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
 
 
@@ -266,10 +267,14 @@ def write_outputs(recipe: Recipe, trainer: PSFTTrainer, tokenizer, held_out, sum
 
 
 def resolved_name(recipe: Recipe, folder: Path) -> str:
-    """`recipe.yaml`, unless that is the very file the user wrote."""
-    own = recipe.path is not None and (folder / "recipe.yaml").exists() and recipe.path.exists()
-    source = recipe.path / "recipe.yaml" if own and recipe.path.is_dir() else recipe.path
-    return "recipe.resolved.yaml" if own and (folder / "recipe.yaml").samefile(source) else "recipe.yaml"
+    """`recipe.yaml`, unless there is one that the user wrote, or that this run was started with."""
+    there = folder / "recipe.yaml"
+    if not there.exists():
+        return there.name
+    started_with = recipe.path / "recipe.yaml" if recipe.path is not None and recipe.path.is_dir() else recipe.path
+    own = started_with is not None and started_with.exists() and there.samefile(started_with)
+    by_hand = not there.read_text(encoding="utf-8", errors="replace").startswith(WRITTEN)
+    return "recipe.resolved.yaml" if own or by_hand else there.name
 
 
 def resolved_recipe(recipe: Recipe) -> str:
@@ -277,7 +282,8 @@ def resolved_recipe(recipe: Recipe) -> str:
     values = recipe.values()
     values.pop("output_dir", None)  # the folder may be moved
     values["held_out_rows"] = recipe.run.held_out_rows
-    header = ["# Written by qpsft train. The options of this run; `qpsft train` on this file repeats it.", *_versions()]
+    versions = [f"# {line}" for line in _versions()]
+    header = [f"{WRITTEN} The options of this run; `qpsft train` on this file repeats it.", *versions]
     return "\n".join(header) + "\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
@@ -285,8 +291,8 @@ def _versions() -> list[str]:
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
     found = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
     return [
-        f"# {found}",
-        f"# Python {platform.python_version()} on {platform.system()} {platform.machine()}, {machine}",
+        found,
+        f"Python {platform.python_version()} on {platform.system()} {platform.machine()}, {machine}",
     ]
 
 
@@ -318,6 +324,8 @@ def model_card(recipe: Recipe, summary: RunSummary, config: LoraConfig) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["qpsft", arguments.loss_type, "lora", "trl"],
     }
+    found, machine = _versions()
+    options = resolved_name(recipe, summary.folder)
     blocks = f", {arguments.num_iterations} visits" if arguments.num_iterations > 1 else ""
     method = {
         "psft": f"Proximal SFT (arXiv 2508.17784), ε = {arguments.epsilon}, K = {arguments.reference_steps}{blocks}",
@@ -354,7 +362,9 @@ model, tokenizer = load_base("{base}", quantization="{recipe.model.quantization}
 model = PeftModel.from_pretrained(model, "{summary.folder.name}")
 ```
 
-The adapter was trained on the rounded base that `base_quantization.json` describes. All options: `recipe.yaml`.
+The adapter was trained on the rounded base that `base_quantization.json` describes. All options: `{options}`.
+
+Made with {found}; {machine}.
 """
 
 

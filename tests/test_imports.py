@@ -13,7 +13,17 @@ PACKAGE = ROOT / "qpsft"
 # DESIGN §4, lowest floor first. A module may import from its own floor and from those below.
 FLOORS = [
     {"errors", "processes", "quiet", "wrapping", "__init__"},
-    {"recipe", "options", "losses", "hardware", "schedule", "demo.__init__", "demo.tasks", "export.__init__"}
+    {
+        "recipe",
+        "recipe_file",
+        "options",
+        "losses",
+        "hardware",
+        "schedule",
+        "demo.__init__",
+        "demo.tasks",
+        "export.__init__",
+    }
     | {"dataset.__init__", "merging.__init__", "verification.__init__", "evaluation.__init__", "comparison.__init__"},
     {
         "reference",

@@ -189,3 +189,41 @@ def test_mixed_precision_follows_the_compute_dtype():
     assert not read("--dtype", "float32").trainer.bf16
     assert read("--dtype", "bfloat16").trainer.bf16
     assert not read("--dtype", "bfloat16", "--bf16", "false").trainer.bf16
+
+
+def test_a_recipe_extends_another(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    parent = "model_name_or_path: demo\ndataset_name: rows.jsonl\nlearning_rate: 1e-3\nlora_r: 4\n"
+    yaml_file(tmp_path, parent)
+    (tmp_path / "below").mkdir()
+    twin = yaml_file(tmp_path / "below", "extends: ..  # a folder\nloss_type: nll\nlora_r: 8\n", "sft.yaml")
+    again = yaml_file(tmp_path / "below", "extends: sft.yaml\nmax_steps: 3\n", "short.yaml")
+    recipe = read("--learning_rate", "5e-4", path=again)
+    assert (recipe.trainer.loss_type, recipe.trainer.max_steps, recipe.lora.lora_r) == ("nll", 3, 8)
+    assert recipe.trainer.learning_rate == 5e-4 and read(path=twin).trainer.learning_rate == 1e-3
+    assert recipe.data.dataset_name == str(tmp_path / "rows.jsonl")  # beside the recipe that names it
+    assert recipe.trainer.output_dir == str(tmp_path / "below")
+    assert "extends" not in recipe.values()
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a.yaml": "extends: b.yaml"}, r"There is no recipe .*b\.yaml"),
+        ({"a.yaml": "extends: b.yaml\n", "b.yaml": "extends: a.yaml\n"}, r"b\.yaml: extends: .*a\.yaml extends this"),
+        ({"a.yaml": "extends: a.yaml"}, "in turn"),
+        ({"a.yaml": "extends: [b.yaml]"}, "path of one other recipe"),
+        ({"a.yaml": "extends: b.yaml", "b.yaml": "lora_rank: 8"}, r"b\.yaml: lora_rank: there is no such option"),
+        ({"a.yaml": "extends: b.yaml", "b.yaml": "lora_r: x"}, r"b\.yaml: lora_r is 'x'"),
+    ],
+)
+def test_bad_extensions(tmp_path, files, message):
+    for name, text in files.items():
+        yaml_file(tmp_path, text, name)
+    with pytest.raises(RecipeError, match=message):
+        read(path=tmp_path / "a.yaml")
+
+
+def test_extends_is_no_flag():
+    with pytest.raises(RecipeError, match="--extends: there is no such option"):
+        read("--extends", "other.yaml")

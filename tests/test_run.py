@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import platform
 import shutil
 from pathlib import Path
 
@@ -101,6 +102,7 @@ def test_the_card_has_the_numbers_and_the_plot_is_one(trained):
     card = (trained / "README.md").read_text()
     last = [line for line in read_metrics(trained / "metrics.jsonl") if "nll" in line][-1]
     assert f"{last['nll']:.4f}" in card and "library_name: peft" in card and "Proximal SFT" in card
+    assert f"torch {torch.__version__.split('+')[0]}" in card and platform.python_version() in card
     assert (trained / "training.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
@@ -145,11 +147,13 @@ def test_another_run_is_never_overwritten_unasked(trained, tmp_path, capsys):
     assert read_metrics(folder / "metrics.jsonl")[-1]["step"] == 2
 
 
-def test_a_recipe_in_the_output_folder_is_left_as_it_is(tmp_path):
+@pytest.mark.parametrize("started_with", ["recipe.yaml", "twin.yaml"])
+def test_a_recipe_in_the_output_folder_is_left_as_it_is(tmp_path, started_with):
     text = "# mine\nmodel_name_or_path: demo\ndataset_name: demo-noisy\n"
     (tmp_path / "recipe.yaml").write_text(text)
+    (tmp_path / "twin.yaml").write_text("extends: recipe.yaml\n")
     flags = [flag for flag in FLAGS if "dataset_name" not in flag]
-    assert cli.main(["train", str(tmp_path / "recipe.yaml"), *flags, "--max_steps=1"]) == 0
+    assert cli.main(["train", str(tmp_path / started_with), *flags, "--max_steps=1"]) == 0
     assert (tmp_path / "recipe.yaml").read_text() == text
     assert yaml.safe_load((tmp_path / "recipe.resolved.yaml").read_text())["max_steps"] == 1
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from qpsft.base_record import BaseRecord
-from qpsft.checkpoint import WEIGHTS, WEIGHTS_INDEX, one_line
+from qpsft.checkpoint import WEIGHTS, WEIGHTS_INDEX, one_line, read_config
 from qpsft.errors import BaseModelError, ExportError
 from qpsft.hardware import DTYPES
 from qpsft.merging.rounding import quant_state
@@ -34,6 +34,7 @@ class BaseTensor:
     Attributes:
         name: in the merged checkpoint, and in the base's (but see `open_base` on tied embeddings).
         parameter: the parameter of the live model it is; None where transformers fuses or splits it while loading.
+        fused_into: the parameter it then goes into. With neither, it is another part's of the model, carried along.
         shape: of the values it stands for.
         rounded: the live model holds it in 4 or 8 bits.
         transposed: stored as (in, out), the layer being a Conv1D; the live model quantizes the transpose.
@@ -48,6 +49,11 @@ class BaseTensor:
     rounded: bool
     transposed: bool
     state: dict[str, StoredTensor] = field(default_factory=dict)
+
+    @property
+    def carried(self) -> bool:
+        """Whether the live model does not read it: a vision tower's beside a language model that is loaded alone."""
+        return self.parameter is None and self.fused_into is None
 
 
 @dataclass
@@ -128,6 +134,11 @@ def build_skeleton(folder: Path) -> PreTrainedModel:
         ) from error
 
 
+def is_part(skeleton: PreTrainedModel, folder: Path) -> bool:
+    """Whether `skeleton` is one part of the model in `folder`: its language model, alone."""
+    return skeleton.config.model_type != read_config(folder).get("model_type")
+
+
 class _Mapping:
     """Works out `BaseTensors` from what is stored."""
 
@@ -151,12 +162,14 @@ class _Mapping:
     def result(self) -> BaseTensors:
         states = self._quantization_states()
         beside = {tensor.name for state in states.values() for tensor in state.values()}
-        tensors, left_out = [], []
+        tensors, left_out, part = [], [], is_part(self.skeleton, self.folder)
         for name, stored in self.stored.items():
             if name in beside:
                 continue
             tensor = self._tensor(stored, states.get(name, {}))
-            if tensor is None:
+            if tensor is None and part:
+                tensors.append(BaseTensor(name, stored, None, None, stored.shape, False, False))
+            elif tensor is None:
                 left_out.append(name)
             else:
                 tensors.append(tensor)

@@ -107,14 +107,33 @@ def load_exported(weights: ExportedWeights, device: torch.device, fetch: Callabl
             module._buffers[own] = (weights.tensor(full) if full in weights else buffer).to(device)
         names = {own: canonical[id(parameter)] for own, parameter in module.named_parameters(recurse=False)}
         if names:
-            module.register_forward_pre_hook(partial(_bring, names, fetch or weights.tensor, device))
-            module.register_forward_hook(partial(_drop, dict(module.named_parameters(recurse=False))), always_call=True)
+            module._parameters = _OnDisk(module._parameters, names, fetch or weights.tensor, device)
+            module.register_forward_pre_hook(_bring)
+            module.register_forward_hook(partial(_drop, dict(module._parameters)), always_call=True)
     return model
 
 
-def _bring(names: dict[str, str], fetch: Callable[[str], Tensor], device: torch.device, module: Any, args: Any) -> None:
-    for own, name in names.items():
-        module._parameters[own] = nn.Parameter(fetch(name).to(device), requires_grad=False)
+class _OnDisk(dict):
+    """A module's parameters by their names in it; one that is on the meta device is read whenever it is asked for.
+
+    Mostly that is `_bring`'s doing, once per forward; but some models use a module's weight without calling it: hybrid
+    ones a convolution's, Gemma 4 the embedding's.
+    """
+
+    def __init__(self, empty: dict, names: dict[str, str], fetch: Callable[[str], Tensor], device: torch.device):
+        super().__init__(empty)
+        self.names, self._fetch, self._device = names, fetch, device
+
+    def __getitem__(self, own: str) -> nn.Parameter:
+        parameter = super().__getitem__(own)
+        if parameter is None or not parameter.is_meta:
+            return parameter
+        return nn.Parameter(self._fetch(self.names[own]).to(self._device), requires_grad=False)
+
+
+def _bring(module: Any, args: Any) -> None:
+    for own in module._parameters.names:
+        module._parameters[own] = module._parameters[own]
 
 
 def _drop(empty: dict[str, nn.Parameter], module: Any, args: Any, output: Any) -> None:

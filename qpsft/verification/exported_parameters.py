@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpsft.merging.base_tensors import build_skeleton
+from qpsft.merging.base_tensors import build_skeleton, is_part
 from qpsft.verification.exported import ExportedWeights
 
 _BROKEN = (RuntimeError, ValueError, IndexError, KeyError, AttributeError, TypeError)
@@ -84,13 +84,15 @@ class ExportedParameters:
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         prefix = self._skeleton.base_model_prefix
+        part = is_part(self._skeleton, self._weights.folder)  # the others' tensors lie beside the language model's
         groups: dict[str, _Source] = {}
         for stored in sorted(self._weights.names(), key=dot_natural_key):
             name, pattern = rename_source_key(stored, renamings, converters, prefix, self._parameters)
             if name not in self._parameters and stored in self._parameters:
                 name, pattern = rename_source_key(stored, [], [], prefix, self._parameters)
             if name not in self._parameters:
-                self.left_over.append(stored)
+                if not part:
+                    self.left_over.append(stored)
                 continue
             converter = None if pattern is None else by_pattern[pattern]
             groups.setdefault(name, _Source([], name, converter)).names.append((stored, pattern or stored))
