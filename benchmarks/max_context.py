@@ -53,6 +53,7 @@ LONG_CONTEXT = {  # options of PSFTConfig for long rows; those that this version
     "activation_offloading": True,
     "optim": "adamw_bnb_8bit",
     "reference_placement": "host",
+    "tiled_mlp": True,
 }
 STEP = 64
 TOLERANCE = 0.01

@@ -210,8 +210,8 @@ def build_model(
 def sharing_base(model: PreTrainedModel) -> PreTrainedModel:
     """Another model on the same weights: modules of its own, so that it takes another adapter, and no new tensor.
 
-    The base is frozen and never written, so any number of trainers can share it: seven trainers of an 8B shape take
-    one base of 5.7 GB and seven adapters.
+    The base is frozen and never written, so any number of trainers can share it: eight trainers of an 8B shape hold
+    one base of 5.7 GB and eight adapters.
     """
     shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     for parameter in model.parameters():

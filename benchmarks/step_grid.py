@@ -155,14 +155,22 @@ def ratio_noise(trainer: PSFTTrainer) -> dict[str, float]:
     batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
     trainer.model.train()
     trainer.reference.snapshot()
-    distances = []
-    for batch, old in zip(batches, trainer._score(batches), strict=True):
-        output = trainer.model(**batch, use_cache=False, fused_lm_head=True)
-        ratio = (output.log_probs.detach().float() - old).exp()
-        distances.append((ratio - 1).abs()[output.label_mask])
+    scores, trained = trainer._score(batches), []
+    loss = trainer._loss
+
+    def noted(logprobs: torch.Tensor, old: torch.Tensor, mask: torch.Tensor, num_items: Any) -> torch.Tensor:
+        trained.append((logprobs.detach().float(), mask))
+        return loss(logprobs, old, mask, num_items)
+
+    trainer._loss = noted
+    for batch, old in zip(batches, scores, strict=True):
+        trainer.compute_loss(trainer.model, {**batch, "old_logprobs": old})
+    del trainer._loss
+    distances = [
+        ((logprobs - old).exp() - 1).abs()[mask] for (logprobs, mask), old in zip(trained, scores, strict=True)
+    ]
     distance = torch.cat(distances)
-    kept = distance.numel() // 1000  # torch.quantile takes 16 million values at most
-    above = distance.topk(kept + 1).values
+    above = distance.topk(distance.numel() // 1000 + 1).values
     return {"max": float(above[0]), "p999": float(above[-1]), "tokens": distance.numel()}
 
 

@@ -13,7 +13,7 @@ import step_goals
 import step_grid
 import torch
 from machine import Budget, Results
-from real_shapes import build_model
+from real_shapes import build_model, random_rows
 from step_goals import ARMS, Arm
 from step_grid import Cell
 from turns import Step
@@ -172,3 +172,14 @@ def test_a_profile_adds_up_to_the_time_of_its_steps(tmp_path, capsys):
     assert list(kinds)[-1] == profiling.IDLE and kinds[profiling.IDLE] > 0
     assert len(cell["top"]) == 15
     assert all(len(line) <= 80 for line in capsys.readouterr().out.splitlines())
+
+
+def test_the_noise_of_the_ratio_is_that_between_the_two_passes(base, tmp_path):
+    config = step_grid.make_config("psft", Arm("psft", 2), CELL, base.dtype, str(tmp_path), 2)
+    trainer = step_grid.make_trainer(base, config, 4, random_rows(4, 16, 256), [])
+    trainer.train()
+    assert step_grid.ratio_noise(trainer)["max"] < 1e-4
+    score = trainer._score
+    trainer._score = lambda batches: [old - 0.01 for old in score(batches)]
+    noise = step_grid.ratio_noise(trainer)
+    assert noise["tokens"] == 2 * 15 and noise["p999"] == pytest.approx(0.01005, rel=1e-2)
