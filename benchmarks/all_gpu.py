@@ -44,20 +44,16 @@ class Part:
         return [sys.executable, str(HERE / self.program), *self.arguments, *limit]
 
 
-PARTS = (
+GRID = ("--device", "cuda")
+PARTS = (  # what the goals need first; a file that two parts share is continued, not measured twice
     Part("build", "real_shapes.py", ("llama-3.1-8b",), about="an 8B shape builds in under two minutes"),
-    Part("step_cost", "step_cost.py", ("--device", "cuda"), 5.0, "step cost of an 8B shape, the goals"),
-    Part("max_context", "max_context.py", (), 8.0, "longest row at 8, 12, 16 and 24 GB"),
-    Part("profile", "step_cost.py", ("--device", "cuda", "--profile"), None, "where the time of a step goes"),
+    Part("step_cost", "step_cost.py", (*GRID, "--cells", "1x512,2x1024"), 8.0, "8B: step cost, goals"),
+    Part("max_context", "max_context.py", (), 8.0, "8B: longest row at 8, 12, 16 and 24 GB"),
+    Part("profile", "step_cost.py", (*GRID, "--profile"), None, "8B: where the time of a step goes"),
     Part("plan", "plan_accuracy.py", (), 8.0, "qpsft plan against the memory really used"),
+    Part("step_cost_grid", "step_cost.py", GRID, 8.0, "8B: micro-batch x length"),
     Part("scale", "scale.py", ("--device", "cuda"), 8.0, "time and memory by size, length, batch, rank, K"),
-    Part(
-        "step_cost_1.5b",
-        "step_cost.py",
-        ("--device", "cuda", "--shape", "qwen2.5-1.5b"),
-        8.0,
-        "the same grid for a model that fits a small card",
-    ),
+    Part("step_cost_1.5b", "step_cost.py", (*GRID, "--shape", "qwen2.5-1.5b"), 8.0, "1.5B: micro-batch x length"),
 )
 
 

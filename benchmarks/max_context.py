@@ -57,6 +57,7 @@ LONG_CONTEXT = {  # options of PSFTConfig for long rows; those that this version
 }
 STEP = 64
 TOLERANCE = 0.01
+LEFT_BEHIND = 256 * 2**20  # bytes; cuBLAS keeps a workspace for each thread that has used it
 
 
 @dataclass(frozen=True)
@@ -168,8 +169,8 @@ def attempt_length(
     """A trial that survives running out of memory.
 
     Raises:
-        RuntimeError: afterwards more than `held` bytes (and 64 MiB of workspaces) stay allocated, so that no further
-            trial in this process would be right.
+        RuntimeError: afterwards more than `held` and LEFT_BEHIND bytes stay allocated, so that no further trial in this
+            process would be right.
     """
     start, peak = time.perf_counter(), None
     try:
@@ -178,7 +179,7 @@ def attempt_length(
         if not is_out_of_memory(error):
             raise
     clean_up(device)
-    if device == "cuda" and torch.cuda.memory_allocated() > held + 64 * 2**20:
+    if device == "cuda" and torch.cuda.memory_allocated() > held + LEFT_BEHIND:
         stuck = torch.cuda.memory_allocated() - held
         raise RuntimeError(f"{stuck / GIB:.2f} GiB are still allocated after a trial; run the command again")
     return Trial(length, peak, time.perf_counter() - start)

@@ -144,7 +144,7 @@ def top_kernels(profiled: profile, device: str, count: int = 15) -> list[dict[st
 
 def profile_cell(cell: Cell, arms: dict[str, Arm], path: Path, found: dict[str, Any], device: str) -> int:
     """Profiles three steps of plain SFT and three scored ones of PSFT; prints the tables and keeps them in `path`."""
-    results, base = Results(path, found), build_model(cell.shape, device)
+    results, base = Results(path, found), build_model(cell.shape, device, attn_implementation=cell.attention)
     first, last = 2, 4
     rows = random_rows((last + 1) * cell.accumulation * cell.micro_batch, cell.length, base.config.vocab_size)
     for name in (name for name in ("trl", "nll", "psft K=8") if name in arms):

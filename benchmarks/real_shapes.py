@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from qpsft.base_record import BaseSource, parameter_count, quantized_linears, stored_bytes
 from qpsft.checkpoint import config_sha256
-from qpsft.hardware import compute_dtype_for
+from qpsft.hardware import compute_dtype_for, pick_device
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -117,7 +117,7 @@ def llama_shape(
     } | more
 
 
-SHAPES["tiny"] = llama_shape(64, 2, vocab_size=256)
+SHAPES["tiny"] = llama_shape(64, 1, vocab_size=256)
 
 
 def config_of(shape: str | dict[str, Any]) -> PretrainedConfig:
@@ -165,7 +165,7 @@ def build_model(
     from transformers import BitsAndBytesConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    device = torch.device(device)
+    device = pick_device(device)
     compute_dtype = compute_dtype_for(device, dtype)
     config = config_of(shape)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from machine import AGAIN, RESULTS, Budget, Results, clean_up, describe, device_
 from real_shapes import build_model, llama_shape
 from step_goals import ARMS, Arm
 from step_grid import Cell, measure_times, peak_memory
+from transformers import PreTrainedModel
 
 from qpsft.base_record import parameter_count
 
@@ -107,9 +109,8 @@ PANELS = {
 }
 
 
-def measure_point(cell: Cell, arms: dict[str, Arm], device: str) -> dict[str, Any]:
+def measure_point(base: PreTrainedModel, cell: Cell, arms: dict[str, Arm], device: str) -> dict[str, Any]:
     """Step times and peak memory of one point."""
-    base = build_model(SMALL.get(cell.shape, cell.shape), device)
     clock = "wall" if device == "cuda" else "cpu"
     try:
         peaks, _ = peak_memory(base, cell, {name: arms[name] for name in TWO_ARMS if name in arms}, device)
@@ -129,22 +130,26 @@ def measure_point(cell: Cell, arms: dict[str, Arm], device: str) -> dict[str, An
 
 def run_sweep(sweep: Sweep, results: Results, budget: Budget, device: str) -> bool:
     """Measures the points that `results` does not have yet, as far as the budget goes. True when none is left."""
-    slowest = 0.0
-    for factor, cells in sweep.cells().items():
-        for cell in cells:
-            key = f"{cell.key}{' K' if factor == 'reference_steps' else ''}"
-            if key in results.cells:
-                continue
-            left = budget.left
-            if left < slowest:
-                print(f"{left:.0f} s are left; run the command again")
-                return False
-            point = measure_point(cell, sweep.arms_of_k() if factor == "reference_steps" else TWO_ARMS, device)
+    points = [(factor, cell) for factor, cells in sweep.cells().items() for cell in cells]
+    points.sort(key=lambda point: point[1].shape)  # stable: each model is built once
+    slowest, shape, base = 0.0, None, None
+    for factor, cell in points:
+        key = f"{cell.key}{' K' if factor == 'reference_steps' else ''}"
+        if key in results.cells:
+            continue
+        if not budget.allows(slowest):
+            print(f"{budget.left:.0f} s are left; run the command again")
+            return False
+        start = time.perf_counter()
+        if cell.shape != shape:
+            base = None  # two models need not fit together
             clean_up(device)
-            results.add(key, point)
-            if budget.left != float("inf"):
-                slowest = max(slowest, left - budget.left)
-            print(f"{key}: {summary(point)}", flush=True)
+            base, shape = build_model(SMALL.get(cell.shape, cell.shape), device), cell.shape
+        point = measure_point(base, cell, sweep.arms_of_k() if factor == "reference_steps" else TWO_ARMS, device)
+        clean_up(device)
+        results.add(key, point)
+        slowest = max(slowest, time.perf_counter() - start)
+        print(f"{key}: {summary(point)}", flush=True)
     return True
 
 

@@ -42,7 +42,7 @@ CELLS = "1x512,2x1024,8x2048,1x2048,8x512,4x1024,1x1024,2x512,2x2048,4x512,4x204
 
 def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=None, help="optimizer steps that count (default: 40; grid: 16)")
+    parser.add_argument("--steps", type=int, default=None, help="optimizer steps that count (default: 40; grid: 8)")
     parser.add_argument("--threads", type=int, default=None, help="torch threads")
     parser.add_argument("--no_checkpointing", action="store_true", help="gradient checkpointing off")
 
@@ -71,6 +71,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     grid.add_argument("--warmup", type=int, default=2, help="steps that do not count")
     grid.add_argument("--rank", type=int, default=16, help="of the adapter, on all linear layers")
     grid.add_argument("--optim", default="adamw_torch_fused", help="as in TrainingArguments")
+    grid.add_argument("--attn_implementation", default=None, help="as in transformers")
     grid.add_argument("--minutes", type=float, default=None, help="begin no cell that will not end within so many")
     grid.add_argument("--results", default=None, metavar="FOLDER", help="default: benchmarks/results")
     grid.add_argument("--profile", action="store_true", help="profile some steps of the first cell instead")
@@ -199,8 +200,16 @@ def the_grid(args: argparse.Namespace) -> int:
     budget = Budget(args.minutes)
     device, shape = args.device or "cpu", args.shape or "llama-3.1-8b"
     sizes = [tuple(map(int, cell.split("x"))) for cell in args.cells.split(",")]
-    settings = dict(rows=args.rows, rank=args.rank, optim=args.optim, steps=args.steps or 16, warmup=args.warmup)
-    cells = [Cell(shape, *size, checkpointing=not args.no_checkpointing, **settings) for size in sizes]
+    settings = dict(
+        rows=args.rows,
+        rank=args.rank,
+        checkpointing=not args.no_checkpointing,
+        optim=args.optim,
+        attention=args.attn_implementation,
+        steps=args.steps or 8,
+        warmup=args.warmup,
+    )
+    cells = [Cell(shape, *size, **settings) for size in sizes]
     arms = chosen_arms(args.arms.split(",") if args.arms else list(ARMS))
     folder = Path(args.results or RESULTS)
     found = environment(device)
@@ -213,7 +222,14 @@ def the_grid(args: argparse.Namespace) -> int:
     if all(cell.key in results.cells for cell in cells):
         done = True
     else:
-        done = run_grid(build_model(shape, device), cells, arms, results, budget, device)
+        done = run_grid(
+            build_model(shape, device, attn_implementation=args.attn_implementation),
+            cells,
+            arms,
+            results,
+            budget,
+            device,
+        )
     goals = [goal for cell in cells for goal in results.cells.get(cell.key, {}).get("goals", [])]
     missed = sum(goal["passed"] is False for goal in goals)
     measured = sum(goal["passed"] is not None for goal in goals)

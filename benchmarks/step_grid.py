@@ -38,6 +38,8 @@ class Cell:
     Attributes:
         micro_batch: rows of a micro-batch; length: tokens of every row.
         rows: rows of an optimizer step; accumulation is rows / micro_batch.
+        attention: the base's attn_implementation; None: transformers' choice.
+        steps, warmup: optimizer steps that count, and those before them.
     """
 
     shape: str
@@ -47,13 +49,15 @@ class Cell:
     rank: int = 16
     checkpointing: bool = True
     optim: str = "adamw_torch_fused"
-    steps: int = 16
+    attention: str | None = None
+    steps: int = 8
     warmup: int = 2
 
     @property
     def key(self) -> str:
         options = "" if self.checkpointing else " no-checkpointing"
         options += "" if self.optim == "adamw_torch_fused" else f" {self.optim}"
+        options += "" if self.attention is None else f" {self.attention}"
         return f"{self.shape} {self.micro_batch}x{self.length} rows={self.rows} r={self.rank}{options}"
 
     @property
@@ -236,7 +240,7 @@ def run_grid(
     base: PreTrainedModel, cells: list[Cell], arms: dict[str, Arm], results: Results, budget: Budget, device: str
 ) -> bool:
     """Measures the cells that `results` does not have yet, as far as the budget goes. True when none is left."""
-    seconds_per_token = 0.0
+    seconds_per_token = max((_seconds_per_token(cell) for cell in results.cells.values()), default=0.0)
     for cell in cells:
         if cell.key in results.cells:
             known = results.cells[cell.key]
@@ -249,8 +253,14 @@ def run_grid(
         measured = measure_cell(base, cell, arms, device)
         results.add(cell.key, measured)
         print(report(cell, measured), flush=True)
-        seconds_per_token = measured["cell_seconds"] / (cell.tokens_per_step * (cell.steps + cell.warmup))
+        seconds_per_token = max(seconds_per_token, _seconds_per_token(measured))
     return True
+
+
+def _seconds_per_token(measured: dict[str, Any]) -> float:
+    """What a cell took, by tokens of one arm."""
+    tokens = measured["rows"] * measured["length"] * (measured["steps"] + measured["warmup"])
+    return measured["cell_seconds"] / tokens
 
 
 def report(cell: Cell, measured: dict[str, Any]) -> str:

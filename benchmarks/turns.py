@@ -70,9 +70,7 @@ class Turns:
 
     def leave(self, name: str) -> None:
         with self.changed:
-            turn = self.turn % len(self.order)
-            is_own = self.order[turn] == name  # not so when it failed before its first turn
-            following = self.order[(turn + is_own) % len(self.order)]
+            following = self.order[(self.turn + 1) % len(self.order)]
             self.order.remove(name)
             self.turn = self.order.index(following) if self.order else 0
             self.changed.notify_all()
@@ -113,8 +111,6 @@ class StepClock(TrainerCallback):
         trainer._score = timed
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if self.turns:
-            self.turns.wait(self.name)
         self._since = self.clock()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -133,12 +129,13 @@ class StepClock(TrainerCallback):
 
 
 def train_in_turns(trainers: dict[str, Trainer], turns: Turns, threads: int | None = None) -> None:
-    """Runs every trainer in a thread of its own, one at a time. Raises what the first of them raised."""
+    """Runs every trainer in a thread of its own, one at a time, its setup too. Raises what the first of them raised."""
     failures: list[BaseException] = []
 
     def run(name: str) -> None:
         if threads:
             torch.set_num_threads(threads)
+        turns.wait(name)
         try:
             trainers[name].train()
         except BaseException as error:

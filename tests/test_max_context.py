@@ -1,8 +1,9 @@
-"""benchmarks/max_context.py: its search, and trials with a faked card."""
+"""benchmarks/max_context.py and plan_accuracy.py: the search, trials with a faked card, the verdicts."""
 
 from __future__ import annotations
 
 import max_context
+import plan_accuracy
 import pytest
 from machine import Budget, Results
 from max_context import Trial
@@ -96,3 +97,30 @@ def test_long_context_asks_only_for_options_that_exist():
     options, lacking = max_context.context_options()
     assert {*options, *lacking} == set(max_context.LONG_CONTEXT)
     PSFTConfig("unused", bf16=False, **{k: v for k, v in options.items() if k != "activation_offloading"})
+
+
+# ---- plan ----
+
+
+def test_a_plan_is_right_within_ten_percent_or_too_low_or_too_high():
+    assert plan_accuracy.judge(109, 100, 1000) == plan_accuracy.judge(91, 100, 1000) == "ok"
+    assert plan_accuracy.judge(111, 100, 1000) == "too high" and plan_accuracy.judge(89, 100, 1000) == "too low"
+    assert plan_accuracy.judge(1200, None, 1000) == "ok"  # it said that this would not fit
+    assert plan_accuracy.judge(800, None, 1000) == "too low"
+
+
+def test_plans_are_held_against_real_training_once(tmp_path, monkeypatch, capsys):
+    cells = plan_accuracy.grid(["tiny"], [16, 24], ["adamw_torch_fused"])
+    assert [(cell.length, cell.checkpointing) for cell in cells] == [(16, True), (16, False), (24, True), (24, False)]
+    results = Results(tmp_path / "r.json", {"date": "monday"})
+    plans = {16: 10**6, 24: 10**12}
+    assert plan_accuracy.run_grid(cells[1:3], results, Budget(None), 10.0**9, "cpu", lambda cell: plans[cell.length])
+    measured, untried = (results.cells[cell.key] for cell in cells[1:3])
+    assert measured["measured_bytes"] > 10**6 and measured["verdict"] == "too low"
+    assert measured["relative_error"] == pytest.approx(10**6 / measured["measured_bytes"] - 1)
+    assert not untried["tried"] and untried["measured_bytes"] is None and untried["verdict"] == "ok"
+    shown = capsys.readouterr().out
+    assert "not tried" in shown and all(len(line) <= 80 for line in shown.splitlines())
+    assert plan_accuracy.summary([measured, untried]).startswith("1 of 2 cells within 10%")
+    monkeypatch.setattr(plan_accuracy, "measure_cell", lambda *args: pytest.fail("measured again"))
+    assert plan_accuracy.run_grid(cells[1:3], results, Budget(None), 10.0**9, "cpu", lambda cell: 0)
