@@ -112,6 +112,8 @@ def train(recipe: Recipe) -> RunSummary:
     if recipe.run.resume:
         check_same_base(folder, base_record(model))
     trainer = make_trainer(model, tokenizer, arguments, train_rows, folder)
+    for line in setup_lines(trainer, len(train_rows)):
+        print(line, flush=True)
     if not recipe.run.resume:
         clear_output(folder)
     write_base_record(model, folder)
@@ -133,6 +135,23 @@ def data_line(rows: TokenizedRows, trained: int, held_out: int) -> str:
     facts += [f"{counts.truncated:,} truncated at {counts.max_length} tokens"] if counts.truncated else []
     facts.append(f"{counts.supervised_tokens:,} supervised tokens")
     return textwrap.fill(f"data: {rows.name} ({rows.shape}): {', '.join(facts)}", 80, subsequent_indent="      ")
+
+
+def setup_lines(trainer: PSFTTrainer, rows: int) -> list[str]:
+    """What the trainer made of the rows and the hardware, where that is not the plain case; at most 80 columns."""
+    arguments, lines = trainer.args, []
+    if arguments.packing:
+        packed = trainer.train_dataset
+        full = sum(map(len, packed["input_ids"])) / (len(packed) * arguments.max_length)
+        lines.append(
+            f"packing: {rows:,} rows in {len(packed):,} of {arguments.max_length:,} tokens, {full:.1%} full; "
+            f"{trainer.rows_per_step()} packed rows a step"
+        )
+    scores = arguments.loss_type == "psft" and arguments.reference == "snapshot"
+    if scores and trainer.reference_placement == "host":
+        size = trainer.policy_bytes / 1e6
+        lines.append(f"reference policy: {size:,.1f} MB in host memory, on the device to score")
+    return [textwrap.fill(line, 80, subsequent_indent="  ") for line in lines]
 
 
 def check_same_base(folder: Path, record: dict[str, Any]) -> None:

@@ -26,7 +26,8 @@ FLOORS = [
         "data",
         "dataset.preview",
     }
-    | {"checkpoint", "base_record", "base", "adapter", "policy", "last_visit"},
+    | {"checkpoint", "base_record", "base", "adapter", "policy", "last_visit"}
+    | {"forward", "kernels", "packing", "scoring", "tiled_mlp"},
     {
         "trainer",
         "console",
