@@ -69,8 +69,8 @@ def default_token_budget(
         of_hidden, of_intermediate = COSTS[bits][what]
         return of_hidden * hidden * tokens + of_intermediate * intermediate * mlp_tokens
 
-    def head(tokens: int) -> int:
-        return min(tokens, tile_tokens) * tile_vocabulary * size
+    def head(tokens: int) -> int:  # its tile, and its input three times: as it is, normed, and of supervised tokens
+        return size * (min(tokens, tile_tokens) * tile_vocabulary + 3 * hidden * tokens)
 
     if checkpointing:
         kept = 0 if offloading else size * hidden * layers * largest
