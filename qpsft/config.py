@@ -19,6 +19,7 @@ LOSS_TYPES = ("psft", "nll", "dft")
 REFERENCES = ("snapshot", "last_visit")
 # Values of `report_to` that `get_available_reporting_integrations` does not tell.
 _NOT_TOLD = ("all", "none", "azure_ml", "flyte", "kubeflow")
+PLACEMENTS = ("auto", "device", "host")
 
 
 def _option(default: Any, help: str, **metadata: Any) -> Any:
@@ -69,13 +70,28 @@ class PSFTConfig(SFTConfig):
     )
     score_token_budget: int | None = _option(
         None,
-        "Tokens per batch, padding included, in the reference pass. Unset: four of the step's largest micro-batches, "
-        "which takes less memory than training on one.",
+        "Tokens per batch, padding included, in the reference pass. Unset: as many as take no more memory than "
+        "training on the step's largest micro-batch.",
+    )
+    reference_placement: Literal["auto", "device", "host"] = _option(
+        "auto",
+        "Where the snapshot is kept between scoring passes; the results are the same. host: in host memory, which "
+        "frees one adapter's bytes on the device. auto: host where device memory is short.",
     )
     block_order: bool = _option(
         False, "nll and dft go through the data in PSFT's order (blocks and visits), as a control. psft always does."
     )
 
+    packing: bool = _option(
+        False,
+        "Lay several rows end to end, up to max_length tokens, each seeing itself only; on any attention "
+        "implementation. Batch sizes and reference_steps then count packed rows.",
+    )
+    tiled_mlp: bool = _option(
+        True,
+        "Run the MLPs of rows of 4,096 tokens and more in tiles, which takes much less memory. Exact; shorter rows "
+        "are not concerned.",
+    )
     learning_rate: float = _option(
         2e-4, "Initial learning rate of AdamW. 2e-4 is QLoRA's usual one; PSFT takes 1 to 2 times the best for SFT."
     )
@@ -115,13 +131,21 @@ class PSFTConfig(SFTConfig):
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # the adapter's are all used; looking for others costs each step
         super().__post_init__()
-        self._n_gpu = min(
-            1, self.n_gpu
-        )  # several cards need several processes: torch's DataParallel ruins 4-bit weights
+        # several cards need several processes: torch's DataParallel ruins 4-bit weights
+        self._n_gpu = min(1, self.n_gpu)
         self._check_scheduler()
         if self.world_size > 1 and not self.average_tokens_across_devices:
             raise RecipeError(
                 "average_tokens_across_devices: false is not supported: N counts the tokens of all processes."
+            )
+        if self.torch_compile:
+            raise RecipeError(
+                "torch_compile is not supported: the reference pass and training would run different kernels.",
+                "Leave torch_compile, torch_compile_backend and torch_compile_mode out.",
+            )
+        if self.activation_offloading and not torch.accelerator.is_available():
+            raise RecipeError(
+                "activation_offloading needs a GPU: activations on the CPU are in host memory already.", "Leave it out."
             )
         if self.accelerator_config.split_batches:
             raise RecipeError("split_batches is not supported.", "Give per_device_train_batch_size per process.")
@@ -131,6 +155,16 @@ class PSFTConfig(SFTConfig):
             raise RecipeError(f"loss_type {self.loss_type!r} is not known.", f"Use one of {', '.join(LOSS_TYPES)}.")
         if self.reference not in REFERENCES:
             raise RecipeError(f"reference {self.reference!r} is not known.", f"Use {' or '.join(REFERENCES)}.")
+        if self.packing and self.packing_strategy == "wrapped":
+            raise RecipeError(
+                "packing_strategy wrapped cuts rows in two and lets them see each other.",
+                "Use bfd, which cuts none, or bfd_split.",
+            )
+        if self.packing and self.max_length is None:
+            raise RecipeError("packing needs max_length, the length of a packed row.", "Set max_length, such as 2048.")
+        if self.reference_placement not in PLACEMENTS:
+            known = ", ".join(PLACEMENTS)
+            raise RecipeError(f"reference_placement {self.reference_placement!r} is not known.", f"Use {known}.")
         if self.reference == "last_visit" and (self.packing or self.padding_free):
             raise RecipeError("reference: last_visit needs rows that are not packed.", "Turn packing off.")
         at_least_one = (

@@ -19,9 +19,35 @@ import torch
 from torch import Tensor, nn
 
 from qpsft.errors import TrainingError
+from qpsft.forward import policy_forward
+from qpsft.kernels import fused_limits
+from qpsft.scoring import Batch, gather, groups, mixes_rows, row_lengths
 
-Batch = Mapping[str, Tensor]
-ROW_KEYS = {"input_ids", "attention_mask", "labels"}
+LARGE_SHARE = 1 / 20
+
+
+def choose_placement(free_bytes: int | None, copy_bytes: int) -> str:
+    """Where the reference is kept: "host" where a copy on the device would take a good part of what training needs.
+
+    Args:
+        free_bytes: device memory left after the base and the policy were loaded; None: not a CUDA device.
+        copy_bytes: size of the copy, which is that of the policy.
+
+    Returns:
+        "host" when the copy is more than a twentieth of what gradients and AdamW's two moments leave for activations:
+        moving it for every scoring pass takes milliseconds, and the activations get that much more. Else "device".
+    """
+    if free_bytes is None:
+        return "device"
+    return "host" if copy_bytes > LARGE_SHARE * (free_bytes - 3 * copy_bytes) else "device"
+
+
+def free_device_bytes(device: torch.device) -> int | None:
+    """Memory that a CUDA device has left, what torch holds in reserve included; None for other devices."""
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 class ReferencePolicy:
@@ -49,6 +75,7 @@ class ReferencePolicy:
                 "Add an adapter (`peft_config=LoraConfig(...)`), or load yours with `is_trainable=True`.",
             )
         self._copy = {name: self._empty_like(p) for name, p in self._policy.items()}
+        self._mixes_rows, self._limits = mixes_rows(model), fused_limits(model)
         self.snapshot()
 
     def _empty_like(self, parameter: Tensor) -> Tensor:
@@ -88,28 +115,29 @@ class ReferencePolicy:
         """Log-probabilities of the labels under the reference policy.
 
         Rows of all batches are sorted by length and run in batches of at most `token_budget` tokens (padding
-        included; one row at least), in the mode (train or eval) the model is in.
+        included; one row at least), in the mode (train or eval) the model is in, on the kernels of their own batch.
 
         Args:
-            batches: each with `input_ids`, `labels` (-100: not supervised) and usually `attention_mask`, all
-                (batch, sequence). Batches with anything else in them (packed rows, images) or with padding on the
-                left are run as they are.
+            batches: each with `input_ids`, `labels` (-100: not supervised) and `attention_mask` or, for packed rows,
+                `position_ids`, all (batch, sequence). Batches with anything else in them (images, rows end to end) or
+                with padding on the left are run as they are, and so is everything where rows change each other's
+                numbers (`qpsft.scoring.mixes_rows`).
             token_budget: None: each batch is run as it is.
 
         Returns:
             One tensor per batch: (batch, sequence - 1), float32, 0 where the label is -100; on the model's device.
         """
-        lengths = None if token_budget is None else _row_lengths(batches)
+        lengths = [row_lengths(batch) for batch in batches]
         with self.active():
-            if lengths is None:
-                return [self._logprobs(batch) for batch in batches]
+            if token_budget is None or self._mixes_rows or None in lengths:
+                return [self._logprobs(b, of_batch is not None) for b, of_batch in zip(batches, lengths, strict=True)]
             return self._score_regrouped(batches, lengths, token_budget)
 
-    def _logprobs(self, batch: Batch) -> Tensor:
+    def _logprobs(self, batch: Batch, right_padded: bool = True) -> Tensor:
         device = next(iter(self._policy.values())).device
         inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         if self.fused_lm_head:
-            return self.model(**inputs, use_cache=False, fused_lm_head=True).log_probs.float()
+            return policy_forward(self.model, inputs, right_padded=right_padded).log_probs.float()
         labels = inputs.pop("labels")[:, 1:]
         logits = self.model(**inputs, use_cache=False).logits[:, :-1].float()
         picked = logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
@@ -118,9 +146,8 @@ class ReferencePolicy:
     def _score_regrouped(self, batches: Sequence[Batch], lengths: list[list[int]], token_budget: int) -> list[Tensor]:
         device = next(iter(self._policy.values())).device
         scores = [torch.zeros(len(b["labels"]), b["labels"].shape[1] - 1, device=device) for b in batches]
-        rows = [(length, b, r) for b, of_batch in enumerate(lengths) for r, length in enumerate(of_batch)]
-        for group in _groups(sorted(rows), token_budget):
-            logprobs = self._logprobs(_gather(batches, group))
+        for group in groups(batches, lengths, token_budget, self._limits):
+            logprobs = self._logprobs(gather(batches, group))
             for i, (length, b, r) in enumerate(group):
                 scores[b][r, : length - 1] = logprobs[i, : length - 1]
         return scores
@@ -147,50 +174,3 @@ class ReferencePolicy:
         with torch.no_grad():
             for name, tensor in self._copy.items():
                 tensor.copy_(state[name])
-
-
-Row = tuple[int, int, int]  # length, batch, row in the batch
-
-
-def _row_lengths(batches: Sequence[Batch]) -> list[list[int]] | None:
-    """Real tokens of every row, or None when rows cannot be taken out of their batch."""
-    lengths = []
-    for batch in batches:
-        if set(batch) - ROW_KEYS:
-            return None
-        width = batch["input_ids"].shape[1]
-        if "attention_mask" not in batch:
-            lengths.append([width] * len(batch["input_ids"]))
-            continue
-        mask = batch["attention_mask"].cpu().bool()
-        of_batch = mask.sum(1)
-        if not torch.equal(mask, torch.arange(width) < of_batch.unsqueeze(1)):
-            return None
-        lengths.append(of_batch.clamp(min=1).tolist())
-    return lengths
-
-
-def _groups(rows: list[Row], token_budget: int) -> Iterator[list[Row]]:
-    group: list[Row] = []
-    for row in rows:  # ascending lengths: the newest row sets the padded width
-        if group and row[0] * (len(group) + 1) > token_budget:
-            yield group
-            group = []
-        group.append(row)
-    if group:
-        yield group
-
-
-def _gather(batches: Sequence[Batch], group: list[Row]) -> dict[str, Tensor]:
-    width = group[-1][0]
-    first = batches[0]["input_ids"]
-    gathered = {
-        "input_ids": first.new_zeros(len(group), width),
-        "attention_mask": first.new_zeros(len(group), width),
-        "labels": first.new_full((len(group), width), -100),
-    }
-    for i, (length, b, r) in enumerate(group):
-        gathered["input_ids"][i, :length] = batches[b]["input_ids"][r, :length]
-        gathered["attention_mask"][i, :length] = 1
-        gathered["labels"][i, :length] = batches[b]["labels"][r, :length]
-    return gathered

@@ -5,18 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import platform
 import shutil
 import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import yaml
 from transformers import PrinterCallback, TrainerCallback
 
 from qpsft.adapter import POLICY, add_adapter, save_adapter
@@ -27,20 +24,16 @@ from qpsft.console import ConsoleCallback, MetricsCallback, read_metrics
 from qpsft.continued_adapter import check_start, continue_adapter, recipe_tokenizer
 from qpsft.data import TokenizedRows, load_dataset
 from qpsft.errors import OutputError, QpsftError, RecipeError
+from qpsft.model_card import WRITTEN, model_card, resolved_recipe
 from qpsft.processes import from_main, is_main
 from qpsft.recipe import Recipe
 from qpsft.report import draw_training
 from qpsft.resume import checkpoints, newest_complete_checkpoint, remove_folder
 from qpsft.trainer import PSFTTrainer
 
-if TYPE_CHECKING:
-    from peft import LoraConfig
-
 METRICS = "metrics.jsonl"
 VERIFY_PROMPTS = "verify_prompts.jsonl"
 ADAPTER = "adapter_model.safetensors"
-WRITTEN = "# Written by qpsft train."
-PACKAGES = ("qpsft", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
 
 
 @dataclass
@@ -126,6 +119,9 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
     if recipe.run.resume:
         check_same_base(folder, base_record(model))
     trainer = make_trainer(model, tokenizer, arguments, train_rows, folder, callbacks)
+    if is_main():
+        for line in setup_lines(trainer, len(train_rows)):
+            print(line, flush=True)
     if not recipe.run.resume:
         from_main(lambda: clear_output(folder))
     from_main(lambda: write_base_record(model, folder))
@@ -146,6 +142,23 @@ def data_line(rows: TokenizedRows, trained: int, held_out: int) -> str:
     facts += [f"{counts.truncated:,} truncated at {counts.max_length} tokens"] if counts.truncated else []
     facts.append(f"{counts.supervised_tokens:,} supervised tokens")
     return textwrap.fill(f"data: {rows.name} ({rows.shape}): {', '.join(facts)}", 80, subsequent_indent="      ")
+
+
+def setup_lines(trainer: PSFTTrainer, rows: int) -> list[str]:
+    """What the trainer made of the rows and the hardware, where that is not the plain case; at most 80 columns."""
+    arguments, lines = trainer.args, []
+    if arguments.packing:
+        packed = trainer.train_dataset
+        full = sum(map(len, packed["input_ids"])) / (len(packed) * arguments.max_length)
+        lines.append(
+            f"packing: {rows:,} rows in {len(packed):,} of {arguments.max_length:,} tokens, {full:.1%} full; "
+            f"{trainer.rows_per_step()} packed rows a step"
+        )
+    scores = arguments.loss_type == "psft" and arguments.reference == "snapshot"
+    if scores and trainer.reference_placement == "host":
+        size = trainer.policy_bytes / 1e6
+        lines.append(f"reference policy: {size:,.1f} MB in host memory, on the device to score")
+    return [textwrap.fill(line, 80, subsequent_indent="  ") for line in lines]
 
 
 def check_same_base(folder: Path, record: dict[str, Any]) -> None:
@@ -247,8 +260,10 @@ def write_outputs(recipe: Recipe, trainer: PSFTTrainer, tokenizer, held_out, sum
         save_adapter(model, partial)
         tokenizer.save_pretrained(partial)
         draw_training(lines, partial / "training.png", f"{recipe.trainer.loss_type} on {recipe.data.dataset_name}")
-        (partial / resolved_name(recipe, folder)).write_text(resolved_recipe(recipe), encoding="utf-8")
-        (partial / "README.md").write_text(model_card(recipe, summary, model.peft_config[POLICY]), encoding="utf-8")
+        options = resolved_name(recipe, folder)
+        (partial / options).write_text(resolved_recipe(recipe), encoding="utf-8")
+        card = model_card(recipe, folder, summary.numbers, model.peft_config[POLICY], options)
+        (partial / "README.md").write_text(card, encoding="utf-8")
         with (partial / VERIFY_PROMPTS).open("w", encoding="utf-8") as file:
             for row in held_out:
                 file.write(json.dumps(_verify_prompt(row, tokenizer), ensure_ascii=False) + "\n")
@@ -277,33 +292,6 @@ def resolved_name(recipe: Recipe, folder: Path) -> str:
     return "recipe.resolved.yaml" if own or by_hand else there.name
 
 
-def resolved_recipe(recipe: Recipe) -> str:
-    """The run's options as YAML that `qpsft train` reads again, with the versions in comments."""
-    values = recipe.values()
-    values.pop("output_dir", None)  # the folder may be moved
-    values["held_out_rows"] = recipe.run.held_out_rows
-    versions = [f"# {line}" for line in _versions()]
-    header = [f"{WRITTEN} The options of this run; `qpsft train` on this file repeats it.", *versions]
-    return "\n".join(header) + "\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-
-def _versions() -> list[str]:
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-    found = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
-    return [
-        found,
-        f"Python {platform.python_version()} on {platform.system()} {platform.machine()}, {machine}",
-    ]
-
-
-def _version(name: str) -> str:
-    if name == "qpsft":
-        from qpsft import __version__
-
-        return __version__
-    return version(name)
-
-
 def _verify_prompt(row: dict, tokenizer) -> dict:
     supervised = [i for i, label in enumerate(row["labels"]) if label != -100]
     return {
@@ -311,61 +299,6 @@ def _verify_prompt(row: dict, tokenizer) -> dict:
         "input_ids": row["input_ids"],
         "prompt_length": supervised[0] if supervised else len(row["input_ids"]),
     }
-
-
-def model_card(recipe: Recipe, summary: RunSummary, config: LoraConfig) -> str:
-    """README.md of the adapter folder: a model card that the Hub understands."""
-    arguments, n = recipe.trainer, summary.numbers
-    base = recipe.model.model_name_or_path
-    on_hub = not Path(base).exists() and base != "demo"
-    front = {
-        **({"base_model": base} if on_hub else {}),
-        "library_name": "peft",
-        "pipeline_tag": "text-generation",
-        "tags": ["qpsft", arguments.loss_type, "lora", "trl"],
-    }
-    found, machine = _versions()
-    options = resolved_name(recipe, summary.folder)
-    blocks = f", {arguments.num_iterations} visits" if arguments.num_iterations > 1 else ""
-    method = {
-        "psft": f"Proximal SFT (arXiv 2508.17784), ε = {arguments.epsilon}, K = {arguments.reference_steps}{blocks}",
-        "nll": "plain SFT (negative log-likelihood)",
-        "dft": "DFT (arXiv 2508.05629)",
-    }[arguments.loss_type]
-    start = recipe.lora.adapter_name_or_path
-    start = f" Training went on from the adapter `{start}`." if start else ""
-    return f"""---
-{yaml.safe_dump(front, sort_keys=False).strip()}
----
-
-# {summary.folder.resolve().name}
-
-A LoRA adapter for `{base}` ({recipe.model.quantization}), trained with qpsft on `{recipe.data.dataset_name}`
-by {method}.{start}
-
-| | |
-| --- | --- |
-| optimizer steps | {int(n["step"])} |
-| learning rate | {arguments.learning_rate:g} |
-| rank, alpha | {config.r}, {config.lora_alpha:g} |
-| NLL at the end | {n["nll"]:.4f} nats per token |
-| entropy at the end | {n["entropy"]:.4f} nats per token |
-| clip fraction at the end | {n["clip_fraction"]:.1%} |
-
-![training curves](training.png)
-
-```python
-from peft import PeftModel
-from qpsft import load_base
-
-model, tokenizer = load_base("{base}", quantization="{recipe.model.quantization}")
-model = PeftModel.from_pretrained(model, "{summary.folder.name}")
-```
-
-The adapter was trained on the rounded base that `base_quantization.json` describes. All options: `{options}`.
-
-Made with {found}; {machine}.
-"""
 
 
 def _peak_bytes() -> int:

@@ -16,9 +16,11 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from qpsft.errors import RecipeError
 
@@ -152,6 +154,28 @@ class BlockSchedule:
                 f"{unseen:.0%} of the rows; num_train_epochs = {self.num_iterations} would cover them all.",
                 stacklevel=2,
             )
+
+
+def row_order(strategy: str, dataset: Any, mini_batch_size: int) -> Callable[[torch.Generator], list[int]] | None:
+    """`BlockSchedule`'s `permute` for transformers' `train_sampling_strategy`; None for `random`.
+
+    Args:
+        dataset: tokenized rows; a column `input_ids` where they are grouped by length.
+
+    Raises:
+        RecipeError: a strategy that blocks cannot take.
+    """
+    if strategy == "random":
+        return None
+    if strategy == "sequential":
+        return lambda generator: list(range(len(dataset)))
+    if strategy == "group_by_length":
+        lengths = [len(ids) for ids in dataset["input_ids"]]
+        return lambda generator: get_length_grouped_indices(lengths, mini_batch_size, generator=generator)
+    raise RecipeError(
+        f"train_sampling_strategy {strategy!r} cannot be combined with blocks.",
+        "Use random, sequential or group_by_length.",
+    )
 
 
 class BlockSampler(Sampler[int]):

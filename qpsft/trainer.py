@@ -13,21 +13,25 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, set_seed
-from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import has_length, rotate_checkpoints
 from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from qpsft import resume
 from qpsft.config import PSFTConfig
 from qpsft.errors import RecipeError, TrainingError
+from qpsft.forward import policy_forward
 from qpsft.last_visit import LastVisit
 from qpsft.loss_scaling import repeat_until_finite
 from qpsft.losses import NotFiniteError, dft_loss, loss_statistics, nll_loss, psft_loss
+from qpsft.packing import check_packing, packed_collator
 from qpsft.policy import default_config, float32_adapter, noise_sources, prepare_policy
 from qpsft.precision import OPTIONS, settle_precision
-from qpsft.reference import ReferencePolicy
-from qpsft.schedule import BlockSampler, BlockSchedule, StepPosition
+from qpsft.reference import ReferencePolicy, choose_placement, free_device_bytes
+from qpsft.schedule import BlockSampler, BlockSchedule, StepPosition, row_order
+from qpsft.scoring import as_in_training, real_tokens, token_budget
 from qpsft.statistics import RunStatistics
+from qpsft.tiled_mlp import tile_mlps
 
 __all__ = ["PSFTConfig", "PSFTTrainer"]
 
@@ -88,6 +92,14 @@ class PSFTTrainer(SFTTrainer):
         finally:
             args.loss_type = loss_type
 
+        if self.args.packing:
+            self.data_collator = packed_collator(self.data_collator, self.model.config)
+        if self.args.tiled_mlp:
+            tile_mlps(self.model)
+        self.policy_bytes = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+        self.reference_placement = self.args.reference_placement
+        if self.reference_placement == "auto":
+            self.reference_placement = choose_placement(free_device_bytes(self.args.device), self.policy_bytes)
         if self._visits() > 1 and not has_length(self.train_dataset):
             raise RecipeError(
                 "num_iterations above 1 needs a data set of known length, not a stream.",
@@ -121,15 +133,26 @@ class PSFTTrainer(SFTTrainer):
                     stacklevel=3,
                 )
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        try:
+            return super().create_optimizer(*args, **kwargs)
+        except (ImportError, ValueError, RuntimeError) as error:
+            name = getattr(self.args.optim, "value", self.args.optim)
+            why = str(error).splitlines()[0]
+            raise RecipeError(
+                f"optim {name} cannot be used here: {why}", "Use adamw_torch_fused, adamw_8bit or paged_adamw_8bit."
+            ) from error
+
     # ---- the order of the data ----
 
-    def _mini_batch_size(self) -> int:
+    def rows_per_step(self) -> int:
+        """Rows of a mini-batch: one optimizer step's data, all processes together."""
         return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         train_dataset = self.train_dataset if train_dataset is None else train_dataset
         return BlockSampler(
-            self._get_schedule, len(train_dataset), self._mini_batch_size(), step=lambda: self.state.global_step
+            self._get_schedule, len(train_dataset), self.rows_per_step(), step=lambda: self.state.global_step
         )
 
     def _visits(self) -> int:
@@ -141,34 +164,19 @@ class PSFTTrainer(SFTTrainer):
 
     def _get_schedule(self) -> BlockSchedule:
         if self._schedule is None:
-            rows = len(self.train_dataset) if has_length(self.train_dataset) else self._mini_batch_size()
+            rows = len(self.train_dataset) if has_length(self.train_dataset) else self.rows_per_step()
             self._schedule = BlockSchedule(
                 rows,
-                self._mini_batch_size(),
+                self.rows_per_step(),
                 reference_steps=self.args.reference_steps,
                 num_iterations=self._visits(),
                 warmup_steps=self.args.sft_warmup_steps_of(self.state.max_steps),
                 total_steps=self.state.max_steps,
                 seed=self._data_seed(),
-                permute=self._permutation(),
+                permute=row_order(self.args.train_sampling_strategy, self.train_dataset, self.rows_per_step()),
             )
             self._schedule.check(psft=self.args.loss_type == "psft" and self.args.reference == "snapshot")
         return self._schedule
-
-    def _permutation(self):
-        strategy = self.args.train_sampling_strategy
-        if strategy == "random":
-            return None
-        if strategy == "sequential":
-            return lambda generator: list(range(len(self.train_dataset)))
-        if strategy == "group_by_length":
-            lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
-            size = self._mini_batch_size()
-            return lambda generator: get_length_grouped_indices(lengths, size, generator=generator)
-        raise RecipeError(
-            f"train_sampling_strategy {strategy!r} cannot be combined with blocks.",
-            "Use random, sequential or group_by_length.",
-        )
 
     # ---- one optimizer step ----
 
@@ -195,7 +203,7 @@ class PSFTTrainer(SFTTrainer):
 
     def _attach_old_logprobs(self, batches: list[dict[str, Tensor]]) -> None:
         if self.reference is None:
-            self.reference = ReferencePolicy(self.model, fused_lm_head=True)
+            self.reference = ReferencePolicy(self.model, fused_lm_head=True, park=self.reference_placement == "host")
             if self._resumed is not None:
                 state, scores = self._resumed
                 if state is not None:
@@ -218,17 +226,11 @@ class PSFTTrainer(SFTTrainer):
             batch["old_logprobs"] = old
 
     def _score(self, batches: list[dict[str, Tensor]]) -> list[Tensor]:
-        budget = self.args.score_token_budget or 4 * max(batch["input_ids"].numel() for batch in batches)
-        was_training = self.model.training
-        self.model.train()  # the mode of the training forward: other modes may choose other kernels
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        try:
-            # dropout must not draw from the stream that training draws from, or a resumed run would differ
-            with torch.random.fork_rng(devices):
-                torch.manual_seed(self.args.seed + self.state.global_step)
-                return self.reference.score(batches, token_budget=budget)
-        finally:
-            self.model.train(was_training)
+        # training holds gradients; scoring holds none, but a parked reference is then on the device too
+        spare = 0 if self.reference.park else self.policy_bytes
+        budget = token_budget(self.args, self.model, batches, spare)
+        with as_in_training(self.model, self.args.device, self.args.seed + self.state.global_step):
+            return self.reference.score(batches, token_budget=budget)
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         """The loss of one micro-batch, divided by the supervised tokens of the whole optimizer step.
@@ -239,10 +241,10 @@ class PSFTTrainer(SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         names = ("old_logprobs", "micro_batch", "seen", "row_numbers")
         old_logprobs, micro_batch, seen, rows = (inputs.pop(name, None) for name in names)
-        inputs["use_cache"] = False
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
-        outputs = model(**inputs, fused_lm_head=True)
+        right_padded = isinstance(self.data_collator, DataCollatorForLanguageModeling)
+        outputs = policy_forward(model, inputs, right_padded=right_padded)
         logprobs, mask = outputs.log_probs, outputs.label_mask
         if micro_batch is not None:
             old_logprobs = logprobs.detach().float()
@@ -266,8 +268,7 @@ class PSFTTrainer(SFTTrainer):
             entropy=outputs.entropy.detach(),
             is_top1=outputs.is_top1,
         )
-        real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-        self._statistics.add(part, real.sum())
+        self._statistics.add(part, real_tokens(inputs))
         return loss
 
     def _loss(self, logprobs: Tensor, old_logprobs: Tensor | None, mask: Tensor, num_items) -> Tensor:
@@ -326,6 +327,8 @@ class PSFTTrainer(SFTTrainer):
                 raise TrainingError(f"{self.args.output_dir} holds no whole checkpoint to resume from.")
             resume_from_checkpoint = str(found)
         self._start_over()
+        if self.args.packing and not self.is_fsdp_enabled:
+            check_packing(self.model, self.data_collator, next(iter(self.train_dataset))["input_ids"])
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save_checkpoint(self, model, trial) -> None:

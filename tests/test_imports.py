@@ -37,7 +37,8 @@ FLOORS = [
         "dataset.preview",
     }
     | {"checkpoint", "base_record", "base", "adapter", "adapter_folder", "continued_adapter"}
-    | {"policy", "last_visit", "precision", "loss_scaling"},
+    | {"policy", "last_visit", "precision", "loss_scaling"}
+    | {"forward", "kernels", "packing", "scoring", "tiled_mlp"},
     {
         "trainer",
         "console",
@@ -71,7 +72,7 @@ FLOORS = [
     | {"export.llama_cpp", "export.work_folder", "export.gguf_check", "export.gguf_texts", "export.gguf_run"}
     | {"export.gguf", "export.gguf_lora", "export.ollama", "export.vllm"},
     {"report"},
-    {"run", "notebook", "evaluation.evaluation_run", "demo.accuracy", "demo.tokenizer", "demo.pretrain"},
+    {"run", "model_card", "notebook", "evaluation.evaluation_run", "demo.accuracy", "demo.tokenizer", "demo.pretrain"},
     {"demo.walkthrough"},
     {
         "comparison.arms",

@@ -22,7 +22,9 @@ from small_runs import (
     same,
 )
 
+from qpsft import trainer as trainer_module
 from qpsft.base import quantized_linears
+from qpsft.forward import policy_forward
 from qpsft.reference import ReferencePolicy
 
 
@@ -88,7 +90,7 @@ def test_invariant_1_the_scoring_pass_gives_the_training_forward_s_log_probabili
     trainer.train()
     trainer.model.train()
     batches = window(trainer, 2)
-    trained = [trainer.model(**batch, fused_lm_head=True).log_probs for batch in batches]
+    trained = [policy_forward(trainer.model, batch, right_padded=True).log_probs for batch in batches]
     assert trained[0].requires_grad
     scored = ReferencePolicy(trainer.model, fused_lm_head=True).score(batches)
     assert same([t.detach() for t in trained], scored)
@@ -96,23 +98,25 @@ def test_invariant_1_the_scoring_pass_gives_the_training_forward_s_log_probabili
     assert same(ReferencePolicy(trainer.model, fused_lm_head=True).score(batches), scored)
 
 
-def test_invariant_2_clipped_and_masked_tokens_contribute_exactly_zero_gradient(base, tmp_path):
+def test_invariant_2_clipped_and_masked_tokens_contribute_exactly_zero_gradient(base, tmp_path, monkeypatch):
     trainer = make_trainer(base, tmp_path, max_steps=4, epsilon=0.2)
     trainer.train()  # the position is then one inside a block
     batch = window(trainer, 1)[0]
     captured = []
 
-    def model(**inputs):
-        outputs = trainer.model(**inputs)
+    def forward(model, inputs, **settings):
+        outputs = policy_forward(model, inputs, **settings)
         outputs.log_probs.retain_grad()
         captured.append(outputs)
         return outputs
+
+    monkeypatch.setattr(trainer_module, "policy_forward", forward)
 
     def gradient(old_logprobs):
         captured.clear()
         trainer.model.zero_grad()
         trainer.model.train()
-        loss = trainer.compute_loss(model, {**batch, "old_logprobs": old_logprobs}, num_items_in_batch=10)
+        loss = trainer.compute_loss(trainer.model, {**batch, "old_logprobs": old_logprobs}, num_items_in_batch=10)
         loss.backward()
         return captured[0].log_probs.grad
 

@@ -99,16 +99,6 @@ def test_the_baselines_score_nothing_and_can_take_psft_s_order(base, tmp_path, m
     assert order("plain", loss_type=loss_type) != psft
 
 
-def test_the_default_budget_is_four_of_the_largest_micro_batches(base, tmp_path, monkeypatch):
-    trainer = make_trainer(base, tmp_path, max_steps=2, gradient_accumulation_steps=6)
-    passes, _, _ = scored_forwards(trainer, monkeypatch)
-    trainer.train()
-    rows = trainer._get_schedule().rows(1)
-    micro_batches = [collated(trainer, rows[i : i + 2])["input_ids"].numel() for i in range(0, 12, 2)]
-    assert [(step, budget) for step, _, budget in passes] == [(1, 4 * max(micro_batches))]
-    assert len(passes[0][1]) < 6
-
-
 @pytest.mark.parametrize("loss_type", ["nll", "dft"])
 def test_the_baselines_are_trl_s(base, tmp_path, loss_type):
     shared = dict(

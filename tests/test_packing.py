@@ -1,0 +1,262 @@
+"""Packed rows see themselves only: the same log-probabilities and gradients as alone, in both passes."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from small_runs import (
+    Recorder,
+    gradients,
+    largest_difference,
+    log_lines,
+    make_base,
+    make_config,
+    make_lora,
+    make_rows,
+    make_trainer,
+    policy,
+    same,
+)
+from tiny_models import save_tiny_model
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.utils import add_fused_lm_head
+
+from qpsft.base import load_base
+from qpsft.errors import RecipeError
+from qpsft.forward import policy_forward
+from qpsft.packing import PackedRows, check_packing, keeps_rows, packed_collator
+from qpsft.reference import ReferencePolicy
+from qpsft.scoring import real_tokens
+
+PACKED = PackedRows(pad_token_id=0, return_position_ids=True)
+END_TO_END = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+ALONE = DataCollatorForLanguageModeling(pad_token_id=0)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+def adapted(folder, attention=None, checkpointing=False):
+    """A 4-bit model whose adapter has an effect, with TRL's tiled LM head, in training mode."""
+    torch.manual_seed(1)
+    model, _ = load_base(folder, verbose=False, attn_implementation=attention)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    model = get_peft_model(model, make_lora(init_lora_weights=False, target_modules="all-linear"))
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    return model.train()
+
+
+def pack(rows, *sizes):
+    """Packed rows, as `trl.pack_dataset` makes them, of so many rows each."""
+    packed, start = [], 0
+    for size in sizes:
+        part = rows[start : start + size]
+        start += size
+        packed.append(
+            {
+                "input_ids": sum(part["input_ids"], []),
+                "labels": sum(part["labels"], []),
+                "seq_lengths": [len(ids) for ids in part["input_ids"]],
+            }
+        )
+    return packed
+
+
+def alone(model, rows):
+    """The log-probabilities of every row by itself, in the places they have in packed rows laid end to end."""
+    parts = []
+    for row in rows:
+        batch = ALONE([row])
+        logits = model(input_ids=batch["input_ids"]).logits[0, :-1].float().log_softmax(-1)
+        labels = batch["labels"][0, 1:]
+        picked = logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1).masked_fill(labels == -100, 0.0)
+        parts += [picked.new_zeros(1), picked]
+    return torch.cat(parts)[1:]
+
+
+def end_to_end(logprobs, packed):
+    """(batch, sequence - 1) scores of packed rows in the places of `alone`."""
+    parts = []
+    for row, examples in zip(logprobs, packed, strict=True):
+        parts += [row.new_zeros(1), row[: len(examples["input_ids"]) - 1]]
+    return torch.cat(parts)[1:]
+
+
+def fully_supervised(count):
+    rows = make_rows(count, seed=5)
+    return rows.map(lambda row: {"labels": list(row["input_ids"])})
+
+
+MODELS = [
+    ("llama", "sdpa", {}),
+    ("llama", "eager", {}),
+    ("qwen2", "sdpa", {}),
+    ("gpt_neox", "sdpa", {}),
+    ("gemma2", "eager", {"sliding_window": 6}),
+    ("gemma3_text", "sdpa", {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}),
+    ("mistral", "sdpa", {"sliding_window": 6}),
+]
+
+
+@pytest.mark.parametrize("model_type,attention,settings", MODELS)
+def test_packed_rows_have_the_log_probabilities_of_rows_alone_in_both_passes(tmp_path, model_type, attention, settings):
+    """Every token supervised, also those right behind a boundary; sliding windows shorter than the rows."""
+    save_tiny_model(tmp_path, model_type, **settings)
+    model = adapted(tmp_path, attention, checkpointing=True)
+    rows = fully_supervised(7)
+    packed = pack(rows, 3, 1, 3)
+    with torch.no_grad():
+        expected = alone(model, rows)
+    assert (expected != 0).sum() == sum(len(ids) - 1 for ids in rows["input_ids"])
+
+    batch = PACKED(packed)
+    trained = policy_forward(model, batch, right_padded=True).log_probs
+    assert trained.requires_grad
+    scored = ReferencePolicy(model, fused_lm_head=True).score([batch], token_budget=10_000)[0]
+    one_by_one = ReferencePolicy(model, fused_lm_head=True).score([PACKED([row]) for row in packed], token_budget=1)
+    for logprobs in (trained.detach(), scored):
+        assert (end_to_end(logprobs, packed) - expected).abs().max() < 1e-5
+    assert (end_to_end([row[0] for row in one_by_one], packed) - expected).abs().max() < 1e-5
+
+    # the control: what a broken mask looks like
+    broken = {**ALONE([{k: row[k] for k in ("input_ids", "labels")} for row in packed]), "labels": batch["labels"]}
+    with torch.no_grad():
+        contaminated = policy_forward(model, broken, right_padded=True).log_probs
+    assert (end_to_end(contaminated, packed) - expected).abs().max() > 1e-2
+
+
+def test_laid_end_to_end_they_are_the_same_too(base):
+    """FlashAttention's layout, here under SDPA."""
+    model, rows = adapted(base), fully_supervised(5)
+    packed = pack(rows, 3, 2)
+    batch = END_TO_END(packed)
+    assert batch["input_ids"].shape == (1, sum(len(row["input_ids"]) for row in packed))
+    with torch.no_grad():
+        scored = ReferencePolicy(model, fused_lm_head=True).score([batch], token_budget=10_000)[0][0]
+        assert (scored - alone(model, rows)).abs().max() < 1e-5
+
+
+def test_the_gradient_of_packed_rows_is_that_of_rows_alone(base):
+    model, rows = adapted(base, checkpointing=True), make_rows(6, seed=3)
+    (-policy_forward(model, PACKED(pack(rows, 4, 2)), right_padded=True).log_probs.sum()).backward()
+    together = gradients(model)
+    model.zero_grad()
+    for row in rows:
+        (-policy_forward(model, ALONE([row]), right_padded=True).log_probs.sum()).backward()
+    assert largest_difference(together, gradients(model)) < 1e-5 * max(g.abs().max() for g in together.values())
+
+
+def test_the_collator_keeps_rows_and_supervises_no_first_token():
+    rows = fully_supervised(3)
+    batch = PACKED(pack(rows, 2, 1))
+    first, second, third = (len(ids) for ids in rows["input_ids"])
+    width = max(first + second, third)
+    assert set(batch) == {"input_ids", "labels", "position_ids"}
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["position_ids"].shape == (2, width)
+    assert batch["position_ids"][0, : first + second].tolist() == [*range(first), *range(second)]
+    assert batch["labels"][0, 0] == batch["labels"][0, first] == batch["labels"][1, 0] == -100
+    assert (batch["labels"] != -100).sum() == first + second + third - 3
+    assert (batch["labels"][batch["labels"] != -100] == batch["input_ids"][batch["labels"] != -100]).all()
+    assert real_tokens(batch) == first + second + third
+
+
+def test_flash_attention_and_other_token_mixers_take_the_rows_end_to_end(base):
+    config = load_base(base, verbose=False)[0].config
+    assert keeps_rows(config) and isinstance(packed_collator(END_TO_END, config), PackedRows)
+    for attention in ("flash_attention_2", "kernels-community/flash-attn3"):
+        config._attn_implementation_internal = attention
+        assert not keeps_rows(config) and packed_collator(END_TO_END, config) is END_TO_END
+    config._attn_implementation_internal = "eager"
+    assert keeps_rows(config)
+    config.layer_types = ["full_attention", "linear_attention"]
+    assert not keeps_rows(config)
+
+
+def test_a_model_that_mixes_packed_rows_is_refused(tmp_path, base):
+    ids = make_rows(1, longest=30)["input_ids"][0] * 3
+    check_packing(adapted(base), PACKED, ids)
+    check_packing(adapted(base), END_TO_END, ids)
+    with pytest.raises(RecipeError, match="A llama model with sdpa attention lets the rows packed together see each"):
+        check_packing(adapted(base), ALONE, ids)  # no position ids, so no blocks
+    # OPT takes its positions from the mask alone
+    save_tiny_model(tmp_path, "opt", ffn_dim=128, word_embed_proj_dim=64)
+    with pytest.raises(RecipeError, match="A opt model .*packing: false"):
+        check_packing(adapted(tmp_path), PACKED, ids)
+
+
+def run(base, out, **settings):
+    settings = dict(packing=True, max_length=48, rows=make_rows(60), num_iterations=2, max_steps=12) | settings
+    return make_trainer(base, out, reference_steps=2, **settings)
+
+
+def test_a_run_on_packed_rows(base, tmp_path):
+    """The loss is a mean over the step's supervised tokens, the scores are the snapshot's, the schedule counts rows."""
+    counted = []
+
+    def check(step):
+        rows = [trainer.train_dataset[r] for r in trainer._get_schedule().rows(step)]
+        pieces = [n for row in rows for n in row["seq_lengths"]]
+        tokens.append(sum(pieces))
+        for i, old in enumerate(trainer._scores.get(trainer._position.mini_batch, [])):
+            with trainer.reference.active():
+                batch = PACKED(rows[2 * i : 2 * i + 2])
+                counted.append((old - policy_forward(trainer.model, batch, right_padded=True).log_probs).abs().max())
+
+    tokens = []
+    trainer = run(base, tmp_path, callbacks=[Recorder(check)])
+    packed = len(trainer.train_dataset)
+    assert 60 / 6 < packed < 60 / 2 and trainer.rows_per_step() == 4
+    trainer.train()
+    lines = log_lines(trainer)
+    assert [line["ratio_max"] == 1 for line in lines] == [step % 4 == 0 for step in range(12)]
+    assert [line["loss"] == pytest.approx(-1, abs=1e-6) for line in lines] == [step % 4 == 0 for step in range(12)]
+    assert [line["num_tokens"] for line in lines] == torch.tensor(tokens).cumsum(0).tolist()
+    assert len(counted) == 24 and max(counted) < 1e-5
+    seen = {row for step in range(12) for row in trainer._get_schedule().rows(step)}
+    assert trainer._get_schedule().num_rows == packed and seen <= set(range(packed))
+    assert lines[-1]["nll"] < lines[0]["nll"]
+
+
+def test_packed_and_padded_rows_train_the_same_policy(base, tmp_path):
+    """One mini-batch of all rows, packed or not, is the same step."""
+    rows = make_rows(12)
+
+    def train(name, **settings):
+        shared = dict(reference_steps=3, max_steps=6, learning_rate=1e-3, adam_epsilon=1e-4, rows=rows)
+        trainer = make_trainer(base, tmp_path / name, gradient_accumulation_steps=1, **shared, **settings)
+        trainer.train()
+        return policy(trainer.model), len(trainer.train_dataset)
+
+    padded, _ = train("padded", per_device_train_batch_size=12)
+    for length in (40, 96):
+        count = len(run(base, tmp_path, rows=rows, max_length=length).train_dataset)
+        packed, rows_packed = train(str(length), packing=True, max_length=length, per_device_train_batch_size=count)
+        assert rows_packed == count < 12
+        assert largest_difference(packed, padded) < 1e-5
+
+
+@pytest.mark.parametrize("stop", [3, 6])
+def test_a_packed_run_resumes_to_the_same_bytes(base, tmp_path, stop):
+    through = run(base, tmp_path / "through", max_steps=8)
+    through.train()
+    first = run(base, tmp_path / "parts", max_steps=8, save_strategy="steps", save_steps=stop)
+    first.add_callback(Recorder(on_step=lambda step: setattr(first.control, "should_training_stop", step + 1 >= stop)))
+    first.train()
+    second = run(base, tmp_path / "parts", max_steps=8, save_strategy="steps", save_steps=stop)
+    second.train(resume_from_checkpoint=True)
+    assert second.state.global_step == 8
+    assert same(policy(second.model), policy(through.model))
+
+
+def test_what_packing_cannot_do_is_said_before_training(base, tmp_path):
+    with pytest.raises(RecipeError, match="packing_strategy wrapped cuts rows in two and lets them see each other"):
+        make_config(tmp_path, packing=True, packing_strategy="wrapped")
+    with pytest.raises(RecipeError, match="packing needs max_length"):
+        make_config(tmp_path, packing=True, max_length=None)
+    save_tiny_model(tmp_path / "opt", "opt", ffn_dim=128, word_embed_proj_dim=64)
+    trainer = run(tmp_path / "opt", tmp_path, lora=make_lora(target_modules="all-linear"))
+    with pytest.raises(RecipeError, match="A opt model"):
+        trainer.train()
