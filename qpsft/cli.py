@@ -265,9 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if verb is None:
             raise _unknown_verb(argv[0])
         if verb is not train and world_size() > 1:
-            raise QpsftError(
-                f"qpsft {argv[0]} runs in one process; {world_size()} were started.", "Leave out torchrun."
-            )
+            raise QpsftError(f"qpsft {argv[0]} works in one process, not in {world_size()}.", "Leave out torchrun.")
         return verb(argv[1:])
     except QpsftError as error:
         _say(_paragraph(error))

@@ -63,14 +63,12 @@ class Overflowing(PSFTTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
+        step = self.state.global_step
         self.seen = getattr(self, "seen", [])
-        self.seen.append((self.state.global_step, inputs["input_ids"].clone()))
-        attempt = sum(step == self.state.global_step for step, _ in self.seen) // self.args.gradient_accumulation_steps
-        if self.accelerator.gradient_state.sync_gradients and attempt in range(
-            1, self.overflows.get(self.state.global_step, 0) + 1
-        ):
-            last = [p for p in model.parameters() if p.requires_grad][-1]
-            last.grad[0] = math.inf
+        attempt, micro_batch = divmod(sum(s == step for s, _ in self.seen), self.args.gradient_accumulation_steps)
+        self.seen.append((step, inputs["input_ids"].clone()))
+        if micro_batch == 0 and attempt < self.overflows.get(step, 0):  # before several processes add up theirs
+            [p for p in model.parameters() if p.requires_grad][-1].grad[0] = math.inf
         return loss
 
 

@@ -60,8 +60,10 @@ def contents(checkpoint):
             found[file.name] = file.read_bytes()
         elif file.name in ("optimizer.pt", "scheduler.pt"):
             found[file.name] = torch.load(file, weights_only=True)
-    state = torch.load(checkpoint / "rng_state.pth", weights_only=False)
-    found["rng"] = {"cpu": state["cpu"], "python": state["python"], "numpy": [str(part) for part in state["numpy"]]}
+    for file in checkpoint.glob("rng_state*.pth"):  # one per process
+        state = torch.load(file, weights_only=False)
+        parts = {"cpu": state["cpu"], "python": state["python"], "numpy": [str(part) for part in state["numpy"]]}
+        found[file.name] = parts
     return found
 
 

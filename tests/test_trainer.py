@@ -1,10 +1,6 @@
 """The invariants of the algorithm, on a 4-bit NF4 model with ragged rows (invariant 6, resuming: test_resume.py)."""
 
 import copy
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -168,62 +164,6 @@ def test_invariant_3_batch_1_times_8_is_batch_8_times_1(base, tmp_path):
     for one, eight in zip(lines_ones, lines_eights, strict=True):
         for key in ("loss", "nll", "entropy", "grad_norm", "approx_kl", "ratio_max", "num_tokens"):
             assert one[key] == pytest.approx(eight[key], rel=1e-4, abs=1e-6), key
-
-
-TWO_PROCESSES = """
-import sys, torch
-from pathlib import Path
-sys.path[:0] = sys.argv[3:]
-from safetensors.torch import save_file
-from small_runs import make_rows, make_trainer, policy
-torch.set_num_threads(1)
-trainer = make_trainer(
-    Path(sys.argv[1]), Path(sys.argv[2]), rows=make_rows(50), reference_steps=4, num_iterations=2, learning_rate=1e-3,
-    adam_epsilon=1e-4, gradient_accumulation_steps=2, max_steps=10,
-)
-trainer.train()
-if trainer.args.process_index == 0:
-    save_file(policy(trainer.model), Path(sys.argv[2]) / "policy.safetensors")
-    (Path(sys.argv[2]) / "tokens").write_text(str(trainer._statistics.num_tokens))
-"""
-
-
-def test_invariant_4_two_processes_are_one_with_twice_the_accumulation(base, tmp_path):
-    from safetensors.torch import load_file
-
-    here = Path(__file__).resolve().parent
-    script = tmp_path / "two.py"
-    script.write_text(TWO_PROCESSES)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    out = tmp_path / "two"
-    launched = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    done = subprocess.run(
-        [*launched, str(script), str(base), str(out), str(here), str(here.parent)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = load_file(out / "policy.safetensors")
-
-    trainer = make_trainer(
-        base,
-        tmp_path / "one",
-        rows=make_rows(50),
-        reference_steps=4,
-        num_iterations=2,
-        gradient_accumulation_steps=4,
-        max_steps=10,
-        **WELL_CONDITIONED,
-    )
-    start = policy(trainer.model)
-    trainer.train()
-    one = policy(trainer.model)
-    assert largest_difference(one, two) < 1e-5
-    assert largest_difference(one, start) > 1e-3
-    assert int((out / "tokens").read_text()) == trainer._statistics.num_tokens
 
 
 def frozen(model):

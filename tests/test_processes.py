@@ -1,0 +1,188 @@
+"""Several processes under torchrun (gloo): invariant 4, resuming, the command line, and errors that end them all."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from small_runs import largest_difference, make_base, make_rows, make_trainer, policy
+from two_processes import SETTINGS, STOP
+
+from qpsft import cli, processes
+from qpsft.console import read_metrics
+
+HERE = Path(__file__).resolve().parent
+
+
+def torchrun(*command, timeout=300):
+    """Two processes. Returns (return code, stdout, stderr)."""
+    launched = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, command)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        stdout, stderr = launched.communicate(timeout=timeout)
+    finally:
+        if launched.poll() is None:
+            os.killpg(launched.pid, signal.SIGKILL)  # its workers too
+            launched.wait()
+    return launched.returncode, stdout, stderr
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def found(base, tmp_path_factory):
+    """What the two processes of two_processes.py found, and the folder they wrote to."""
+    out = tmp_path_factory.mktemp("two")
+    code, _, stderr = torchrun(HERE / "two_processes.py", base, out)
+    assert code == 0, stderr[-3000:]
+    return [json.loads((out / f"found_{rank}.json").read_text()) for rank in (0, 1)], out
+
+
+def test_invariant_4_two_processes_are_one_with_twice_the_accumulation(base, found, tmp_path):
+    both, out = found
+    trainer = make_trainer(base, tmp_path, **{**SETTINGS, "gradient_accumulation_steps": 4})
+    start = policy(trainer.model)
+    trainer.train()
+    one, two = policy(trainer.model), load_file(out / "policy.safetensors")
+    assert largest_difference(one, two) < 1e-5
+    assert largest_difference(one, start) > 1e-3
+    for rank in both:
+        assert rank["run"]["tokens"] == trainer._statistics.num_tokens
+        assert rank["run"]["wrapped"] == "DistributedDataParallel" and not rank["run"]["find_unused_parameters"]
+        assert rank["run"]["reference_shares_names"]  # the reference is of the model inside the wrapper
+
+
+def test_two_processes_resume_in_mid_block_to_the_same_bytes(found):
+    both, out = found
+    scores = {f"psft_scores_{rank}.safetensors" for rank in (0, 1)}
+    for rank in both:
+        assert {*scores, "rng_state_0.pth", "rng_state_1.pth", "complete.json"} <= set(rank["run"]["files"])
+        assert rank["run"]["resumed_from"] == STOP
+        assert rank["run"]["resumed_differs_in"] == []
+    kept = [load_file(out / "cut" / f"checkpoint-{STOP}" / name) for name in sorted(scores)]
+    assert kept[0].keys() == kept[1].keys() and len(kept[0]) == 4 * 2  # K mini-batches of two micro-batches each
+    assert not any(kept[0][name].shape == kept[1][name].shape and bool((kept[0][name] == kept[1][name]).all())
+                   for name in kept[0])  # fmt: skip
+
+
+def test_an_overflow_in_one_process_repeats_the_step_in_both(found):
+    for rank in found[0]:
+        assert rank["overflow"] == {"equal": True, "halvings": 3, "micro_batches": [8, 8 + 3 * 2]}
+
+
+def test_what_is_done_and_said_once(found):
+    both, _ = found
+    assert [rank["once"]["value"] for rank in both] == [{"rows": [1, 2, 3], "from": 0}] * 2
+    assert [rank["once"]["calls"] for rank in both] == [[0], []]
+    assert [rank["once"]["raised"] for rank in both] == [
+        ["DataError", "rows.jsonl, line 3: broken.", "Mend it.", 2]
+    ] * 2
+    same, own = zip(*(rank["once"]["says"] for rank in both), strict=True)
+    assert sorted(same) == [False, True] and own == (True, True)
+
+
+def test_what_several_processes_cannot_do_is_refused(found):
+    for rank in found[0]:
+        assert "last_visit needs a data set of known length and one process" in rank["last_visit"]
+        assert "average_tokens_across_devices: false is not supported" in rank["n_per_process"]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """A file of prompts and completions."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    texts = [" ".join(f"w{i}" for i in row if i > 2) for row in make_rows(40)["input_ids"]]
+    path.write_text("".join(json.dumps({"prompt": "w5 w6 ", "completion": text}) + "\n" for text in texts))
+    return path
+
+
+def flags(base, rows, out, *more):
+    return [
+        "train", f"--model_name_or_path={base}", f"--dataset_name={rows}", f"--output_dir={out}", "--max_length=32",
+        "--lora_r=4", "--learning_rate=1e-3", "--adam_epsilon=1e-4", "--warmup_steps=0", "--reference_steps=2",
+        "--num_iterations=2", "--per_device_train_batch_size=2", "--max_steps=6", "--logging_steps=1", "--save_steps=3",
+        "--save_total_limit=5", "--gradient_checkpointing=false", "--use_cpu=true", *more,
+    ]  # fmt: skip
+
+
+def test_the_command_line_in_two_processes(base, rows, tmp_path, capsys):
+    """It speaks once, writes once, equals one process with twice the accumulation, and resumes to the same bytes."""
+    two, one = tmp_path / "two", tmp_path / "one"
+    code, stdout, stderr = torchrun("-m", "qpsft", *flags(base, rows, two, "--gradient_accumulation_steps=1"))
+    assert code == 0, stderr[-3000:]
+    assert cli.main(flags(base, rows, one, "--gradient_accumulation_steps=2")) == 0
+    alone = capsys.readouterr().out
+    for said in ("data: ", "base: ", "trained 6 steps", "next:"):
+        assert stdout.count(said) == alone.count(said) == 1, said
+    assert stderr.count("warning: With num_iterations = 2") == 1
+    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+    adapters = [load_file(folder / "adapter_model.safetensors") for folder in (one, two)]
+    assert largest_difference(*adapters) < 1e-5
+    lines = [[line for line in read_metrics(folder / "metrics.jsonl") if "nll" in line] for folder in (one, two)]
+    assert [line["step"] for line in lines[1]] == [1, 2, 3, 4, 5, 6]
+    for mine, theirs in zip(*lines, strict=True):
+        for key in ("loss", "nll", "approx_kl", "grad_norm", "num_tokens"):
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), key
+
+    bytes_before = (two / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(two / "checkpoint-6")
+    code, _, stderr = torchrun("-m", "qpsft", *flags(base, rows, two, "--gradient_accumulation_steps=1", "--resume"))
+    assert code == 0, stderr[-3000:]
+    assert (two / "adapter_model.safetensors").read_bytes() == bytes_before
+    resumed = [line for line in read_metrics(two / "metrics.jsonl") if "nll" in line]
+    assert [line["step"] for line in resumed] == [1, 2, 3, 4, 5, 6]
+
+
+FAILING = """
+import os, sys
+from qpsft import base, cli, errors
+if os.environ["RANK"] == "1":
+    def load_base(*arguments, **options):
+        raise errors.BaseModelError("The disk of this process cannot be read.", "Look at it.")
+    from qpsft import run
+    run.load_base = load_base
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_mistake_in_one_process_ends_both_and_is_shown_once(base, rows, tmp_path):
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    started = time.monotonic()
+    code, _, stderr = torchrun(script, *flags(base, rows, tmp_path / "out"))
+    assert code != 0 and time.monotonic() - started < 120  # process 0 was waiting for process 1
+    assert stderr.count("error: The disk of this process cannot be read. Look at it.") == 1
+    assert re.search(r"rank +: 1 .*\n *exitcode +: 2 ", stderr)
+
+
+def test_one_process_asks_nobody(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert processes.from_main(lambda: 3) == 3 and processes.is_main() and processes.first_to_say("x")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    assert not processes.is_main() and processes.first_to_say("x")
+    assert processes.from_main(lambda: 3) == 3  # set for something else: there is no process group
+
+
+def test_other_verbs_refuse_a_launcher(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert cli.main(["merge", "somewhere"]) == 2
+    assert "qpsft merge works in one process, not in 2. Leave out torchrun." in capsys.readouterr().err
