@@ -198,9 +198,9 @@ def test_a_sweep_is_measured_drawn_and_kept(tmp_path, monkeypatch, capsys):
     (file,) = tmp_path.glob("*.json")
     cells = json.loads(file.read_text())["cells"]
     assert len(cells) == 2  # the centre is one point of four factors, and K's are another
-    for cell in cells.values():
-        assert set(cell["step_seconds"]) == {"nll", "psft K=8"}
-        assert cell["peak_bytes"]["nll"] > 0 and cell["clock"] == "cpu"
+    for key, cell in cells.items():
+        assert set(cell["step_seconds"]) == {"nll", "psft K=8"} and cell["clock"] == "cpu"
+        assert set(cell["peak_bytes"]) == (set() if key.endswith(" K") else {"nll", "psft K=8"})
     assert file.with_suffix(".png").stat().st_size > 10_000
     monkeypatch.setattr(scale, "measure_point", lambda *args: pytest.fail("measured again"))
     assert scale.main(["--device", "cpu", "--results", str(tmp_path)]) == 0
