@@ -285,10 +285,19 @@ def test_a_run_goes_on_only_as_it_began(change, message, trained, tmp_path, caps
     assert (folder / "base_quantization.json").read_bytes() == before
 
 
-def test_what_the_trainer_refuses_is_one_paragraph(tmp_path, capsys):
+def test_packing_needs_a_length(tmp_path, capsys):
     assert train(tmp_path / "a", "--packing=true", "--max_length=none") == 2
+    assert "packing needs max_length" in error(capsys)
+
+
+def test_what_the_trainer_refuses_is_one_paragraph(tmp_path, capsys, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ValueError("padding_free does not go with that.\nA long explanation.")
+
+    monkeypatch.setattr("trl.SFTTrainer.__init__", refuse)
+    assert train(tmp_path / "a") == 2
     message = error(capsys)
-    assert "cannot be set up" in message and "max_length" in message
+    assert "cannot be set up: padding_free does not go with that." in message and "explanation" not in message
 
 
 def test_truncated_rows_are_mentioned(capsys, tmp_path):
