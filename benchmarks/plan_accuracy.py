@@ -15,6 +15,7 @@ import argparse
 import itertools
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -23,10 +24,13 @@ from typing import Any
 
 import torch
 from machine import AGAIN, GIB, GOAL_MISSED, RESULTS, Budget, Results, clean_up, describe, environment, slug
-from real_shapes import SHAPES, build_model
+from real_shapes import SHAPES, build_model, config_of
 from step_goals import ARMS
-from step_grid import Cell, peak_memory
+from step_grid import PEAK_STEPS, Cell, make_config, peak_memory
 from transformers import PreTrainedModel
+
+from qpsft.hardware import compute_dtype_for
+from qpsft.recipe import DataArguments, LoraArguments, ModelArguments, Recipe, RunArguments
 
 BAR = 0.10
 ARM = {"psft K=8": ARMS["psft K=8"]}
@@ -41,6 +45,21 @@ def grid(shapes: list[str], lengths: list[int], optimizers: list[str]) -> list[C
         Cell(shape, 1, length, rows=2, checkpointing=checkpointing, optim=optim)
         for shape, length, checkpointing, optim in itertools.product(shapes, lengths, (True, False), optimizers)
     ]
+
+
+def planned_bytes(cell: Cell, device: str) -> int:
+    """The plan's peak for a cell on this machine, from the shape's config alone."""
+    from qpsft.plan import make_plan
+    from qpsft.planning.cards import this_card
+
+    card = this_card() if device == "cuda" else None
+    dtype = compute_dtype_for(device)
+    with tempfile.TemporaryDirectory() as out:
+        trainer = make_config("psft", ARM["psft K=8"], cell, dtype, out, PEAK_STEPS)
+    lora = LoraArguments(lora_r=cell.rank, lora_alpha=2 * cell.rank)
+    model = ModelArguments(attn_implementation=cell.attention)
+    recipe = Recipe(None, {}, model, lora, DataArguments(), RunArguments(), trainer)
+    return make_plan(recipe, config=config_of(cell.shape), card=card, device=device).peak_bytes
 
 
 def judge(planned: int, measured: int | None, card: float) -> str:
@@ -137,7 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
     results = Results(args.results / f"plan_accuracy_{slug(found['device'])}.json", found)
     card = float(found["device_memory_bytes"])
     cells = grid(args.shapes.split(","), [int(n) for n in args.lengths.split(",")], args.optimizers.split(","))
-    done = run_grid(cells, results, budget, card, "cuda", lambda cell: planned_bytes(cell, card))
+    done = run_grid(cells, results, budget, card, "cuda", lambda cell: planned_bytes(cell, "cuda"))
     measured = [results.cells[cell.key] for cell in cells if cell.key in results.cells]
     print(summary(measured))
     return AGAIN if not done else 0 if all(cell["verdict"] == "ok" for cell in measured) else GOAL_MISSED
