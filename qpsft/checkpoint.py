@@ -113,6 +113,8 @@ def hub_snapshot(
     )
 
     at = f" at revision {revision}" if revision else ""
+    near = near_folders(Path(name))
+    near = f"{near} " if near.startswith("Did you mean") else ""
     try:
         return Path(
             snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=local_files_only)
@@ -129,7 +131,7 @@ def hub_snapshot(
     except RepositoryNotFoundError as error:
         raise BaseModelError(
             f"There is no folder and no public Hub model called {name}.",
-            "Check the spelling; for a private model run `hf auth login` first.",
+            f"{near}Check the spelling; for a private model run `hf auth login` first.",
         ) from error
     except HFValidationError as error:
         raise BaseModelError(
@@ -140,8 +142,8 @@ def hub_snapshot(
         raise BaseModelError(
             f"There is no folder {name}, and the Hub model {name}{at} is not on this machine and cannot be reached: "
             f"{one_line(error.__cause__ or error)}",
-            f"Check the spelling and the connection, or on a machine that has one run `hf download {name}` and give "
-            "the folder it prints.",
+            f"{near}Check the spelling and the connection, or on a machine that has one run `hf download {name}` and "
+            "give the folder it prints.",
         ) from error
     except OSError as error:
         raise BaseModelError(

@@ -180,6 +180,36 @@ def evaluate(argv: Sequence[str]) -> int:
     return 0
 
 
+def chat(argv: Sequence[str]) -> int:
+    """talk to an adapter, its base, or both side by side"""
+    parser = _parser(
+        "chat",
+        "Talk to an adapter on its 4-bit base, to a merged model, or to any model, in the terminal or through a pipe "
+        "(`echo hi | qpsft chat runs/mine`: every line is answered). Prompts are written as in training. /base "
+        "answers with the adapter off, /tuned with it, /both with both side by side; /reset, /help, /quit.",
+    )
+    parser.add_argument("model", help="folder of an adapter or of a model, a Hub id, or demo")
+    _add_base(parser)
+    parser.add_argument("--system", metavar="TEXT", help="a system turn before the conversation")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: always the likeliest token")
+    parser.add_argument("--top_p", type=float, metavar="P", help="draw among the tokens that make up this probability")
+    parser.add_argument("--max_new_tokens", type=int, default=512, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the drawn tokens (default: 0)")
+    parser.add_argument("--use_chat_template", choices=["auto", "always", "never"], help="(default: as in training)")
+    parser.add_argument("--prompt_format", metavar="TEXT", help="text around a prompt (default: as in training)")
+    parser.add_argument(
+        "--quantization",
+        choices=["nf4", "fp4", "int8", "none"],
+        help="of a model without adapter (default: nf4; none for a merged one)",
+    )
+    parser.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, … (default: %(default)s)")
+    options = vars(parser.parse_args(argv))
+    quiet_libraries()
+    from qpsft.chat import chat as talk
+
+    return talk(options.pop("model"), **options)
+
+
 def export(argv: Sequence[str]) -> int:
     """write a GGUF, an Ollama folder, or what vLLM needs"""
     parser = _parser(
@@ -244,6 +274,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "preview": preview,
     "evaluate": evaluate,
     "compare": compare,
+    "chat": chat,
     "merge": merge,
     "verify": verify,
     "export": export,

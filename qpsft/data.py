@@ -16,15 +16,25 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow
+from jinja2 import TemplateError
 from tqdm import tqdm
 
-from qpsft.dataset.chat import ChatRenderer, Span
+from qpsft.dataset.chat import ChatRenderer, Span, refused
 from qpsft.dataset.rows import read_records
 from qpsft.dataset.shapes import Rows, to_rows
 from qpsft.errors import DataError
 from qpsft.recipe import DataArguments
 
-__all__ = ["DataCounts", "Rows", "TokenizedRows", "load_dataset", "load_rows", "tokenize_rows"]
+__all__ = [
+    "DataCounts",
+    "Rows",
+    "TokenizedRows",
+    "encode_prompt",
+    "load_dataset",
+    "load_rows",
+    "tokenize_rows",
+    "writes_chat",
+]
 
 IGNORED = -100
 """The label of a token that is not supervised."""
@@ -181,6 +191,46 @@ def _as_dataset(columns: dict[str, list[np.ndarray]]) -> datasets.Dataset:
     return datasets.Dataset(pyarrow.table(arrays))
 
 
+def writes_chat(tokenizer: Any, arguments: DataArguments) -> bool:
+    """Whether plain-string prompts go through the chat template. Raises DataError if they must and there is none."""
+    if arguments.use_chat_template == "always" and not tokenizer.chat_template:
+        raise DataError(
+            "use_chat_template is always, but the tokenizer has no chat template.",
+            "Use an instruct model's tokenizer, or use_chat_template: auto with a prompt_format.",
+        )
+    return bool(tokenizer.chat_template) and arguments.use_chat_template != "never"
+
+
+def encode_prompt(messages: list[dict], tokenizer: Any, arguments: DataArguments) -> list[int]:
+    """The ids after which a model answers, written as training writes prompts.
+
+    Args:
+        messages: a conversation that ends with a user's turn. Without a chat template only that turn counts: training
+            has shown the model single prompts.
+        arguments: `use_chat_template` and `prompt_format` are used.
+
+    Raises:
+        DataError: the chat template refuses the conversation.
+    """
+
+    def written(content: str) -> str:
+        return arguments.prompt_format.replace("{prompt}", content)
+
+    if not writes_chat(tokenizer, arguments):
+        text = written(messages[-1]["content"])
+        ids = list(tokenizer(text, verbose=False)["input_ids"])
+        if ids[:2] == [tokenizer.bos_token_id] * 2:
+            ids = ids[1:]
+        added = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)
+        return ids[:-1] if added else ids
+    messages = [m | {"content": written(m["content"])} if m["role"] == "user" else m for m in messages]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise refused("The prompt", error) from None
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
 class _Encoder:
     """One row -> its ids and labels, by the tokenizer's rules and the user's choices."""
 
@@ -190,16 +240,10 @@ class _Encoder:
                 f"{type(tokenizer).__name__} cannot say which characters a token covers, which the labels need.",
                 "Use a base model whose folder has a tokenizer.json.",
             )
-        has_template = bool(tokenizer.chat_template)
-        if arguments.use_chat_template == "always" and not has_template:
-            raise DataError(
-                "use_chat_template is always, but the tokenizer has no chat template.",
-                "Use an instruct model's tokenizer, or use_chat_template: auto with a prompt_format.",
-            )
         self.tokenizer = tokenizer
         self.arguments = arguments
-        self.strings_as_chat = has_template and arguments.use_chat_template != "never"
-        self._has_template = has_template
+        self.strings_as_chat = writes_chat(tokenizer, arguments)
+        self._has_template = bool(tokenizer.chat_template)
         self._chat: ChatRenderer | None = None
 
     def __call__(self, row: dict, place: str) -> tuple[np.ndarray, np.ndarray, bool]:

@@ -72,7 +72,9 @@ FLOORS = [
     | {"export.llama_cpp", "export.work_folder", "export.gguf_check", "export.gguf_texts", "export.gguf_run"}
     | {"export.gguf", "export.gguf_lora", "export.ollama", "export.vllm"},
     {"report"},
-    {"run", "model_card", "notebook", "evaluation.evaluation_run", "demo.accuracy", "demo.tokenizer", "demo.pretrain"},
+    {"run", "model_card", "notebook", "conversation", "chat"}
+    | {"evaluation.evaluated_model", "evaluation.evaluation_run"}
+    | {"demo.accuracy", "demo.tokenizer", "demo.pretrain"},
     {"demo.walkthrough"},
     {
         "comparison.arms",

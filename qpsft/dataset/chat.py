@@ -104,7 +104,7 @@ class ChatRenderer:
         try:
             return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
         except (TemplateError, TypeError, ValueError) as error:
-            raise _refused(place, error) from None
+            raise refused(place, error) from None
 
     def _render_marked(self, messages: list[dict], tools: list[dict] | None, place: str) -> tuple[str, list[Span]]:
         # What apply_chat_template does, except that it returns token masks only: it looks tokens up at the characters
@@ -118,7 +118,7 @@ class ChatRenderer:
                 **self.tokenizer.special_tokens_map,
             )
         except (TemplateError, TypeError, ValueError) as error:
-            raise _refused(place, error) from None
+            raise refused(place, error) from None
         return texts[0], spans[0]
 
     def _check_end_of_turn(self) -> None:
@@ -160,7 +160,8 @@ def _not_a_prefix(place: str, turns: int) -> DataError:
     )
 
 
-def _refused(place: str, error: Exception) -> DataError:
+def refused(place: str, error: Exception) -> DataError:
+    """What to raise when a chat template does not take the conversation of `place`."""
     return DataError(
         f"{place}: the chat template refuses this conversation: {error}.",
         "Check its roles and their order; some templates take no system turn.",

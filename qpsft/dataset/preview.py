@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
 import sys
 from itertools import groupby
 from typing import Any
 
 from qpsft.data import IGNORED, DataCounts, TokenizedRows
+from qpsft.wrapping import takes_color, visible
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
 MARKS = ("⟦", "⟧")
-# All but tab and line feed: a row must not be able to steer the terminal it is shown on.
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def render_preview(
@@ -31,8 +28,7 @@ def render_preview(
         width: length of the rules between rows, in characters; the terminal's if None. Rows are never shortened.
     """
     if color is None:
-        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-        color = sys.stdout.isatty() and not plain
+        color = takes_color(sys.stdout)
     width = width or min(shutil.get_terminal_size().columns, 120)
     before, after = (GREEN, RESET) if color else MARKS
     blocks = [f"{before}Supervised tokens{after} look like this; all others are context."]
@@ -57,7 +53,7 @@ def _runs(tokenizer: Any, ids: list[int], labels: list[int]) -> list[tuple[bool,
         whole = _decode(tokenizer, ids[:end])
         text = whole[len(done) :] if whole.startswith(done) else _decode(tokenizer, ids[start:end])
         done = whole
-        runs.append((learned, CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)))
+        runs.append((learned, visible(text)))
     return runs
 
 

@@ -12,26 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from qpsft import __version__
-from qpsft.adapter_folder import ADAPTER_CONFIG, check_adapter_folder, find_base, put_adapter, trained_tokenizer
-from qpsft.base import describe, load_base
 from qpsft.dataset.rows import BUILT_IN
 from qpsft.dataset.shapes import Rows
 from qpsft.demo import tasks
-from qpsft.errors import BaseModelError, DataError, OutputError
+from qpsft.errors import DataError, OutputError
 from qpsft.evaluate import MAX_NEW_TOKENS, Evaluation, evaluate
 from qpsft.evaluation.estimates import Estimate
+from qpsft.evaluation.evaluated_model import describe_evaluated, load_evaluated, prompt_arguments, trained_options
 from qpsft.evaluation.evaluation_options import EvaluationOptions
 from qpsft.evaluation.evaluation_rows import as_rows, load_evaluation_rows
 from qpsft.evaluation.harness import check_tasks, run_tasks
 from qpsft.evaluation.task_data import parse_task_data
 from qpsft.evaluation.verifiers import text_of
-from qpsft.merging.finished_folder import MARK
 from qpsft.recipe import DataArguments
 
 DEMO_IN_DOMAIN_ROWS = 200
 DEMO_ROWS_PER_SET = 100
 DEMO_MAX_NEW_TOKENS = 56
-RECIPES = ("recipe.resolved.yaml", "recipe.yaml")
 SHOWN = (
     ("nll", "NLL of the reference, nats per token", ".3f"),
     ("mean_token_accuracy", "its tokens that are the most likely one", ".1%"),
@@ -97,8 +94,15 @@ def run_evaluation(options: EvaluationOptions, *, verbose: bool = True) -> Evalu
         QpsftError: the model, the data or the tasks cannot be used; the JSON file cannot be written.
     """
     started = time.perf_counter()
-    recipe = _recipe_of(Path(options.model).expanduser())
-    arguments = _data_arguments(options, recipe)
+    folder = Path(options.model).expanduser()
+    recipe = trained_options(folder)
+    arguments = prompt_arguments(
+        folder,
+        use_chat_template=options.use_chat_template,
+        prompt_format=options.prompt_format,
+        dataset_config=options.dataset_config,
+        dataset_columns=options.dataset_columns,
+    )
     names = options.data or [name for name in [recipe.get("dataset_name")] if name in BUILT_IN]
     if not names and not options.tasks:
         raise DataError("There is nothing to evaluate on.", "Give --data FILE or --tasks NAME.")
@@ -110,7 +114,13 @@ def run_evaluation(options: EvaluationOptions, *, verbose: bool = True) -> Evalu
     if options.json is not None:
         _check_writable(Path(options.json))
 
-    model, tokenizer = load_evaluated(options)
+    model, tokenizer = load_evaluated(
+        options.model,
+        base=options.base,
+        quantization=options.quantization,
+        dtype=options.dtype,
+        device=options.device,
+    )
     if verbose:
         print(f"evaluating {options.model} · {describe_evaluated(model)}", flush=True)
     evaluations = []
@@ -157,63 +167,6 @@ def run_evaluation(options: EvaluationOptions, *, verbose: bool = True) -> Evalu
     if options.json is not None:
         write_json(Path(options.json), report.to_dict(completions=options.completions))
     return report
-
-
-def load_evaluated(options: EvaluationOptions) -> tuple[Any, Any]:
-    """An adapter on its base, rounded as in training, or a model by itself; and the tokenizer.
-
-    Raises:
-        BaseModelError: as `load_base`, or the adapter does not fit its base.
-    """
-    folder = Path(options.model).expanduser()
-    if not (folder / ADAPTER_CONFIG).exists():
-        if options.base is not None:
-            raise BaseModelError(f"--base is given, but {folder} is not an adapter's folder.", "Leave --base out.")
-        merged = (folder / MARK).exists()
-        quantization = options.quantization or ("none" if merged else "nf4")
-        return load_base(
-            options.model, quantization=quantization, dtype=options.dtype, device=options.device, verbose=False
-        )
-    check_adapter_folder(folder)
-    record, base_folder = find_base(folder, options.base)
-    model, _ = load_base(
-        base_folder,
-        quantization="none" if record.prequantized else record.quantization,
-        double_quant=record.double_quant,
-        dtype=record.weights_dtype,
-        device=options.device,
-        verbose=False,
-    )
-    return put_adapter(model, folder, base_folder).eval(), trained_tokenizer(folder, base_folder)
-
-
-def describe_evaluated(model: Any) -> str:
-    """One line about what is evaluated."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return describe(base, base.device, base.dtype)
-
-
-def _recipe_of(folder: Path) -> dict[str, Any]:
-    """The options an adapter was trained with, as far as its folder knows."""
-    import yaml
-
-    for name in RECIPES:
-        path = folder / name
-        if path.is_file():
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-            return values if isinstance(values, dict) else {}
-    return {}
-
-
-def _data_arguments(options: EvaluationOptions, recipe: dict[str, Any]) -> DataArguments:
-    """Prompts are written as in training unless a flag says otherwise."""
-    trained = {name: recipe[name] for name in ("use_chat_template", "prompt_format") if name in recipe}
-    given = {
-        name: getattr(options, name)
-        for name in ("use_chat_template", "prompt_format", "dataset_config", "dataset_columns")
-        if getattr(options, name) is not None
-    }
-    return DataArguments(**trained | given)
 
 
 def _data_sets(names: Sequence[str], arguments: DataArguments, options: EvaluationOptions) -> Iterator[Rows]:
