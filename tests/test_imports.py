@@ -27,7 +27,7 @@ FLOORS = [
         "dataset.preview",
     }
     | {"checkpoint", "base_record", "base", "adapter", "policy", "last_visit"}
-    | {"forward", "kernels", "packing", "scoring", "tiled_mlp"},
+    | {"forward", "kernels", "packing", "piece_attention", "scoring", "tiled_mlp"},
     {
         "trainer",
         "console",
