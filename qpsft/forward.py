@@ -1,14 +1,16 @@
 """The forward that training and scoring share, so that both run the same kernels and neither does needless work.
 
-Two things are left out, exactly (up to float rounding):
+What is left out, exactly (up to float rounding):
 - the attention mask of rows padded on the right: with causal attention no real token sees a pad, so PyTorch's SDPA can
-  take its causal kernel, which needs no (sequence, sequence) mask, for full and for ragged batches alike;
+  take its causal kernel, which needs no (sequence, sequence) mask, for full and for ragged batches alike; and that of
+  packed rows where attention goes piece by piece (`qpsft.piece_attention`);
 - the LM head on tokens that are not supervised. TRL's tiled head skips them only where Triton runs (Linux with CUDA,
   ROCm or XPU); on Windows, MPS and the CPU they are taken out before it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +19,8 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers.utils import is_triton_available
 from trl.trainer.utils import FusedCausalLMOutput
+
+from qpsft.piece_attention import no_mask
 
 PER_TOKEN = ("log_probs", "entropy", "is_top1")
 
@@ -27,7 +31,8 @@ def policy_forward(model: nn.Module, inputs: Mapping[str, Any], *, right_padded:
     Args:
         model: as the trainer calls it: a causal LM, with or without a PEFT adapter, or that wrapped for several
             processes; patched by `trl.trainer.utils.add_fused_lm_head`.
-        inputs: `input_ids` and `labels` (-100: not supervised), (batch, sequence), and whatever else the model takes.
+        inputs: `input_ids` and `labels` (-100: not supervised), (batch, sequence), and whatever else the model takes;
+            `seq_lengths` (see `qpsft.piece_attention`) only if it attends by piece.
         right_padded: every pad of the batch stands right of its row's real tokens.
 
     Returns:
@@ -39,11 +44,11 @@ def policy_forward(model: nn.Module, inputs: Mapping[str, Any], *, right_padded:
     causal_lm = bare.get_base_model() if is_peft_model(bare) else bare
     if right_padded and not _needs_mask(causal_lm):
         inputs.pop("attention_mask", None)
-    labels = inputs["labels"]
-    head_skips = is_triton_available() and labels.device.type in ("cuda", "xpu")
-    if head_skips or _is_prompt_learning(bare):
-        return model(**inputs, fused_lm_head=True)
-    return _supervised_only(model, causal_lm, inputs)
+    on_triton = is_triton_available() and inputs["labels"].device.type in ("cuda", "xpu")
+    with no_mask() if "seq_lengths" in inputs else contextlib.nullcontext():
+        if on_triton or _is_prompt_learning(bare):
+            return model(**inputs, fused_lm_head=True)
+        return _supervised_only(model, causal_lm, inputs)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -52,6 +52,8 @@ def refuse_without_effect(given: dict[str, Any], where: dict[str, str]) -> None:
             why, todo = _NO_EVALUATION
         elif name == "push_to_hub" and on:
             why, todo = "training uploads nothing", "Run `qpsft push` on the adapter afterwards."
+        elif name == "packing_strategy" and str(value) == "bfd_split":
+            why, todo = "rows are cut at max_length before they are packed", "Leave it out, or raise max_length."
         elif name == "padding_free" and on and str(given.get("packing", "false")).lower() == "false":
             why, todo = "rows that are not packed are padded", "Set packing: true, or leave it out."
         else:

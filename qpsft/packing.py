@@ -4,16 +4,19 @@
     position_ids   0 1 2 3 4 0 1 2 0 1 2 3 | 0 1 2 …
     labels         - a a a a - b b - c c c | - d d …        the first token of a piece has nothing before it
 
-TRL packs (`trl.pack_dataset`, best fit decreasing: no row is cut) and, as FlashAttention wants it, lays the rows of a
-batch end to end too. transformers makes the block-diagonal mask from the position ids, for SDPA, eager and flex
-attention alike, but for a batch of B rows of L tokens so laid out it is B L x B L large. So without FlashAttention the
-packed rows stay rows: the same blocks, B times fewer mask entries and attention products.
+TRL packs (`trl.pack_dataset`, best fit decreasing: no row is cut). How a piece is kept to itself depends on the model:
+- SDPA: attention piece by piece (`qpsft.piece_attention`);
+- eager, flex attention, and SDPA with sliding windows shorter than a row: transformers' block-diagonal mask, which it
+  makes from the position ids;
+- FlashAttention, and layers other than attention (linear attention, convolutions): the rows of a batch end to end, as
+  TRL's own collator lays them.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,40 +25,49 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from qpsft.errors import RecipeError
 from qpsft.forward import policy_forward
+from qpsft.piece_attention import fits
 
 TOKENS_CHECKED = 32
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
+@dataclass
 class PackedRows(DataCollatorForLanguageModeling):
     """Collates packed rows as rows: `input_ids`, `labels`, `position_ids`, all (batch, sequence), and no mask.
 
-    A pad, on the right, is a piece of one token that is not supervised.
+    A pad, on the right, has position 0 and is not supervised.
+
+    Args:
+        by_piece: add `seq_lengths`, for every row the lengths of its pieces, for `sdpa_by_piece`.
     """
 
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    return_position_ids: bool = True
+    by_piece: bool = False
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
         del batch["attention_mask"]  # transformers looks for pieces only where there is none
         batch["labels"][batch["position_ids"] == 0] = -100
+        if self.by_piece:
+            batch["seq_lengths"] = tuple(tuple(e.get("seq_lengths") or [len(e["input_ids"])]) for e in examples)
         return batch
 
 
-def keeps_rows(config: Any) -> bool:
-    """Whether packed rows of a model with this `PretrainedConfig` may be the rows of a batch.
+def packed_collator(
+    collator: DataCollatorForLanguageModeling, config: Any, max_length: int
+) -> DataCollatorForLanguageModeling:
+    """The collator for packed rows of a model.
 
-    False: FlashAttention, and linear-attention or convolution layers, take pieces only end to end, in one row.
+    Args:
+        collator: SFTTrainer's, which lays rows end to end.
+        config: the model's `PretrainedConfig`.
+        max_length: tokens of a packed row.
     """
-    text = config.get_text_config()
-    layers = set(getattr(text, "layer_types", None) or ATTENTION_LAYERS)
-    return "flash" not in str(config._attn_implementation) and layers <= ATTENTION_LAYERS
-
-
-def packed_collator(collator: DataCollatorForLanguageModeling, config: Any) -> DataCollatorForLanguageModeling:
-    """The collator for packed rows of a model with this config; `collator` is SFTTrainer's, for rows end to end."""
-    if not keeps_rows(config):
+    layers = set(getattr(config.get_text_config(), "layer_types", None) or ATTENTION_LAYERS)
+    if "flash" in str(config._attn_implementation) or not layers <= ATTENTION_LAYERS:
         return collator
     return PackedRows(
-        pad_token_id=collator.pad_token_id, return_position_ids=True, pad_to_multiple_of=collator.pad_to_multiple_of
+        collator.pad_token_id, pad_to_multiple_of=collator.pad_to_multiple_of, by_piece=fits(config, max_length)
     )
 
 

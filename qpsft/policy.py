@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 import contextlib
 from collections.abc import Iterator
+=======
+import warnings
+>>>>>>> refs/helpers/packing
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +108,18 @@ def noise_sources(model: nn.Module, args: PSFTConfig) -> dict[str, float]:
         "neftune_noise_alpha": args.neftune_noise_alpha or 0.0,
     }
     return {name: size for name, size in sources.items() if size > 0}
+
+
+def warn_of_noise(model: nn.Module, args: PSFTConfig) -> None:
+    """Warns, for PSFT, of what `noise_sources` finds."""
+    if args.loss_type != "psft":
+        return
+    for name, size in noise_sources(model, args).items():
+        warnings.warn(
+            f"{name} is {size}: the two passes see different noise, so the ratio differs from 1 right after a "
+            f"snapshot and the trust region clips noise. Set {name} to 0 for PSFT.",
+            stacklevel=3,
+        )
 
 
 def _is_base_dropout(name: str, module: nn.Module) -> bool:

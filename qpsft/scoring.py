@@ -28,8 +28,8 @@ from qpsft.base_record import quantized_linears
 from qpsft.kernels import same_kernels
 from qpsft.tiled_mlp import TILE, is_tiled
 
-Batch = Mapping[str, Tensor]
-ROW_KEYS = {"input_ids", "attention_mask", "labels", "position_ids"}
+Batch = Mapping[str, Any]
+ROW_KEYS = {"input_ids", "attention_mask", "labels", "position_ids", "seq_lengths"}
 HEAD_TILE = (4096, 32768)  # tokens x vocabulary, trl.kernels.chunked_logprob and trl.trainer.utils
 COSTS = {  # bytes per token in a layer: (of h, of i), the table above
     16: {"recomputed": (51, 14), "kept": (37, 10), "scored": (13, 12)},
@@ -129,12 +129,15 @@ def mixes_rows(model: nn.Module) -> bool:
 def row_lengths(batch: Batch) -> list[int] | None:
     """Real tokens of every row, or None when rows cannot be taken out of their batch.
 
-    That takes `input_ids` and `labels`, (batch, sequence), and `attention_mask` or, for packed rows, `position_ids`;
-    anything else (images, rows laid end to end) belongs to the batch, and so does padding on the left.
+    That takes `input_ids` and `labels`, (batch, sequence), and `attention_mask` or, for packed rows, `position_ids`
+    with or without `seq_lengths`; anything else (images, rows laid end to end) belongs to the batch, and so does
+    padding on the left.
     """
     if set(batch) - ROW_KEYS or {"attention_mask", "position_ids"} <= set(batch):
         return None
     rows, width = batch["input_ids"].shape
+    if "seq_lengths" in batch:
+        return [sum(lengths) for lengths in batch["seq_lengths"]]
     if "position_ids" in batch:
         # a pad has position 0, and so may the last real token have: it is then a piece of one, never supervised
         inside = batch["position_ids"].cpu() != 0
@@ -190,8 +193,8 @@ def _filled(group: list[Row], least: int) -> list[Row]:
     return group + [group[-1]] * missing
 
 
-def gather(batches: Sequence[Batch], group: Sequence[Row]) -> dict[str, Tensor]:
-    """The rows of a group as one batch, padded on the right to the longest."""
+def gather(batches: Sequence[Batch], group: Sequence[Row]) -> dict[str, Any]:
+    """The rows of a group as one batch, padded on the right to the longest, with the keys their batches have."""
     width = max(row.length for row in group)
     first = batches[group[0].batch]
     keys = ["input_ids", "labels", *({"position_ids"} & set(first))]
@@ -199,6 +202,8 @@ def gather(batches: Sequence[Batch], group: Sequence[Row]) -> dict[str, Tensor]:
     for i, (length, b, r) in enumerate(group):
         for key, rows in gathered.items():
             rows[i, :length] = batches[b][key][r, :length]
+    if "seq_lengths" in first:
+        gathered["seq_lengths"] = tuple(batches[b]["seq_lengths"][r] for _, b, r in group)
     if "position_ids" not in gathered:
         lengths = torch.tensor([row.length for row in group], device=first["input_ids"].device)
         gathered["attention_mask"] = (torch.arange(width, device=lengths.device) < lengths.unsqueeze(1)).long()
@@ -209,6 +214,8 @@ def real_tokens(batch: Batch) -> Tensor:
     """Number of tokens of a batch that are no padding, a scalar on its device."""
     if "attention_mask" in batch:
         return batch["attention_mask"].sum()
+    if "seq_lengths" in batch:
+        return torch.tensor(sum(map(sum, batch["seq_lengths"])), device=batch["input_ids"].device)
     ids, positions = batch["input_ids"], batch.get("position_ids")
     if positions is None or positions.shape != ids.shape:
         return torch.tensor(ids.numel(), device=ids.device)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 import warnings
 from functools import partial
+=======
+from contextlib import nullcontext
+>>>>>>> refs/helpers/packing
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +29,13 @@ from qpsft.last_visit import LastVisit
 from qpsft.loss_scaling import repeat_until_finite
 from qpsft.losses import NotFiniteError, dft_loss, loss_statistics, nll_loss, psft_loss
 from qpsft.packing import check_packing, packed_collator
+<<<<<<< HEAD
 from qpsft.policy import default_config, float32_adapter, noise_sources, prepare_policy
 from qpsft.precision import OPTIONS, settle_precision
+=======
+from qpsft.piece_attention import attention_by_piece
+from qpsft.policy import adapter_parameters, default_config, prepare_policy, warn_of_noise
+>>>>>>> refs/helpers/packing
 from qpsft.reference import ReferencePolicy, choose_placement, free_device_bytes
 from qpsft.schedule import BlockSampler, BlockSchedule, StepPosition, row_order
 from qpsft.scoring import as_in_training, real_tokens, token_budget
@@ -93,7 +102,7 @@ class PSFTTrainer(SFTTrainer):
             args.loss_type = loss_type
 
         if self.args.packing:
-            self.data_collator = packed_collator(self.data_collator, self.model.config)
+            self.data_collator = packed_collator(self.data_collator, self.model.config, self.args.max_length)
         if self.args.tiled_mlp:
             tile_mlps(self.model)
         self.policy_bytes = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
@@ -110,7 +119,7 @@ class PSFTTrainer(SFTTrainer):
                 "reference: last_visit needs a data set of known length and one process.", "Use reference: snapshot."
             )
         self._start_over()
-        self._check_noise()
+        warn_of_noise(self.model, self.args)
 
     def _start_over(self) -> None:
         self.reference: ReferencePolicy | None = None
@@ -124,24 +133,13 @@ class PSFTTrainer(SFTTrainer):
     def _send_telemetry(self) -> None:
         """Nothing is sent anywhere unless the user names a Hub id."""
 
-    def _check_noise(self) -> None:
-        for name, size in noise_sources(self.model, self.args).items():
-            if self.args.loss_type == "psft":
-                warnings.warn(
-                    f"{name} is {size}: the two passes see different noise, so the ratio differs from 1 right after a "
-                    f"snapshot and the trust region clips noise. Set {name} to 0 for PSFT.",
-                    stacklevel=3,
-                )
-
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         try:
             return super().create_optimizer(*args, **kwargs)
         except (ImportError, ValueError, RuntimeError) as error:
-            name = getattr(self.args.optim, "value", self.args.optim)
-            why = str(error).splitlines()[0]
-            raise RecipeError(
-                f"optim {name} cannot be used here: {why}", "Use adamw_torch_fused, adamw_8bit or paged_adamw_8bit."
-            ) from error
+            what = f"optim {getattr(self.args.optim, 'value', self.args.optim)} cannot be used here: "
+            todo = "Use adamw_torch_fused, adamw_8bit or paged_adamw_8bit."
+            raise RecipeError(what + str(error).splitlines()[0], todo) from error
 
     # ---- the order of the data ----
 
@@ -314,8 +312,13 @@ class PSFTTrainer(SFTTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in SFTTrainer; its time does not count in `tokens_per_second`."""
-        with self._statistics.paused():
+        with self._statistics.paused(), self._attention():
             return super().evaluate(*args, **kwargs)
+
+    def _attention(self):
+        if not getattr(self.data_collator, "by_piece", False):
+            return nullcontext()
+        return attention_by_piece(self.model.get_base_model() if is_peft_model(self.model) else self.model)
 
     # ---- saving and resuming ----
 
@@ -327,9 +330,10 @@ class PSFTTrainer(SFTTrainer):
                 raise TrainingError(f"{self.args.output_dir} holds no whole checkpoint to resume from.")
             resume_from_checkpoint = str(found)
         self._start_over()
-        if self.args.packing and not self.is_fsdp_enabled:
-            check_packing(self.model, self.data_collator, next(iter(self.train_dataset))["input_ids"])
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        with self._attention():
+            if self.args.packing and not self.is_fsdp_enabled:
+                check_packing(self.model, self.data_collator, next(iter(self.train_dataset))["input_ids"])
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save_checkpoint(self, model, trial) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"

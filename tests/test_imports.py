@@ -38,7 +38,7 @@ FLOORS = [
     }
     | {"checkpoint", "base_record", "base", "adapter", "adapter_folder", "continued_adapter"}
     | {"policy", "last_visit", "precision", "loss_scaling"}
-    | {"forward", "kernels", "packing", "scoring", "tiled_mlp"},
+    | {"forward", "kernels", "packing", "piece_attention", "scoring", "tiled_mlp"},
     {
         "trainer",
         "console",

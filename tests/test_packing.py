@@ -1,5 +1,7 @@
 """Packed rows see themselves only: the same log-probabilities and gradients as alone, in both passes."""
 
+import contextlib
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -23,11 +25,13 @@ from trl.trainer.utils import add_fused_lm_head
 from qpsft.base import load_base
 from qpsft.errors import RecipeError
 from qpsft.forward import policy_forward
-from qpsft.packing import PackedRows, check_packing, keeps_rows, packed_collator
+from qpsft.packing import PackedRows, check_packing, packed_collator
+from qpsft.piece_attention import attention_by_piece, fits
 from qpsft.reference import ReferencePolicy
 from qpsft.scoring import real_tokens
 
-PACKED = PackedRows(pad_token_id=0, return_position_ids=True)
+BY_MASK = PackedRows(pad_token_id=0)
+BY_PIECE = PackedRows(pad_token_id=0, by_piece=True)
 END_TO_END = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
 ALONE = DataCollatorForLanguageModeling(pad_token_id=0)
 
@@ -91,41 +95,73 @@ def fully_supervised(count):
 
 
 MODELS = [
-    ("llama", "sdpa", {}),
-    ("llama", "eager", {}),
-    ("qwen2", "sdpa", {}),
-    ("gpt_neox", "sdpa", {}),
-    ("gemma2", "eager", {"sliding_window": 6}),
-    ("gemma3_text", "sdpa", {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}),
-    ("mistral", "sdpa", {"sliding_window": 6}),
+    ("llama", "sdpa", BY_PIECE, {}),
+    ("llama", "sdpa", BY_MASK, {}),
+    ("llama", "eager", BY_MASK, {}),
+    ("qwen2", "sdpa", BY_PIECE, {}),
+    ("gpt_neox", "sdpa", BY_PIECE, {}),
+    ("opt", "sdpa", BY_PIECE, {"ffn_dim": 128, "word_embed_proj_dim": 64, "dropout": 0.0}),
+    ("gemma2", "eager", BY_MASK, {"sliding_window": 6}),
+    ("gemma3_text", "sdpa", BY_MASK, {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}),
+    ("gemma3_text", "sdpa", BY_PIECE, {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]}),
+    ("mistral", "sdpa", BY_MASK, {"sliding_window": 6}),
 ]
 
 
-@pytest.mark.parametrize("model_type,attention,settings", MODELS)
-def test_packed_rows_have_the_log_probabilities_of_rows_alone_in_both_passes(tmp_path, model_type, attention, settings):
+def attending(model, collator):
+    return attention_by_piece(model.get_base_model()) if collator.by_piece else contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("model_type,attention,collator,settings", MODELS)
+def test_packed_rows_have_the_log_probabilities_of_rows_alone_in_both_passes(
+    tmp_path, model_type, attention, collator, settings
+):
     """Every token supervised, also those right behind a boundary; sliding windows shorter than the rows."""
     save_tiny_model(tmp_path, model_type, **settings)
     model = adapted(tmp_path, attention, checkpointing=True)
+    assert fits(model.config, 64) == collator.by_piece or (model_type, attention) == ("llama", "sdpa")
     rows = fully_supervised(7)
     packed = pack(rows, 3, 1, 3)
     with torch.no_grad():
         expected = alone(model, rows)
     assert (expected != 0).sum() == sum(len(ids) - 1 for ids in rows["input_ids"])
 
-    batch = PACKED(packed)
-    trained = policy_forward(model, batch, right_padded=True).log_probs
-    assert trained.requires_grad
-    scored = ReferencePolicy(model, fused_lm_head=True).score([batch], token_budget=10_000)[0]
-    one_by_one = ReferencePolicy(model, fused_lm_head=True).score([PACKED([row]) for row in packed], token_budget=1)
-    for logprobs in (trained.detach(), scored):
+    batch = collator(packed)
+    reference = ReferencePolicy(model, fused_lm_head=True)
+    with attending(model, collator):
+        trained = policy_forward(model, batch, right_padded=True).log_probs
+        scored = reference.score([batch], token_budget=10_000)[0]
+        one_by_one = [row[0] for row in reference.score([collator([row]) for row in packed], token_budget=1)]
+        trained.sum().backward()  # recomputes
+    assert trained.requires_grad and model.config._attn_implementation == attention
+    for logprobs in (trained.detach(), scored, one_by_one):
         assert (end_to_end(logprobs, packed) - expected).abs().max() < 1e-5
-    assert (end_to_end([row[0] for row in one_by_one], packed) - expected).abs().max() < 1e-5
 
     # the control: what a broken mask looks like
     broken = {**ALONE([{k: row[k] for k in ("input_ids", "labels")} for row in packed]), "labels": batch["labels"]}
     with torch.no_grad():
         contaminated = policy_forward(model, broken, right_padded=True).log_probs
     assert (end_to_end(contaminated, packed) - expected).abs().max() > 1e-2
+
+
+def test_piece_by_piece_no_product_and_no_mask_is_larger_than_a_piece(base, monkeypatch):
+    model, rows, shapes = adapted(base), fully_supervised(5), []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, value, attn_mask=None, **kwargs):
+        shapes.append((query.shape[0], query.shape[2], key.shape[2], attn_mask is None and kwargs["is_causal"]))
+        return sdpa(query, key, value, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    batch = BY_PIECE(pack(rows, 3, 2))
+    with attending(model, BY_PIECE), torch.no_grad():
+        policy_forward(model, batch, right_padded=True)
+        by_piece = list(shapes)
+        shapes.clear()
+        model(input_ids=batch["input_ids"], attention_mask=torch.ones_like(batch["input_ids"]))  # any other forward
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    assert by_piece == [(1, n, n, True) for n in lengths] * 2  # two layers
+    assert shapes == [(*batch["input_ids"].shape, batch["input_ids"].shape[1], True)] * 2
 
 
 def test_laid_end_to_end_they_are_the_same_too(base):
@@ -139,9 +175,11 @@ def test_laid_end_to_end_they_are_the_same_too(base):
         assert (scored - alone(model, rows)).abs().max() < 1e-5
 
 
-def test_the_gradient_of_packed_rows_is_that_of_rows_alone(base):
+@pytest.mark.parametrize("collator", [BY_PIECE, BY_MASK], ids=["piece", "mask"])
+def test_the_gradient_of_packed_rows_is_that_of_rows_alone(base, collator):
     model, rows = adapted(base, checkpointing=True), make_rows(6, seed=3)
-    (-policy_forward(model, PACKED(pack(rows, 4, 2)), right_padded=True).log_probs.sum()).backward()
+    with attending(model, collator):
+        (-policy_forward(model, collator(pack(rows, 4, 2)), right_padded=True).log_probs.sum()).backward()
     together = gradients(model)
     model.zero_grad()
     for row in rows:
@@ -151,40 +189,57 @@ def test_the_gradient_of_packed_rows_is_that_of_rows_alone(base):
 
 def test_the_collator_keeps_rows_and_supervises_no_first_token():
     rows = fully_supervised(3)
-    batch = PACKED(pack(rows, 2, 1))
+    batch = BY_PIECE(pack(rows, 2, 1))
     first, second, third = (len(ids) for ids in rows["input_ids"])
     width = max(first + second, third)
-    assert set(batch) == {"input_ids", "labels", "position_ids"}
+    assert set(batch) == {"input_ids", "labels", "position_ids", "seq_lengths"}
+    assert set(BY_MASK(pack(rows, 2, 1))) == {"input_ids", "labels", "position_ids"}
+    assert batch["seq_lengths"] == ((first, second), (third,))
     assert batch["input_ids"].shape == batch["labels"].shape == batch["position_ids"].shape == (2, width)
     assert batch["position_ids"][0, : first + second].tolist() == [*range(first), *range(second)]
     assert batch["labels"][0, 0] == batch["labels"][0, first] == batch["labels"][1, 0] == -100
     assert (batch["labels"] != -100).sum() == first + second + third - 3
     assert (batch["labels"][batch["labels"] != -100] == batch["input_ids"][batch["labels"] != -100]).all()
-    assert real_tokens(batch) == first + second + third
+    assert real_tokens(batch) == real_tokens(BY_MASK(pack(rows, 2, 1))) == first + second + third
 
 
-def test_flash_attention_and_other_token_mixers_take_the_rows_end_to_end(base):
+def test_how_a_model_takes_packed_rows(base):
     config = load_base(base, verbose=False)[0].config
-    assert keeps_rows(config) and isinstance(packed_collator(END_TO_END, config), PackedRows)
+
+    def by_piece():
+        collator = packed_collator(END_TO_END, config, 64)
+        return collator.by_piece if isinstance(collator, PackedRows) else "end to end"
+
+    assert by_piece() is True
+    config.sliding_window = 63
+    assert by_piece() is False
+    config.sliding_window = 64
+    assert by_piece() is True
+    config._attn_implementation_internal = "eager"
+    assert by_piece() is False
     for attention in ("flash_attention_2", "kernels-community/flash-attn3"):
         config._attn_implementation_internal = attention
-        assert not keeps_rows(config) and packed_collator(END_TO_END, config) is END_TO_END
-    config._attn_implementation_internal = "eager"
-    assert keeps_rows(config)
+        assert by_piece() == "end to end"
+    config._attn_implementation_internal = "sdpa"
     config.layer_types = ["full_attention", "linear_attention"]
-    assert not keeps_rows(config)
+    assert by_piece() == "end to end"
+    config.layer_types = ["full_attention", "chunked_attention"]
+    assert by_piece() is False
 
 
 def test_a_model_that_mixes_packed_rows_is_refused(tmp_path, base):
     ids = make_rows(1, longest=30)["input_ids"][0] * 3
-    check_packing(adapted(base), PACKED, ids)
+    check_packing(adapted(base), BY_MASK, ids)
     check_packing(adapted(base), END_TO_END, ids)
     with pytest.raises(RecipeError, match="A llama model with sdpa attention lets the rows packed together see each"):
         check_packing(adapted(base), ALONE, ids)  # no position ids, so no blocks
-    # OPT takes its positions from the mask alone
+    # OPT makes its mask without the position ids, but can attend by piece
     save_tiny_model(tmp_path, "opt", ffn_dim=128, word_embed_proj_dim=64)
+    opt = adapted(tmp_path)
     with pytest.raises(RecipeError, match="A opt model .*packing: false"):
-        check_packing(adapted(tmp_path), PACKED, ids)
+        check_packing(opt, BY_MASK, ids)
+    with attending(opt, BY_PIECE):
+        check_packing(opt, BY_PIECE, ids)
 
 
 def run(base, out, **settings):
@@ -202,7 +257,7 @@ def test_a_run_on_packed_rows(base, tmp_path):
         tokens.append(sum(pieces))
         for i, old in enumerate(trainer._scores.get(trainer._position.mini_batch, [])):
             with trainer.reference.active():
-                batch = PACKED(rows[2 * i : 2 * i + 2])
+                batch = BY_PIECE(rows[2 * i : 2 * i + 2])
                 counted.append((old - policy_forward(trainer.model, batch, right_padded=True).log_probs).abs().max())
 
     tokens = []
@@ -216,6 +271,7 @@ def test_a_run_on_packed_rows(base, tmp_path):
     assert [line["num_tokens"] for line in lines] == torch.tensor(tokens).cumsum(0).tolist()
     assert len(counted) == 24 and max(counted) < 1e-5
     seen = {row for step in range(12) for row in trainer._get_schedule().rows(step)}
+    assert trainer.model.config._attn_implementation == "sdpa"  # again
     assert trainer._get_schedule().num_rows == packed and seen <= set(range(packed))
     assert lines[-1]["nll"] < lines[0]["nll"]
 
@@ -257,6 +313,7 @@ def test_what_packing_cannot_do_is_said_before_training(base, tmp_path):
     with pytest.raises(RecipeError, match="packing needs max_length"):
         make_config(tmp_path, packing=True, max_length=None)
     save_tiny_model(tmp_path / "opt", "opt", ffn_dim=128, word_embed_proj_dim=64)
-    trainer = run(tmp_path / "opt", tmp_path, lora=make_lora(target_modules="all-linear"))
-    with pytest.raises(RecipeError, match="A opt model"):
+    model, _ = load_base(tmp_path / "opt", verbose=False, attn_implementation="eager")
+    trainer = run(base, tmp_path, model=model, lora=make_lora(target_modules="all-linear"))
+    with pytest.raises(RecipeError, match="A opt model with eager attention lets the rows packed together see each"):
         trainer.train()
