@@ -55,6 +55,7 @@ LONG_CONTEXT = {  # options of PSFTConfig for long rows; those that this version
     "reference_placement": "host",
     "tiled_mlp": True,
 }
+ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 STEP = 64
 TOLERANCE = 0.01
 LEFT_BEHIND = 256 * 2**20  # bytes; cuBLAS keeps a workspace for each thread that has used it
@@ -272,8 +273,6 @@ def main(arguments: list[str] | None = None) -> int:
         print("max_context.py needs a CUDA card: a cap on a CPU's memory says nothing about one.", file=sys.stderr)
         return 2
     warnings.simplefilter("ignore")
-    # rows of another length leave gaps of another size; read when the first tensor is allocated
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     budget, found = Budget(args.minutes), environment("cuda")
     print(describe(found))
     options, lacking = context_options()
@@ -294,7 +293,7 @@ def main(arguments: list[str] | None = None) -> int:
             "shape": args.shape,
             "rank": args.rank,
             "options": options,
-            "allocator": os.environ["PYTORCH_CUDA_ALLOC_CONF"],
+            "allocator": os.environ.get(ALLOCATOR),
         },
         longest_allowed=args.longest,
     )
@@ -303,4 +302,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if torch.cuda.is_available() and ALLOCATOR not in os.environ:
+        # rows of another length leave gaps of another size; torch reads this when it is imported, so once more
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {ALLOCATOR: "expandable_segments:True"})
     sys.exit(main())
