@@ -82,15 +82,21 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def evidence_arms(options: argparse.Namespace) -> dict[str, Any]:
+    """The arms of the evidence, by name: `learning_rate` and `runs` by seed; empty if it is not there."""
+    if not options.evidence.is_file():
+        return {}
+    return json.loads(options.evidence.read_text(encoding="utf-8"))["arms"]
+
+
 def arm_rates(options: argparse.Namespace) -> dict[str, float]:
     """Each arm's learning rate, chosen on validation rows by the evidence."""
     if options.arm_rates:
         pairs = [pair.split("=") for pair in options.arm_rates.split(",")]
         known = {name: float(rate) for name, rate in pairs}
-    elif options.evidence.is_file():
-        arms = json.loads(options.evidence.read_text(encoding="utf-8"))["arms"]
-        known = {name: arm["learning_rate"] for name, arm in arms.items()}
     else:
+        known = {name: arm["learning_rate"] for name, arm in evidence_arms(options).items()}
+    if not known:
         sys.exit(f"{options.evidence} is not there yet: python benchmarks/evidence.py noisy, or give --arm_rates.")
     missing = [name for name in options.arms.split(",") if name not in known]
     if missing:
@@ -311,11 +317,9 @@ def kept_run(spec: Any, setting: Any, plan: Plan, rate: float, output: Path) -> 
 
 def do_runs(options: argparse.Namespace, plan: Plan) -> Iterator[tuple[str, int, float, dict[str, Any]]]:
     """Every run, made or found: (arm, seed, learning rate of GRPO, result). Arms with the same adapters share runs."""
-    from qpsft.comparison.compared_run import read_result
-
     rates = arm_rates(options)
     setting, specs = load_evidence(options, rates)
-    results = options.evidence.parent.parent / "results"
+    evidence = evidence_arms(options)
     grpo_rates = [float(rate) for rate in options.learning_rates.split(",")]
     todo = [(arm, seed, rate) for seed in next(iter(specs.values())) for rate in grpo_rates for arm in specs]
     left = {kept_run(specs[a][s], setting, plan, r, options.output)[0] for a, s, r in todo}
@@ -329,8 +333,9 @@ def do_runs(options: argparse.Namespace, plan: Plan) -> Iterator[tuple[str, int,
             started = time.perf_counter()
             adapter = trained_adapter(spec, setting, options.output)
             result = rl_run(adapter, setting, plan, rate, seed, path.stem)
-            evidence = read_result(spec, setting, results)
-            result["evidence_in_domain"] = evidence and evidence["points"][-1]["metrics"]["in_domain"]
+            measured = evidence.get(arm, {}).get("runs", {}).get(str(seed), {"label": None})
+            same = measured["label"] == spec.label
+            result["evidence_in_domain"] = measured["points"][-1]["metrics"]["in_domain"] if same else None
             result = {"start": spec.label, "arm_learning_rate": spec.learning_rate, "rate": rate, "seed": seed} | result
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".partial")

@@ -15,7 +15,6 @@ from small_runs import make_base, make_trainer, policy, same
 from qpsft import float32_adapter
 from qpsft.adapter import add_adapter, save_adapter
 from qpsft.base import load_base
-from qpsft.comparison.compared_run import keep_result
 from qpsft.demo import tasks
 from qpsft.recipe import LoraArguments
 
@@ -163,7 +162,11 @@ def tiny(rl_start, tmp_path, monkeypatch):
     evidence = tmp_path / "evidence" / "noisy" / "comparison.json"
     evidence.parent.mkdir(parents=True)
     rates = {"sft": 2e-3, "sft_matched": 2e-3, "psft": 1e-3}
-    evidence.write_text(json.dumps({"arms": {name: {"learning_rate": rate} for name, rate in rates.items()}}))
+    arms = {name: {"learning_rate": rate} for name, rate in rates.items()}
+    measured = [{"metrics": {"in_domain": 0.25}}, {"metrics": {"in_domain": 0.125}}]
+    arms["psft"]["runs"] = {"3": {"label": "psft-lr1e-3-seed3", "points": measured}}
+    arms["sft"]["runs"] = {"3": {"label": "nll-lr4e-3-seed3", "points": measured}}  # at another rate
+    evidence.write_text(json.dumps({"arms": arms}))
     flags = [f"--{name}={value}" for name, value in sizes.items()]
     flags += ["--arms=sft,sft_matched,psft", "--seeds=1", "--learning_rates=1e-3", f"--output={tmp_path / 'out'}"]
     flags += [f"--evidence={evidence}"]
@@ -172,7 +175,6 @@ def tiny(rl_start, tmp_path, monkeypatch):
         rl_start.main([*flags, *more])
         return tmp_path / "out"
 
-    run.flags, run.results = flags, tmp_path / "evidence" / "results"
     return run
 
 
@@ -181,10 +183,6 @@ def test_rl_start_does_every_run_once_and_reports_it(tiny, rl_start, monkeypatch
     monkeypatch.setattr(
         rl_start, "right", lambda completions, **_: [float("1" in c[-1]["content"]) for c in completions]
     )
-    options = rl_start.arguments(tiny.flags)
-    options.output.mkdir()
-    setting, specs = rl_start.load_evidence(options, rl_start.arm_rates(options))
-    keep_result({"points": [{"metrics": {"in_domain": 0.125}}]}, specs["psft"][3].folder(setting, tiny.results))
     out = tiny()
     record = json.loads((out / "rl_start.json").read_text())
     assert len(list(out.glob("results/*.json"))) == 2  # sft and sft_matched have the same rate: the same runs
