@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 import contextlib
-from collections.abc import Iterator
-=======
 import warnings
->>>>>>> refs/helpers/packing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 

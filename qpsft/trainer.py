@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-import warnings
-from functools import partial
-=======
 from contextlib import nullcontext
->>>>>>> refs/helpers/packing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +25,9 @@ from qpsft.last_visit import LastVisit
 from qpsft.loss_scaling import repeat_until_finite
 from qpsft.losses import NotFiniteError, dft_loss, loss_statistics, nll_loss, psft_loss
 from qpsft.packing import check_packing, packed_collator
-<<<<<<< HEAD
-from qpsft.policy import default_config, float32_adapter, noise_sources, prepare_policy
-from qpsft.precision import OPTIONS, settle_precision
-=======
 from qpsft.piece_attention import attention_by_piece
-from qpsft.policy import adapter_parameters, default_config, prepare_policy, warn_of_noise
->>>>>>> refs/helpers/packing
+from qpsft.policy import default_config, float32_adapter, prepare_policy, warn_of_noise
+from qpsft.precision import OPTIONS, settle_precision
 from qpsft.reference import ReferencePolicy, choose_placement, free_device_bytes
 from qpsft.schedule import BlockSampler, BlockSchedule, StepPosition, row_order
 from qpsft.scoring import as_in_training, real_tokens, token_budget
