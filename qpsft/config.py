@@ -71,7 +71,8 @@ class PSFTConfig(SFTConfig):
     score_token_budget: int | None = _option(
         None,
         "Tokens per batch, padding included, in the reference pass. Unset: as many as take no more memory than "
-        "training on the step's largest micro-batch.",
+        "training on the step's largest micro-batch. 0: the micro-batches as they are trained, which is slower and "
+        "free of rounding noise: without a change of the weights the ratio is 1 to the bit.",
     )
     reference_placement: Literal["auto", "device", "host"] = _option(
         "auto",
@@ -183,7 +184,7 @@ class PSFTConfig(SFTConfig):
         for name in ("sft_warmup_steps", "warmup_steps", "max_grad_norm", "weight_decay"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must not be negative.")
-        for name, least in (("score_token_budget", 1), ("max_length", 2)):
+        for name, least in (("score_token_budget", 0), ("max_length", 2)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise RecipeError(f"{name} is {value}; it must be at least {least}, or left out.")

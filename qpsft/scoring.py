@@ -36,6 +36,7 @@ COSTS = {  # bytes per token in a layer: (of h, of i), the table above
     32: {"recomputed": (27, 25), "kept": (26, 16), "scored": (18, 16)},
 }
 MARGIN = 0.9
+LEAST_BYTES = 64 * 2**20  # small models: less than this is not worth smaller batches
 
 
 def default_token_budget(
@@ -58,7 +59,7 @@ def default_token_budget(
         tiled: the micro-batch's rows are so long that their MLPs run in tiles (`qpsft.tiled_mlp`).
         spare_bytes: what training holds besides and scoring does not: gradients.
 
-    Returns: at least `largest`.
+    Returns: at least `largest`, and at least what fits into 64 MiB.
     """
     text = config.get_text_config()
     hidden, layers = text.hidden_size, text.num_hidden_layers
@@ -77,22 +78,22 @@ def default_token_budget(
         training = kept + max(layer("recomputed", largest, TILE if tiled else largest), head(largest))
     else:
         training = (1 if offloading else layers) * layer("kept", largest, 0 if tiled else largest) + head(largest)
-    limit = MARGIN * (training + spare_bytes)
+    limit = max(LEAST_BYTES, MARGIN * (training + spare_bytes))
     per_token = layer("scored", 1, 1)
     if max(per_token, head(1)) * tile_tokens > limit:  # beyond its tile the head takes no more
         per_token = max(per_token, head(1))
     return max(largest, int(limit / per_token))
 
 
-def token_budget(args: Any, model: nn.Module, batches: Sequence[Batch], spare_bytes: int) -> int:
-    """`args.score_token_budget`, or what the training on these micro-batches leaves room for.
+def token_budget(args: Any, model: nn.Module, batches: Sequence[Batch], spare_bytes: int) -> int | None:
+    """`args.score_token_budget` (None for 0: no regrouping), or what training on these micro-batches leaves room for.
 
     Args:
         args: PSFTConfig.
         spare_bytes: as in `default_token_budget`.
     """
     if args.score_token_budget is not None:
-        return args.score_token_budget
+        return args.score_token_budget or None
     return default_token_budget(
         max(batch["input_ids"].numel() for batch in batches),
         model.config,

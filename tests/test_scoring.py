@@ -74,6 +74,7 @@ def forward(model, batch):
 def test_scoring_takes_no_more_memory_than_training_and_nearly_as_much(monkeypatch, dtype, checkpointing, head_tile):
     monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", head_tile)
     monkeypatch.setattr(scoring, "HEAD_TILE", (4096, head_tile))
+    monkeypatch.setattr(scoring, "LEAST_BYTES", 0)
     model, batch = lora_model(dtype, checkpointing), one_row(96)
     gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     budget = default_token_budget(
@@ -110,7 +111,8 @@ def test_the_default_budget_follows_what_training_holds():
     tiled = default_token_budget(16_384, llama_8b, tiled=True, **settings)
     assert 16_384 < tiled < default_token_budget(16_384, llama_8b, **settings)
     small = LlamaConfig(hidden_size=64, intermediate_size=172, num_hidden_layers=5)
-    assert default_token_budget(512, small, **settings) >= 512  # one micro-batch at least
+    assert default_token_budget(512, small, **settings) == 64 * 2**20 // (2 * (32768 + 3 * 64))
+    assert default_token_budget(5000, small, **settings) >= 5000  # one micro-batch at least
 
 
 def test_scoring_happens_when_no_gradients_and_no_activations_are_alive(base, tmp_path):

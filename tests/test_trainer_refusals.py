@@ -56,7 +56,7 @@ def test_every_option_of_its_own_has_help():
         (dict(warmup_steps=-1), "warmup_steps is -1; it must not be negative"),
         (dict(weight_decay=-0.1), "weight_decay is -0.1; it must not be negative"),
         (dict(max_grad_norm=-1.0), "max_grad_norm is -1.0; it must not be negative"),
-        (dict(score_token_budget=0), "score_token_budget is 0; it must be at least 1, or left out"),
+        (dict(score_token_budget=-1), "score_token_budget is -1; it must be at least 0, or left out"),
         (dict(max_length=1), "max_length is 1; it must be at least 2, or left out"),
         (dict(max_steps=0), "max_steps is 0; it must be at least 1"),
         (dict(max_steps=-5), "max_steps is -5; it must be at least 1"),

@@ -85,6 +85,18 @@ def test_with_k_4_and_2_visits_only_three_mini_batches_of_a_block_are_scored(bas
     assert len(shapes) - len(with_gradient) == sum(len(forwards) for _, forwards, _ in passes)
 
 
+def test_a_budget_of_0_scores_the_micro_batches_as_they_are_trained(base, tmp_path, monkeypatch):
+    """At equal weights the ratio is then 1 to the bit; a learning rate of nearly 0 keeps them equal."""
+    trainer = make_trainer(base, tmp_path, learning_rate=1e-30, score_token_budget=0, max_steps=6)
+    passes, _, _ = scored_forwards(trainer, monkeypatch)
+    trainer.train()
+    for step, forwards, budget in passes:
+        rows = trainer._get_schedule().rows(step)
+        assert budget is None
+        assert forwards == [tuple(collated(trainer, rows[i : i + 2])["input_ids"].shape) for i in (0, 2)]
+    assert [(line["ratio_max"], line["approx_kl"]) for line in log_lines(trainer)] == [(1.0, 0.0)] * 6
+
+
 @pytest.mark.parametrize("loss_type", ["nll", "dft"])
 def test_the_baselines_score_nothing_and_can_take_psft_s_order(base, tmp_path, monkeypatch, loss_type):
     def order(name, **settings):
