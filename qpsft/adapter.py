@@ -163,7 +163,7 @@ def _text_prefix(model: PreTrainedModel) -> str:
 
 def targeted_layers(model: PreTrainedModel, targets: str | list[str]) -> list[str]:
     """Full names of the layers that `lora_target_modules` means. Raises BaseModelError as `add_adapter`."""
-    return _targets(model, copy.copy(targets))[1]
+    return _targets(model, copy.copy(targets))[-1]
 
 
 def adapted_layers(peft_model: PeftModel) -> set[str]:

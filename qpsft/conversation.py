@@ -122,6 +122,7 @@ class Conversation:
                     attention_mask=torch.ones_like(inputs),
                     streamer=stream,
                     max_new_tokens=room,
+                    use_cache=True,
                     eos_token_id=self._stops or None,
                     pad_token_id=self.tokenizer.pad_token_id,
                     **(drawn if self.temperature else {"do_sample": False}),
