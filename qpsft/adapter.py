@@ -319,11 +319,17 @@ def keep_initial_adapter(peft_model: PeftModel) -> dict[str, Tensor]:
     return {name: t.detach().cpu().clone() for name, t in state.items() if "lora_A" in name or "lora_B" in name}
 
 
-def save_adapter(peft_model: PeftModel, folder: str | os.PathLike) -> Path:
+def save_adapter(
+    peft_model: PeftModel, folder: str | os.PathLike, whole_policy: dict[str, Tensor] | None = None
+) -> Path:
     """Writes the adapter in PEFT's format, with `base_quantization.json`, as the model that was trained.
 
     `PeftModel.from_pretrained(base, folder)` gives that model again, `base` being loaded the same way. A PiSSA or
     OLoRA adapter is written as the plain LoRA of twice its rank that it is equal to on the untouched base.
+
+    Args:
+        whole_policy: of a sharded model, its gathered parameters (`qpsft.sharding.whole_policy`). The record cannot be
+            read off such a model and is not written.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -332,21 +338,22 @@ def save_adapter(peft_model: PeftModel, folder: str | os.PathLike) -> Path:
     initial = getattr(peft_model, "qpsft_initial_adapter", None)
     try:
         if initial is None:
-            peft_model.save_pretrained(folder, selected_adapters=[POLICY])
+            peft_model.save_pretrained(folder, selected_adapters=[POLICY], state_dict=whole_policy)
         else:
-            _save_as_plain_lora(peft_model, folder, initial)
+            _save_as_plain_lora(peft_model, folder, initial, whole_policy)
     except OSError as error:
         raise OutputError(f"The adapter cannot be written to {folder}: {error}.", "Check the disk space.") from error
-    write_base_record(peft_model, folder)
+    if whole_policy is None:
+        write_base_record(peft_model, folder)
     return folder
 
 
-def _save_as_plain_lora(peft_model: PeftModel, folder: Path, initial: dict[str, Tensor]) -> None:
+def _save_as_plain_lora(peft_model: PeftModel, folder: Path, initial: dict[str, Tensor], whole_policy) -> None:
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     tensors = {}
-    for name, tensor in get_peft_model_state_dict(peft_model, adapter_name=POLICY).items():
+    for name, tensor in get_peft_model_state_dict(peft_model, whole_policy, POLICY).items():
         tensor = tensor.detach().cpu()
         if "lora_A" in name:
             tensor = torch.cat([tensor, initial[name]], dim=0)

@@ -38,6 +38,7 @@ from qpsft.hardware import (
     pick_dtype,
 )
 from qpsft.precision import base_dtype
+from qpsft.sharding import storage_dtype
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -249,7 +250,7 @@ def _bitsandbytes_config(
         bnb_4bit_quant_type=quantization,
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=compute_dtype,
-        bnb_4bit_quant_storage=torch.uint8,
+        bnb_4bit_quant_storage=storage_dtype(compute_dtype),
         llm_int8_skip_modules=skip,
     )
 

@@ -22,6 +22,7 @@ from qpsft.errors import TrainingError
 from qpsft.forward import policy_forward
 from qpsft.kernels import fused_limits
 from qpsft.scoring import Batch, gather, groups, mixes_rows, row_lengths
+from qpsft.sharding import as_sharded, exchanged, is_sharded, whole
 
 LARGE_SHARE = 1 / 20
 
@@ -67,7 +68,8 @@ class ReferencePolicy:
     def __init__(self, model: nn.Module, *, fused_lm_head: bool = False, park: bool = False):
         self.model = model
         self.fused_lm_head = fused_lm_head
-        self.park = park
+        self.sharded = is_sharded(model)
+        self.park = park and not self.sharded
         self._policy = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self._policy:
             raise TrainingError(
@@ -101,6 +103,10 @@ class ReferencePolicy:
 
         No backward pass may be pending: recomputation under gradient checkpointing would see the other parameters.
         """
+        if self.sharded:
+            with torch.no_grad(), exchanged(self._policy, self._copy):
+                yield self.model
+            return
         policy = {name: p.data for name, p in self._policy.items()}
         with torch.no_grad():
             try:
@@ -121,7 +127,7 @@ class ReferencePolicy:
             batches: each with `input_ids`, `labels` (-100: not supervised) and `attention_mask` or, for packed rows,
                 `position_ids`, all (batch, sequence). Batches with anything else in them (images, rows end to end) or
                 with padding on the left are run as they are, and so is everything where rows change each other's
-                numbers (`qpsft.scoring.mixes_rows`).
+                numbers (`qpsft.scoring.mixes_rows`) or the model is sharded.
             token_budget: None: each batch is run as it is.
 
         Returns:
@@ -129,7 +135,7 @@ class ReferencePolicy:
         """
         lengths = [row_lengths(batch) for batch in batches]
         with self.active():
-            if token_budget is None or self._mixes_rows or None in lengths:
+            if token_budget is None or self.sharded or self._mixes_rows or None in lengths:
                 return [self._logprobs(b, of_batch is not None) for b, of_batch in zip(batches, lengths, strict=True)]
             return self._score_regrouped(batches, lengths, token_budget)
 
@@ -153,8 +159,8 @@ class ReferencePolicy:
         return scores
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The copy, by parameter name (not a clone)."""
-        return dict(self._copy)
+        """The copy, by parameter name (not a clone). Of a sharded model it is gathered: every process must call it."""
+        return {name: whole(tensor) for name, tensor in self._copy.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restores `state_dict()`. Raises TrainingError when names or shapes differ from the policy's."""
@@ -173,4 +179,4 @@ class ReferencePolicy:
                 )
         with torch.no_grad():
             for name, tensor in self._copy.items():
-                tensor.copy_(state[name])
+                tensor.copy_(as_sharded(state[name], tensor))

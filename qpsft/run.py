@@ -30,6 +30,7 @@ from qpsft.processes import from_main, is_main
 from qpsft.recipe import Recipe
 from qpsft.report import draw_training
 from qpsft.resume import checkpoints, newest_complete_checkpoint, remove_folder
+from qpsft.sharding import whole_policy
 from qpsft.trainer import PSFTTrainer
 
 METRICS = "metrics.jsonl"
@@ -131,7 +132,8 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
     seconds = time.perf_counter() - started
     numbers = from_main(lambda: [line for line in read_metrics(folder / METRICS) if "nll" in line][-1])
     summary = RunSummary(folder, numbers, seconds, _peak_bytes())
-    summary.files = from_main(lambda: write_outputs(recipe, trainer, tokenizer, held_out, summary))
+    tensors = whole_policy(trainer.model)
+    summary.files = from_main(lambda: write_outputs(recipe, trainer, tokenizer, held_out, summary, tensors))
     return summary
 
 
@@ -247,8 +249,10 @@ def hold_out(rows: TokenizedRows, count: int, seed: int) -> tuple[Any, Any]:
     return rows.dataset.select(sorted(order[count:])), rows.dataset.select(sorted(order[:count]))
 
 
-def write_outputs(recipe: Recipe, trainer: PSFTTrainer, tokenizer, held_out, summary: RunSummary) -> list[str]:
+def write_outputs(recipe: Recipe, trainer, tokenizer, held_out, summary: RunSummary, tensors=None) -> list[str]:
     """Writes the adapter folder: everything under a temporary name first, then renamed into place.
+
+    `tensors`: the adapter's, of a sharded model.
 
     Returns: the names written. Raises: OutputError; what was in the folder before is then untouched.
     """
@@ -258,7 +262,7 @@ def write_outputs(recipe: Recipe, trainer: PSFTTrainer, tokenizer, held_out, sum
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed here
         partial.mkdir()
         model = trainer.accelerator.unwrap_model(trainer.model)
-        save_adapter(model, partial)
+        save_adapter(model, partial, tensors)
         tokenizer.save_pretrained(partial)
         draw_training(lines, partial / "training.png", f"{recipe.trainer.loss_type} on {recipe.data.dataset_name}")
         options = resolved_name(recipe, folder)

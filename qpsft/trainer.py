@@ -31,6 +31,7 @@ from qpsft.precision import OPTIONS, settle_precision
 from qpsft.reference import ReferencePolicy, choose_placement, free_device_bytes
 from qpsft.schedule import BlockSampler, BlockSchedule, StepPosition, row_order
 from qpsft.scoring import as_in_training, real_tokens, token_budget
+from qpsft.sharding import check_sharding
 from qpsft.statistics import RunStatistics
 from qpsft.tiled_mlp import tile_mlps
 
@@ -93,6 +94,7 @@ class PSFTTrainer(SFTTrainer):
         finally:
             args.loss_type = loss_type
 
+        check_sharding(self)
         if self.args.packing:
             self.data_collator = packed_collator(self.data_collator, self.model.config, self.args.max_length)
         if self.args.tiled_mlp:
@@ -349,9 +351,11 @@ class PSFTTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
         if self.args.loss_type == "psft":
-            reference = self.reference.state_dict() if self.reference and self.args.should_save else None
+            reference = self.reference.state_dict() if self.reference else None
             scores = self._scores if self.args.reference == "snapshot" else self._last_visit.state_dict()
-            resume.save_psft_state(folder, self.args.process_index, reference, scores)
+            resume.save_psft_state(
+                folder, self.args.process_index, reference if self.args.should_save else None, scores
+            )
         num_tokens = self._statistics.tokens_so_far(self.accelerator)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:

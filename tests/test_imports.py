@@ -37,7 +37,7 @@ FLOORS = [
         "dataset.preview",
     }
     | {"checkpoint", "base_record", "base", "adapter", "adapter_folder", "continued_adapter"}
-    | {"policy", "last_visit", "precision", "loss_scaling"}
+    | {"policy", "last_visit", "precision", "sharding", "loss_scaling"}
     | {"forward", "kernels", "packing", "piece_attention", "scoring", "tiled_mlp"},
     {
         "trainer",

@@ -9,19 +9,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
 from small_runs import largest_difference, make_base, make_rows, make_trainer, policy
-from two_processes import SETTINGS, STOP
+from two_processes import FLAGS, SETTINGS, STOP
 
 from qpsft import cli, processes
 from qpsft.console import read_metrics
+from qpsft.errors import RecipeError
+from qpsft.sharding import check_sharding
 
 HERE = Path(__file__).resolve().parent
 
 
-def torchrun(*command, timeout=300):
+def torchrun(*command, timeout=600):
     """Two processes. Returns (return code, stdout, stderr)."""
     launched = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, command)],
@@ -46,10 +49,19 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(base, tmp_path_factory):
+def rows(tmp_path_factory):
+    """A file of prompts and completions."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    texts = [" ".join(f"w{i}" for i in row if i > 2) for row in make_rows(40)["input_ids"]]
+    path.write_text("".join(json.dumps({"prompt": "w5 w6 ", "completion": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def found(base, rows, tmp_path_factory):
     """What the two processes of two_processes.py found, and the folder they wrote to."""
     out = tmp_path_factory.mktemp("two")
-    code, _, stderr = torchrun(HERE / "two_processes.py", base, out)
+    code, _, stderr = torchrun(HERE / "two_processes.py", base, out, rows)
     assert code == 0, stderr[-3000:]
     return [json.loads((out / f"found_{rank}.json").read_text()) for rank in (0, 1)], out
 
@@ -81,6 +93,59 @@ def test_two_processes_resume_in_mid_block_to_the_same_bytes(found):
                    for name in kept[0])  # fmt: skip
 
 
+def test_a_sharded_run_is_the_run_that_is_not(base, found, tmp_path):
+    """FSDP 2 on a 4-bit base, by accelerate's configuration in docs/: invariants 4 and 6, snapshot and scoring."""
+    both, out = found
+    unsharded, sharded = (load_file(out / name) for name in ("policy.safetensors", "sharded_policy.safetensors"))
+    assert largest_difference(unsharded, sharded) < 1e-6
+    lines = [line for line in resume_lines(out / "whole") if "grad_norm" in line]
+    for rank in both:
+        assert rank["sharded"]["layers_sharded"] == [True, True] and rank["sharded"]["kinds"] == ["DTensor"]
+        assert rank["sharded"]["grad_norms"] == pytest.approx([line["grad_norm"] for line in lines], rel=1e-4)
+        assert rank["sharded"]["resumed_equal"]
+        swap = rank["sharded"]["swap"]
+        assert swap["policy_moved"] > 1e-3 and swap["scored_is_the_snapshot_s"] and swap["policy_is_back"]
+        assert swap["setting_data_changed_nothing"]  # the other way to swap: no error, and no effect
+
+
+def resume_lines(folder):
+    return json.loads((folder / "checkpoint-10" / "trainer_state.json").read_text())["log_history"]
+
+
+def test_a_sharded_run_on_the_command_line_writes_an_ordinary_adapter(base, rows, found, tmp_path):
+    both, out = found
+    assert [rank["sharded"]["command_line"] for rank in both] == [0, 0]
+    alone = [*FLAGS, "--gradient_accumulation_steps=2", f"--model_name_or_path={base}", f"--dataset_name={rows}"]
+    assert cli.main(["train", *alone, f"--output_dir={tmp_path}"]) == 0
+    adapters = [load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, out / "cli")]
+    assert largest_difference(*adapters) < 1e-6
+    record = json.loads((out / "cli" / "base_quantization.json").read_text())
+    assert (record["quantization"], record["quant_storage"]) == ("nf4", "float32")
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (out / "cli").iterdir()}
+    assert cli.main(["merge", str(out / "cli")]) == 0  # merged onto weights stored as uint8, and verified
+
+
+def test_what_sharding_needs_is_checked_before_training(found):
+    for rank in found[0]:
+        refused = rank["sharded"]["refused"]
+        assert "Set fsdp_state_dict_type: FULL_STATE_DICT" in refused["checkpoints"]
+        assert "stored as uint8, the embedding is bfloat16. Load it with bnb_4bit_quant_storage=bfloat16" in re.sub(
+            r"base_model\S+ is ", "", refused["storage"]
+        )
+        assert "FSDP with quantization int8 is not supported" in refused["int8"]
+    trainer = SimpleNamespace(is_deepspeed_enabled=True, is_fsdp_enabled=True, args=SimpleNamespace())
+    with pytest.raises(RecipeError, match="DeepSpeed is not supported"):
+        check_sharding(trainer)
+    trainer.is_deepspeed_enabled = False
+    plugin = SimpleNamespace(fsdp_version=1)
+    trainer.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    with pytest.raises(RecipeError, match="FSDP 1 is not supported.* Set fsdp_version: 2"):
+        check_sharding(trainer)
+    plugin.fsdp_version, trainer.args.mixed_precision = 2, "fp16"
+    with pytest.raises(RecipeError, match="FSDP with float16 is not supported"):
+        check_sharding(trainer)
+
+
 def test_an_overflow_in_one_process_repeats_the_step_in_both(found):
     for rank in found[0]:
         assert rank["overflow"] == {"equal": True, "halvings": 3, "micro_batches": [8, 8 + 3 * 2]}
@@ -101,15 +166,6 @@ def test_what_several_processes_cannot_do_is_refused(found):
     for rank in found[0]:
         assert "last_visit needs a data set of known length and one process" in rank["last_visit"]
         assert "average_tokens_across_devices: false is not supported" in rank["n_per_process"]
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    """A file of prompts and completions."""
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    texts = [" ".join(f"w{i}" for i in row if i > 2) for row in make_rows(40)["input_ids"]]
-    path.write_text("".join(json.dumps({"prompt": "w5 w6 ", "completion": text}) + "\n" for text in texts))
-    return path
 
 
 def flags(base, rows, out, *more):
@@ -161,6 +217,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_mistake_in_one_process_ends_both_and_is_shown_once(base, rows, tmp_path):
     script = tmp_path / "failing.py"
     script.write_text(FAILING)

@@ -1,4 +1,4 @@
-"""What test_processes.py runs in two processes: `torchrun --nproc_per_node 2 two_processes.py BASE OUT`.
+"""What test_processes.py runs in two processes: `torchrun --nproc_per_node 2 two_processes.py BASE OUT ROWS`.
 
 Each process writes what it found to OUT/found_RANK.json; process 0 also what it trained.
 """
@@ -12,13 +12,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import save_file
-from small_runs import make_rows, make_trainer, policy, same
+from small_runs import log_lines, make_lora, make_rows, make_trainer, policy, same
 from test_loss_scaling import Overflowing, in_float16
 from test_resume import contents
+from torch.distributed.fsdp import FSDPModule
 
-from qpsft import processes
+from qpsft import base, cli, processes, sharding
+from qpsft.config import PSFTConfig
 from qpsft.errors import DataError, QpsftError
 
 SETTINGS = dict(
@@ -31,6 +36,11 @@ SETTINGS = dict(
     max_steps=10,
 )
 SAVING = dict(save_strategy="steps", save_steps=1, save_total_limit=None)
+FLAGS = [
+    "--max_length=32", "--lora_r=4", "--learning_rate=1e-3", "--warmup_steps=0", "--reference_steps=2",
+    "--per_device_train_batch_size=2", "--gradient_accumulation_steps=1", "--max_steps=3", "--logging_steps=1",
+    "--save_strategy=no", "--use_cpu=true",
+]  # fmt: skip
 STOP = 6  # in the second visit: its old log-probabilities are those each process kept
 
 
@@ -62,6 +72,82 @@ def a_run_and_its_resumption() -> dict:
         "resumed_from": resumed._initial_global_step,
         "resumed_differs_in": [name for name in whole | cut if not same(whole.get(name), cut.get(name))],
     }
+
+
+def sharded() -> dict:
+    """The same run with the base and the adapter sharded by FSDP 2, as docs/accelerate/fsdp_qlora.yaml has it.
+
+    accelerate takes gloo on the CPU for no device of FSDP's; told that it is another, it does.
+    """
+    os.environ |= fsdp_environment()
+    init = PSFTConfig.__post_init__
+
+    def post_init(self):
+        init(self)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    PSFTConfig.__post_init__ = post_init
+    os.environ["FSDP_STATE_DICT_TYPE"] = "SHARDED_STATE_DICT"
+    refused = {"checkpoints": refusal()}
+    os.environ |= fsdp_environment()
+    for name, options in {"storage": dict(dtype="bfloat16"), "int8": dict(quantization="int8")}.items():
+        storage = base.storage_dtype
+        base.storage_dtype = lambda compute_dtype: torch.uint8
+        model, _ = base.load_base(BASE, verbose=False, **options)
+        base.storage_dtype = storage
+        refused[name] = refusal(model=model, lora=make_lora())
+
+    trainer = make_trainer(BASE, OUT / "fsdp", **SETTINGS, **SAVING)
+    trainer.train()
+    policy = sharding.whole_policy(trainer.model)
+    layers = trainer.model.get_base_model().model.layers
+    if processes.is_main():
+        save_file(policy, OUT / "sharded_policy.safetensors")
+        shutil.copytree(OUT / "fsdp" / f"checkpoint-{STOP}", OUT / "fsdp_cut" / f"checkpoint-{STOP}")
+    dist.barrier()
+    resumed = make_trainer(BASE, OUT / "fsdp_cut", **SETTINGS, **SAVING)
+    resumed.train(resume_from_checkpoint=True)
+    flags = [*FLAGS, f"--model_name_or_path={BASE}", f"--dataset_name={ROWS}", f"--output_dir={OUT / 'cli'}"]
+    return {
+        "refused": refused,
+        "layers_sharded": [isinstance(layer, FSDPModule) for layer in layers],
+        "kinds": sorted({type(p).__name__ for p in trainer.model.parameters()}),
+        "grad_norms": [line["grad_norm"] for line in log_lines(trainer)],
+        "resumed_equal": same(sharding.whole_policy(resumed.model), policy),
+        "swap": what_setting_data_does(trainer),
+        "command_line": cli.main(["train", *flags]),
+    }
+
+
+def what_setting_data_does(trainer) -> dict:
+    """Why the reference of a sharded model takes the policy's place by its values."""
+    ids = torch.randint(3, 120, (2, 9), generator=torch.Generator().manual_seed(RANK))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    trainer.reference.snapshot()
+    old = trainer.reference.score([batch])[0]
+    with torch.no_grad():
+        for parameter in trainer.reference._policy.values():
+            parameter.to_local().mul_(2)
+    changed = trainer.model(**batch, fused_lm_head=True).log_probs.detach()
+    scored = trainer.reference.score([batch])[0]
+    back = trainer.model(**batch, fused_lm_head=True).log_probs.detach()
+    for name, parameter in trainer.reference._policy.items():
+        parameter.data = trainer.reference._copy[name]
+    data_set = trainer.model(**batch, fused_lm_head=True).log_probs.detach()
+    return {
+        "policy_moved": (changed - old).abs().max().item(),
+        "scored_is_the_snapshot_s": torch.equal(scored, old),
+        "policy_is_back": torch.equal(back, changed),
+        "setting_data_changed_nothing": torch.equal(data_set, changed),
+    }
+
+
+def fsdp_environment() -> dict[str, str]:
+    """What `accelerate launch --config_file docs/accelerate/fsdp_qlora.yaml` puts into the environment about FSDP."""
+    config = Path(__file__).resolve().parents[1] / "docs" / "accelerate" / "fsdp_qlora.yaml"
+    arguments = launch_command_parser().parse_args(["--config_file", str(config), "train.py"])
+    environment = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
+    return {name: value for name, value in environment.items() if name.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))}
 
 
 def an_overflow_in_one_process() -> dict:
@@ -106,7 +192,7 @@ def what_is_done_once() -> dict:
 
 
 if __name__ == "__main__":
-    BASE, OUT = Path(sys.argv[1]), Path(sys.argv[2])
+    BASE, OUT, ROWS = map(Path, sys.argv[1:])
     RANK = int(os.environ["RANK"])
     torch.set_num_threads(1)
     found = {
@@ -115,5 +201,6 @@ if __name__ == "__main__":
         "once": what_is_done_once(),
         "last_visit": refusal(reference="last_visit", num_iterations=1),
         "n_per_process": refusal(average_tokens_across_devices=False),
+        "sharded": sharded(),  # last: it changes the environment
     }
     (OUT / f"found_{RANK}.json").write_text(json.dumps(found))
