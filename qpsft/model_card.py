@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,12 +92,19 @@ Made with {found}; {machine}.
 
 
 def _versions() -> list[str]:
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_cpu()}, {os.cpu_count()} cores"
     found = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
     return [
         found,
         f"Python {platform.python_version()} on {platform.system()} {platform.machine()}, {machine}",
     ]
+
+
+def _cpu() -> str:
+    """The CPU and the instructions that torch uses on it: another one rounds otherwise."""
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"^model name\s*: (.+)$", info.read_text(), flags=re.M) if info.exists() else []
+    return f"{(models or ['CPU'])[0]} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def _version(name: str) -> str:
