@@ -40,6 +40,7 @@ def resolve_folder(
     *,
     revision: str | None = None,
     weights: bool = True,
+    config_only: bool = False,
     remote_code: bool = False,
     local_files_only: bool = False,
 ) -> Path:
@@ -51,6 +52,7 @@ def resolve_folder(
         name_or_path: `demo`, a folder, or a Hub id (`name` or `owner/name`).
         revision: branch, tag or commit; Hub ids only.
         weights: download the safetensors too; without, configuration and tokenizer only.
+        config_only: download config.json and nothing else.
         remote_code: download the repository's Python files too.
         local_files_only: never use the network.
 
@@ -69,7 +71,8 @@ def resolve_folder(
         raise BaseModelError(f"{path} is a file; a base model is a folder.", _file_advice(path))
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or not name.strip():
         raise BaseModelError(f"There is no base model folder {path}.", _near_folders(path))
-    return _hub_snapshot(name, revision, weights, remote_code, local_files_only)
+    patterns = [CONFIG] if config_only else _TOKENIZER_FILES + (_WEIGHT_FILES if weights else [])
+    return _hub_snapshot(name, revision, patterns + (["*.py"] if remote_code else []), local_files_only)
 
 
 def _file_advice(path: Path) -> str:
@@ -92,7 +95,7 @@ def _near_folders(path: Path) -> str:
     return f"Check the path; {parent} holds {', '.join(folders[:8]) or 'no folders'}."
 
 
-def _hub_snapshot(name: str, revision: str | None, weights: bool, remote_code: bool, local_files_only: bool) -> Path:
+def _hub_snapshot(name: str, revision: str | None, patterns: list[str], local_files_only: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -102,7 +105,6 @@ def _hub_snapshot(name: str, revision: str | None, weights: bool, remote_code: b
         RevisionNotFoundError,
     )
 
-    patterns = _TOKENIZER_FILES + (_WEIGHT_FILES if weights else []) + (["*.py"] if remote_code else [])
     at = f" at revision {revision}" if revision else ""
     try:
         return Path(
@@ -148,10 +150,16 @@ def check_folder(folder: Path, *, trust_remote_code: bool = False) -> dict[str, 
         BaseModelError: config.json missing or broken, not a causal LM, quantized by another method than bitsandbytes,
             weights missing, as pickles only, or truncated; the message names the file.
     """
+    config = check_config(folder, trust_remote_code=trust_remote_code)
+    _check_weights(folder)
+    return config
+
+
+def check_config(folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """`check_folder` without the weights: config.json is a causal LM's that can be trained. Raises BaseModelError."""
     config = read_config(folder)
     _check_architecture(folder, config, trust_remote_code)
     _check_quantization(folder, config)
-    _check_weights(folder)
     return config
 
 

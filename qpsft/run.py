@@ -26,6 +26,7 @@ from qpsft.config import PSFTConfig
 from qpsft.console import ConsoleCallback, MetricsCallback, read_metrics
 from qpsft.data import TokenizedRows, load_dataset
 from qpsft.errors import OutputError, QpsftError, RecipeError
+from qpsft.plan import warn_if_short
 from qpsft.recipe import Recipe
 from qpsft.report import draw_training
 from qpsft.resume import checkpoints, newest_complete_checkpoint, remove_folder
@@ -102,6 +103,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
     rows = load_dataset(recipe.data, tokenizer, arguments.max_length)
     train_rows, held_out = hold_out(rows, recipe.run.held_out_rows, arguments.seed)
     print(data_line(rows, len(train_rows), len(held_out)), flush=True)
+    warn_if_short(recipe, train_rows)
     model, tokenizer = load_base(
         recipe.model.model_name_or_path,
         quantization=recipe.model.quantization,
