@@ -101,6 +101,8 @@ def load_base(
             by another method; its tokenizer has ids the embedding lacks; the hardware cannot do what is asked, or a
             layer's width on it.
     """
+    from transformers import AutoModelForCausalLM
+
     if quantization not in QUANTIZATIONS:
         raise BaseModelError(f"quantization {quantization!r} is not known.", f"Use {', '.join(QUANTIZATIONS)}.")
     device = pick_device(device)
@@ -115,11 +117,13 @@ def load_base(
     check_quantization("int8" if prequantized and on_disk.get("load_in_8bit") else quantization, found)
     check_attention(attn_implementation, found, compute_dtype)
 
-    config = _load_config(folder, trust_remote_code)
+    config = load_config(folder, trust_remote_code)
     kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     if quantization != "none" and not prequantized:
-        skip = _modules_to_skip(config, trust_remote_code)
-        kwargs["quantization_config"] = _bitsandbytes_config(quantization, double_quant, compute_dtype, skip)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        skip = modules_to_skip(skeleton)
+        kwargs["quantization_config"] = bitsandbytes_config(quantization, double_quant, compute_dtype, skip)
     model = _load_model(folder, config, compute_dtype, device, trust_remote_code, kwargs)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
 
@@ -214,7 +218,8 @@ def _require_bitsandbytes(device: torch.device) -> None:
         )
 
 
-def _load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+    """config.json of a folder as transformers reads it. Raises BaseModelError when it cannot."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -226,19 +231,16 @@ def _load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
         ) from error
 
 
-def _modules_to_skip(config: PretrainedConfig, trust_remote_code: bool) -> list[str]:
-    """Names of the LM head and the input embeddings, from the architecture built without memory."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    kept = {id(module) for module in (skeleton.get_output_embeddings(), skeleton.get_input_embeddings())}
-    return [name for name, module in skeleton.named_modules() if id(module) in kept]
+def modules_to_skip(model: PreTrainedModel) -> list[str]:
+    """Names of the LM head and the input embeddings: what bitsandbytes must not quantize."""
+    kept = {id(module) for module in (model.get_output_embeddings(), model.get_input_embeddings())}
+    return [name for name, module in model.named_modules() if id(module) in kept]
 
 
-def _bitsandbytes_config(
+def bitsandbytes_config(
     quantization: str, double_quant: bool, compute_dtype: torch.dtype, skip: list[str]
 ) -> BitsAndBytesConfig:
+    """How linear layers are rounded, for one of `QUANTIZATIONS` but "none"."""
     from transformers import BitsAndBytesConfig
 
     if quantization == "int8":

@@ -40,6 +40,7 @@ def resolve_folder(
     *,
     revision: str | None = None,
     weights: bool = True,
+    config_only: bool = False,
     remote_code: bool = False,
     local_files_only: bool = False,
 ) -> Path:
@@ -51,6 +52,7 @@ def resolve_folder(
         name_or_path: `demo`, a folder, or a Hub id (`name` or `owner/name`).
         revision: branch, tag or commit; Hub ids only.
         weights: download the safetensors too; without, configuration and tokenizer only.
+        config_only: download config.json and nothing else.
         remote_code: download the repository's Python files too.
         local_files_only: never use the network.
 
@@ -69,7 +71,8 @@ def resolve_folder(
         raise BaseModelError(f"{path} is a file; a base model is a folder.", _file_advice(path))
     if cannot_be_hub_id(name):
         raise BaseModelError(f"There is no base model folder {path}.", near_folders(path))
-    patterns = _TOKENIZER_FILES + (_WEIGHT_FILES if weights else []) + (["*.py"] if remote_code else [])
+    patterns = [CONFIG] if config_only else _TOKENIZER_FILES + (_WEIGHT_FILES if weights else [])
+    patterns += ["*.py"] if remote_code else []
     return hub_snapshot(name, patterns, revision=revision, local_files_only=local_files_only)
 
 
@@ -159,10 +162,16 @@ def check_folder(folder: Path, *, trust_remote_code: bool = False) -> dict[str, 
         BaseModelError: config.json missing or broken, not a causal LM, quantized by another method than bitsandbytes,
             weights missing, as pickles only, or truncated; the message names the file.
     """
+    config = check_config(folder, trust_remote_code=trust_remote_code)
+    _check_weights(folder)
+    return config
+
+
+def check_config(folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """`check_folder` without the weights: config.json is a causal LM's that can be trained. Raises BaseModelError."""
     config = read_config(folder)
     _check_architecture(folder, config, trust_remote_code)
     _check_quantization(folder, config)
-    _check_weights(folder)
     return config
 
 

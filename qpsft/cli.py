@@ -57,6 +57,37 @@ def preview(argv: Sequence[str]) -> int:
     return 0
 
 
+def plan(argv: Sequence[str]) -> int:
+    """the memory a recipe needs, and whether a card has it"""
+    parser = _parser(
+        "plan",
+        "Plan the memory of a training run from the model's config.json alone: every part, the peak, whether it fits a "
+        "card, the cheapest change that makes it fit, and the longest rows that do. Nothing is loaded or downloaded "
+        "but config.json. RECIPE is a recipe file or its folder; any option of qpsft train is a flag.",
+        usage="qpsft plan [RECIPE] [--gpu 12GB] [--any_option_of_qpsft_train value …]",
+    )
+    parser.add_argument("--gpu", help="12GB, 'RTX 4090', T4, or auto: this machine's (default: auto if there is one)")
+    parser.add_argument("--processes", type=int, default=1, help="of DDP; the plan is one process's")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON, in bytes")
+    options, flags = parser.parse_known_args(argv)
+    quiet_libraries()
+    import json
+
+    import torch
+
+    from qpsft.config import PSFTConfig
+    from qpsft.plan import make_plan
+    from qpsft.planning.cards import find_card
+    from qpsft.recipe import load_recipe
+
+    path = flags.pop(0) if flags and not flags[0].startswith("-") else None
+    recipe = load_recipe(path, flags, PSFTConfig)
+    gpu = options.gpu or ("auto" if torch.cuda.is_available() else None)
+    planned = make_plan(recipe, card=find_card(gpu) if gpu else None, processes=options.processes)
+    print(json.dumps(planned.to_dict(), indent=1) if options.json else planned)
+    return 0
+
+
 def demo(argv: Sequence[str]) -> int:
     """train the embedded base model and show what it learned"""
     parser = _parser(
@@ -272,6 +303,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "demo": demo,
     "train": train,
     "preview": preview,
+    "plan": plan,
     "evaluate": evaluate,
     "compare": compare,
     "chat": chat,
@@ -334,8 +366,8 @@ def _paragraph(error: QpsftError) -> str:
     return fill(f"error: {error}")
 
 
-def _parser(verb: str, description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(f"qpsft {verb}", description=description, allow_abbrev=False)
+def _parser(verb: str, description: str, usage: str | None = None) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(f"qpsft {verb}", usage=usage, description=description, allow_abbrev=False)
 
 
 def _adapter_parser(verb: str, description: str) -> argparse.ArgumentParser:

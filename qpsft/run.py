@@ -26,6 +26,7 @@ from qpsft.continued_adapter import check_start, continue_adapter, recipe_tokeni
 from qpsft.data import TokenizedRows, load_dataset
 from qpsft.errors import OutputError, QpsftError, RecipeError
 from qpsft.model_card import WRITTEN, model_card, resolved_recipe
+from qpsft.plan import warn_if_short
 from qpsft.processes import from_main, is_main
 from qpsft.recipe import Recipe
 from qpsft.report import draw_training
@@ -104,6 +105,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
     train_rows, held_out = hold_out(rows, recipe.run.held_out_rows, arguments.seed)
     if is_main():
         print(data_line(rows, len(train_rows), len(held_out)), flush=True)
+        warn_if_short(recipe, train_rows)
     model, _ = load_base(
         recipe.model.model_name_or_path,
         quantization=recipe.model.quantization,

@@ -24,7 +24,8 @@ FLOORS = [
         "demo.tasks",
         "export.__init__",
     }
-    | {"dataset.__init__", "merging.__init__", "verification.__init__", "evaluation.__init__", "comparison.__init__"},
+    | {"dataset.__init__", "merging.__init__", "verification.__init__", "evaluation.__init__", "comparison.__init__"}
+    | {"planning.__init__"},
     {
         "reference",
         "resume",
@@ -69,6 +70,9 @@ FLOORS = [
         "verification.verify_text",
     }
     | {"verification.verify_weights", "push"}
+    | {"planning.live_bytes", "planning.kernels", "planning.lm_head", "planning.skeleton", "planning.step"}
+    | {"planning.optimizers", "planning.passes", "planning.cards", "planning.shapes", "planning.memory"}
+    | {"planning.planner", "planning.changes", "planning.after", "planning.table", "plan"}
     | {"export.llama_cpp", "export.work_folder", "export.gguf_check", "export.gguf_texts", "export.gguf_run"}
     | {"export.gguf", "export.gguf_lora", "export.ollama", "export.vllm"},
     {"report"},

@@ -1,0 +1,1 @@
+"""What a run needs, counted before anything is loaded: see qpsft/plan.py."""

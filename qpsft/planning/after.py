@@ -1,0 +1,44 @@
+"""What a run leaves on the disk, and what merging and exporting it take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from qpsft.planning.optimizers import OptimizerBytes
+from qpsft.planning.skeleton import WeightBytes
+
+LIBRARIES = 500 * 10**6
+"""Python and the libraries of a merge, resident; 451 MB measured (benchmarks/merge_memory.py)."""
+
+
+@dataclass(frozen=True)
+class After:
+    """Bytes on the disk and in host memory.
+
+    Attributes:
+        disk: the base's download, checkpoints, the merged model, and what an export to f16 GGUF needs at once.
+        merge_ram: of a merge by itself.
+        verify_ram: of its verification, on the GPU where there is one, else in host memory.
+    """
+
+    disk: dict[str, int]
+    merge_ram: int
+    verify_ram: int
+
+
+def after_training(args: Any, stored_bytes: int, weights: WeightBytes, optimizer: OptimizerBytes) -> After:
+    """Args: the trainer's options; bytes per weight of the base's files; weights and optimizer of the run."""
+    saved = weights.adapter + optimizer.device + optimizer.host
+    if args.loss_type == "psft" and args.reference == "snapshot":
+        saved += weights.adapter
+    kept = 0 if getattr(args.save_strategy, "value", args.save_strategy) == "no" else (args.save_total_limit or 1) + 1
+    merged = 2 * weights.parameters
+    disk = {
+        "base": stored_bytes * weights.parameters,
+        "adapter": weights.adapter + saved * kept,  # one more while the newest is written
+        "merge": merged,
+        "export": 2 * merged,  # a merged model and the file converted from it
+    }
+    live = weights.quantized + weights.constants + 2 * weights.unquantized + weights.adapter
+    return After(disk, LIBRARIES, live + 4 * weights.largest)

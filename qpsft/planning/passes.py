@@ -1,0 +1,137 @@
+"""Device memory of the training pass and of the scoring pass over all layers, from a model of a few layers.
+
+What a layer keeps for the backward is the same for each, so two short models give the sum over all. The largest working
+set is one layer's, whatever their number.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qpsft.planning.kernels import Target
+from qpsft.planning.step import Batch, TrainingBytes, scoring_bytes, training_bytes
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PretrainedConfig
+
+    from qpsft.recipe import LoraArguments
+
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Both passes of a run.
+
+    Attributes:
+        batch, score_batch: what they run on; `score_batch` None: there is no scoring pass.
+        training: over all layers.
+        scoring: the most that scoring needs beside the weights.
+    """
+
+    batch: Batch
+    score_batch: Batch | None
+    training: TrainingBytes
+    scoring: int
+
+
+class Passes:
+    """Measures passes of one model; keeps what it has built.
+
+    Args:
+        config: of the base.
+        build: makes the PEFT model on the meta device from a config.
+        lora: the adapter's options.
+        target: the device.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        build: Callable[[PretrainedConfig], PeftModel],
+        lora: LoraArguments,
+        target: Target,
+    ):
+        self.layers = config.get_text_config().num_hidden_layers
+        self._config, self._build, self._target = config, build, target
+        self._whole = _needs_all_layers(config, lora)
+        self._varied = _layers_of_every_kind(config)
+        self._models: dict[int, PeftModel] = {}
+
+    def measure(
+        self, batch: Batch, score_batch: Batch | None, *, checkpointing: int | None, offloading: bool
+    ) -> Activations:
+        """Args: as in `training_bytes`; `score_batch` None: no scoring pass."""
+
+        def train(layers: int) -> TrainingBytes:
+            return training_bytes(
+                self._model(layers), batch, self._target, checkpointing=checkpointing, offloading=offloading
+            )
+
+        def score(layers: int) -> int:
+            return scoring_bytes(self._model(layers), score_batch, self._target)
+
+        few, more = self._short(checkpointing or 1, offloading and checkpointing is not None)
+        other = train(more)
+        one = other if few == more else train(few)
+        extended = {
+            name: round(_extend(getattr(one, name), getattr(other, name), few, more, self.layers))
+            for name in ("saved", "casts", "offloaded")
+        }
+        training = dataclasses.replace(other, **extended)
+        scoring = 0
+        if score_batch is not None:
+            above = score(more)
+            scoring = round(_extend(above if few == more else score(few), above, few, more, self.layers))
+        return Activations(batch, score_batch, training, scoring)
+
+    def _short(self, every: int, offloading: bool) -> tuple[int, int]:
+        # offloading keeps the last five saved tensors on the device: fewer layers' inputs would all be among them
+        few = max(6 if offloading else 2, self._varied) * every
+        more = few + every
+        if self._whole or more >= self.layers:
+            return self.layers, self.layers
+        return few, more
+
+    def _model(self, layers: int) -> PeftModel:
+        if layers not in self._models:
+            self._models[layers] = self._build(shortened(self._config, layers))
+        return self._models[layers]
+
+
+def _extend(one: int, other: int, few: int, more: int, layers: int) -> float:
+    return other if few == more else other + (other - one) / (more - few) * (layers - more)
+
+
+def shortened(config: PretrainedConfig, layers: int) -> PretrainedConfig:
+    """The config of a model with the first `layers` of its layers."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    all_layers = text.num_hidden_layers
+    text.num_hidden_layers = layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == all_layers:
+            setattr(text, name, value[:layers])
+    return config
+
+
+def _needs_all_layers(config: PretrainedConfig, lora: LoraArguments) -> bool:
+    """Whether layers differ in more than the reach of their attention, or the adapter goes on some of them only."""
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or [])
+    targets = lora.lora_target_modules
+    named = [targets] if isinstance(targets, str) else list(targets)
+    return bool(kinds - _ATTENTION) or any(
+        re.search(r"\d", name) for name in [*named, *(lora.lora_modules_to_save or [])]
+    )
+
+
+def _layers_of_every_kind(config: PretrainedConfig) -> int:
+    """How many of the first layers have each kind of attention that the model has."""
+    kinds = getattr(config.get_text_config(), "layer_types", None) or [None]
+    return 1 + max(kinds.index(kind) for kind in set(kinds))
