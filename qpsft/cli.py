@@ -331,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise QpsftError(f"qpsft {argv[0]} works in one process, not in {world_size()}.", "Leave out torchrun.")
         return verb(argv[1:])
     except QpsftError as error:
-        _say(_paragraph(error))
+        _say(fill(f"error: {error}"))
         return error.exit_code
     except KeyboardInterrupt:
         _say("\nInterrupted. A training run continues from its last checkpoint with --resume.")
@@ -360,10 +360,6 @@ def _unknown_verb(name: str) -> QpsftError:
     return QpsftError(
         f"qpsft has no verb {name!r}.", f"Did you mean {near[0]}?" if near else f"Verbs: {', '.join(VERBS)}."
     )
-
-
-def _paragraph(error: QpsftError) -> str:
-    return fill(f"error: {error}")
 
 
 def _parser(verb: str, description: str, usage: str | None = None) -> argparse.ArgumentParser:

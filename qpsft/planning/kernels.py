@@ -1,7 +1,7 @@
 """What meta tensors do not show of a device: its attention kernels, autocast's casts, and memory inside kernels.
 
-Sources: torch's docs on autocast's operator lists and `aten/src/ATen/native/transformers/cuda/` (`sdp_utils.cpp` for the
-choice, `flash_attn/flash_api.cpp` and `attention_backward.cu` for the buffers), and
+Sources: torch's docs on autocast's operator lists and `aten/src/ATen/native/transformers/cuda/` (`sdp_utils.cpp` for
+the choice, `flash_attn/flash_api.cpp` and `attention_backward.cu` for the buffers), and
 `bitsandbytes/backends/{cuda,default}/ops.py`.
 """
 
