@@ -50,6 +50,7 @@ PARTS = (  # what the goals need first; a file that two parts share is continued
     Part("step_cost", "step_cost.py", (*GRID, "--cells", "1x512,2x1024"), 8.0, "8B: step cost, goals"),
     Part("max_context", "max_context.py", (), 8.0, "8B: longest row at 8, 12, 16 and 24 GB"),
     Part("profile", "step_cost.py", (*GRID, "--profile"), None, "8B: where the time of a step goes"),
+    Part("noise", "noise_floor.py", ("--json", str(RESULTS / "noise_floor_cuda.json")), about="noise of the ratio"),
     Part("plan", "plan_accuracy.py", (), 8.0, "qpsft plan against the memory really used"),
     Part("step_cost_grid", "step_cost.py", GRID, 8.0, "8B: micro-batch x length"),
     Part("scale", "scale.py", ("--device", "cuda"), 8.0, "time and memory by size, length, batch, rank, K"),

@@ -81,7 +81,8 @@ def describe(environment: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
     driver = f", driver {environment['driver']}" if environment.get("driver") else ""
     if environment["device"].endswith("CPU"):
-        return f"{environment['device']} ({environment['processor']}, {environment['threads']} thread(s)); {versions}"
+        threads = f"{environment['threads']} thread{'s' if environment['threads'] > 1 else ''}"
+        return f"{environment['device']} ({environment['processor']}, {threads}); {versions}"
     return f"{environment['device']}{driver}; {versions}"
 
 

@@ -172,7 +172,7 @@ def draw(sweep: Sweep, results: Results, path: Path, title: str) -> None:
         "nll": {"color": "0.55", "linestyle": "--", "marker": "s", "label": "plain SFT (nll)"},
         "psft K=8": {"color": "0.0", "linestyle": "-", "marker": "o", "label": "PSFT, K = 8"},
     }
-    figure = Figure(figsize=(17, 7), layout="constrained")
+    figure = Figure(figsize=(17, 7.4), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, len(PANELS), squeeze=False)
     for column, (factor, (heading, unit)) in enumerate(PANELS.items()):
@@ -194,12 +194,13 @@ def draw(sweep: Sweep, results: Results, path: Path, title: str) -> None:
                 axes.minorticks_off()
         above.set(title=heading, xlabel=unit, ylabel="seconds per optimizer step")
         for axes in (above, below):
+            axes.margins(y=0.1)
             axes.set_ylim(bottom=0)
             axes.grid(color="0.9")
             axes.set_axisbelow(True)
     panels[0][0].legend(frameon=False)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=110, format="png")
+    figure.savefig(path, dpi=80, format="png")
 
 
 def _draw_k(axes: Any, sweep: Sweep, results: Results) -> None:
@@ -230,7 +231,11 @@ def main(arguments: list[str] | None = None) -> int:
     results = Results(args.results / f"scale_{slug(device_name(args.device))}.json", found)
     done = run_sweep(sweep, results, Budget(args.minutes), args.device)
     clock = "wall time" if args.device == "cuda" else "processor time"
-    title = f"{describe(found)}\n{sweep.rows} rows per optimizer step, gradient checkpointing; {clock}"
+    measured = results.content["runs"][-1] if results.content["runs"] else found
+    title = (
+        f"Step time and peak memory of PSFT and plain SFT\n{describe(measured)}\n"
+        f"{sweep.rows} rows per optimizer step, gradient checkpointing, reference on the device; {clock}"
+    )
     picture = results.path.with_suffix(".png")
     draw(sweep, results, picture, title)
     print(f"{results.path}\n{picture}")

@@ -124,3 +124,11 @@ def test_plans_are_held_against_real_training_once(tmp_path, monkeypatch, capsys
     assert plan_accuracy.summary([measured, untried]).startswith("1 of 2 cells within 10%")
     monkeypatch.setattr(plan_accuracy, "measure_cell", lambda *args: pytest.fail("measured again"))
     assert plan_accuracy.run_grid(cells[1:3], results, Budget(None), 10.0**9, "cpu", lambda cell: 0)
+
+
+def test_the_plan_of_a_cell_is_within_the_bar_on_the_cpu():
+    pytest.importorskip("qpsft.plan")
+    for cell in plan_accuracy.grid(["tiny"], [48], ["adamw_torch_fused"]):
+        held = build_model(cell.shape, "cpu")
+        kept = plan_accuracy.measure_cell(held, cell, plan_accuracy.planned_bytes(cell, "cpu"), 10.0**9, "cpu")
+        assert abs(kept["relative_error"]) < 0.02, kept
