@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,12 @@ def options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--reference_steps", type=int, default=8, help="K")
     parser.add_argument("--no_checkpointing", action="store_true", help="gradient checkpointing off")
+    parser.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="cpu: this process's processor time, which other load on the machine does not lengthen (CPU runs only)",
+    )
     parser.add_argument("--threads", type=int, default=None, help="torch threads")
     parser.add_argument("--json", default=None, metavar="FILE", help="write the numbers there too")
     return parser.parse_args()
@@ -71,7 +78,7 @@ def load_rows(args: argparse.Namespace, tokenizer: Any) -> Any:
     return load_dataset(data, tokenizer, args.max_length, show_progress=False).dataset
 
 
-def step_clock() -> Any:
+def step_clock(clock: Callable[[], float]) -> Any:
     """A TrainerCallback with `seconds`: how long every optimizer step took, its reference pass included."""
     import torch
     from transformers import TrainerCallback
@@ -79,13 +86,13 @@ def step_clock() -> Any:
     class StepClock(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             self.seconds: list[float] = []
-            self.since = time.perf_counter()
+            self.since = clock()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            self.seconds.append(time.perf_counter() - self.since)
-            self.since = time.perf_counter()
+            self.seconds.append(clock() - self.since)
+            self.since = clock()
 
     return StepClock()
 
@@ -98,7 +105,7 @@ def make_trainers(args: argparse.Namespace, out: str) -> dict[str, tuple[Any, An
     trainers = {}
     for name, arm in ARMS.items():
         model, tokenizer = load_base(args.model, quantization="nf4", verbose=False)
-        clock = step_clock()
+        clock = step_clock(time.process_time if args.clock == "cpu" else time.perf_counter)
         config = PSFTConfig(
             f"{out}/{name}",
             per_device_train_batch_size=args.micro_batch,
@@ -181,7 +188,8 @@ def main() -> int:
             f"{name:8} {result['tokens_per_second'][name]:10,.0f} real tokens/s   {result['over_padded'][name]:5.2f} x"
         )
         print(f"{line}   {result['padding_share'][name]:5.1%} padding   {result['rows'][name]:,} rows")
-    print(f"row lengths by percentile: {result['row_length']}, {result['attention']} attention, {result['device']}")
+    print(f"row lengths by percentile: {result['row_length']}, {result['attention']} attention")
+    print(f"{args.clock} clock, {result['machine']}, {result['device']}")
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

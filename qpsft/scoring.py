@@ -64,6 +64,7 @@ def default_token_budget(
     text = config.get_text_config()
     hidden, layers = text.hidden_size, text.num_hidden_layers
     intermediate = getattr(text, "intermediate_size", None) or 4 * hidden
+    intermediate = max(intermediate) if isinstance(intermediate, (list, tuple)) else intermediate  # one for each layer
     size, (tile_tokens, tile_vocabulary) = bits // 8, HEAD_TILE
 
     def layer(what: str, tokens: int, mlp_tokens: int) -> int:

@@ -161,3 +161,6 @@ def test_other_orders_of_the_rows(base, tmp_path, strategy):
     rows = [row for step in range(6) for row in trainer._get_schedule().rows(step)]
     assert sorted(rows) == list(range(24))
     assert (rows == list(range(24))) == (strategy == "sequential")
+    lengths = [len(trainer.train_dataset[row]["input_ids"]) for row in rows]
+    in_order = [lengths[i : i + 4] == sorted(lengths[i : i + 4], reverse=True) for i in range(0, 24, 4)]
+    assert all(in_order) == (strategy == "group_by_length")  # within a mini-batch

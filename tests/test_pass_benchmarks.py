@@ -1,0 +1,62 @@
+"""`benchmarks/noise_floor.py` and `benchmarks/packing.py` at tiny size: what they measure is what they say."""
+
+import json
+import sys
+
+import noise_floor
+import packing
+import pytest
+from small_runs import make_base
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+def options(module, monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["benchmark", *flags])
+    return module.options()
+
+
+def test_the_noise_floor_is_0_as_trained_and_rounding_in_larger_batches(monkeypatch, tmp_path, capsys):
+    file = tmp_path / "results" / "noise.json"
+    flags = ["--rows=8", "--windows=1", "--micro_batches", "1", "4", "--dtypes", "float32", "bfloat16+autocast"]
+    args = options(noise_floor, monkeypatch, *flags, f"--json={file}")
+    assert noise_floor.main() == 0
+    record = json.loads(file.read_text())
+    results = {(r["dtype"], r["micro_batch"]): r for r in record["results"]}
+    assert len(results) == 4 and record["command"].startswith("python benchmarks/noise_floor.py --rows=8")
+    assert all(0 <= r["median"] <= r["p99.9"] <= r["max"] < 1 for r in results.values())
+    assert results["float32", 1]["max"] < 1e-4 < 1e-3 < results["bfloat16+autocast", 1]["max"]
+    assert results["float32", 1]["tokens"] == results["float32", 4]["tokens"] > 100
+    assert "bfloat16+autocast" in capsys.readouterr().out
+
+    args = options(noise_floor, monkeypatch, *flags, "--score_token_budget=0")
+    assert {r["max"] for r in noise_floor.measure(args)} == {0.0}
+
+
+def test_packing_is_measured_in_real_tokens(monkeypatch, base, tmp_path):
+    rows = [{"question": "w5 w6 " * (i % 4 + 1), "answer": "w7 " * (1 + 5 * (i % 3))} for i in range(24)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [f"--model={base}", f"--data={data}", "--max_length=32", "--micro_batch=2", "--accumulation=2"]
+    result = packing.measure(options(packing, monkeypatch, *flags, "--steps=3", "--rounds=2", "--reference_steps=2"))
+    assert set(result["tokens_per_second"]) == {"padded", "grouped", "packed"}
+    assert all(rate > 0 for rate in result["tokens_per_second"].values()) and result["over_padded"]["padded"] == 1
+    assert len(result["over_padded_by_round"]["packed"]) == 2
+    assert result["rows"]["padded"] == 24 > result["rows"]["packed"] >= 8
+    assert all(0 <= share < 0.5 for share in result["padding_share"].values())
+    words = [len(f"{row['question']} {row['answer']}".split()) for row in rows]
+    assert result["row_length"][100] == max(words) + 1  # and the end-of-sequence token
+
+
+def test_padding_is_counted_by_micro_batch():
+    class Trainer:
+        train_dataset = [{"input_ids": [0] * n} for n in (3, 5, 2, 8)]
+        args = type("Args", (), {"per_device_train_batch_size": 2})
+
+        def _get_schedule(self):
+            return type("Schedule", (), {"rows": lambda self, step: [3, 0, 1, 2]})()
+
+    assert packing.tokens_of(Trainer(), 1) == (18, 2 * 8 + 2 * 5)
