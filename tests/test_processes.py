@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -87,6 +86,7 @@ def test_two_processes_resume_in_mid_block_to_the_same_bytes(found):
         assert {*scores, "rng_state_0.pth", "rng_state_1.pth", "complete.json"} <= set(rank["run"]["files"])
         assert rank["run"]["resumed_from"] == STOP
         assert rank["run"]["resumed_differs_in"] == []
+        assert rank["command_line_resumed"]
     kept = [load_file(out / "cut" / f"checkpoint-{STOP}" / name) for name in sorted(scores)]
     assert kept[0].keys() == kept[1].keys() and len(kept[0]) == 4 * 2  # K mini-batches of two micro-batches each
     assert not any(kept[0][name].shape == kept[1][name].shape and bool((kept[0][name] == kept[1][name]).all())
@@ -103,6 +103,7 @@ def test_a_sharded_run_is_the_run_that_is_not(base, found, tmp_path):
         assert rank["sharded"]["layers_sharded"] == [True, True] and rank["sharded"]["kinds"] == ["DTensor"]
         assert rank["sharded"]["grad_norms"] == pytest.approx([line["grad_norm"] for line in lines], rel=1e-4)
         assert rank["sharded"]["resumed_equal"]
+        assert rank["sharded"]["fsdp_casts_to"] == "None"  # with bf16: packed weights are not numbers
         swap = rank["sharded"]["swap"]
         assert swap["policy_moved"] > 1e-3 and swap["scored_is_the_snapshot_s"] and swap["policy_is_back"]
         assert swap["setting_data_changed_nothing"]  # the other way to swap: no error, and no effect
@@ -117,12 +118,12 @@ def test_a_sharded_run_on_the_command_line_writes_an_ordinary_adapter(base, rows
     assert [rank["sharded"]["command_line"] for rank in both] == [0, 0]
     alone = [*FLAGS, "--gradient_accumulation_steps=2", f"--model_name_or_path={base}", f"--dataset_name={rows}"]
     assert cli.main(["train", *alone, f"--output_dir={tmp_path}"]) == 0
-    adapters = [load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, out / "cli")]
+    adapters = [load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, out / "fsdp_cli")]
     assert largest_difference(*adapters) < 1e-6
-    record = json.loads((out / "cli" / "base_quantization.json").read_text())
+    record = json.loads((out / "fsdp_cli" / "base_quantization.json").read_text())
     assert (record["quantization"], record["quant_storage"]) == ("nf4", "float32")
-    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (out / "cli").iterdir()}
-    assert cli.main(["merge", str(out / "cli")]) == 0  # merged onto weights stored as uint8, and verified
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (out / "fsdp_cli").iterdir()}
+    assert cli.main(["merge", str(out / "fsdp_cli")]) == 0  # merged onto weights stored as uint8, and verified
 
 
 def test_what_sharding_needs_is_checked_before_training(found):
@@ -178,7 +179,7 @@ def flags(base, rows, out, *more):
 
 
 def test_the_command_line_in_two_processes(base, rows, tmp_path, capsys):
-    """It speaks once, writes once, equals one process with twice the accumulation, and resumes to the same bytes."""
+    """It speaks once, writes once, and equals one process with twice the accumulation."""
     two, one = tmp_path / "two", tmp_path / "one"
     code, stdout, stderr = torchrun("-m", "qpsft", *flags(base, rows, two, "--gradient_accumulation_steps=1"))
     assert code == 0, stderr[-3000:]
@@ -195,14 +196,6 @@ def test_the_command_line_in_two_processes(base, rows, tmp_path, capsys):
     for mine, theirs in zip(*lines, strict=True):
         for key in ("loss", "nll", "approx_kl", "grad_norm", "num_tokens"):
             assert mine[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), key
-
-    bytes_before = (two / "adapter_model.safetensors").read_bytes()
-    shutil.rmtree(two / "checkpoint-6")
-    code, _, stderr = torchrun("-m", "qpsft", *flags(base, rows, two, "--gradient_accumulation_steps=1", "--resume"))
-    assert code == 0, stderr[-3000:]
-    assert (two / "adapter_model.safetensors").read_bytes() == bytes_before
-    resumed = [line for line in read_metrics(two / "metrics.jsonl") if "nll" in line]
-    assert [line["step"] for line in resumed] == [1, 2, 3, 4, 5, 6]
 
 
 FAILING = """

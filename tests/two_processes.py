@@ -35,7 +35,7 @@ SETTINGS = dict(
     gradient_accumulation_steps=2,
     max_steps=10,
 )
-SAVING = dict(save_strategy="steps", save_steps=1, save_total_limit=None)
+SAVING = dict(save_strategy="steps", save_steps=2, save_total_limit=None)
 FLAGS = [
     "--max_length=32", "--lora_r=4", "--learning_rate=1e-3", "--warmup_steps=0", "--reference_steps=2",
     "--per_device_train_batch_size=2", "--gradient_accumulation_steps=1", "--max_steps=3", "--logging_steps=1",
@@ -74,6 +74,21 @@ def a_run_and_its_resumption() -> dict:
     }
 
 
+def the_command_line_resumed() -> bool:
+    """Whether `--resume` from the middle of a block gives the bytes of the run that was never stopped."""
+    flags = ["train", *FLAGS, f"--model_name_or_path={BASE}", f"--dataset_name={ROWS}", f"--output_dir={OUT / 'cli'}"]
+    flags += ["--num_iterations=2", "--max_steps=6", "--save_strategy=steps", "--save_steps=3"]
+    adapter = OUT / "cli" / "adapter_model.safetensors"
+    assert cli.main(flags) == 0
+    whole = adapter.read_bytes()
+    dist.barrier()
+    if processes.is_main():
+        shutil.rmtree(OUT / "cli" / "checkpoint-6")
+        adapter.unlink()
+    dist.barrier()
+    return cli.main([*flags, "--resume"]) == 0 and adapter.read_bytes() == whole
+
+
 def sharded() -> dict:
     """The same run with the base and the adapter sharded by FSDP 2, as docs/accelerate/fsdp_qlora.yaml has it.
 
@@ -107,13 +122,16 @@ def sharded() -> dict:
     dist.barrier()
     resumed = make_trainer(BASE, OUT / "fsdp_cut", **SETTINGS, **SAVING)
     resumed.train(resume_from_checkpoint=True)
-    flags = [*FLAGS, f"--model_name_or_path={BASE}", f"--dataset_name={ROWS}", f"--output_dir={OUT / 'cli'}"]
+    in_bfloat16 = make_trainer(BASE, OUT / "bfloat16", bf16=True, **{**SETTINGS, "max_steps": 2})
+    in_bfloat16.train()
+    flags = [*FLAGS, f"--model_name_or_path={BASE}", f"--dataset_name={ROWS}", f"--output_dir={OUT / 'fsdp_cli'}"]
     return {
         "refused": refused,
         "layers_sharded": [isinstance(layer, FSDPModule) for layer in layers],
         "kinds": sorted({type(p).__name__ for p in trainer.model.parameters()}),
         "grad_norms": [line["grad_norm"] for line in log_lines(trainer)],
         "resumed_equal": same(sharding.whole_policy(resumed.model), policy),
+        "fsdp_casts_to": str(in_bfloat16.model._get_fsdp_state()._mp_policy.param_dtype),
         "swap": what_setting_data_does(trainer),
         "command_line": cli.main(["train", *flags]),
     }
@@ -201,6 +219,7 @@ if __name__ == "__main__":
         "once": what_is_done_once(),
         "last_visit": refusal(reference="last_visit", num_iterations=1),
         "n_per_process": refusal(average_tokens_across_devices=False),
+        "command_line_resumed": the_command_line_resumed(),
         "sharded": sharded(),  # last: it changes the environment
     }
     (OUT / f"found_{RANK}.json").write_text(json.dumps(found))
