@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes import functional
 from datasets import Dataset
 from small_runs import Recorder, make_config, policy
 from tiny_models import save_tiny_model
@@ -33,6 +34,16 @@ def skeleton_of(folder: Path, lora: LoraArguments, dtype: torch.dtype, **model):
 # --- what can be counted exactly ---
 
 
+def test_a_base_is_quantized_after_a_plan_as_before_it(tmp_path, monkeypatch):
+    """bitsandbytes keeps the code table of its first quantization for all later ones."""
+    folder = save_tiny_model(tmp_path)
+    before = load_base(folder, device="cpu", verbose=False)[0].state_dict()
+    monkeypatch.setattr(functional, "name2qmap", {})
+    skeleton_of(folder, LoraArguments(lora_r=3), torch.float32)
+    after = load_base(folder, device="cpu", verbose=False)[0].state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
 @pytest.mark.parametrize(
     ("model_type", "tied", "quantization", "double_quant", "dtype", "lora"),
     [
@@ -49,7 +60,7 @@ def skeleton_of(folder: Path, lora: LoraArguments, dtype: torch.dtype, **model):
 def test_weights_constants_and_adapter_are_counted_to_the_byte(
     tmp_path, model_type, tied, quantization, double_quant, dtype, lora
 ):
-    folder = save_tiny_model(tmp_path, model_type, tie_word_embeddings=tied, intermediate_size=80)
+    folder = save_tiny_model(tmp_path, model_type, tie_word_embeddings=tied, intermediate_size=84)
     lora = LoraArguments(**lora)
     settings = {"quantization": quantization, "double_quant": double_quant}
     base, _ = load_base(folder, dtype=dtype, device="cpu", verbose=False, **settings)
@@ -63,9 +74,9 @@ def test_weights_constants_and_adapter_are_counted_to_the_byte(
 
 def test_constants_of_nf4_by_hand(tmp_path):
     # 64 weights share a constant, 256 constants a constant of their own; tables of 16 and 256 float32, one offset
-    folder = save_tiny_model(tmp_path, intermediate_size=80)
+    folder = save_tiny_model(tmp_path, intermediate_size=84)
     planned = weight_bytes(skeleton_of(folder, LoraArguments(), torch.bfloat16, quantization="nf4"))
-    shapes = [(64, 64), (32, 64), (32, 64), (64, 64), (80, 64), (80, 64), (64, 80)] * 2
+    shapes = [(64, 64), (32, 64), (32, 64), (64, 64), (84, 64), (84, 64), (64, 84)] * 2
     blocks = [-(-rows * columns // 64) for rows, columns in shapes]
     assert planned.quantized == sum(rows * columns // 2 for rows, columns in shapes)
     assert planned.constants == sum(b + 4 * -(-b // 256) + 4 + 4 * 16 + 4 * 256 for b in blocks)
@@ -73,7 +84,7 @@ def test_constants_of_nf4_by_hand(tmp_path):
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adafactor"])
 def test_gradients_reference_and_optimizer_state_are_counted_to_the_byte(tmp_path, optim):
-    folder = save_tiny_model(tmp_path / "base", pad_token_id=0, hidden_size=96, intermediate_size=200)
+    folder = save_tiny_model(tmp_path / "base", pad_token_id=0, hidden_size=100, intermediate_size=200)
     lora = LoraArguments(lora_r=48)  # some parameters above and some below the 4,096 weights from which 8 bits are used
     base, tokenizer = load_base(folder, verbose=False)
     ids = [[1, 5, 9, 17] * 4] * 24

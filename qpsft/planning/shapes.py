@@ -34,15 +34,15 @@ class Shape:
 def find_shape(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Shape:
     """The shape of a model that need not be on this machine.
 
-    A folder's config.json, the Hub cache's, the table's (for a Hub id without a revision), else config.json alone is
-    fetched from the Hub.
+    A folder's config.json, the Hub cache's, the table's (whatever the revision: a model keeps its shape), else
+    config.json alone is fetched from the Hub.
 
     Raises:
         BaseModelError: no such model; its config is broken or not a causal language model's.
     """
     known = known_shapes().get(name.lower())
     local = name == DEMO or Path(name).expanduser().exists() or _is_cached(name, revision)
-    if known is not None and revision is None and not local:
+    if known is not None and not local:
         return Shape(_config_of(known), "qpsft's table, not from its config.json")
     folder = resolve_folder(name, revision=revision, config_only=True, remote_code=trust_remote_code)
     check_config(folder, trust_remote_code=trust_remote_code)

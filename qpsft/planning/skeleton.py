@@ -140,6 +140,8 @@ def _round(layer: nn.Module, quantization: Any, dtype: torch.dtype) -> None:
             quant_type=quantization.bnb_4bit_quant_type,
             quant_storage=quantization.bnb_4bit_quant_storage,
         )
+        if getattr(functional.name2qmap.get("dynamic"), "is_meta", False):  # kept for the next weight, a real one's too
+            del functional.name2qmap["dynamic"]
         weight.bnb_quantized = True
         layer.quant_state = weight.quant_state
     else:
