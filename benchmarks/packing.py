@@ -166,7 +166,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "padding_share": padding,
         "rows": rows,
         "row_length": {p: lengths[round(p / 100 * (len(lengths) - 1))] for p in (1, 50, 90, 99, 100)},
-        "settings": {key: value for key, value in vars(args).items() if key != "json"},
+        "settings": {key: _named(value) for key, value in vars(args).items() if key != "json"},
         "attention": trainers["packed"][0].model.config._attn_implementation,
         "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -174,6 +174,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", "benchmarks/packing.py", *sys.argv[1:]]),
     }
+
+
+def _named(value: Any) -> Any:
+    """Paths as seen from the repository, which stands elsewhere on every machine."""
+    is_path = isinstance(value, str) and Path(value).is_absolute()
+    return os.path.relpath(value, Path(__file__).resolve().parents[1]) if is_path else value
 
 
 def main() -> int:

@@ -54,7 +54,7 @@ class PackedRows(DataCollatorForLanguageModeling):
 
 
 def packed_collator(
-    collator: DataCollatorForLanguageModeling, config: Any, max_length: int
+    collator: DataCollatorForLanguageModeling, config: Any, max_length: int, *, tensors_only: bool = False
 ) -> DataCollatorForLanguageModeling:
     """The collator for packed rows of a model.
 
@@ -62,13 +62,13 @@ def packed_collator(
         collator: SFTTrainer's, which lays rows end to end.
         config: the model's `PretrainedConfig`.
         max_length: tokens of a packed row.
+        tensors_only: for batches that accelerate takes apart: a stream for several processes.
     """
     layers = set(getattr(config.get_text_config(), "layer_types", None) or ATTENTION_LAYERS)
     if "flash" in str(config._attn_implementation) or not layers <= ATTENTION_LAYERS:
         return collator
-    return PackedRows(
-        collator.pad_token_id, pad_to_multiple_of=collator.pad_to_multiple_of, by_piece=fits(config, max_length)
-    )
+    by_piece = fits(config, max_length) and not tensors_only
+    return PackedRows(collator.pad_token_id, pad_to_multiple_of=collator.pad_to_multiple_of, by_piece=by_piece)
 
 
 @torch.no_grad()

@@ -96,7 +96,12 @@ class PSFTTrainer(SFTTrainer):
 
         check_sharding(self)
         if self.args.packing:
-            self.data_collator = packed_collator(self.data_collator, self.model.config, self.args.max_length)
+            self.data_collator = packed_collator(
+                self.data_collator,
+                self.model.config,
+                self.args.max_length,
+                tensors_only=self.args.world_size > 1 and not has_length(self.train_dataset),
+            )
         if self.args.tiled_mlp:
             tile_mlps(self.model)
         self.policy_bytes = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)

@@ -294,6 +294,21 @@ def test_packed_and_padded_rows_train_the_same_policy(base, tmp_path):
         assert largest_difference(packed, padded) < 1e-5
 
 
+def test_packed_rows_are_evaluated_alike_and_streamed_too(base, tmp_path):
+    def loss(packing):
+        settings = dict(packing=packing, eval_dataset=make_rows(9, seed=4), per_device_eval_batch_size=100)
+        trainer = run(base, tmp_path, lora=make_lora(init_lora_weights=False), **settings)
+        return trainer.evaluate()["eval_loss"]
+
+    assert loss(True) == pytest.approx(loss(False), abs=1e-6)
+    trainer = run(base, tmp_path, rows=make_rows(30).to_iterable_dataset(), num_iterations=1, max_steps=3)
+    trainer.train()
+    assert [line["ratio_max"] == 1 for line in log_lines(trainer)] == [True, False, True]
+    config = trainer.model.config
+    assert trainer.data_collator.by_piece
+    assert not packed_collator(END_TO_END, config, 48, tensors_only=True).by_piece
+
+
 @pytest.mark.parametrize("stop", [3, 6])
 def test_a_packed_run_resumes_to_the_same_bytes(base, tmp_path, stop):
     through = run(base, tmp_path / "through", max_steps=8)

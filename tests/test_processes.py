@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file
 from small_runs import largest_difference, make_base, make_rows, make_trainer, policy
-from two_processes import FLAGS, SETTINGS, STOP
+from two_processes import FLAGS, PACKED, SETTINGS, STOP
 
 from qpsft import cli, processes
 from qpsft.console import read_metrics
@@ -77,6 +77,14 @@ def test_invariant_4_two_processes_are_one_with_twice_the_accumulation(base, fou
         assert rank["run"]["tokens"] == trainer._statistics.num_tokens
         assert rank["run"]["wrapped"] == "DistributedDataParallel" and not rank["run"]["find_unused_parameters"]
         assert rank["run"]["reference_shares_names"]  # the reference is of the model inside the wrapper
+
+
+def test_invariant_4_holds_for_packed_rows(base, found, tmp_path):
+    both, out = found
+    trainer = make_trainer(base, tmp_path, **{**PACKED, "gradient_accumulation_steps": 4})
+    trainer.train()
+    assert [rank["packed"] for rank in both] == ["DistributedDataParallel"] * 2
+    assert largest_difference(policy(trainer.model), load_file(out / "packed.safetensors")) < 1e-5
 
 
 def test_two_processes_resume_in_mid_block_to_the_same_bytes(found):

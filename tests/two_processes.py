@@ -35,6 +35,7 @@ SETTINGS = dict(
     gradient_accumulation_steps=2,
     max_steps=10,
 )
+PACKED = {**SETTINGS, "packing": True, "max_length": 48, "reference_steps": 2, "max_steps": 4}
 SAVING = dict(save_strategy="steps", save_steps=2, save_total_limit=None)
 FLAGS = [
     "--max_length=32", "--lora_r=4", "--learning_rate=1e-3", "--warmup_steps=0", "--reference_steps=2",
@@ -168,6 +169,14 @@ def fsdp_environment() -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))}
 
 
+def a_packed_run() -> str:
+    trainer = make_trainer(BASE, OUT / "packed", **PACKED)
+    trainer.train()
+    if processes.is_main():
+        save_file(policy(trainer.model), OUT / "packed.safetensors")
+    return type(trainer.model_wrapped).__name__
+
+
 def an_overflow_in_one_process() -> dict:
     """Process 1's gradients overflow: both processes must repeat the step, or they drift apart or hang."""
     trained = []
@@ -215,6 +224,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     found = {
         "run": a_run_and_its_resumption(),  # first: it starts the process group
+        "packed": a_packed_run(),
         "overflow": an_overflow_in_one_process(),
         "once": what_is_done_once(),
         "last_visit": refusal(reference="last_visit", num_iterations=1),
