@@ -80,7 +80,7 @@ def longest(
     """The longest length that fits, up to TOLERANCE (and STEP); 0 if STEP itself does not.
 
     Memory is close to linear in the length, so the next length is where the line through the two longest that fitted
-    meets the cap, kept inside the bracket; without two, lengths double.
+    meets the cap, kept inside the bracket; without two, lengths double. Close to the end the bracket is halved.
 
     Args:
         attempt: runs a length.
@@ -116,8 +116,9 @@ def _next_length(fitting: list[Trial], high: int | None, cap: float, first: int)
     reach = low + (cap - two.peak_bytes) / slope if slope > 0 else 2 * low
     if high is None:
         return int(min(max(reach * 0.98, low + STEP), 4 * low))  # the allocator's fragments need some of the cap
-    margin = (high - low) / 8
-    return int(min(max(reach, low + margin), high - margin))
+    if high <= 1.05 * low:
+        return (low + high) // 2
+    return int(min(max(reach, low + (high - low) / 8), 0.98 * high))
 
 
 def context_options() -> tuple[dict[str, Any], list[str]]:
