@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from qpsft import __version__
 from qpsft.errors import QpsftError
-from qpsft.processes import first_to_say, is_main, world_size
+from qpsft.processes import is_main, say_once, world_size
 from qpsft.quiet import fill, quiet_libraries
 
 INTERRUPTED = 130  # what shells use for Ctrl-C
@@ -331,16 +331,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise QpsftError(f"qpsft {argv[0]} works in one process, not in {world_size()}.", "Leave out torchrun.")
         return verb(argv[1:])
     except QpsftError as error:
-        _say(fill(f"error: {error}"))
+        say_once(fill(f"error: {error}"))
         return error.exit_code
     except KeyboardInterrupt:
-        _say("\nInterrupted. A training run continues from its last checkpoint with --resume.")
+        say_once("\nInterrupted. A training run continues from its last checkpoint with --resume.")
         return INTERRUPTED
-
-
-def _say(text: str) -> None:
-    if first_to_say(text):
-        print(text, file=sys.stderr, flush=True)
 
 
 def _help() -> str:

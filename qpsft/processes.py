@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
@@ -73,3 +74,9 @@ def first_to_say(text: str) -> bool:
         return store.add(key, 1) == 1
     except (DistError, ValueError):  # nobody answers: better twice than not at all
         return True
+
+
+def say_once(text: str) -> None:
+    """Prints `text` on standard error, unless another process has."""
+    if first_to_say(text):
+        print(text, file=sys.stderr, flush=True)
