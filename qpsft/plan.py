@@ -18,6 +18,7 @@ import psutil
 import torch
 
 from qpsft.checkpoint import DEMO, resolve_folder
+from qpsft.console import short_number
 from qpsft.errors import QpsftError, RecipeError
 from qpsft.hardware import pick_device
 from qpsft.planning.after import after_training
@@ -230,8 +231,8 @@ def _setting(recipe: Recipe, planner: Planner) -> str:
     args, dtype = recipe.trainer, str(planner.dtype).removeprefix("torch.")
     kind = recipe.model.quantization + (", not double-quantized" if not recipe.model.double_quant else "")
     return (
-        f"{planner.weights.parameters / 1e9:.2f} B parameters (shape from {planner.shape.source}), {kind}, {dtype}; "
-        f"rank {recipe.lora.lora_r}, {planner.weights.adapter / 4e6:.1f} M trained; "
+        f"{short_number(planner.weights.parameters)} parameters (shape from {planner.shape.source}), {kind}, {dtype}; "
+        f"rank {recipe.lora.lora_r}, {short_number(planner.weights.adapter / 4)} trained; "
         f"{args.per_device_train_batch_size} x {args.max_length:,} tokens per micro-batch"
         + ("" if planner.processes == 1 else f", on each of {planner.processes} processes")
     )

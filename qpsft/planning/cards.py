@@ -16,16 +16,17 @@ USABLE = 0.98
 CONTEXT = 500 * 2**20
 """Allowance for the CUDA context with its libraries, which torch's own count does not show."""
 
-# name: (GiB, compute capability); None: sold with several sizes. Server cards with ECC show less than their name says.
+# Name without spaces: (GiB, compute capability). None: sold with several sizes. Some server cards show less than
+# their name says, because of ECC.
 _CARDS: dict[str, tuple[float | None, tuple[int, int]]] = {
-    "gtx 1070": (8, (6, 1)), "gtx 1080": (8, (6, 1)), "gtx 1080 ti": (11, (6, 1)), "gtx 1660": (6, (7, 5)),
-    "rtx 2060": (None, (7, 5)), "rtx 2070": (8, (7, 5)), "rtx 2080": (8, (7, 5)), "rtx 2080 ti": (11, (7, 5)),
-    "rtx 3060": (None, (8, 6)), "rtx 3060 ti": (8, (8, 6)), "rtx 3070": (8, (8, 6)), "rtx 3070 ti": (8, (8, 6)),
-    "rtx 3080": (None, (8, 6)), "rtx 3080 ti": (12, (8, 6)), "rtx 3090": (24, (8, 6)), "rtx 3090 ti": (24, (8, 6)),
-    "rtx 4060": (8, (8, 9)), "rtx 4060 ti": (None, (8, 9)), "rtx 4070": (12, (8, 9)), "rtx 4070 super": (12, (8, 9)),
-    "rtx 4070 ti": (12, (8, 9)), "rtx 4070 ti super": (16, (8, 9)), "rtx 4080": (16, (8, 9)),
-    "rtx 4080 super": (16, (8, 9)), "rtx 4090": (24, (8, 9)), "rtx 5060": (8, (12, 0)), "rtx 5060 ti": (None, (12, 0)),
-    "rtx 5070": (12, (12, 0)), "rtx 5070 ti": (16, (12, 0)), "rtx 5080": (16, (12, 0)), "rtx 5090": (32, (12, 0)),
+    "gtx1070": (8, (6, 1)), "gtx1080": (8, (6, 1)), "gtx1080ti": (11, (6, 1)), "gtx1660": (6, (7, 5)),
+    "rtx2060": (None, (7, 5)), "rtx2070": (8, (7, 5)), "rtx2080": (8, (7, 5)), "rtx2080ti": (11, (7, 5)),
+    "rtx3060": (None, (8, 6)), "rtx3060ti": (8, (8, 6)), "rtx3070": (8, (8, 6)), "rtx3070ti": (8, (8, 6)),
+    "rtx3080": (None, (8, 6)), "rtx3080ti": (12, (8, 6)), "rtx3090": (24, (8, 6)), "rtx3090ti": (24, (8, 6)),
+    "rtx4060": (8, (8, 9)), "rtx4060ti": (None, (8, 9)), "rtx4070": (12, (8, 9)), "rtx4070super": (12, (8, 9)),
+    "rtx4070ti": (12, (8, 9)), "rtx4070tisuper": (16, (8, 9)), "rtx4080": (16, (8, 9)),
+    "rtx4080super": (16, (8, 9)), "rtx4090": (24, (8, 9)), "rtx5060": (8, (12, 0)), "rtx5060ti": (None, (12, 0)),
+    "rtx5070": (12, (12, 0)), "rtx5070ti": (16, (12, 0)), "rtx5080": (16, (12, 0)), "rtx5090": (32, (12, 0)),
     "t4": (15, (7, 5)), "p100": (16, (6, 0)), "v100": (None, (7, 0)), "l4": (22.5, (8, 9)), "a10": (22.5, (8, 6)),
     "a10g": (22.5, (8, 6)), "a100": (None, (8, 0)), "l40s": (45, (8, 9)), "h100": (80, (9, 0)),
 }  # fmt: skip
@@ -64,10 +65,9 @@ def find_card(text: str) -> Card:
     name, size, unit = match["name"], match["size"], match["unit"]
     if not name and size is not None:
         return _sized(text, float(size), unit)
-    known = re.sub(r"[\s_-]+", " ", re.sub(r"\b(nvidia|geforce|tesla)\b", "", name)).strip()
-    known = re.sub(r"(?<=\d)(ti|super)\b", r" \1", known)
-    if re.fullmatch(r"\d{4}( ti| super)*", known):
-        known = f"{'gtx' if known.startswith('1') else 'rtx'} {known}"
+    known = re.sub(r"nvidia|geforce|tesla|[\s_-]", "", name)
+    if re.fullmatch(r"\d{4}(ti)?(super)?", known):
+        known = ("gtx" if known.startswith("1") else "rtx") + known
     if known not in _CARDS:
         raise RecipeError(f"--gpu {text!r} is not known.", "Give its memory, such as 12GB, or auto for this machine's.")
     nominal, capability = _CARDS[known]

@@ -23,8 +23,9 @@ _GROUPS = (
 
 
 def gib(nbytes: float) -> str:
-    """1610612736 as 1.50."""
-    return f"{nbytes / GIB:.2f}"
+    """1610612736 as 1.50, and less than a tenth with one more digit."""
+    size = nbytes / GIB
+    return f"{size:.3f}" if 0 < size < 0.1 else f"{size:.2f}"
 
 
 def render(plan: MemoryPlan) -> str:
@@ -61,7 +62,7 @@ def _verdict(plan: MemoryPlan) -> list[str]:
     if plan.gpu_bytes is None:
         sizes = [size for size in COMMON_SIZES if plan.needed_bytes <= plan.usable(size)]
         lines.append(f"fits cards of {sizes[0]} GB and more" if sizes else f"fits no card of {COMMON_SIZES[-1]} GB")
-        lines.append("  with --gpu 12GB: whether it fits that card, and the longest rows that do")
+        lines.append("  --gpu 12GB, 'RTX 3090' or auto also tells what to change, and how long rows can be")
     else:
         spare = plan.gpu_bytes - plan.needed_bytes
         card = f"{plan.card} ({gib(plan.gpu_bytes)} GiB usable)"
