@@ -75,13 +75,13 @@ def plan(argv: Sequence[str]) -> int:
 
     import torch
 
-    from qpsft.config import PSFTConfig
     from qpsft.plan import make_plan
     from qpsft.planning.cards import find_card
+    from qpsft.planning.planned_config import PlannedConfig
     from qpsft.recipe import load_recipe
 
     path = flags.pop(0) if flags and not flags[0].startswith("-") else None
-    recipe = load_recipe(path, flags, PSFTConfig)
+    recipe = load_recipe(path, flags, PlannedConfig)
     gpu = options.gpu or ("auto" if torch.cuda.is_available() else None)
     planned = make_plan(recipe, card=find_card(gpu) if gpu else None, processes=options.processes)
     print(json.dumps(planned.to_dict(), indent=1) if options.json else planned)

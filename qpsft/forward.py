@@ -42,7 +42,7 @@ def policy_forward(model: nn.Module, inputs: Mapping[str, Any], *, right_padded:
     inputs = {**inputs, "use_cache": False}
     bare = unwrap(model)
     causal_lm = bare.get_base_model() if is_peft_model(bare) else bare
-    if right_padded and not _needs_mask(causal_lm):
+    if right_padded and not needs_mask(causal_lm.config):
         inputs.pop("attention_mask", None)
     on_triton = is_triton_available() and inputs["labels"].device.type in ("cuda", "xpu")
     with no_mask() if "seq_lengths" in inputs else contextlib.nullcontext():
@@ -56,8 +56,9 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(getattr(model, "module", None), nn.Module) else model
 
 
-def _needs_mask(causal_lm: nn.Module) -> bool:
-    config = causal_lm.config.get_text_config()
+def needs_mask(config: Any) -> bool:
+    """Whether the attention mask of rows padded on the right changes what a model with this config computes."""
+    config = config.get_text_config()
     sees_ahead = not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False)
     # a mixture's load-balancing loss counts the tokens that the mask lets through
     return bool(sees_ahead or getattr(config, "output_router_logits", False))

@@ -22,11 +22,12 @@ from qpsft.console import short_number
 from qpsft.errors import QpsftError, RecipeError
 from qpsft.hardware import pick_device
 from qpsft.planning.after import after_training
-from qpsft.planning.cards import USABLE, Card, this_card
+from qpsft.planning.cards import CONTEXT, USABLE, Card, this_card
 from qpsft.planning.changes import Suggestion, changed, longest_that_fits, suggest
 from qpsft.planning.planner import Measured, Planner
 from qpsft.planning.shapes import Shape, find_shape, read_shape, smaller_models
 from qpsft.planning.table import gib, render
+from qpsft.processes import world_size
 from qpsft.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class MemoryPlan:
         if self._planner.device == "cuda" and not args.activation_offloading:
             others["with offloading"] = {"activation_offloading": True}
         return {
-            name: self._planner.measure(changed(self._recipe, options)).activations.training.saved
+            name: self._measure(changed(self._recipe, options)).activations.training.saved
             for name, options in others.items()
         }
 
@@ -115,13 +116,20 @@ class MemoryPlan:
         found = suggest(self._recipe, self._needed, self.gpu_bytes, cuda=cuda, longest=longest)
         for name in smaller_models(self.model) if found is None else []:
             planner = self._planner.of_another(self._recipe, find_shape(name))
-            need = _needed(planner.measure(self._recipe))
+            need = _needed(planner.measure(self._recipe, self._free))
             if need <= self.gpu_bytes:
                 return Suggestion({"model_name_or_path": name}, need)
         return found
 
     def _needed(self, recipe: Recipe) -> int:
-        return _needed(self._planner.measure(recipe))
+        return _needed(self._measure(recipe))
+
+    def _measure(self, recipe: Recipe) -> Measured:
+        return self._planner.measure(recipe, self._free)
+
+    @property
+    def _free(self) -> int | None:
+        return _free_bytes(self.gpu_bytes)
 
     @staticmethod
     def usable(size: float) -> int:
@@ -146,6 +154,11 @@ def _needed(measured: Measured) -> int:
     return measured.memory.peak + measured.memory.margin
 
 
+def _free_bytes(gpu_bytes: int | None) -> int | None:
+    """What a card has before anything is loaded."""
+    return None if gpu_bytes is None else gpu_bytes - CONTEXT
+
+
 def make_plan(
     recipe: Recipe,
     *,
@@ -159,7 +172,8 @@ def make_plan(
     """Plans a run without loading anything.
 
     Args:
-        recipe: of the run; data are not looked at.
+        recipe: of the run; data are not looked at. Its trainer's options are a PSFTConfig, or a
+            `qpsft.planning.planned_config.PlannedConfig` where the card is not in this machine.
         config: of the base, as transformers' config or config.json's content; None: found by `model_name_or_path`.
         gpu_bytes: memory there is; None: that of `card`, or no verdict.
         processes: of DDP; the plan is one process's.
@@ -194,7 +208,7 @@ def make_plan(
 
 
 def _plan(recipe: Recipe, planner: Planner, gpu_bytes: int | None, card: str) -> MemoryPlan:
-    measured, args = planner.measure(recipe), recipe.trainer
+    measured, args = planner.measure(recipe, _free_bytes(gpu_bytes)), recipe.trainer
     memory, training = measured.memory, measured.activations.training
     stored = getattr(planner.shape.config, "dtype", None) or torch.bfloat16
     after = after_training(args, stored.itemsize, planner.weights, measured.optimizer)
@@ -268,13 +282,13 @@ def warn_if_short(recipe: Recipe, rows: Dataset) -> MemoryPlan | None:
     longest_row = None if args.packing else max(len(ids) for ids in rows["input_ids"])
     try:
         if device == "cuda":
-            plan = make_plan(recipe, card=this_card(), processes=args.world_size, longest_row=longest_row)
+            plan = make_plan(recipe, card=this_card(), processes=world_size(), longest_row=longest_row)
         else:
             plan = make_plan(recipe, gpu_bytes=available, device="cpu", longest_row=longest_row)
     except QpsftError as error:
         warnings.warn(f"There is no memory plan for this run. {error}", stacklevel=2)
         return None
-    if not plan.fits and args.process_index == 0:
+    if not plan.fits:
         there_is = f"{plan.card} has {gib(plan.gpu_bytes)}" if device == "cuda" else f"{gib(available)} are free"
         todo = f"What would: {plan.suggestion.flags()}." if plan.suggestion else "No option changes that."
         warnings.warn(

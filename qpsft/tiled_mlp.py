@@ -11,6 +11,7 @@ TiledMLP of Arctic Long Sequence Training (arXiv 2506.13996), which DeepSpeed ha
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -59,6 +60,14 @@ def _in_tiles(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor)
     return _Tiles.apply(forward, saved.grad_fn, x, *trained)
 
 
+def _autocast_now(kind: str) -> Callable[[], contextlib.AbstractContextManager]:
+    """Autocast as it is on a kind of device, to be entered again; the meta device, where plans are made, has none."""
+    if kind == "meta":
+        return contextlib.nullcontext
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return functools.partial(torch.autocast, device_type=kind, enabled=enabled, dtype=dtype)
+
+
 def _tiles(x: Tensor) -> tuple[Tensor, ...]:
     tokens = x[..., 0].numel()
     return x.reshape(1, tokens, x.shape[-1]).chunk(-(-tokens // TILE), dim=1)
@@ -87,10 +96,7 @@ class _Tiles(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, forward: Callable[[Tensor], Tensor], saved: Any, x: Tensor, *trained: Tensor) -> Tensor:
         ctx.mlp, ctx.saved, ctx.trained = forward, saved, trained
-        kind = x.device.type
-        ctx.autocast = dict(
-            device_type=kind, enabled=torch.is_autocast_enabled(kind), dtype=torch.get_autocast_dtype(kind)
-        )
+        ctx.autocast = _autocast_now(x.device.type)
         ctx.random = torch.get_rng_state(), get_device_states(x)  # dropout must draw the same again
         return _joined(forward, x)
 
@@ -100,7 +106,7 @@ class _Tiles(torch.autograd.Function):
         of_x, of_trained = [], [torch.zeros_like(p) if p.requires_grad else None for p in ctx.trained]
         cpu_state, (devices, states) = ctx.random
         kind = x.device.type
-        with torch.random.fork_rng(devices, device_type=kind), torch.enable_grad(), torch.autocast(**ctx.autocast):
+        with torch.random.fork_rng(devices, device_type=kind), torch.enable_grad(), ctx.autocast():
             torch.set_rng_state(cpu_state)
             set_device_states(devices, states, device_type=kind)
             for tile, of_tile in zip(_tiles(x.detach()), _tiles(gradient), strict=True):

@@ -72,7 +72,7 @@ FLOORS = [
     | {"verification.verify_weights", "push"}
     | {"planning.live_bytes", "planning.kernels", "planning.lm_head", "planning.skeleton", "planning.step"}
     | {"planning.optimizers", "planning.passes", "planning.cards", "planning.shapes", "planning.memory"}
-    | {"planning.planner", "planning.changes", "planning.after", "planning.table", "plan"}
+    | {"planning.planner", "planning.changes", "planning.after", "planning.table", "planning.planned_config", "plan"}
     | {"export.llama_cpp", "export.work_folder", "export.gguf_check", "export.gguf_texts", "export.gguf_run"}
     | {"export.gguf", "export.gguf_lora", "export.ollama", "export.vllm"},
     {"report"},

@@ -12,12 +12,13 @@ from tiny_models import save_tiny_model
 import qpsft.planning.lm_head as lm_head
 from qpsft.adapter import add_adapter
 from qpsft.base import load_base, load_config
-from qpsft.config import PSFTConfig
+from qpsft.base_record import quantized_linears
 from qpsft.errors import BaseModelError
 from qpsft.planning.kernels import Target, dequantizes, kernel_workspace
 from qpsft.planning.live_bytes import LiveBytes, cuda_block
 from qpsft.planning.optimizers import optimizer_bytes
 from qpsft.planning.passes import Passes, shortened
+from qpsft.planning.planned_config import PlannedConfig
 from qpsft.planning.shapes import known_shapes, read_shape, smaller_models
 from qpsft.planning.skeleton import build_skeleton, weight_bytes
 from qpsft.planning.step import Batch, training_bytes
@@ -28,7 +29,7 @@ WIDE = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, head_di
 
 
 def skeleton_of(folder: Path, lora: LoraArguments, dtype: torch.dtype, **model):
-    return build_skeleton(load_config(folder, False), ModelArguments(**model), lora, dtype, False)
+    return build_skeleton(load_config(folder, False), ModelArguments(**model), lora, dtype)
 
 
 # --- what can be counted exactly ---
@@ -60,7 +61,7 @@ def test_a_base_is_quantized_after_a_plan_as_before_it(tmp_path, monkeypatch):
 def test_weights_constants_and_adapter_are_counted_to_the_byte(
     tmp_path, model_type, tied, quantization, double_quant, dtype, lora
 ):
-    folder = save_tiny_model(tmp_path, model_type, tie_word_embeddings=tied, intermediate_size=84)
+    folder = save_tiny_model(tmp_path, model_type, tie_word_embeddings=tied, intermediate_size=320)
     lora = LoraArguments(**lora)
     settings = {"quantization": quantization, "double_quant": double_quant}
     base, _ = load_base(folder, dtype=dtype, device="cpu", verbose=False, **settings)
@@ -72,11 +73,22 @@ def test_weights_constants_and_adapter_are_counted_to_the_byte(
     assert sorted(planned.sizes) == sorted(loaded.sizes)
 
 
+def test_planning_leaves_nothing_of_the_meta_device_behind(tmp_path, monkeypatch):
+    # bitsandbytes keeps the code table of its first quantization in a process
+    monkeypatch.setattr(functional, "name2qmap", {})
+    folder = save_tiny_model(tmp_path)
+    skeleton_of(folder, LoraArguments(), torch.bfloat16)
+    assert not functional.name2qmap
+    base, _ = load_base(folder, device="cpu", verbose=False)
+    state = next(iter(quantized_linears(base).values())).weight.quant_state
+    assert state.state2.code.device.type == "cpu" and len(state.state2.code.unique()) > 200
+
+
 def test_constants_of_nf4_by_hand(tmp_path):
     # 64 weights share a constant, 256 constants a constant of their own; tables of 16 and 256 float32, one offset
-    folder = save_tiny_model(tmp_path, intermediate_size=84)
+    folder = save_tiny_model(tmp_path, intermediate_size=320)
     planned = weight_bytes(skeleton_of(folder, LoraArguments(), torch.bfloat16, quantization="nf4"))
-    shapes = [(64, 64), (32, 64), (32, 64), (64, 64), (84, 64), (84, 64), (64, 84)] * 2
+    shapes = [(64, 64), (32, 64), (32, 64), (64, 64), (320, 64), (320, 64), (64, 320)] * 2
     blocks = [-(-rows * columns // 64) for rows, columns in shapes]
     assert planned.quantized == sum(rows * columns // 2 for rows, columns in shapes)
     assert planned.constants == sum(b + 4 * -(-b // 256) + 4 + 4 * 16 + 4 * 256 for b in blocks)
@@ -84,7 +96,7 @@ def test_constants_of_nf4_by_hand(tmp_path):
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adafactor"])
 def test_gradients_reference_and_optimizer_state_are_counted_to_the_byte(tmp_path, optim):
-    folder = save_tiny_model(tmp_path / "base", pad_token_id=0, hidden_size=100, intermediate_size=200)
+    folder = save_tiny_model(tmp_path / "base", pad_token_id=0, hidden_size=128, intermediate_size=192)
     lora = LoraArguments(lora_r=48)  # some parameters above and some below the 4,096 weights from which 8 bits are used
     base, tokenizer = load_base(folder, verbose=False)
     ids = [[1, 5, 9, 17] * 4] * 24
@@ -110,10 +122,10 @@ def test_gradients_reference_and_optimizer_state_are_counted_to_the_byte(tmp_pat
 
 def test_large_state_of_a_paged_optimizer_is_in_host_memory():
     shapes = [torch.Size((400, 250)), torch.Size((10, 10)), torch.Size((64, 64))]
-    paged = optimizer_bytes(PSFTConfig("out", optim="paged_adamw_8bit", report_to=[]), shapes)
-    flat = optimizer_bytes(PSFTConfig("out", optim="adamw_8bit", report_to=[]), shapes)
+    paged = optimizer_bytes(PlannedConfig("out", optim="paged_adamw_8bit", report_to=[]), shapes)
+    flat = optimizer_bytes(PlannedConfig("out", optim="adamw_8bit", report_to=[]), shapes)
     assert paged.host == 2 * 400 * 250 and paged.host + paged.device == flat.device and flat.host == 0
-    unknown = optimizer_bytes(PSFTConfig("out", optim="galore_adamw", report_to=[]), shapes)
+    unknown = optimizer_bytes(PlannedConfig("out", optim="galore_adamw", report_to=[]), shapes)
     assert not unknown.known and unknown.device == 8 * sum(shape.numel() for shape in shapes)
 
 
@@ -169,13 +181,12 @@ def planned_peaks(folder: Path, *, rows: int, length: int, dtype: str, checkpoin
     lora = LoraArguments(lora_r=8)
 
     def build(config):
-        return build_skeleton(config, ModelArguments(), lora, compute, False)
+        return build_skeleton(config, ModelArguments(), lora, compute)
 
     passes = Passes(load_config(folder, False), build, lora, target)
-    padded = rows > 1
     found = passes.measure(
-        Batch(rows, length, padded),
-        Batch(2 * rows, length, True),
+        Batch(rows, length, False),
+        Batch(2 * rows, length, False),
         checkpointing=1 if checkpointing else None,
         offloading=False,
     )
@@ -213,7 +224,7 @@ def test_a_model_of_a_few_layers_stands_for_all():
     lora = LoraArguments(lora_target_modules=["q_proj", "up_proj"])
 
     def build(config):
-        return build_skeleton(config, ModelArguments(), lora, torch.bfloat16, False)
+        return build_skeleton(config, ModelArguments(), lora, torch.bfloat16)
 
     target, batch = Target("cuda", (8, 6), torch.bfloat16), Batch(2, 64, True)
     whole = training_bytes(build(config), batch, target, checkpointing=1, offloading=False)
@@ -235,19 +246,19 @@ def test_shortened_configs_keep_lists_by_layer_in_step():
 # --- what only CUDA does ---
 
 
-def cuda_step(batch: Batch, capability=(8, 6), offloading=False, **changes):
+def cuda_step(batch: Batch, capability=(8, 6), offloading=False, tiled=False, **changes):
     few = {**WIDE, "num_hidden_layers": 1, "num_key_value_heads": 2, "vocab_size": 300}
     config = read_shape({"model_type": "llama", **few, **changes})
     dtype = torch.bfloat16 if capability >= (8, 0) else torch.float16
-    model = build_skeleton(config, ModelArguments(), LoraArguments(), dtype, False)
+    model = build_skeleton(config, ModelArguments(), LoraArguments(), dtype, tiled_mlp=tiled)
     target = Target("cuda", capability, dtype)
     return training_bytes(model, batch, target, checkpointing=1, offloading=offloading)
 
 
 def test_grouped_queries_need_quadratic_memory_where_there_is_no_flash_attention():
     # torch's memory-efficient kernel takes no grouped queries; transformers repeats the keys only where there is a mask
-    def growth(capability, padded, **changes):
-        one, two = (cuda_step(Batch(1, s, padded), capability, **changes).layers_backward for s in (1024, 2048))
+    def growth(capability, masked, **changes):
+        one, two = (cuda_step(Batch(1, s, masked), capability, **changes).layers_backward for s in (1024, 2048))
         return two / one
 
     assert growth((8, 6), False) < 2.1
@@ -262,6 +273,14 @@ def test_offloading_moves_layer_inputs_to_the_host():
     inputs = 12 * 256 * 128 * 2
     assert here.offloaded == 0 and inputs <= away.offloaded < 1.3 * inputs
     assert 7 <= (here.saved - away.saved) / (256 * 128 * 2) <= 9  # five are still on the device when the forward ends
+
+
+def test_tiles_of_the_mlp_save_its_wide_intermediate():
+    batch = Batch(1, 8192, False)
+    whole, tiles = (cuda_step(batch, tiled=on, intermediate_size=2048).layers_backward for on in (False, True))
+    assert whole - tiles > 8192 * 2048 * 2  # at least one of the wide tensors
+    short = Batch(1, 1024, False)
+    assert cuda_step(short, tiled=True) == cuda_step(short)
 
 
 @pytest.mark.parametrize(
@@ -321,4 +340,4 @@ def test_a_config_that_is_no_model_is_an_error():
     config = read_shape({"model_type": "llama", **WIDE, "vocab_size": 300})
     config.hidden_size = -4
     with pytest.raises(BaseModelError, match="No causal language model"):
-        build_skeleton(config, ModelArguments(), LoraArguments(), torch.float32, False)
+        build_skeleton(config, ModelArguments(), LoraArguments(), torch.float32)

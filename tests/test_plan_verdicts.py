@@ -1,18 +1,17 @@
 """What a plan says: parts and phases, whether a card does, what to change, and that training warns in time."""
 
-import json
 import types
 
 import pytest
 import torch
-from tiny_models import edit_config, save_tiny_model
+from tiny_models import save_tiny_model
 
-from qpsft import cli, plan, run
-from qpsft.config import PSFTConfig
+from qpsft import cli, plan
 from qpsft.errors import BaseModelError, RecipeError
-from qpsft.plan import make_plan, warn_if_short
-from qpsft.planning.cards import GIB, USABLE, find_card
+from qpsft.plan import make_plan
+from qpsft.planning.cards import CONTEXT, GIB, USABLE, find_card
 from qpsft.planning.changes import changed
+from qpsft.planning.planned_config import PlannedConfig
 from qpsft.planning.shapes import find_shape
 from qpsft.recipe import load_recipe
 
@@ -23,8 +22,8 @@ LLAMA = {
 }  # fmt: skip
 
 
-def recipe_of(*flags, model="somebody/some-llama"):
-    return load_recipe(None, [f"--model_name_or_path={model}", "--report_to=none", *flags], PSFTConfig)
+def recipe_of(*flags, model="somebody/some-llama", trainer=PlannedConfig):
+    return load_recipe(None, [f"--model_name_or_path={model}", "--report_to=none", *flags], trainer)
 
 
 def planned(*flags, **settings):
@@ -91,10 +90,61 @@ def test_a_run_in_host_memory_has_no_cuda_context():
     assert found.parts["CUDA context"] == found.parts["workspaces and rounding"] == 0 and found.fits
 
 
-def test_packing_makes_one_row_with_a_mask():
-    found = planned("--packing", "--max_length=200", "--per_device_train_batch_size=3")
-    batch = found._planner.batches(found._recipe.trainer)[0]
-    assert (batch.rows, batch.length, batch.padded) == (1, 600, True)
+def batches(*flags, **changes):
+    found = make_plan(recipe_of(*flags), config=LLAMA | changes)
+    activations = found._measure(found._recipe).activations
+    return tuple(activations.batch.__dict__.values()), tuple(activations.score_batch.__dict__.values())
+
+
+def test_rows_are_masked_only_where_packed_rows_are_not_attended_to_piece_by_piece():
+    two = ("--per_device_train_batch_size=2", "--gradient_accumulation_steps=3", "--max_length=200")
+    two += ("--score_token_budget=1200",)
+    assert batches(*two) == ((2, 200, False), (6, 200, False))
+    assert batches(*two, "--packing") == ((2, 200, False), (6, 200, False))
+    window = {"model_type": "gemma3_text", "sliding_window": 100, "head_dim": 64}
+    assert batches(*two, "--packing", **window)[0] == (2, 200, True)
+    flash = batches(*two, "--packing", "--attn_implementation=flash_attention_2")
+    assert flash == ((1, 400, False), (1, 400, False))  # laid end to end, scored as they are
+
+
+def test_scoring_takes_what_training_leaves_room_for():
+    rows = ("--per_device_train_batch_size=1", "--gradient_accumulation_steps=64", "--max_length=256")
+    big = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4}
+    of_default, more = (batches(*rows, *flags, **big)[1][0] for flags in ((), ("--gradient_checkpointing=false",)))
+    assert 1 < of_default < more < 64
+    assert batches(*rows, "--score_token_budget=512")[1][0] == 2
+    assert batches(*rows, "--score_token_budget=0")[1][0] == 1
+    assert batches(*rows, "--score_token_budget=1000000")[1][0] == 64
+
+
+def test_the_reference_is_parked_where_the_card_is_short(monkeypatch):
+    narrow(monkeypatch)
+    flags = ("--lora_r=256", "--max_length=128")
+    wide, short = planned(*flags, gpu_bytes=24 * GIB), planned(*flags, gpu_bytes=GIB // 2 + CONTEXT)
+    adapter = wide.parts["policy adapter"]
+    assert wide.parts["reference adapter"] == adapter and wide.host_bytes == 0
+    assert planned(*flags, "--reference_placement=host", gpu_bytes=24 * GIB).host_bytes == adapter
+    assert planned(*flags, "--reference_placement=device", gpu_bytes=GIB // 2).host_bytes == 0
+    parked = planned(*flags, gpu_bytes=int(21 * adapter) + CONTEXT)
+    assert parked.parts["reference adapter"] == 0 and parked.host_bytes == adapter
+    assert parked.parts["scoring pass"] >= adapter  # it visits the device
+    assert short.parts["reference adapter"] in (0, adapter)
+
+
+def test_models_that_overflow_in_float16_are_planned_in_float32():
+    gemma = LLAMA | {"model_type": "gemma2", "head_dim": 64}
+    assert make_plan(recipe_of(), config=gemma, card=find_card("T4"))._planner.dtype == torch.float32
+    with pytest.raises(BaseModelError, match="overflow in float16"):
+        make_plan(recipe_of("--dtype=float16"), config=gemma)
+
+
+def test_an_adapter_that_is_trained_further_brings_its_rank(tmp_path):
+    from peft import LoraConfig
+
+    LoraConfig(r=3, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM").save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").touch()
+    found = planned(f"--adapter_name_or_path={tmp_path}")
+    assert found.parts["policy adapter"] == 4 * 2 * 3 * ((256 + 256) + (256 + 1024))
 
 
 # --- verdicts, lengths, changes ---
@@ -125,7 +175,7 @@ BIG = ("--max_length=1024", "--per_device_train_batch_size=4", "--gradient_accum
     [
         (("--gradient_checkpointing=false",), {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}),
         (("--gradient_checkpointing=false", "--per_device_train_batch_size=1"), {"gradient_checkpointing": True}),
-        (("--per_device_train_batch_size=1", "--max_length=64", "--score_token_budget=64"), {"optim": "adamw_8bit"}),
+        (("--per_device_train_batch_size=1", "--max_length=64"), {"optim": "adamw_8bit"}),
     ],
 )
 def test_the_cheapest_change_that_makes_it_fit(monkeypatch, flags, expected):
@@ -145,7 +195,7 @@ def test_changes_are_combined_and_rows_made_shorter_when_one_is_not_enough(monke
     recipe = recipe_of(*BIG, "--gradient_checkpointing=false")
     smallest = {
         "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "gradient_checkpointing": True,
-        "score_token_budget": 1024, "optim": "paged_adamw_8bit", "activation_offloading": True, "max_length": 300,
+        "optim": "paged_adamw_8bit", "reference_placement": "host", "activation_offloading": True, "max_length": 300,
     }  # fmt: skip
     limit = make_plan(changed(recipe, smallest), config=LLAMA).needed_bytes
     found = make_plan(recipe, config=LLAMA, gpu_bytes=limit).suggestion
@@ -248,123 +298,3 @@ def test_a_folder_needs_no_weights(tmp_path, capsys):
     assert "shape from its config.json" in " ".join(out.split()) and "fits 8 GB" in out
     assert "longest max_length that fits: 64 " in out  # its context
     assert max(map(len, out.splitlines())) <= 80
-
-
-# --- the command line ---
-
-
-def test_a_recipe_and_flags_and_json(tmp_path, capsys):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("model_name_or_path: demo\ndataset_name: nowhere.jsonl\nlora_r: 4\n")
-    assert cli.main(["plan", str(recipe), "--gpu=6GB", "--max_length=64", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    again = make_plan(load_recipe(recipe, ["--max_length=64"], PSFTConfig), card=find_card("6GB"))
-    assert found["peak_bytes"] == again.peak_bytes and found["parts"] == again.parts
-    assert found["fits"] is True and found["suggestion"] is None and found["length"] == 64
-    assert list(found["parts"])[:3] == ["quantized weights", "quantization constants", "unquantized weights"]
-
-
-def test_without_a_card_it_names_sizes_that_do(capsys):
-    assert cli.main(["plan", "--model_name_or_path=demo"]) == 0
-    out = capsys.readouterr().out
-    assert "fits cards of 6 GB and more" in out and "longest max_length" not in out
-
-
-def test_a_run_that_does_not_fit_says_what_would(capsys):
-    flags = ["--model_name_or_path=demo", "--per_device_train_batch_size=512", "--gradient_checkpointing=false"]
-    assert cli.main(["plan", *flags, "--gpu=2GB"]) == 0
-    out = capsys.readouterr().out
-    assert "does not fit 2 GB" in out and "what makes it fit" in out and "--per_device_train_batch_size 1" in out
-    assert max(map(len, out.splitlines())) <= 80
-
-
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
-        (["--model_name_or_path=./no/such/folder"], "There is no base model folder"),
-        ([], "model_name_or_path is missing"),
-        (["--model_name_or_path=demo", "--gpu=huge"], "'huge' is not known"),
-        (["--model_name_or_path=demo", "--processes=0"], "must be above 0"),
-        (["--model_name_or_path=demo", "--max_length=none"], "longest row is not known"),
-        (["--model_name_or_path=demo", "--max_lenght=64"], "max_length"),
-        (["--model_name_or_path=demo", "--lora_target_modules=nothing"], "no layer of this model"),
-    ],
-)
-def test_mistakes_are_one_sentence_and_exit_code_2(flags, says, capsys):
-    assert cli.main(["plan", *flags]) == 2
-    error = " ".join(capsys.readouterr().err.split())
-    assert says in error and "Traceback" not in error
-
-
-def test_a_model_that_is_no_causal_lm_is_refused(tmp_path):
-    folder = save_tiny_model(tmp_path)
-    edit_config(folder, model_type="t5")
-    with pytest.raises(BaseModelError, match="not a causal language model"):
-        make_plan(recipe_of(model=str(folder)))
-
-
-def test_a_model_whose_code_needs_values_is_refused_by_name(monkeypatch):
-    def needs_values(*args, **kwargs):
-        return torch.empty(3, device="meta").tolist()
-
-    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", needs_values)
-    with pytest.raises(BaseModelError, match="activations of a llama model cannot be planned"):
-        planned()
-
-
-# --- training plans first ---
-
-TRAIN = ["--dataset_name=demo-noisy", "--dataset_limit=32", "--max_length=128"]
-
-
-def test_training_warns_before_it_loads(monkeypatch, tmp_path):
-    class Loading(Exception):
-        pass
-
-    def load_base(*args, **kwargs):
-        raise Loading
-
-    monkeypatch.setattr(run, "load_base", load_base)
-    recipe = recipe_of(*TRAIN, f"--output_dir={tmp_path}", model="demo")
-    recipe.trainer.use_cpu = False
-    fake_cuda(monkeypatch, GIB // 4)
-    with pytest.warns(UserWarning, match=r"A card has 0\.25, so it will probably run out of memory") as warned:
-        with pytest.raises(Loading):
-            run.train(recipe)
-    assert any("qpsft plan" in str(warning.message) for warning in warned)
-
-
-@pytest.fixture
-def no_warning(recwarn):
-    yield
-    assert not [w for w in recwarn if "memory" in str(w.message)]
-
-
-def test_training_is_silent_where_it_fits(monkeypatch, no_warning):
-    recipe = recipe_of(*TRAIN, model="demo")
-    recipe.trainer.use_cpu = False
-    fake_cuda(monkeypatch, 24 * GIB)
-    found = warn_if_short(recipe, {"input_ids": [[1] * 30, [1] * 50]})
-    assert found.fits and found.length == 50
-
-
-def test_training_on_the_cpu_warns_only_when_memory_is_short(monkeypatch, no_warning):
-    rows = {"input_ids": [[1] * 50]}
-    recipe = recipe_of(*TRAIN, model="demo")
-    assert warn_if_short(recipe, rows) is None  # far from short: not even planned
-    monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=2**20))
-    with pytest.warns(UserWarning, match="are free, so it will probably run out"):
-        short = warn_if_short(recipe, rows)
-    assert short.parts["CUDA context"] == 0 and not short.fits
-
-
-def test_a_run_without_a_plan_goes_on(monkeypatch):
-    def fails(*args, **kwargs):
-        raise BaseModelError("Its activations cannot be planned.")
-
-    monkeypatch.setattr(plan, "make_plan", fails)
-    recipe = recipe_of(*TRAIN, model="demo")
-    recipe.trainer.use_cpu = False
-    fake_cuda(monkeypatch, 24 * GIB)
-    with pytest.warns(UserWarning, match="no memory plan for this run"):
-        assert warn_if_short(recipe, {"input_ids": [[1]]}) is None

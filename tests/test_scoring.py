@@ -15,7 +15,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from qpsft import kernels, reference, scoring
 from qpsft.base import load_base
-from qpsft.forward import _needs_mask, policy_forward
+from qpsft.forward import needs_mask, policy_forward
 from qpsft.reference import ReferencePolicy
 from qpsft.resume import remove_folder
 from qpsft.scoring import default_token_budget, groups, mixes_rows, real_tokens, row_lengths
@@ -288,7 +288,7 @@ def policy_gradient(model):
 def test_models_that_see_ahead_or_balance_experts_keep_their_mask():
     def needs(**config):
         text = SimpleNamespace(**config)
-        return _needs_mask(SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text)))
+        return needs_mask(SimpleNamespace(get_text_config=lambda: text))
 
     assert not needs() and not needs(is_causal=True, use_bidirectional_attention=None, output_router_logits=False)
     assert needs(is_causal=False) and needs(use_bidirectional_attention=True) and needs(output_router_logits=True)

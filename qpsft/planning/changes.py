@@ -71,8 +71,6 @@ def _changes(recipe: Recipe, cuda: bool) -> Iterator[dict[str, Any]]:
     """Single changes, by what they cost in time."""
     args = recipe.trainer
     rows = args.per_device_train_batch_size
-    if args.score_token_budget is None and args.loss_type == "psft" and not args.packing:
-        yield {"score_token_budget": args.max_length}
     if rows > 1:
         yield {
             "per_device_train_batch_size": 1,
@@ -85,8 +83,10 @@ def _changes(recipe: Recipe, cuda: bool) -> Iterator[dict[str, Any]]:
         yield {"optim": "adamw_8bit"}
     if "adamw" in optim and "paged" not in optim and cuda:
         yield {"optim": "paged_adamw_8bit"}
-    if cuda and getattr(args, "reference_placement", "host") != "host" and args.loss_type == "psft":
+    if cuda and args.reference_placement != "host" and args.loss_type == "psft":
         yield {"reference_placement": "host"}
+    if not args.tiled_mlp:
+        yield {"tiled_mlp": True}
     if cuda and not args.activation_offloading:
         yield {"activation_offloading": True}
 

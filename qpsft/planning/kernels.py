@@ -46,20 +46,22 @@ class AsOnTarget(TorchFunctionMode):
 
     Args:
         target: the device.
-        padded: rows differ in length, or several lie in one: attention gets a mask. It is the answer to every question
-            that the code asks about values, which meta tensors lack; transformers asks whether a mask is needed.
+        masked: attention gets a mask. It is the answer to every question that the code asks about values, which meta
+            tensors lack; transformers asks whether a mask can be left out.
     """
 
-    def __init__(self, target: Target, padded: bool):
+    def __init__(self, target: Target, masked: bool):
         super().__init__()
-        self._target, self._padded = target, padded
+        self._target, self._masked = target, masked
         self._casts: dict[int, Tensor] | None = {}
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name == "__bool__" and args[0].is_meta:
-            return not self._padded
+            return not self._masked
+        if name == "__contains__" and args[0].is_meta:
+            return False  # a pad among the tokens
         if name == "scaled_dot_product_attention":
             return attention(func, self._target, *args, **kwargs)
         if self._target.autocast is not None:
@@ -82,7 +84,7 @@ class AsOnTarget(TorchFunctionMode):
         return self._casts[id(value)]
 
     def forward_done(self) -> None:
-        """Autocast ends: the casts of weights that it kept are freed. Recomputation keeps none beyond its layer."""
+        """Autocast ends: the casts of weights that it kept are freed. Recomputation keeps none beyond its layer's."""
         self._casts = None
 
 

@@ -15,7 +15,7 @@ TILE_ROWS = chunked_logprob.TOKEN_CHUNK_SIZE
 
 
 def logprobs(hidden: Tensor, head: nn.Module, target: Target, softcap: float | None) -> Tensor:
-    """Log-probabilities as `trl.trainer.utils.add_fused_lm_head` computes them, every token but the first supervised.
+    """Log-probabilities as `qpsft.forward.policy_forward` computes them, every token but the first supervised.
 
     Args:
         hidden: (batch, sequence, hidden) last hidden states, on the meta device.
@@ -28,7 +28,7 @@ def logprobs(hidden: Tensor, head: nn.Module, target: Target, softcap: float | N
     """
     hidden = hidden[:, :-1]
     shape = hidden.shape[:2]
-    flat = _Supervised.apply(hidden) if target.device == "cuda" else hidden.reshape(-1, hidden.shape[-1])
+    flat = _Supervised.apply(hidden)
     labels = torch.zeros(len(flat), dtype=torch.long, device=flat.device)
     in_torch = {"HAS_SOFTCAP": softcap is not None} if target.device == "cpu" else None
     return _TiledHead.apply(flat, head.weight, labels, target.autocast or flat.dtype, in_torch).view(shape)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
 
+from qpsft.adapter_folder import find_adapter, read_adapter_config
 from qpsft.checkpoint import one_line
+from qpsft.continued_adapter import SAME_OPTIONS
 from qpsft.errors import BaseModelError, RecipeError
+from qpsft.forward import needs_mask
 from qpsft.hardware import DTYPES, pick_dtype
+from qpsft.piece_attention import fits
 from qpsft.planning.kernels import HALF, Target
 from qpsft.planning.memory import Memory, Settings, add_up
 from qpsft.planning.optimizers import OptimizerBytes, optimizer_bytes
@@ -17,7 +22,11 @@ from qpsft.planning.passes import Activations, Passes
 from qpsft.planning.shapes import Shape
 from qpsft.planning.skeleton import WeightBytes, build_skeleton, weight_bytes
 from qpsft.planning.step import Batch
-from qpsft.recipe import Recipe
+from qpsft.precision import OPTIONS, overflowing_type
+from qpsft.recipe import LoraArguments, Recipe
+from qpsft.reference import choose_placement
+from qpsft.scoring import default_token_budget
+from qpsft.tiled_mlp import is_tiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,39 +55,53 @@ class Planner:
 
     def __init__(self, recipe: Recipe, shape: Shape, *, device: str, capability: tuple[int, int], processes: int = 1):
         self.shape, self.device, self.capability, self.processes = shape, device, capability, processes
-        self.dtype = _compute_dtype(recipe, device, capability)
-        self._flash = (recipe.model.attn_implementation or "").startswith(("flash", "kernels-"))
+        self.dtype = _compute_dtype(recipe, shape, device, capability)
+        self._flash = (recipe.model.attn_implementation or "").startswith("flash")
         # flash attention's package need not be here, and torch's own flash kernel takes the same memory
         self._model = dataclasses.replace(recipe.model, attn_implementation="sdpa") if self._flash else recipe.model
-        self._lora, self._trust = recipe.lora, recipe.trainer.trust_remote_code
-        self.weights: WeightBytes = weight_bytes(self._build(shape.config))
+        self._lora, self._trust = _adapter_options(recipe), recipe.trainer.trust_remote_code
+        skeleton = self._build(shape.config, tiled=False)
+        self.weights: WeightBytes = weight_bytes(skeleton)
+        self._base_config = skeleton.get_base_model().config  # which knows its attention implementation
         self.context_length = getattr(shape.config.get_text_config(), "max_position_embeddings", None) or 2**20
         target = Target(device, capability, _autocast(recipe, self.dtype))
-        self._passes = Passes(shape.config, self._build, recipe.lora, target)
+        self._passes = {
+            tiled: Passes(shape.config, functools.partial(self._build, tiled=tiled), self._lora, target)
+            for tiled in (False, True)
+        }
         self._optimizers: dict[tuple, OptimizerBytes] = {}
         self._measured: dict[tuple, Activations] = {}
 
-    def _build(self, config: Any) -> Any:
-        return build_skeleton(config, self._model, self._lora, self.dtype, self._trust)
+    def _build(self, config: Any, tiled: bool) -> Any:
+        return build_skeleton(
+            config, self._model, self._lora, self.dtype, tiled_mlp=tiled, trust_remote_code=self._trust
+        )
 
     def of_another(self, recipe: Recipe, shape: Shape) -> Planner:
         """The same for another base."""
         return Planner(recipe, shape, device=self.device, capability=self.capability, processes=self.processes)
 
-    def measure(self, recipe: Recipe) -> Measured:
+    def measure(self, recipe: Recipe, free_bytes: int | None) -> Measured:
         """The memory of `recipe`, whose base and adapter are those the planner was made for.
+
+        Args:
+            recipe: the run.
+            free_bytes: of the card before anything is loaded, by which the reference is placed; None: not known.
 
         Raises:
             BaseModelError: the model's code cannot be run on the meta device.
             RecipeError: there is no longest row.
         """
         args = recipe.trainer
-        batch, score_batch = self.batches(args)
+        placement = self._placement(args, free_bytes)
+        batch = self._batch(args)
+        score_batch = self._score_batch(args, batch, placement) if _scores(args) else None
         every, notes = _checkpointing(args)
-        key = (batch, score_batch, every, args.activation_offloading)
+        tiled = args.tiled_mlp and is_tiled(batch.length)
+        key = (batch, score_batch, every, args.activation_offloading, tiled)
         if key not in self._measured:
             try:
-                self._measured[key] = self._passes.measure(
+                self._measured[key] = self._passes[tiled].measure(
                     batch, score_batch, checkpointing=every, offloading=args.activation_offloading
                 )
             except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
@@ -89,15 +112,17 @@ class Planner:
         activations = self._measured[key]
         optimizer = self._optimizer(args)
         if not optimizer.known:
-            notes.append(f"{args.optim} is not known here: two float32 numbers per trained weight are assumed")
+            notes.append(f"{_name(args.optim)} is not known here: two float32 numbers per trained weight are assumed")
+        if args.fsdp:
+            notes.append("FSDP's sharding is not planned: these are the numbers of DDP")
         settings = Settings(
             cuda=self.device == "cuda",
             hopper=self.capability >= (9, 0),
-            reference=self._reference(args),
+            reference=placement,
             accumulates=args.gradient_accumulation_steps > 1,
             processes=self.processes,
             window_bytes=_window_bytes(args, batch),
-            layers=self._passes.layers,
+            layers=self._passes[tiled].layers,
         )
         return Measured(add_up(self.weights, optimizer, activations, settings), activations, optimizer, notes)
 
@@ -110,27 +135,43 @@ class Planner:
             self._optimizers[key] = found
         return self._optimizers[key]
 
-    def batches(self, args: Any) -> tuple[Batch, Batch | None]:
-        """The largest micro-batch, and the largest batch of the reference pass or None."""
+    def _batch(self, args: Any) -> Batch:
+        """The largest micro-batch, as `qpsft.forward` and `qpsft.packing` make it."""
         if args.max_length is None:
             raise RecipeError("max_length is none, so the longest row is not known.", "Give --max_length.")
         rows, length = args.per_device_train_batch_size, args.max_length
-        if args.packing and args.packing_strategy != "wrapped":
-            rows, length = 1, rows * length  # a micro-batch becomes one row of several documents
-        batch = Batch(rows, length, padded=not self._flash and (rows > 1 or args.packing))
-        if not _scores(args):
-            return batch, None
-        if args.packing:
-            return batch, batch
-        budget = args.score_token_budget or 4 * rows * length
-        score_rows = max(1, min(rows * args.gradient_accumulation_steps, budget // length))
-        return batch, Batch(score_rows, length, padded=not self._flash and score_rows > 1)
+        if not args.packing:
+            return Batch(rows, length, masked=not self._flash and needs_mask(self._base_config))
+        if self._flash:
+            return Batch(1, rows * length, masked=False)  # laid end to end
+        return Batch(rows, length, masked=not fits(self._base_config, length))
 
-    def _reference(self, args: Any) -> str:
+    def _score_batch(self, args: Any, batch: Batch, placement: str) -> Batch:
+        """The largest batch of the reference pass, as `qpsft.scoring` makes it."""
+        budget = args.score_token_budget
+        if budget is None:
+            budget = default_token_budget(
+                batch.rows * batch.length,
+                self.shape.config,
+                bits=8 * self.dtype.itemsize,
+                checkpointing=args.gradient_checkpointing,
+                offloading=args.activation_offloading,
+                tiled=args.tiled_mlp and is_tiled(batch.length),
+                spare_bytes=0 if placement == "host" else self.weights.adapter,
+            )
+        if budget == 0 or (args.packing and self._flash):
+            return batch
+        rows = max(1, min(args.per_device_train_batch_size * args.gradient_accumulation_steps, budget // batch.length))
+        return dataclasses.replace(batch, rows=rows)
+
+    def _placement(self, args: Any, free_bytes: int | None) -> str:
         if args.loss_type != "psft" or args.reference != "snapshot":
             return "none"
-        placement = getattr(args, "reference_placement", "device")
-        return "device" if placement == "auto" or self.device == "cpu" else placement
+        if args.reference_placement != "auto" or self.device == "cpu" or free_bytes is None:
+            return "host" if args.reference_placement == "host" and self.device == "cuda" else "device"
+        weights = self.weights
+        loaded = weights.quantized + weights.constants + weights.unquantized + weights.adapter
+        return choose_placement(free_bytes - loaded, weights.adapter)
 
 
 def _scores(args: Any) -> bool:
@@ -154,9 +195,34 @@ def _window_bytes(args: Any, batch: Batch) -> int:
     return 3 * 8 * tokens + (4 * tokens * kept if args.loss_type == "psft" else 0)
 
 
-def _compute_dtype(recipe: Recipe, device: str, capability: tuple[int, int]) -> torch.dtype:
+def _compute_dtype(recipe: Recipe, shape: Shape, device: str, capability: tuple[int, int]) -> torch.dtype:
+    """As `qpsft.precision.base_dtype`, for a card that need not be here."""
     asked = recipe.model.dtype
-    return pick_dtype(device, capability) if asked == "auto" else DTYPES[asked]
+    dtype = pick_dtype(device, capability) if asked == "auto" else DTYPES[asked]
+    model_type = overflowing_type(shape.config.to_dict())
+    if dtype != torch.float16 or model_type is None:
+        return dtype
+    if asked != "auto":
+        raise BaseModelError(f"{model_type} models overflow in float16.", OPTIONS)
+    return torch.float32
+
+
+def _adapter_options(recipe: Recipe) -> LoraArguments:
+    """The recipe's, or those of the adapter that it goes on from."""
+    if not recipe.lora.adapter_name_or_path:
+        return recipe.lora
+    config = read_adapter_config(find_adapter(recipe.lora.adapter_name_or_path))
+    targets = config.target_modules
+    return dataclasses.replace(
+        recipe.lora,
+        lora_target_modules=targets if isinstance(targets, str) else sorted(targets),
+        lora_modules_to_save=sorted(config.modules_to_save or []) or None,
+        **{name: getattr(config, own) for name, own in SAME_OPTIONS.items()},
+    )
+
+
+def _name(optim: Any) -> str:
+    return str(getattr(optim, "value", optim))
 
 
 def _autocast(recipe: Recipe, dtype: torch.dtype) -> torch.dtype | None:

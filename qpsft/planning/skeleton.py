@@ -6,6 +6,7 @@ there with its exact shapes, and its kernels' outputs and dequantized weights ha
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from qpsft.base_record import quantized_linears
 from qpsft.checkpoint import one_line
 from qpsft.errors import BaseModelError
 from qpsft.recipe import LoraArguments, ModelArguments
+from qpsft.tiled_mlp import tile_mlps
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -56,7 +58,13 @@ class WeightBytes:
 
 
 def build_skeleton(
-    config: PretrainedConfig, model: ModelArguments, lora: LoraArguments, dtype: torch.dtype, trust_remote_code: bool
+    config: PretrainedConfig,
+    model: ModelArguments,
+    lora: LoraArguments,
+    dtype: torch.dtype,
+    *,
+    tiled_mlp: bool = False,
+    trust_remote_code: bool = False,
 ) -> PeftModel:
     """The PEFT model that `load_base` and `add_adapter` would make, on the meta device.
 
@@ -65,6 +73,7 @@ def build_skeleton(
         model: quantization and attention implementation.
         lora: the adapter's options.
         dtype: compute dtype, and dtype of what is not quantized.
+        tiled_mlp: run the MLPs of long rows in tiles.
         trust_remote_code: run Python code that comes with the model.
 
     Raises:
@@ -75,6 +84,8 @@ def build_skeleton(
         lora = dataclasses.replace(lora, init_lora_weights=True)  # the same shapes, without a decomposition
     with torch.device("meta"):
         peft_model = add_adapter(base, lora)
+    if tiled_mlp:
+        tile_mlps(peft_model)
     return peft_model.train()
 
 
@@ -121,10 +132,25 @@ def _quantize(base: PreTrainedModel, model: ModelArguments, dtype: torch.dtype, 
     quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
     quantizer.preprocess_model(model=base, device_map=None)
     quantizer.postprocess_model(base)
-    for layer in quantized_linears(base).values():
-        if layer.bias is not None:
-            layer.bias.data = layer.bias.data.to(dtype)
-        _round(layer, quantization, dtype)
+    with _own_code_table():
+        for layer in quantized_linears(base).values():
+            if layer.bias is not None:
+                layer.bias.data = layer.bias.data.to(dtype)
+            _round(layer, quantization, dtype)
+
+
+@contextlib.contextmanager
+def _own_code_table() -> Iterator[None]:
+    """bitsandbytes keeps the table of its first quantization for all later ones: not one without values."""
+    from bitsandbytes import functional
+
+    before = dict(functional.name2qmap)
+    functional.name2qmap["dynamic"] = functional.create_dynamic_map()
+    try:
+        yield
+    finally:
+        functional.name2qmap.clear()
+        functional.name2qmap.update(before)
 
 
 def _round(layer: nn.Module, quantization: Any, dtype: torch.dtype) -> None:

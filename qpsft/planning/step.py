@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 
 from qpsft.planning.kernels import AsOnTarget, Target, dequantizes, kernel_workspace
 from qpsft.planning.live_bytes import LiveBytes, cuda_block
@@ -28,12 +29,12 @@ class Batch:
 
     Attributes:
         rows, length: the shape of `input_ids`.
-        padded: an attention mask is needed, because rows differ in length or several are packed into one.
+        masked: attention gets a mask: packed rows that are not attended to piece by piece, and few models' all rows.
     """
 
     rows: int
     length: int
-    padded: bool
+    masked: bool
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ def training_bytes(
         checkpointing: every so many layers are recomputed in the backward; None: none.
         offloading: TRL's `activation_offloading`.
     """
-    live, mode, host = _tracker(target), AsOnTarget(target, batch.padded), _Offloading(offloading, model)
-    _set_checkpointing(model, checkpointing, mode)
+    live, mode, host = _tracker(target), AsOnTarget(target, batch.masked), _Offloading(offloading, model)
+    _set_checkpointing(model, checkpointing)
     for parameter in model.parameters():
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
     marks = {}
@@ -90,7 +91,10 @@ def training_bytes(
         casts = before - live.now
         host.forward_done()
         mark("forward")
-        torch.autograd.backward(loss)
+        # torch.autograd.backward would take `mode` off first, and recomputation needs it
+        Variable._execution_engine.run_backward(
+            (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+        )
     for parameter in model.parameters():
         parameter.grad = None
     saved = marks["layers"] - casts
@@ -108,8 +112,8 @@ def training_bytes(
 
 def scoring_bytes(model: PeftModel, batch: Batch, target: Target) -> int:
     """The most that a batch of the reference pass needs beside the weights."""
-    live, mode = _tracker(target), AsOnTarget(target, batch.padded)
-    _set_checkpointing(model, None, mode)
+    live, mode = _tracker(target), AsOnTarget(target, batch.masked)
+    _set_checkpointing(model, None)
     with torch.no_grad(), _cuda_autocast(target), live, mode:
         _forward(model, batch, target)
     return live.peak
@@ -129,7 +133,8 @@ def _forward(
     """Log-probabilities (rows, length - 1), the way TRL's fused LM head makes them."""
     base = model.get_base_model()
     ids = torch.zeros(batch.rows, batch.length, dtype=torch.long, device="meta")
-    hidden = base.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).last_hidden_state
+    mask = {"attention_mask": torch.ones_like(ids)} if batch.masked else {}
+    hidden = base.base_model(input_ids=ids, use_cache=False, **mask).last_hidden_state
     if head_done is not None:
         hidden.register_hook(head_done)
         layers_done(hidden)
@@ -148,16 +153,15 @@ def _cuda_autocast(target: Target) -> Iterator[None]:
         torch.set_autocast_enabled("cuda", before)
 
 
-def _set_checkpointing(model: PeftModel, every: int | None, mode: AsOnTarget) -> None:
-    """Checkpoints every so many layers; None: off. The recomputation runs under `mode` as the forward does."""
+def _set_checkpointing(model: PeftModel, every: int | None) -> None:
+    """Checkpoints every so many layers; None: off."""
     base = model.get_base_model()
     current = hasattr(base, "activation_checkpointing_enable")  # how newer versions of transformers call it
     (base.activation_checkpointing_disable if current else base.gradient_checkpointing_disable)()
     base.disable_input_require_grads()
     if every is not None:
-        settings = {"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), mode)}
         enable = base.activation_checkpointing_enable if current else base.gradient_checkpointing_enable
-        enable(settings, **({} if every == 1 else {"every_n_layers": every}))
+        enable({"use_reentrant": False}, **({} if every == 1 else {"every_n_layers": every}))
         base.enable_input_require_grads()
 
 
