@@ -13,15 +13,14 @@ import shlex
 import subprocess
 import sys
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+
+from qpsft.planning.live_bytes import LiveBytes
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "triton")
@@ -186,17 +185,13 @@ class CudaMeter:
         torch.cuda.reset_peak_memory_stats()
 
     @property
-    def current(self) -> int:
-        return torch.cuda.memory_allocated()
-
-    @property
     def peak(self) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
 
 
-class HostMeter(TorchDispatchMode):
-    """The same for tensors in host memory: counts every storage from the operation that made it to its end.
+class HostMeter(LiveBytes):
+    """The same for tensors in host memory.
 
     Args:
         held: tensors that exist already and count too, such as a model's.
@@ -207,37 +202,18 @@ class HostMeter(TorchDispatchMode):
 
     def __init__(self, held: Iterable[torch.Tensor] = ()):
         super().__init__()
-        self.current = self.peak = 0
-        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
         for tensor in held:
-            self._count(tensor)
+            self._add(tensor.untyped_storage(), False)
+        self.mark()
 
-    def _count(self, tensor: torch.Tensor) -> None:
-        if tensor.device.type != "cpu":
-            return
-        storage = tensor.untyped_storage()
-        if storage in self._seen:
-            return
-        self._seen.add(storage)
-        size = storage.nbytes()
-        self.current += size
-        self.peak = max(self.peak, self.current)
-        weakref.finalize(storage, self._free, size).atexit = False
-
-    def _free(self, size: int) -> None:
-        self.current -= size
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for value in tree_iter(out):
-            if isinstance(value, torch.Tensor):
-                self._count(value)
-        return out
+    def _add(self, storage: torch.UntypedStorage, dequantized: bool) -> None:
+        if storage.device.type == "cpu":  # not the meta tensors of a skeleton
+            super()._add(storage, dequantized)
 
 
 @contextmanager
 def memory_meter(device: str, held: Iterable[torch.Tensor] = ()) -> Iterator[CudaMeter | HostMeter]:
-    """Measures the block's memory: `meter.peak` and `meter.current`, in bytes."""
+    """Measures the block's memory: `meter.peak`, in bytes."""
     if device == "cuda":
         yield CudaMeter()
         return

@@ -119,15 +119,15 @@ def test_models_on_one_base_share_every_tensor_and_no_module(base):
 def test_the_host_meter_counts_what_is_alive_and_the_peak():
     held = [torch.zeros(10)]
     with HostMeter(held) as meter:
-        assert meter.current == 40
+        assert meter.now == 40
         x = torch.zeros(1000)
         view = x.view(10, 100)
-        assert meter.current == 4040
+        assert meter.now == 4040
         del x
-        assert meter.current == 4040  # the view holds it
+        assert meter.now == 4040  # the view holds it
         y = view @ view.T
         del y, view
-        assert meter.current == 40 and meter.peak == 4440
+        assert meter.now == 40 and meter.peak == 4440
 
 
 def test_results_are_kept_cell_by_cell_with_the_run_they_come_from(tmp_path):

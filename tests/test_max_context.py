@@ -127,7 +127,6 @@ def test_plans_are_held_against_real_training_once(tmp_path, monkeypatch, capsys
 
 
 def test_the_plan_of_a_cell_is_within_the_bar_on_the_cpu():
-    pytest.importorskip("qpsft.plan")
     for cell in plan_accuracy.grid(["tiny"], [48], ["adamw_torch_fused"]):
         held = build_model(cell.shape, "cpu")
         kept = plan_accuracy.measure_cell(held, cell, plan_accuracy.planned_bytes(cell, "cpu"), 10.0**9, "cpu")
