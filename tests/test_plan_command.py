@@ -26,6 +26,15 @@ def recipe_of(*flags, model="somebody/some-llama", trainer=PlannedConfig):
     return load_recipe(None, [f"--model_name_or_path={model}", "--report_to=none", *flags], trainer)
 
 
+def fake_cuda(monkeypatch, total: int, free: int | None = None, capability=(8, 6)):
+    card = types.SimpleNamespace(name="A card", total_memory=total, major=capability[0], minor=capability[1])
+    for name, value in (
+        ("is_available", True), ("current_device", 0), ("get_device_properties", card), ("memory_reserved", 0),
+        ("mem_get_info", (total if free is None else free, total)),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+
+
 def planned(*flags, **settings):
     return make_plan(recipe_of(*flags), config=LLAMA, **settings)
 
