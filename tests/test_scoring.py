@@ -294,6 +294,33 @@ def test_models_that_see_ahead_or_balance_experts_keep_their_mask():
     assert needs(is_causal=False) and needs(use_bidirectional_attention=True) and needs(output_router_logits=True)
 
 
+GB, MB = 2**30, 2**20
+
+
+@pytest.mark.parametrize(
+    "card,free,copy,place",
+    [
+        ("8 GB, 8B base, rank 16", 2 * GB, 168 * MB, "host"),
+        ("12 GB, 8B base, rank 32", 6 * GB, 336 * MB, "host"),
+        ("24 GB, 8B base, rank 32", 18 * GB, 336 * MB, "device"),
+        ("80 GB, 8B base, rank 256", 74 * GB, 2688 * MB, "device"),
+        ("8 GB, 0.5B base, rank 16", 7 * GB, 35 * MB, "device"),
+        ("nothing left", 0, 35 * MB, "host"),
+        ("the CPU", None, 10 * GB, "device"),
+    ],
+)
+def test_the_reference_lives_where_memory_is_not_short(card, free, copy, place):
+    assert reference.choose_placement(free, copy) == place, card
+
+
+def test_how_much_memory_a_device_has_left(monkeypatch):
+    assert reference.free_device_bytes(torch.device("cpu")) is None
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GB, 8 * GB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * GB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * GB)
+    assert reference.free_device_bytes(torch.device("cuda:0")) == 6 * GB
+
+
 def test_the_reference_s_place_does_not_change_a_run_stopped_and_resumed_too(base, tmp_path):
     def train(name, placement, **settings):
         trainer = make_trainer(
