@@ -285,7 +285,7 @@ def write_outputs(recipe: Recipe, trainer, tokenizer, held_out, summary: RunSumm
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return [*names, METRICS]
+    return [*sorted({*names, RECORD_FILE}), METRICS]
 
 
 def resolved_name(recipe: Recipe, folder: Path) -> str:

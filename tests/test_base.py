@@ -97,8 +97,13 @@ def test_requested_dtype_wins():
 def test_device_follows_local_rank(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert pick_device() == torch.device("cuda", 3)
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    with pytest.raises(BaseModelError, match=r"5 processes were started on a machine with 4 GPU\(s\). Start 4"):
+        pick_device()
     monkeypatch.delenv("LOCAL_RANK")
     assert pick_device() == torch.device("cuda", 0)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 from small_runs import largest_difference, make_base, make_rows, make_trainer, policy
 from two_processes import FLAGS, PACKED, SETTINGS, STOP
@@ -244,3 +245,11 @@ def test_other_verbs_refuse_a_launcher(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     assert cli.main(["merge", "somewhere"]) == 2
     assert "qpsft merge works in one process, not in 2. Leave out torchrun." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "kind"), [("ddp", "MULTI_GPU"), ("fsdp_qlora", "FSDP")])
+def test_accelerate_reads_the_configurations_in_docs(name, kind):
+    """It raises on keys it does not know; what fsdp_qlora says is what the sharded run above ran with."""
+    found = load_config_from_file(str(HERE.parent / "docs" / "accelerate" / f"{name}.yaml"))
+    assert (found.distributed_type, found.num_processes, found.mixed_precision) == (kind, 2, "no")
+    assert f"docs/accelerate/{name}.yaml" in (HERE.parent / "docs" / "several-gpus.md").read_text(encoding="utf-8")
