@@ -25,7 +25,7 @@
 #
 # - **Runs on** a free Colab T4 (`Runtime → Change runtime type → T4 GPU`) with Qwen2.5-0.5B on GSM8K, or on any CPU with
 #   the embedded base model of 0.5 M parameters.
-# - **The outputs you see** are from the embedded base on 2 CPU cores, which takes about a minute.
+# - **The outputs you see** are from the embedded base on 2 CPU cores at the smallest sizes.
 
 # %%
 import importlib.util

@@ -24,7 +24,7 @@
 # that is checked, not learned.
 #
 # - **Runs on** a T4 with Qwen2.5-0.5B on GSM8K, or on a CPU with the embedded base.
-# - **The outputs you see** are from the embedded base on 2 CPU cores, which takes a few minutes.
+# - **The outputs you see** are from the embedded base on 2 CPU cores at the smallest sizes.
 
 # %%
 import importlib.util
