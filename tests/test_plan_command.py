@@ -1,0 +1,226 @@
+"""`qpsft plan` as a user runs it: cards, where the shape comes from, mistakes; and training, which plans first."""
+
+import json
+import types
+
+import pytest
+import torch
+from planned_runs import LLAMA, planned, recipe_of
+from tiny_models import edit_config, save_tiny_model
+
+from qpsft import cli, plan, run
+from qpsft.config import PSFTConfig
+from qpsft.errors import BaseModelError, RecipeError
+from qpsft.plan import make_plan, warn_if_short
+from qpsft.planning.cards import GIB, USABLE, find_card
+from qpsft.planning.planned_config import PlannedConfig
+from qpsft.planning.shapes import find_shape
+from qpsft.recipe import load_recipe
+
+# --- cards ---
+
+
+@pytest.mark.parametrize(
+    ("text", "gib", "capability"),
+    [
+        ("12GB", 12, (8, 0)), ("12", 12, (8, 0)), ("7.5 gib", 7.5, (8, 0)), ("6144MiB", 6, (8, 0)),
+        ("T4", 15, (7, 5)), ("Tesla T4", 15, (7, 5)), ("RTX 4090", 24, (8, 9)), ("rtx3080ti", 12, (8, 6)),
+        ("NVIDIA GeForce RTX 3060 12GB", 12, (8, 6)), ("4070 Ti Super", 16, (8, 9)), ("A100-80GB", 80, (8, 0)),
+        ("1080 ti", 11, (6, 1)),
+    ],
+)  # fmt: skip
+def test_cards_by_size_and_name(text, gib, capability):
+    card = find_card(text)
+    assert card.nbytes == int(gib * GIB * USABLE) and card.capability == capability
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a big one", "not known"), ("-3GB", "no card"), ("0", "no card"), ("1e9", "not known"), ("", "not known"),
+        ("RTX 3060", "several sizes"), ("RTX 4090 -2GB", "no card"), ("auto", "sees no CUDA device"),
+    ],
+)  # fmt: skip
+def test_cards_that_cannot_be_read(text, says, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RecipeError, match=says):
+        find_card(text)
+
+
+def fake_cuda(monkeypatch, total: int, free: int | None = None, capability=(8, 6)):
+    card = types.SimpleNamespace(name="A card", total_memory=total, major=capability[0], minor=capability[1])
+    for name, value in (
+        ("is_available", True), ("current_device", 0), ("get_device_properties", card), ("memory_reserved", 0),
+        ("mem_get_info", (total if free is None else free, total)),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+
+
+def test_memory_that_others_hold_does_not_count(monkeypatch):
+    fake_cuda(monkeypatch, 8 * GIB, 5 * GIB)
+    card = find_card("auto")
+    assert 5 * GIB < card.nbytes < 6 * GIB and (card.name, card.capability) == ("A card", (8, 6))
+    fake_cuda(monkeypatch, 8 * GIB, 8 * GIB - 2**20)
+    assert find_card("auto").nbytes == 8 * GIB
+
+
+def test_an_old_card_computes_in_float16():
+    assert make_plan(recipe_of(), config=LLAMA, card=find_card("T4"))._planner.dtype == torch.float16
+    assert make_plan(recipe_of(), config=LLAMA, card=find_card("12GB"))._planner.dtype == torch.bfloat16
+
+
+# --- where the shape comes from ---
+
+
+def test_only_config_json_is_fetched(monkeypatch, tmp_path):
+    save_tiny_model(tmp_path)
+    asked = {}
+
+    def download(name, **kwargs):
+        asked.update(kwargs, name=name)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert find_shape("somebody/a-llama").config.hidden_size == 64
+    assert (asked["name"], asked["allow_patterns"]) == ("somebody/a-llama", ["config.json"])
+    asked.clear()
+    assert "table" in find_shape("qwen/qwen2.5-7b-instruct").source and not asked
+    find_shape("Qwen/Qwen2.5-7B-Instruct", revision="main")
+    assert asked["revision"] == "main"
+
+
+def test_a_folder_needs_no_weights(tmp_path, capsys):
+    (save_tiny_model(tmp_path) / "model.safetensors").unlink()
+    assert cli.main(["plan", "--model_name_or_path", str(tmp_path), "--gpu", "8GB", "--max_length", "32"]) == 0
+    out = capsys.readouterr().out
+    assert "shape from its config.json" in " ".join(out.split()) and "fits 8 GB" in out
+    assert "longest max_length that fits: 64 " in out  # its context
+    assert max(map(len, out.splitlines())) <= 80
+
+
+# --- the command line ---
+
+
+def test_a_recipe_and_flags_and_json(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model_name_or_path: demo\ndataset_name: nowhere.jsonl\nlora_r: 4\n")
+    assert cli.main(["plan", str(recipe), "--gpu=6GB", "--max_length=64", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    again = make_plan(load_recipe(recipe, ["--max_length=64"], PlannedConfig), card=find_card("6GB"))
+    assert found["peak_bytes"] == again.peak_bytes and found["parts"] == again.parts
+    assert found["fits"] is True and found["suggestion"] is None and found["length"] == 64
+    assert list(found["parts"])[:3] == ["quantized weights", "quantization constants", "unquantized weights"]
+
+
+def test_without_a_card_it_names_sizes_that_do(capsys):
+    assert cli.main(["plan", "--model_name_or_path=demo"]) == 0
+    out = capsys.readouterr().out
+    assert "fits cards of 6 GB and more" in out and "longest max_length" not in out
+
+
+def test_a_run_that_does_not_fit_says_what_would(capsys):
+    flags = ["--model_name_or_path=demo", "--per_device_train_batch_size=512", "--gradient_checkpointing=false"]
+    assert cli.main(["plan", *flags, "--gpu=2GB"]) == 0
+    out = capsys.readouterr().out
+    assert "does not fit 2 GB" in out and "what makes it fit" in out and "--per_device_train_batch_size 1" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--model_name_or_path=./no/such/folder"], "There is no base model folder"),
+        ([], "model_name_or_path is missing"),
+        (["--model_name_or_path=demo", "--gpu=huge"], "'huge' is not known"),
+        (["--model_name_or_path=demo", "--processes=0"], "must be above 0"),
+        (["--model_name_or_path=demo", "--max_length=none"], "longest row is not known"),
+        (["--model_name_or_path=demo", "--max_lenght=64"], "max_length"),
+        (["--model_name_or_path=demo", "--lora_target_modules=nothing"], "no layer of this model"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_exit_code_2(flags, says, capsys):
+    assert cli.main(["plan", *flags]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert says in error and "Traceback" not in error
+
+
+def test_a_model_that_is_no_causal_lm_is_refused(tmp_path):
+    folder = save_tiny_model(tmp_path)
+    edit_config(folder, model_type="t5")
+    with pytest.raises(BaseModelError, match="not a causal language model"):
+        make_plan(recipe_of(model=str(folder)))
+
+
+def test_a_model_whose_code_needs_values_is_refused_by_name(monkeypatch):
+    def needs_values(*args, **kwargs):
+        return torch.empty(3, device="meta").tolist()
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", needs_values)
+    with pytest.raises(BaseModelError, match="activations of a llama model cannot be planned"):
+        planned()
+
+
+def test_options_that_this_machine_cannot_train_with_can_be_planned():
+    flags = ("--optim=paged_adamw_8bit", "--activation_offloading", "--fp16")
+    trainer = recipe_of(*flags).trainer
+    assert (trainer.optim, trainer.activation_offloading, trainer.fp16) == ("paged_adamw_8bit", True, True)
+    with pytest.raises(RecipeError, match="optim 'adamm' is not known"):
+        recipe_of("--optim=adamm")
+
+
+# --- training plans first ---
+
+TRAIN = ["--dataset_name=demo-noisy", "--dataset_limit=32", "--max_length=128"]
+
+
+def test_training_warns_before_it_loads(monkeypatch, tmp_path):
+    class Loading(Exception):
+        pass
+
+    def load_base(*args, **kwargs):
+        raise Loading
+
+    monkeypatch.setattr(run, "load_base", load_base)
+    recipe = recipe_of(*TRAIN, f"--output_dir={tmp_path}", model="demo", trainer=PSFTConfig)
+    recipe.trainer.use_cpu = False
+    fake_cuda(monkeypatch, GIB // 4)
+    with pytest.warns(UserWarning, match=r"A card has 0\.25, so it will probably run out of memory") as warned:
+        with pytest.raises(Loading):
+            run.train(recipe)
+    assert any("qpsft plan" in str(warning.message) for warning in warned)
+
+
+@pytest.fixture
+def no_warning(recwarn):
+    yield
+    assert not [w for w in recwarn if "memory" in str(w.message)]
+
+
+def test_training_is_silent_where_it_fits(monkeypatch, no_warning):
+    recipe = recipe_of(*TRAIN, model="demo", trainer=PSFTConfig)
+    recipe.trainer.use_cpu = False
+    fake_cuda(monkeypatch, 24 * GIB)
+    found = warn_if_short(recipe, {"input_ids": [[1] * 30, [1] * 50]})
+    assert found.fits and found.length == 50
+
+
+def test_training_on_the_cpu_warns_only_when_memory_is_short(monkeypatch, no_warning):
+    rows = {"input_ids": [[1] * 50]}
+    recipe = recipe_of(*TRAIN, model="demo", trainer=PSFTConfig)
+    assert warn_if_short(recipe, rows) is None  # far from short: not even planned
+    monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=2**20))
+    with pytest.warns(UserWarning, match="are free, so it will probably run out"):
+        short = warn_if_short(recipe, rows)
+    assert short.parts["CUDA context"] == 0 and not short.fits
+
+
+def test_a_run_without_a_plan_goes_on(monkeypatch):
+    def fails(*args, **kwargs):
+        raise BaseModelError("Its activations cannot be planned.")
+
+    monkeypatch.setattr(plan, "make_plan", fails)
+    recipe = recipe_of(*TRAIN, model="demo", trainer=PSFTConfig)
+    recipe.trainer.use_cpu = False
+    fake_cuda(monkeypatch, 24 * GIB)
+    with pytest.warns(UserWarning, match="no memory plan for this run"):
+        assert warn_if_short(recipe, {"input_ids": [[1]]}) is None
