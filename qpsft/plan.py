@@ -245,11 +245,15 @@ def _setting(recipe: Recipe, planner: Planner) -> str:
     args, dtype = recipe.trainer, str(planner.dtype).removeprefix("torch.")
     kind = recipe.model.quantization + (", not double-quantized" if not recipe.model.double_quant else "")
     return (
-        f"{short_number(planner.weights.parameters)} parameters (shape from {planner.shape.source}), {kind}, {dtype}; "
-        f"rank {recipe.lora.lora_r}, {short_number(planner.weights.adapter / 4)} trained; "
+        f"{_short(planner.weights.parameters)} parameters (shape from {planner.shape.source}), {kind}, {dtype}; "
+        f"rank {planner.lora.lora_r}, {_short(planner.weights.adapter / 4)} trained; "
         f"{args.per_device_train_batch_size} x {args.max_length:,} tokens per micro-batch"
         + ("" if planner.processes == 1 else f", on each of {planner.processes} processes")
     )
+
+
+def _short(weights: float) -> str:
+    return short_number(weights).replace("G", "B").replace("k", "K")
 
 
 def _recomputed(args: Any) -> str:

@@ -1,33 +1,14 @@
-"""What a plan says: parts and phases, whether a card does, what to change, and that training warns in time."""
-
-import types
+"""What a plan says: which parts are alive together, whether a card does, how long rows can be, what to change."""
 
 import pytest
 import torch
-from tiny_models import save_tiny_model
+from planned_runs import LLAMA, planned, recipe_of
 
-from qpsft import cli, plan
-from qpsft.errors import BaseModelError, RecipeError
+from qpsft import plan
+from qpsft.errors import BaseModelError
 from qpsft.plan import make_plan
-from qpsft.planning.cards import CONTEXT, GIB, USABLE, find_card
+from qpsft.planning.cards import CONTEXT, GIB, find_card
 from qpsft.planning.changes import changed
-from qpsft.planning.planned_config import PlannedConfig
-from qpsft.planning.shapes import find_shape
-from qpsft.recipe import load_recipe
-
-LLAMA = {
-    "model_type": "llama", "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1000, "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-}  # fmt: skip
-
-
-def recipe_of(*flags, model="somebody/some-llama", trainer=PlannedConfig):
-    return load_recipe(None, [f"--model_name_or_path={model}", "--report_to=none", *flags], trainer)
-
-
-def planned(*flags, **settings):
-    return make_plan(recipe_of(*flags), config=LLAMA, **settings)
 
 
 def narrow(monkeypatch):
@@ -115,6 +96,19 @@ def test_scoring_takes_what_training_leaves_room_for():
     assert batches(*rows, "--score_token_budget=512")[1][0] == 2
     assert batches(*rows, "--score_token_budget=0")[1][0] == 1
     assert batches(*rows, "--score_token_budget=1000000")[1][0] == 64
+
+
+def test_rows_just_below_the_tiled_ones_may_need_the_most(monkeypatch):
+    narrow(monkeypatch)
+    shape = LLAMA | {"intermediate_size": 2048, "max_position_embeddings": 16384}
+    flags = ("--per_device_train_batch_size=1", "--gradient_accumulation_steps=2")
+    of = {
+        length: make_plan(recipe_of(*flags, f"--max_length={length}"), config=shape).phases["backward"]
+        for length in (4095, 4096, 16384)
+    }
+    assert of[4095] <= of[4096] < 1.01 * of[4095] and of[16384] > 1.3 * of[4095]
+    whole = make_plan(recipe_of(*flags, "--max_length=16384", "--tiled_mlp=false"), config=shape)
+    assert whole.phases["backward"] > 1.2 * of[16384]
 
 
 def test_the_reference_is_parked_where_the_card_is_short(monkeypatch):
@@ -217,82 +211,3 @@ def test_a_smaller_model_of_the_family_is_the_last_resort(monkeypatch):
     monkeypatch.setattr(plan, "suggest", lambda *args, **settings: None)
     assert not found.fits and found.suggestion.options == {"model_name_or_path": "tiny/middle"}
     assert found.suggestion.needed == limit
-
-
-# --- cards ---
-
-
-@pytest.mark.parametrize(
-    ("text", "gib", "capability"),
-    [
-        ("12GB", 12, (8, 0)), ("12", 12, (8, 0)), ("7.5 gib", 7.5, (8, 0)), ("6144MiB", 6, (8, 0)),
-        ("T4", 15, (7, 5)), ("Tesla T4", 15, (7, 5)), ("RTX 4090", 24, (8, 9)), ("rtx3080ti", 12, (8, 6)),
-        ("NVIDIA GeForce RTX 3060 12GB", 12, (8, 6)), ("4070 Ti Super", 16, (8, 9)), ("A100-80GB", 80, (8, 0)),
-        ("1080 ti", 11, (6, 1)),
-    ],
-)  # fmt: skip
-def test_cards_by_size_and_name(text, gib, capability):
-    card = find_card(text)
-    assert card.nbytes == int(gib * GIB * USABLE) and card.capability == capability
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("a big one", "not known"), ("-3GB", "no card"), ("0", "no card"), ("1e9", "not known"), ("", "not known"),
-        ("RTX 3060", "several sizes"), ("RTX 4090 -2GB", "no card"), ("auto", "sees no CUDA device"),
-    ],
-)  # fmt: skip
-def test_cards_that_cannot_be_read(text, says, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RecipeError, match=says):
-        find_card(text)
-
-
-def fake_cuda(monkeypatch, total: int, free: int | None = None, capability=(8, 6)):
-    card = types.SimpleNamespace(name="A card", total_memory=total, major=capability[0], minor=capability[1])
-    for name, value in (
-        ("is_available", True), ("current_device", 0), ("get_device_properties", card), ("memory_reserved", 0),
-        ("mem_get_info", (total if free is None else free, total)),
-    ):  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
-
-
-def test_memory_that_others_hold_does_not_count(monkeypatch):
-    fake_cuda(monkeypatch, 8 * GIB, 5 * GIB)
-    card = find_card("auto")
-    assert 5 * GIB < card.nbytes < 6 * GIB and (card.name, card.capability) == ("A card", (8, 6))
-    fake_cuda(monkeypatch, 8 * GIB, 8 * GIB - 2**20)
-    assert find_card("auto").nbytes == 8 * GIB
-
-
-def test_an_old_card_computes_in_float16():
-    assert make_plan(recipe_of(), config=LLAMA, card=find_card("T4"))._planner.dtype == torch.float16
-    assert make_plan(recipe_of(), config=LLAMA, card=find_card("12GB"))._planner.dtype == torch.bfloat16
-
-
-# --- where the shape comes from ---
-
-
-def test_only_config_json_is_fetched(monkeypatch, tmp_path):
-    save_tiny_model(tmp_path)
-    asked = {}
-
-    def download(name, **kwargs):
-        asked.update(kwargs, name=name)
-        return str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert find_shape("somebody/a-llama").config.hidden_size == 64
-    assert (asked["name"], asked["allow_patterns"]) == ("somebody/a-llama", ["config.json"])
-    asked.clear()
-    assert "table" in find_shape("qwen/qwen2.5-7b-instruct").source and not asked
-
-
-def test_a_folder_needs_no_weights(tmp_path, capsys):
-    (save_tiny_model(tmp_path) / "model.safetensors").unlink()
-    assert cli.main(["plan", "--model_name_or_path", str(tmp_path), "--gpu", "8GB", "--max_length", "32"]) == 0
-    out = capsys.readouterr().out
-    assert "shape from its config.json" in " ".join(out.split()) and "fits 8 GB" in out
-    assert "longest max_length that fits: 64 " in out  # its context
-    assert max(map(len, out.splitlines())) <= 80

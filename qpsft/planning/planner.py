@@ -26,7 +26,7 @@ from qpsft.precision import OPTIONS, overflowing_type
 from qpsft.recipe import LoraArguments, Recipe
 from qpsft.reference import choose_placement
 from qpsft.scoring import default_token_budget
-from qpsft.tiled_mlp import is_tiled
+from qpsft.tiled_mlp import TILE, is_tiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +59,14 @@ class Planner:
         self._flash = (recipe.model.attn_implementation or "").startswith("flash")
         # flash attention's package need not be here, and torch's own flash kernel takes the same memory
         self._model = dataclasses.replace(recipe.model, attn_implementation="sdpa") if self._flash else recipe.model
-        self._lora, self._trust = _adapter_options(recipe), recipe.trainer.trust_remote_code
+        self.lora, self._trust = _adapter_options(recipe), recipe.trainer.trust_remote_code
         skeleton = self._build(shape.config, tiled=False)
         self.weights: WeightBytes = weight_bytes(skeleton)
         self._base_config = skeleton.get_base_model().config  # which knows its attention implementation
         self.context_length = getattr(shape.config.get_text_config(), "max_position_embeddings", None) or 2**20
         target = Target(device, capability, _autocast(recipe, self.dtype))
         self._passes = {
-            tiled: Passes(shape.config, functools.partial(self._build, tiled=tiled), self._lora, target)
+            tiled: Passes(shape.config, functools.partial(self._build, tiled=tiled), self.lora, target)
             for tiled in (False, True)
         }
         self._optimizers: dict[tuple, OptimizerBytes] = {}
@@ -74,7 +74,7 @@ class Planner:
 
     def _build(self, config: Any, tiled: bool) -> Any:
         return build_skeleton(
-            config, self._model, self._lora, self.dtype, tiled_mlp=tiled, trust_remote_code=self._trust
+            config, self._model, self.lora, self.dtype, tiled_mlp=tiled, trust_remote_code=self._trust
         )
 
     def of_another(self, recipe: Recipe, shape: Shape) -> Planner:
@@ -98,18 +98,14 @@ class Planner:
         score_batch = self._score_batch(args, batch, placement) if _scores(args) else None
         every, notes = _checkpointing(args)
         tiled = args.tiled_mlp and is_tiled(batch.length)
-        key = (batch, score_batch, every, args.activation_offloading, tiled)
-        if key not in self._measured:
-            try:
-                self._measured[key] = self._passes[tiled].measure(
-                    batch, score_batch, checkpointing=every, offloading=args.activation_offloading
-                )
-            except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
-                raise BaseModelError(
-                    f"The activations of a {self.shape.config.model_type} model cannot be planned: {one_line(error)}",
-                    "Train a few steps with --max_steps and watch the memory.",
-                ) from error
-        activations = self._measured[key]
+        activations = self._activations(batch, score_batch, tiled, every, args.activation_offloading)
+        if tiled:  # the longest rows that are not, 4,095 tokens, may need more
+            length = min(batch.length, 2 * TILE - 1)
+            batches = (of and dataclasses.replace(of, length=length) for of in (batch, score_batch))
+            shorter = self._activations(*batches, False, every, args.activation_offloading)
+            training = max(activations.training, shorter.training, key=lambda training: training.peak)
+            scoring = max(activations.scoring, shorter.scoring)
+            activations = dataclasses.replace(activations, training=training, scoring=scoring)
         optimizer = self._optimizer(args)
         if not optimizer.known:
             notes.append(f"{_name(args.optim)} is not known here: two float32 numbers per trained weight are assumed")
@@ -125,6 +121,22 @@ class Planner:
             layers=self._passes[tiled].layers,
         )
         return Measured(add_up(self.weights, optimizer, activations, settings), activations, optimizer, notes)
+
+    def _activations(
+        self, batch: Batch, score_batch: Batch | None, tiled: bool, every: int | None, offloading: bool
+    ) -> Activations:
+        key = (batch, score_batch, tiled, every, offloading)
+        if key not in self._measured:
+            try:
+                self._measured[key] = self._passes[tiled].measure(
+                    batch, score_batch, checkpointing=every, offloading=offloading
+                )
+            except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+                raise BaseModelError(
+                    f"The activations of a {self.shape.config.model_type} model cannot be planned: {one_line(error)}",
+                    "Train a few steps with --max_steps and watch the memory.",
+                ) from error
+        return self._measured[key]
 
     def _optimizer(self, args: Any) -> OptimizerBytes:
         key = (str(args.optim), args.optim_args)

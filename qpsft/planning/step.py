@@ -61,6 +61,12 @@ class TrainingBytes:
     dequantized: int
     offloaded: int
 
+    @property
+    def peak(self) -> int:
+        """The most at any time."""
+        forward = self.casts + max(self.forward, self.head_forward)
+        return self.saved + max(forward, self.head_backward, self.layers_backward)
+
 
 def training_bytes(
     model: PeftModel, batch: Batch, target: Target, *, checkpointing: int | None, offloading: bool
