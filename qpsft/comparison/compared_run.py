@@ -35,6 +35,7 @@ from qpsft.comparison.compared_data import ComparedData
 from qpsft.comparison.compared_evaluation import EpochEvaluation, Measurement, measure, rounded
 from qpsft.config import PSFTConfig
 from qpsft.console import ConsoleCallback, read_metrics
+from qpsft.model_card import PACKAGES
 from qpsft.recipe import COMMON_TRAINER_OPTIONS, LoraArguments, ModelArguments, Recipe
 from qpsft.trainer import PSFTTrainer
 
@@ -222,7 +223,7 @@ def keep_result(result: dict[str, Any], folder: Path) -> None:
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that results depend on."""
-    packages = {name: version(name) for name in runs.PACKAGES if name != "qpsft"}
+    packages = {name: version(name) for name in PACKAGES if name != "qpsft"}
     return {"qpsft": __version__, "python": platform.python_version(), **packages}
 
 
