@@ -234,6 +234,22 @@ def test_a_model_of_a_few_layers_stands_for_all():
     assert Passes(config, build, named, target)._short(1, False) == (5, 5)
 
 
+def test_layers_of_several_kinds_are_taken_by_whole_periods():
+    kinds = ["linear_attention", "linear_attention", "full_attention"] * 3
+    shape = {"model_type": "qwen3_5_text", **WIDE, "num_hidden_layers": 9, "layer_types": kinds, "vocab_size": 300}
+    config = read_shape(shape | {"num_key_value_heads": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 2})
+    target, lora = Target("cuda", (8, 6), torch.bfloat16), LoraArguments(lora_target_modules=["q_proj", "in_proj_qkv"])
+
+    def build(config):
+        return build_skeleton(config, ModelArguments(), lora, torch.bfloat16)
+
+    passes = Passes(config, build, lora, target)
+    assert passes._short(1, False) == (3, 6) and passes._short(2, False) == (9, 9)
+    batch = Batch(1, 64, False)
+    whole = training_bytes(build(config), batch, target, checkpointing=1, offloading=False)
+    assert passes.measure(batch, None, checkpointing=1, offloading=False).training == whole
+
+
 def test_shortened_configs_keep_lists_by_layer_in_step():
     config = read_shape(known_shapes()["huggingfacetb/smollm3-3b"]["config"])
     short = shortened(config, 3)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,8 +61,8 @@ class Passes:
     ):
         self.layers = config.get_text_config().num_hidden_layers
         self._config, self._build, self._target = config, build, target
-        self._whole = _needs_all_layers(config, lora)
-        self._varied = _layers_of_every_kind(config)
+        self._varied, self._period = _pattern(config)
+        self._whole = _names_layers(lora)
         self._models: dict[int, PeftModel] = {}
 
     def measure(
@@ -93,8 +94,9 @@ class Passes:
 
     def _short(self, every: int, offloading: bool) -> tuple[int, int]:
         # offloading keeps the last five saved tensors on the device: fewer layers' inputs would all be among them
-        few = max(6 if offloading else 2, self._varied) * every
-        more = few + every
+        unit = math.lcm(self._period, every)
+        few = math.ceil(max(6 * every if offloading else 2 * every, self._varied) / unit) * unit
+        more = few + unit
         if self._whole or more >= self.layers:
             return self.layers, self.layers
         return few, more
@@ -121,17 +123,21 @@ def shortened(config: PretrainedConfig, layers: int) -> PretrainedConfig:
     return config
 
 
-def _needs_all_layers(config: PretrainedConfig, lora: LoraArguments) -> bool:
-    """Whether layers differ in more than the reach of their attention, or the adapter goes on some of them only."""
-    kinds = set(getattr(config.get_text_config(), "layer_types", None) or [])
+def _names_layers(lora: LoraArguments) -> bool:
+    """Whether the adapter goes on some layers only."""
     targets = lora.lora_target_modules
     named = [targets] if isinstance(targets, str) else list(targets)
-    return bool(kinds - _ATTENTION) or any(
-        re.search(r"\d", name) for name in [*named, *(lora.lora_modules_to_save or [])]
-    )
+    return any(re.search(r"\d", name) for name in [*named, *(lora.lora_modules_to_save or [])])
 
 
-def _layers_of_every_kind(config: PretrainedConfig) -> int:
-    """How many of the first layers have each kind of attention that the model has."""
+def _pattern(config: PretrainedConfig) -> tuple[int, int]:
+    """How many of the first layers have all kinds of layers, and after how many layers their order repeats.
+
+    Kinds of attention that differ in reach only take the same memory: they repeat at once.
+    """
     kinds = getattr(config.get_text_config(), "layer_types", None) or [None]
-    return 1 + max(kinds.index(kind) for kind in set(kinds))
+    varied = 1 + max(kinds.index(kind) for kind in set(kinds))
+    if set(kinds) <= _ATTENTION | {None}:
+        return varied, 1
+    repeats = (n for n in range(1, len(kinds)) if all(kinds[i] == kinds[i % n] for i in range(len(kinds))))
+    return varied, next(repeats, len(kinds))

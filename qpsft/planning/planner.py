@@ -131,7 +131,7 @@ class Planner:
                 self._measured[key] = self._passes[tiled].measure(
                     batch, score_batch, checkpointing=every, offloading=offloading
                 )
-            except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+            except Exception as error:  # any architecture's own code runs here
                 raise BaseModelError(
                     f"The activations of a {self.shape.config.model_type} model cannot be planned: {one_line(error)}",
                     "Train a few steps with --max_steps and watch the memory.",
