@@ -85,8 +85,8 @@ def test_only_config_json_is_fetched(monkeypatch, tmp_path):
     assert (asked["name"], asked["allow_patterns"]) == ("somebody/a-llama", ["config.json"])
     asked.clear()
     assert "table" in find_shape("qwen/qwen2.5-7b-instruct").source and not asked
-    find_shape("Qwen/Qwen2.5-7B-Instruct", revision="main")
-    assert asked["revision"] == "main"
+    find_shape("somebody/a-llama", revision="v1")
+    assert asked["revision"] == "v1"
 
 
 def test_a_folder_needs_no_weights(tmp_path, capsys):
