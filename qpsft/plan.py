@@ -8,14 +8,17 @@ tests/test_plan.py); what is particular to CUDA (attention and LM-head kernels, 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+from tqdm import tqdm
 
 from qpsft.checkpoint import DEMO, resolve_folder
 from qpsft.console import short_number
@@ -105,7 +108,8 @@ class MemoryPlan:
         """The longest rows that fit with everything else as it is, up to the base's context; None: none, or no card."""
         if self.gpu_bytes is None:
             return None
-        return longest_that_fits(self._recipe, self._needed, self.gpu_bytes, self._planner.context_length)
+        with self._trying() as needed:
+            return longest_that_fits(self._recipe, needed, self.gpu_bytes, self._planner.context_length)
 
     @functools.cached_property
     def suggestion(self) -> Suggestion | None:
@@ -113,7 +117,8 @@ class MemoryPlan:
         if self.fits is not False:
             return None
         cuda, longest = self._planner.device == "cuda", self._planner.context_length
-        found = suggest(self._recipe, self._needed, self.gpu_bytes, cuda=cuda, longest=longest)
+        with self._trying() as needed:
+            found = suggest(self._recipe, needed, self.gpu_bytes, cuda=cuda, longest=longest)
         for name in smaller_models(self.model) if found is None else []:
             planner = self._planner.of_another(self._recipe, find_shape(name))
             need = _needed(planner.measure(self._recipe, self._free))
@@ -121,8 +126,16 @@ class MemoryPlan:
                 return Suggestion({"model_name_or_path": name}, need)
         return found
 
-    def _needed(self, recipe: Recipe) -> int:
-        return _needed(self._measure(recipe))
+    @contextlib.contextmanager
+    def _trying(self) -> Iterator[Callable[[Recipe], int]]:
+        """What another recipe for the same base needs; on a terminal a bar counts them."""
+        with tqdm(desc="planning", unit=" variants", disable=None, leave=False) as bar:
+
+            def needed(recipe: Recipe) -> int:
+                bar.update()
+                return _needed(self._measure(recipe))
+
+            yield needed
 
     def _measure(self, recipe: Recipe) -> Measured:
         return self._planner.measure(recipe, self._free)

@@ -92,25 +92,46 @@ def _changes(recipe: Recipe, cuda: bool) -> Iterator[dict[str, Any]]:
 
 
 def longest_that_fits(recipe: Recipe, needed: Needed, limit: int, longest: int) -> int | None:
-    """The largest max_length, to 2 % or `STEP` tokens, up to `longest`; None when not even `STEP` tokens fit."""
+    """The largest max_length, to 3 % or `STEP` tokens, up to `longest`; None when not even `STEP` tokens fit.
+
+    From the recipe's own length by doubling or halving, then where a straight line crosses the limit: planning very
+    long rows takes long itself.
+    """
 
     def need(length: int) -> int:
         return needed(changed(recipe, {"max_length": length}))
 
-    if need(longest) <= limit:
-        return longest
-    low, at_low = STEP, need(STEP)
-    if at_low > limit:
-        return None
-    high, at_high = longest, need(longest)
-    while high - low > max(STEP, low // 50):
-        # where a straight line through both ends crosses the limit, kept away from the ends
+    length = min(recipe.trainer.max_length, longest)
+    at = need(length)
+    if at <= limit:
+        low, at_low = length, at
+        while True:
+            if low == longest:
+                return longest
+            length = min(2 * low, longest)
+            at = need(length)
+            if at > limit:
+                high, at_high = length, at
+                break
+            low, at_low = length, at
+    else:
+        while True:
+            high, at_high = length, at
+            if high <= STEP:
+                return None
+            length = max(STEP, high // 2)
+            at = need(length)
+            if at <= limit:
+                low, at_low = length, at
+                break
+    while high - low > max(STEP, low // 32):
         guess = low + (high - low) * (limit - at_low) / (at_high - at_low)
-        guess = round(min(max(guess, low + 0.1 * (high - low)), high - 0.1 * (high - low)) / STEP) * STEP
-        guess = min(max(guess, low + STEP), high - 1)
-        found = need(guess)
-        if found <= limit:
-            low, at_low = guess, found
+        inside = min(max(guess, low + 0.1 * (high - low)), high - 0.1 * (high - low))
+        length = int(inside) // STEP * STEP
+        length = length if low < length < high else int(inside)
+        at = need(length)
+        if at <= limit:
+            low, at_low = length, at
         else:
-            high, at_high = guess, found
+            high, at_high = length, at
     return low
