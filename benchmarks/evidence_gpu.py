@@ -17,11 +17,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import json
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -201,35 +198,6 @@ def compare_until(deadline: float, recipe: Any, compared: Any, seeds: int, outpu
     return comparison
 
 
-def driver(device: str) -> str | None:
-    """The version of NVIDIA's driver."""
-    if device != "cuda":
-        return None
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return None
-
-
-def machine(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
-    """Device, driver, versions, command and date."""
-    import torch
-
-    from qpsft.comparison.compared_run import versions
-
-    on_cuda = options.device == "cuda"
-    return {
-        "device": torch.cuda.get_device_name() if on_cuda else f"CPU, {platform.machine()}",
-        "driver": driver(options.device),
-        "cuda": torch.version.cuda if on_cuda else None,
-        "cores": os.cpu_count(),
-        "versions": versions(),
-        "command": " ".join(["python", "benchmarks/evidence_gpu.py", *argv]),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
 def parameters(folder: Path) -> int:
     """How many parameters a base's safetensors hold."""
     from safetensors import safe_open
@@ -307,6 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(argv)
     quiet_libraries()  # before they are imported, here and in the worker processes
     import torch
+    from machine import environment
 
     from qpsft.comparison.run_queue import TimeUp
     from qpsft.demo import MODEL_DIR
@@ -334,7 +303,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     seeds = len(comparison.arms["sft"].runs)
     table = render(scales)
     record = {
-        **machine(options, sys.argv[1:] if argv is None else argv),
+        "driver": None,  # unless there is one
+        **environment(options.device, ["benchmarks/evidence_gpu.py", *(sys.argv[1:] if argv is None else argv)]),
         "seconds": seconds,
         "scale": dataclasses.asdict(scale),
         "seeds": seeds,

@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,12 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def environment(device: str) -> dict[str, Any]:
-    """Device, driver, versions, command and date: what a number needs beside it."""
+def environment(device: str, command: Sequence[str] | None = None) -> dict[str, Any]:
+    """Device, driver, versions, command and date: what a number needs beside it.
+
+    Args:
+        command: script and flags; None: those of this process.
+    """
     found: dict[str, Any] = {
         "device": device_name(device),
         "processor": processor_name(),
@@ -60,7 +64,7 @@ def environment(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *map(_short_path, sys.argv)]),
+        "command": shlex.join(["python", *map(_short_path, command or sys.argv)]),
         "versions": {name: _version(name) for name in PACKAGES},
         "qpsft_commit": _output(["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]),
     }

@@ -15,18 +15,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
 import os
-import platform
-import shlex
 import sys
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 
 
 def options() -> argparse.Namespace:
@@ -153,6 +147,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> int:
     import torch
+    from machine import environment
 
     args = options()
     if args.threads:
@@ -169,12 +164,7 @@ def main() -> int:
         record = {
             "results": results,
             "settings": {key: value for key, value in vars(args).items() if key != "json"},
-            "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "driver": torch.version.cuda,
-            "versions": {name: version(name) for name in PACKAGES},
-            "date": datetime.date.today().isoformat(),
-            "command": shlex.join(["python", "benchmarks/noise_floor.py", *sys.argv[1:]]),
+            **environment("cuda" if torch.cuda.is_available() else "cpu", ["benchmarks/noise_floor.py", *sys.argv[1:]]),
         }
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

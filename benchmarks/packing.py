@@ -18,18 +18,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
 import os
-import platform
-import shlex
 import statistics
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +35,6 @@ ARMS = {
     "grouped": {"train_sampling_strategy": "group_by_length"},
     "packed": {"packing": True},
 }
-PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 
 
 def options() -> argparse.Namespace:
@@ -143,6 +138,7 @@ def tokens_of(trainer: Any, step: int) -> tuple[int, int]:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Runs the rounds. Returns the numbers that are printed."""
     import torch
+    from machine import environment
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -168,11 +164,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "row_length": {p: lengths[round(p / 100 * (len(lengths) - 1))] for p in (1, 50, 90, 99, 100)},
         "settings": {key: _named(value) for key, value in vars(args).items() if key != "json"},
         "attention": trainers["packed"][0].model.config._attn_implementation,
-        "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": {name: version(name) for name in PACKAGES},
-        "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", "benchmarks/packing.py", *sys.argv[1:]]),
+        **environment("cuda" if torch.cuda.is_available() else "cpu", ["benchmarks/packing.py", *sys.argv[1:]]),
     }
 
 
@@ -189,13 +181,15 @@ def main() -> int:
     warnings.simplefilter("ignore")
     with contextlib.redirect_stdout(None):
         result = measure(args)
+    from machine import describe
+
     for name in ARMS:
         line = (
             f"{name:8} {result['tokens_per_second'][name]:10,.0f} real tokens/s   {result['over_padded'][name]:5.2f} x"
         )
         print(f"{line}   {result['padding_share'][name]:5.1%} padding   {result['rows'][name]:,} rows")
     print(f"row lengths by percentile: {result['row_length']}, {result['attention']} attention")
-    print(f"{args.clock} clock, {result['machine']}, {result['device']}")
+    print(f"{args.clock} clock, {describe(result)}")
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

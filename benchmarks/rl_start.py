@@ -190,17 +190,15 @@ def grpo_config(plan: Plan, rate: float, seed: int, model: Any, folder: Path) ->
 
 def rl_run(adapter: Path, setting: Any, plan: Plan, rate: float, seed: int, label: str) -> dict[str, Any]:
     """One GRPO run from an adapter. Returns `points`, `log`, `seconds`, `versions`, `machine` (see `watcher`)."""
-    import os
     import tempfile
 
-    import torch
     from datasets import Dataset
     from peft import PeftModel
     from transformers import PrinterCallback
     from trl import GRPOTrainer
 
     from qpsft import float32_adapter
-    from qpsft.comparison.compared_run import load_setting, versions
+    from qpsft.comparison.compared_run import load_setting, machine_of, versions
 
     started = time.perf_counter()
     model, tokenizer = load_setting(setting)
@@ -218,13 +216,12 @@ def rl_run(adapter: Path, setting: Any, plan: Plan, rate: float, seed: int, labe
         watch = watcher(plan, lambda ends: measure(model, tokenizer, setting, plan, ends), label)
         trainer.add_callback(watch)
         trainer.train()
-    on_cuda = model.device.type == "cuda"
     return {
         "points": watch.points,
         "log": watch.log,
         "seconds": round(time.perf_counter() - started, 1),
         "versions": versions(),
-        "machine": torch.cuda.get_device_name() if on_cuda else f"CPU, {os.cpu_count()} cores",
+        "machine": machine_of(model),
     }
 
 

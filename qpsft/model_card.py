@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 import yaml
 
+from qpsft import __version__
 from qpsft.recipe import Recipe
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 WRITTEN = "# Written by qpsft train."
-PACKAGES = ("qpsft", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
+PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
 
 
 def resolved_recipe(recipe: Recipe) -> str:
@@ -91,11 +92,15 @@ Made with {found}; {machine}.
 """
 
 
+def package_versions() -> dict[str, str]:
+    """Of qpsft and the packages that results depend on."""
+    return {"qpsft": __version__} | {name: version(name) for name in PACKAGES}
+
+
 def _versions() -> list[str]:
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_cpu()}, {os.cpu_count()} cores"
-    found = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
     return [
-        found,
+        ", ".join(f"{name} {version}" for name, version in package_versions().items()),
         f"Python {platform.python_version()} on {platform.system()} {platform.machine()}, {machine}",
     ]
 
@@ -105,11 +110,3 @@ def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     models = re.findall(r"^model name\s*: (.+)$", info.read_text(), flags=re.M) if info.exists() else []
     return f"{(models or ['CPU'])[0]} ({torch.backends.cpu.get_cpu_capability()})"
-
-
-def _version(name: str) -> str:
-    if name == "qpsft":
-        from qpsft import __version__
-
-        return __version__
-    return version(name)

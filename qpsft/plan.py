@@ -25,7 +25,7 @@ from qpsft.console import short_number
 from qpsft.errors import QpsftError, RecipeError
 from qpsft.hardware import pick_device
 from qpsft.planning.after import after_training
-from qpsft.planning.cards import CONTEXT, USABLE, Card, this_card
+from qpsft.planning.cards import CONTEXT, GIB, USABLE, Card, this_card
 from qpsft.planning.changes import Suggestion, changed, longest_that_fits, suggest
 from qpsft.planning.planner import Measured, Planner
 from qpsft.planning.shapes import Shape, find_shape, read_shape, smaller_models
@@ -35,8 +35,6 @@ from qpsft.recipe import Recipe
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-GIB = 2**30
 
 
 @dataclass

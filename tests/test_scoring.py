@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import trl.trainer.utils
-from live_bytes import LiveBytes, peak_of_scoring, peak_of_training
+from live_bytes import peak_of_scoring, peak_of_training
 from peft import get_peft_model
 from small_runs import make_base, make_lora, make_rows, make_trainer, policy, same
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -16,6 +16,7 @@ from trl.trainer.utils import add_fused_lm_head
 from qpsft import kernels, reference, scoring
 from qpsft.base import load_base
 from qpsft.forward import needs_mask, policy_forward
+from qpsft.planning.live_bytes import LiveBytes
 from qpsft.reference import ReferencePolicy
 from qpsft.resume import remove_folder
 from qpsft.scoring import default_token_budget, groups, mixes_rows, real_tokens, row_lengths

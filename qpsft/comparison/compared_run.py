@@ -18,13 +18,11 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qpsft import __version__
 from qpsft import run as runs
 from qpsft.adapter import add_adapter
 from qpsft.base import load_base
@@ -35,7 +33,7 @@ from qpsft.comparison.compared_data import ComparedData
 from qpsft.comparison.compared_evaluation import EpochEvaluation, Measurement, measure, rounded
 from qpsft.config import PSFTConfig
 from qpsft.console import ConsoleCallback, read_metrics
-from qpsft.model_card import PACKAGES
+from qpsft.model_card import package_versions
 from qpsft.recipe import COMMON_TRAINER_OPTIONS, LoraArguments, ModelArguments, Recipe
 from qpsft.trainer import PSFTTrainer
 
@@ -200,13 +198,12 @@ def do_run(spec: RunSpec, setting: Setting, results: Path) -> dict[str, Any]:
                 "completions": point["completions"],
                 "seconds": {"training": 0.0, "evaluation": round(time.perf_counter() - started, 1)},
             }
-    on_cuda = model.device.type == "cuda"
     result = {
         "label": spec.label,
         "identity": spec.identity(setting),
         **found,
         "versions": versions(),
-        "machine": torch.cuda.get_device_name() if on_cuda else f"CPU, {os.cpu_count()} cores",
+        "machine": machine_of(model),
     }
     keep_result(result, folder)
     shutil.rmtree(folder / "training", ignore_errors=True)
@@ -223,8 +220,12 @@ def keep_result(result: dict[str, Any], folder: Path) -> None:
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that results depend on."""
-    packages = {name: version(name) for name in PACKAGES if name != "qpsft"}
-    return {"qpsft": __version__, "python": platform.python_version(), **packages}
+    return {"python": platform.python_version(), **package_versions()}
+
+
+def machine_of(model: Any) -> str:
+    """What a model computes on, in words."""
+    return torch.cuda.get_device_name() if model.device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
 
 
 def load_setting(setting: Setting) -> tuple[Any, Any]:

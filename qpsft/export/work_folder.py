@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from qpsft.errors import ExportError, OutputError
-from qpsft.merging.finished_folder import process_mark, remove_left_overs
+from qpsft.merging.finished_folder import hidden_folder
 
 
 @contextmanager
@@ -24,20 +23,8 @@ def work_folder(output: Path, *, overwrite: bool, source: Path) -> Iterator[Path
         raise OutputError(f"{output} exists.", "Give --overwrite to replace it, or choose another with -o.")
     if output.resolve() == source.resolve() or output.resolve() in source.resolve().parents:
         raise OutputError(f"{output} is, or holds, what is to be exported.", "Choose another output with -o.")
-    folder = output.parent / f".{output.name}.exporting.{process_mark()}"
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        remove_left_overs(output)
-        folder.mkdir()
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    except OSError as error:
-        raise OutputError(
-            f"{output} cannot be written: {error.strerror or error}.",
-            "Check the free space and the permissions there, or choose another output with -o.",
-        ) from error
+    with hidden_folder(output, "exporting") as folder:
+        yield folder
 
 
 def put_in_place(finished: Path, output: Path) -> None:

@@ -39,21 +39,35 @@ def finished_folder(output: Path, *, overwrite: bool, sources: tuple[Path, ...] 
     """
     output = Path(os.path.abspath(output.expanduser()))
     _check_output(output, overwrite, sources)
-    temporary = output.parent / f".{output.name}.merging.{process_mark()}"
+    with hidden_folder(output, "merging") as temporary:
+        yield temporary
+        sync_folder(temporary)
+        _put_in_place(temporary, output)  # after an exchange, `temporary` is the old folder
+
+
+@contextmanager
+def hidden_folder(output: Path, purpose: str) -> Iterator[Path]:
+    """Yields a new hidden folder beside `output`, removed at the end; what killed runs left there is removed first.
+
+    Args:
+        purpose: what is done to `output`, in one word; part of the folder's name.
+
+    Raises:
+        OutputError: for any OSError, inside the block too, such as a full disk.
+    """
+    folder = output.parent / f".{output.name}.{purpose}.{process_mark()}"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         remove_left_overs(output)
-        temporary.mkdir()
+        folder.mkdir()
         try:
-            yield temporary
-            sync_folder(temporary)
-            _put_in_place(temporary, output)
+            yield folder
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)  # after an exchange, this is the old folder
+            shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         raise OutputError(
             f"{output} cannot be written: {error.strerror or error}{f' ({error.filename})' if error.filename else ''}.",
-            "Check the free space and the permissions there, or choose another folder with -o.",
+            "Check the free space and the permissions there, or choose another output with -o.",
         ) from error
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING
 
+from qpsft.planning.cards import GIB
 from qpsft.wrapping import wrap
 
 if TYPE_CHECKING:
     from qpsft.plan import MemoryPlan
 
-GIB = 2**30
 COMMON_SIZES = (6, 8, 10, 12, 16, 24, 32, 48, 80)
 _GROUPS = (
     ("all the time", ("quantized weights", "quantization constants", "unquantized weights", "policy adapter",
