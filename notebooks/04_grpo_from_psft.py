@@ -2,7 +2,7 @@
 # jupyter:
 #   jupytext:
 #     formats: ipynb,py:percent
-#     notebook_metadata_filter: nbmake,kernelspec,jupytext
+#     notebook_metadata_filter: kernelspec,jupytext
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -10,9 +10,6 @@
 #     display_name: Python 3
 #     language: python
 #     name: python3
-#   nbmake:
-#     post_cell_execute:
-#     - assert not globals().get('_exit_code')
 # ---
 
 # %% [markdown]
@@ -29,6 +26,7 @@
 # %%
 import importlib.util
 
+get_ipython().system_raise_on_error = True  # a command that fails ends "Run all"
 if importlib.util.find_spec("qpsft") is None:
     # %pip install -q "qpsft[eval] @ git+https://github.com/qpsft/qpsft"
 
