@@ -1,9 +1,11 @@
 """Fixtures shared by the tests: the real data and model of ../shared, and small 4-bit models on the CPU."""
 
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -12,6 +14,21 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def one_thread():
     """Matrix products of these sizes are faster, and the same from run to run, on one thread."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible():
+    """Processes that tests start and interrupt must see it: a shell's background jobs begin with SIGINT ignored."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def mixed_precision_is_global_state():
+    """What `small_runs.in_float16` sets is undone."""
+    yield
+    if AcceleratorState._shared_state:
+        AcceleratorState._shared_state["_mixed_precision"] = "no"
 
 
 def shared_path(name: str) -> Path:

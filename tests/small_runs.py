@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import AutocastKwargs
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -16,6 +17,7 @@ from qpsft.base import load_base
 from qpsft.trainer import PSFTConfig, PSFTTrainer
 
 VOCABULARY = 128
+LOSS_SCALE = 2.0**10
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -160,3 +162,16 @@ class Recorder(TrainerCallback):
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def in_float16(trainer: PSFTTrainer, init_scale: float = LOSS_SCALE, autocast: bool = True) -> PSFTTrainer:
+    """Gives a trainer on the CPU what accelerate gives one on a GPU: float16 autocast and a GradScaler.
+
+    Without autocast, another loss scale changes no bit of a float32 gradient: scales are powers of two.
+    """
+    accelerator = trainer.accelerator
+    accelerator.autocast_handler = AutocastKwargs(enabled=autocast)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+    accelerator.native_amp = True
+    accelerator.state._mixed_precision = "fp16"
+    return trainer

@@ -5,11 +5,14 @@ import shutil
 
 import pytest
 import torch
-from accelerate.utils import AutocastKwargs
 from peft import get_peft_model
+from small_runs import (
+    LOSS_SCALE as SCALE,
+)
 from small_runs import (
     Recorder,
     gradients,
+    in_float16,
     largest_difference,
     log_lines,
     make_base,
@@ -26,34 +29,10 @@ from qpsft.base import load_base
 from qpsft.errors import TrainingError
 from qpsft.reference import ReferencePolicy
 
-SCALE = 2.0**10
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return make_base(tmp_path_factory.mktemp("base"))
-
-
-def in_float16(trainer, init_scale=SCALE, autocast=True):
-    """Gives a trainer on the CPU what accelerate gives one on a GPU: float16 autocast and a GradScaler.
-
-    Without autocast, another loss scale changes no bit of a float32 gradient: scales are powers of two.
-    """
-    accelerator = trainer.accelerator
-    accelerator.autocast_handler = AutocastKwargs(enabled=autocast)
-    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
-    accelerator.native_amp = True
-    accelerator.state._mixed_precision = "fp16"
-    return trainer
-
-
-@pytest.fixture(autouse=True)
-def mixed_precision_is_global_state():
-    from accelerate.state import AcceleratorState
-
-    yield
-    if AcceleratorState._shared_state:
-        AcceleratorState._shared_state["_mixed_precision"] = "no"
 
 
 class Overflowing(PSFTTrainer):
