@@ -103,6 +103,9 @@ def load_base(
     """
     from transformers import AutoModelForCausalLM
 
+    from qpsft.grouped_queries import repeat_keys_where_no_kernel_groups
+
+    repeat_keys_where_no_kernel_groups()
     if quantization not in QUANTIZATIONS:
         raise BaseModelError(f"quantization {quantization!r} is not known.", f"Use {', '.join(QUANTIZATIONS)}.")
     device = pick_device(device)

@@ -21,6 +21,7 @@ from qpsft import resume
 from qpsft.config import PSFTConfig
 from qpsft.errors import RecipeError, TrainingError
 from qpsft.forward import policy_forward
+from qpsft.grouped_queries import repeat_keys_where_no_kernel_groups
 from qpsft.last_visit import LastVisit
 from qpsft.loss_scaling import repeat_until_finite
 from qpsft.losses import NotFiniteError, dft_loss, loss_statistics, nll_loss, psft_loss
@@ -87,6 +88,7 @@ class PSFTTrainer(SFTTrainer):
         set_seed(args.seed)  # the adapter's initial values are random
         model = prepare_policy(model, args, peft_config, quantization_config)
         settle_precision(model, args)
+        repeat_keys_where_no_kernel_groups()
         loss_type, args.loss_type = args.loss_type, "nll" if args.loss_type == "psft" else args.loss_type
         try:
             with float32_adapter(model):

@@ -39,7 +39,7 @@ FLOORS = [
     }
     | {"checkpoint", "base_record", "base", "adapter", "adapter_folder", "continued_adapter"}
     | {"policy", "last_visit", "precision", "sharding", "loss_scaling"}
-    | {"forward", "kernels", "packing", "piece_attention", "scoring", "tiled_mlp"},
+    | {"forward", "grouped_queries", "kernels", "packing", "piece_attention", "scoring", "tiled_mlp"},
     {
         "trainer",
         "console",

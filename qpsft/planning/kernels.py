@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from transformers.integrations.sdpa_attention import repeat_kv
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -123,8 +124,8 @@ def attention(
             0
         ]
     if enable_gqa and key.shape[1] != query.shape[1]:
-        # Only flash attention groups queries; without it torch falls back to plain products and a softmax.
-        return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True)
+        groups = query.shape[1] // key.shape[1]  # only flash attention groups queries: see qpsft.grouped_queries
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     mask = None
     if attn_mask is not None:
         length = attn_mask.shape[-1]

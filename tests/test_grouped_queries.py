@@ -1,0 +1,83 @@
+"""Grouped queries: asked of SDPA where a fused kernel takes them, repeated keys elsewhere, and the same numbers."""
+
+import pytest
+import torch
+from small_runs import make_base, make_rows, make_trainer
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.integrations import sdpa_attention
+
+from qpsft import grouped_queries
+from qpsft.base import load_base
+
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def transformers_as_it_comes(monkeypatch):
+    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", grouped_queries._asked_by_transformers)
+
+
+def on_a_card(monkeypatch, capability, hip=None):
+    """A key of shape (1, 2, 8, 16) that says it lies on a CUDA card."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+
+    class Key(torch.Tensor):
+        device = torch.device("cuda:0")
+
+    return lambda dtype: torch.zeros(1, 2, 8, 16, dtype=dtype).as_subclass(Key)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "autocast", "grouped"),
+    [
+        ((7, 5), F16, None, False),
+        ((7, 0), F16, None, False),
+        ((7, 5), F32, F16, False),
+        ((8, 0), BF16, None, True),
+        ((8, 9), F16, None, True),
+        ((8, 6), F32, None, False),
+        ((8, 6), F32, BF16, True),
+        ((12, 0), BF16, None, True),
+    ],
+)
+def test_only_where_a_fused_kernel_does(monkeypatch, capability, dtype, autocast, grouped):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: autocast is not None)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: autocast)
+    key = on_a_card(monkeypatch, capability)(dtype)
+    assert sdpa_attention.use_gqa_in_sdpa(None, key, key)  # what is mended; if this fails, transformers has mended it
+    grouped_queries.repeat_keys_where_no_kernel_groups()
+    assert sdpa_attention.use_gqa_in_sdpa(None, key, key) is grouped
+    assert not sdpa_attention.use_gqa_in_sdpa(torch.ones(1, 1, 8, 8), key, key)
+
+
+def test_other_devices_keep_what_transformers_says(monkeypatch):
+    grouped_queries.repeat_keys_where_no_kernel_groups()
+    assert sdpa_attention.use_gqa_in_sdpa(None, torch.zeros(1, 2, 8, 16), torch.zeros(1, 2, 8, 16))
+    key = on_a_card(monkeypatch, (9, 0), hip="6.4")(F32)
+    assert sdpa_attention.use_gqa_in_sdpa(None, key, key)
+
+
+def test_loading_a_base_and_making_a_trainer_see_to_it(tmp_path):
+    base = make_base(tmp_path / "base")
+    load_base(base, device="cpu")
+    assert sdpa_attention.use_gqa_in_sdpa is grouped_queries._use_gqa
+    sdpa_attention.use_gqa_in_sdpa = grouped_queries._asked_by_transformers
+    make_trainer(base, tmp_path / "out", rows=make_rows(4))
+    assert sdpa_attention.use_gqa_in_sdpa is grouped_queries._use_gqa
+
+
+def test_repeated_keys_give_the_same_numbers(tmp_path, monkeypatch):
+    model, _ = load_base(make_base(tmp_path / "base"), device="cpu")
+    tokens, asked = torch.arange(3, 23).unsqueeze(0), []
+
+    def watched(*args, enable_gqa=False, **kwargs):
+        asked.append((enable_gqa, args[1].shape[1]))
+        return scaled_dot_product_attention(*args, enable_gqa=enable_gqa, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    grouped = model(tokens).logits
+    monkeypatch.setattr(grouped_queries, "kernel_groups", lambda key: False)
+    repeated = model(tokens).logits
+    assert asked == [(True, 2)] * 2 + [(False, 4)] * 2
+    assert torch.allclose(grouped, repeated, atol=1e-5, rtol=0)
