@@ -141,7 +141,7 @@ class PSFTConfig(SFTConfig):
             )
         if self.torch_compile:
             raise RecipeError(
-                "torch_compile is not supported: compiling takes longer than it saves (benchmarks/README.md, Attempts).",
+                "torch_compile is not supported: compiling takes longer than it saves (benchmarks/README.md).",
                 "Leave torch_compile, torch_compile_backend and torch_compile_mode out.",
             )
         if self.activation_offloading and not torch.accelerator.is_available():
