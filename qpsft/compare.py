@@ -143,7 +143,7 @@ def run_arms(arms: Sequence[Arm], recipe: Recipe, options: CompareOptions, runs:
     later = max(0, len(seeds) - options.tune_seeds) * len(tuned) + (len(arms) - len(tuned)) * len(seeds)
     runs.expect(1 + len(first) + later)
     done = runs.do([base, *first])
-    sign = 1 if runs.setting.data.metric == "accuracy" else -1
+    sign = -1 if runs.setting.data.metric == "nll" else 1
     rates = {arm.name: (options.arm_rates or {}).get(arm.name, recipe.trainer.learning_rate) for arm in own}
     for name, by_rate in tuning.items():
         scores = {rate: [_validation(done[s]) for s in by_seed.values()] for rate, by_seed in by_rate.items()}

@@ -236,7 +236,8 @@ def test_too_few_rows_and_metrics_that_cannot_be(tmp_path):
     (tmp_path / "text.jsonl").write_text('{"text": "reverse: 0123"}\n' * 3)
     with pytest.raises(RecipeError, match="text is plain text, which has no accuracy"):
         rows_of(tmp_path, metric="accuracy", out_of_domain=["text.jsonl"])
-    assert rows_of(tmp_path, out_of_domain=["text.jsonl"]).metric == "nll"
+    assert rows_of(tmp_path, out_of_domain=["text.jsonl"]).metric == "mixed"
+    assert rows_of(tmp_path, out_of_domain=["text.jsonl"], metric="nll").metric == "nll"
     with pytest.raises(RecipeError, match="noise cannot be varied in"):
         recipe, options = load_comparison(write_recipe(tmp_path, OWN.format("rows.jsonl")), [], {})
         load_data(recipe, options, load_tokenizer("demo"), noise=0.1)
@@ -262,7 +263,7 @@ compare: {{in_domain: {gsm8k}/test.jsonl, out_of_domain: [base_samples], eval_ro
     texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
     assert len(texts) > 100 and len(set(texts)) > 100 and "once upon a time" in " ".join(texts).lower()
     assert [row["text"] for row in data.out_of_domain["base_samples"].rows] == texts[:4]
-    assert data.metric == "nll" and data.counts["in_domain"] == 4
+    assert data.metric == "mixed" and data.counts["in_domain"] == 4  # GSM8K's answers can be checked, texts cannot
     written = path.stat().st_mtime_ns
     assert make_setting(recipe, options, folder).data.key == data.key
     assert path.stat().st_mtime_ns == written

@@ -121,6 +121,19 @@ def test_a_likelihood_is_better_when_it_is_lower():
     assert lines[1].startswith("psft is worse in-domain than sft: −0.100 ± 0.000 nats per token")
 
 
+def test_accuracy_inside_and_likelihood_outside_keep_their_units_and_signs():
+    scores = {"sft": {s: [(0.9, 3.0 + s / 50)] for s in range(3)}, "psft": {s: [(0.9, 2.0)] for s in range(3)}}
+    comparison = make_comparison(scores, metric="mixed", base={"out_of_domain": 1.5})
+    lines = verdict(comparison)
+    assert lines[0].startswith("psft keeps more out of domain than sft: +1.020 ± ") and "nats per token" in lines[0]
+    assert "at equal in-domain accuracy of .900" in lines[0]
+    assert lines[1].startswith("psft and sft: no difference in-domain larger than 0.0 points")
+    assert (comparison.sign("in_domain"), comparison.sign("out_of_domain")) == (1, -1)
+    assert table_rows(comparison)[2][2:4] == [".900 ± .000", "3.020 ± 0.020"]
+    matched, kept = difference_rows(comparison)[1][1], difference_rows(comparison)[1][3]
+    assert matched.startswith("−1.020 ± ") and matched.endswith(" @ .900") and kept.startswith("−1.020 ± ")
+
+
 def test_matched_controls_that_are_the_same_runs_say_so():
     comparison = make_comparison({"sft": BETTER["sft"], "sft_matched": BETTER["sft"], "psft": BETTER["psft"]})
     comparison.arms["sft_matched"].runs = comparison.arms["sft"].runs

@@ -56,11 +56,16 @@ class CompareOptions:
     )
     eval_rows: int = _option(200, "At most so many rows of the in-domain and of the validation set.")
     out_of_domain_rows: int = _option(64, "At most so many rows of each out-of-domain set.")
-    metric: Literal["auto", "accuracy", "nll"] = _option(
-        "auto", "What is compared: greedy accuracy by the verifier, or nll, the references' negative log-likelihood. "
-        "auto: accuracy, unless a set is plain text."
+    metric: Literal["auto", "accuracy", "nll", "mixed"] = _option(
+        "auto", "What is compared: greedy accuracy by the verifier, nll, the references' negative log-likelihood, or "
+        "mixed: accuracy in-domain and nll out of domain. auto: accuracy where every answer can be checked; plain text "
+        "and free answers have none."
     )  # fmt: skip
-    verifier: str = _option("auto", "Whether a completion is right, as in qpsft evaluate.")
+    verifier: str = _option(
+        "auto",
+        "Whether a completion is right, as in qpsft evaluate. Out-of-domain sets whose references it cannot read get "
+        "their own.",
+    )
     k: int = _option(8, "Completions sampled per prompt for pass@k.")
     sample_rows: int = _option(32, "Sample for so many in-domain rows.")
     temperatures: list[float] = _option([1.0, 0.6], "Of the samples.")

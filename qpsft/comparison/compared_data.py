@@ -27,7 +27,8 @@ BASE_SAMPLES = "base_samples"
 SAMPLED_TEXTS = 128
 SAMPLED_LENGTH = 192
 SPLIT_SHARE = 0.1
-METRICS = ("accuracy", "nll")
+METRICS = ("accuracy", "nll", "mixed")
+"""What the scores are; mixed: accuracy in-domain, NLL out of domain."""
 
 
 @dataclass
@@ -40,7 +41,7 @@ class ComparedData:
         validation: rows that learning rates are chosen on.
         in_domain: test rows like the demonstrations.
         out_of_domain: test rows of other kinds, by set.
-        metric: "accuracy" or "nll": what is compared.
+        metric: what is compared, one of `METRICS`.
         overlap: set -> `duplicate_rows` and `duplicate_prompts` that stand word for word among the training rows;
             `in_domain in validation` counts test rows among the validation rows.
         counts: rows by set.
@@ -165,16 +166,35 @@ def _free_name(name: str, taken: dict[str, Any]) -> str:
 
 def _metric(options: CompareOptions, data: ComparedData) -> str:
     """What to compare. Accuracy needs answers that can be checked: an exact match of free text says nothing."""
-    tested = {label: rows for label, rows in data.sets().items() if label != "validation"}
-    plain = [label for label, rows in tested.items() if "text" in rows.rows[0]]
-    if options.metric == "accuracy" and plain:
-        raise RecipeError(f"{plain[0]} is plain text, which has no accuracy.", "Use --metric nll.")
+    if options.metric in ("accuracy", "mixed"):
+        accurate = {"in-domain": data.in_domain, **(data.out_of_domain if options.metric == "accuracy" else {})}
+        plain = [label for label, rows in accurate.items() if "text" in rows.rows[0]]
+        if plain:
+            other = "nll" if "in-domain" in plain else "mixed"
+            raise RecipeError(f"{plain[0]} is plain text, which has no accuracy.", f"Use --metric {other}.")
     if options.metric != "auto":
         return options.metric
-    if plain:
+    if not _is_checkable(data.in_domain, options.verifier):
         return "nll"
-    verifier, _ = find_verifier(options.verifier, data.in_domain.rows, data.in_domain.name)
-    return "nll" if options.verifier == "auto" and verifier == "exact" else "accuracy"
+    others = data.out_of_domain.values()
+    return "accuracy" if all(_is_checkable(rows, set_verifier(options.verifier, rows)) for rows in others) else "mixed"
+
+
+def _is_checkable(rows: Rows, verifier: str) -> bool:
+    if "text" in rows.rows[0]:
+        return False
+    found, _ = find_verifier(verifier, rows.rows, rows.name)
+    return verifier != "auto" or found != "exact"
+
+
+def set_verifier(asked: str, rows: Rows) -> str:
+    """An out-of-domain set's verifier: the comparison's, unless it can read none of the set's references."""
+    if asked != "auto" and "text" not in rows.rows[0]:
+        try:
+            find_verifier(asked, rows.rows, rows.name)
+        except DataError:
+            return "auto"
+    return asked
 
 
 def sample_base(load: Callable[[], tuple[Any, Any]], path: Path) -> list[dict]:
@@ -183,31 +203,48 @@ def sample_base(load: Callable[[], tuple[Any, Any]], path: Path) -> list[dict]:
     Args:
         load: returns the base and its tokenizer; called if `path` is not there yet.
 
+    Returns:
+        Rows with `text`, and `cut_off` where the length cap ended it, so that no end is evaluated that the base never
+        wrote.
+
     Raises:
-        RecipeError: the tokenizer has no token that begins a text.
+        RecipeError: the base has no token that begins or ends a text.
     """
     if path.is_file():
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     model, tokenizer = load()
-    if tokenizer.bos_token_id is None:
+    start = _first_token(model, tokenizer)
+    if start is None:
         raise RecipeError(
-            f"{BASE_SAMPLES} needs a base with a beginning-of-sequence token to start from.",
+            f"{BASE_SAMPLES} needs a base with a token that begins or ends a text, to start from.",
             "Name a file of texts as --out_of_domain instead.",
         )
     written = generate(
         model,
-        [[tokenizer.bos_token_id]] * SAMPLED_TEXTS,
+        [[start]] * SAMPLED_TEXTS,
         stop_ids=stop_tokens(model, tokenizer),
         greedy=False,
         samples=1,
         max_new_tokens=SAMPLED_LENGTH,
         description=BASE_SAMPLES,
     )
-    texts = tokenizer.batch_decode([one.samples[0].token_ids for one in written], skip_special_tokens=True)
-    rows = [{"text": text.strip()} for text in texts if text.strip()]
+    samples = [one.samples[0] for one in written]
+    texts = tokenizer.batch_decode([sample.token_ids for sample in samples], skip_special_tokens=True)
+    rows = [
+        {"text": text.strip()} | ({} if sample.stopped else {"cut_off": True})
+        for text, sample in zip(texts, samples, strict=True)
+        if text.strip()
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return rows
+
+
+def _first_token(model: Any, tokenizer: Any) -> int | None:
+    """What a text begins with. Qwen's tokenizers name no such token, their models' settings do (`<|endoftext|>`)."""
+    settings = (model.generation_config, model.config.get_text_config(), model.config)
+    named = [tokenizer.bos_token_id, *(getattr(one, "bos_token_id", None) for one in settings), tokenizer.eos_token_id]
+    return next((token for token in named if token is not None), None)
 
 
 def _digest(*parts: Any) -> str:

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from qpsft.comparison.compared_data import ComparedData
+from qpsft.comparison.compared_data import ComparedData, set_verifier
 from qpsft.evaluate import Evaluation, evaluate
 from qpsft.recipe import DataArguments
 
@@ -69,8 +69,9 @@ def _measure(model: Any, tokenizer: Any, data: ComparedData, how: Measurement, i
     metrics |= _completed(found)
     others = []
     for label, rows in data.out_of_domain.items():
-        one = evaluate(model, tokenizer, rows, k=0, **common)
-        numbers = {"": _score(one, data.metric), "_nll": one["nll"], "_entropy": one["entropy"]} | _drift(one, "_kl")
+        one = evaluate(model, tokenizer, rows, k=0, **common | {"verifier": set_verifier(how.verifier, rows)})
+        numbers = {"": _score(one, data.metric, outside=True), "_nll": one["nll"], "_entropy": one["entropy"]}
+        numbers |= _drift(one, "_kl")
         others.append(numbers)
         metrics |= {f"out_of_domain/{label}{suffix}": value for suffix, value in numbers.items()}
         completions[label] = _shown(one, SHOWN // 2)
@@ -102,8 +103,8 @@ def rounded(value: float) -> float:
     return float(f"{value:.{DIGITS}g}")
 
 
-def _score(found: Evaluation, metric: str) -> float:
-    return found["accuracy" if metric == "accuracy" else "nll"]
+def _score(found: Evaluation, metric: str, outside: bool = False) -> float:
+    return found["accuracy" if metric == "accuracy" or metric == "mixed" and not outside else "nll"]
 
 
 def _drift(found: Evaluation, name: str, metric: str = "kl_text") -> dict[str, float]:

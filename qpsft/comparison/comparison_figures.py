@@ -107,7 +107,7 @@ def _label(axes: Axes, metric: Metric) -> None:
 def _frontier(comparison: Comparison) -> Figure:
     figure, (axes,) = _new(1)
     figure.set_size_inches(7.2, 5.4)
-    sign = comparison.sign
+    sign_x, sign_y = comparison.sign("in_domain"), comparison.sign("out_of_domain")
     base = comparison.base["in_domain"], comparison.base["out_of_domain"]
     axes.plot(*base, marker="x", color="0.2", markersize=9, markeredgewidth=2, linestyle="none", label="base")
     for arm in comparison.arms.values():
@@ -116,8 +116,8 @@ def _frontier(comparison: Comparison) -> Figure:
         for points in every:
             x, y = zip(*points, strict=True)
             axes.plot(
-                [sign * value for value in x],
-                [sign * value for value in y],
+                [sign_x * value for value in x],
+                [sign_y * value for value in y],
                 linestyle="none",
                 marker=style["marker"],
                 color=style["color"],
@@ -127,13 +127,14 @@ def _frontier(comparison: Comparison) -> Figure:
         epochs = min(len(points) for points in every)
         mean_x, mean_y = [base[0]], [base[1]]
         for epoch in range(epochs):
-            mean_x.append(sign * mean_and_sd([points[epoch][0] for points in every])[0])
-            mean_y.append(sign * mean_and_sd([points[epoch][1] for points in every])[0])
+            mean_x.append(sign_x * mean_and_sd([points[epoch][0] for points in every])[0])
+            mean_y.append(sign_y * mean_and_sd([points[epoch][1] for points in every])[0])
         axes.plot(mean_x, mean_y, **style, markersize=9, markevery=[epochs], label=arm.name)
     axes.set_xlabel(describe_metric("in_domain", comparison.metric).title)
     axes.set_ylabel(describe_metric("out_of_domain", comparison.metric).title)
-    if sign < 0:
+    if sign_x < 0:
         axes.invert_xaxis()
+    if sign_y < 0:
         axes.invert_yaxis()
     _legend(figure, axes)
     return figure

@@ -55,8 +55,10 @@ class NoiseStudy:
         gains = self.gains(treatment)
         rows[0] += [f"gain {where}" for where in gains]
         for index, (share, found) in enumerate(self.comparisons.items()):
-            unit = describe_metric("in_domain", found.metric).unit
-            cells = [format_mean(found.arms[arm].last(name), unit) for name in SCORES for arm in (CONTROL, treatment)]
+            units = {name: describe_metric(name, found.metric).unit for name in SCORES}
+            cells = [
+                format_mean(found.arms[arm].last(name), units[name]) for name in SCORES for arm in (CONTROL, treatment)
+            ]
             rows.append([f"{share:.0%}", *cells, *(_gain(values[index]) for values in gains.values())])
         return rows
 

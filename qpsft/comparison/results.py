@@ -25,10 +25,11 @@ def describe_metric(name: str, metric: str = "accuracy") -> Metric:
     """Title and unit of a name in `metrics` of a result.
 
     Args:
-        metric: what is compared, "accuracy" or "nll": the unit of the scores.
+        metric: what is compared: "accuracy", "nll", or "mixed", accuracy in-domain and NLL out of domain.
     """
-    score = SHARE if metric == "accuracy" else NATS
-    kind = "accuracy" if metric == "accuracy" else "NLL"
+    inside, outside = metric in ("accuracy", "mixed"), metric == "accuracy"
+    score = SHARE if (outside if name.startswith("out_of_domain") else inside) else NATS
+    kind = "accuracy" if score == SHARE else "NLL"
     known = {
         "validation": Metric(f"Validation {kind}", "validation", score),
         "in_domain": Metric(f"In-domain {kind}", "in-domain", score),
@@ -84,7 +85,7 @@ class Comparison:
 
     Attributes:
         name: the demonstrations.
-        metric: "accuracy" or "nll": what in_domain, out_of_domain and validation are.
+        metric: what in_domain, validation and out_of_domain are; as in `describe_metric`.
         base: metrics of the base before training.
         base_completions: what it writes.
         arms: by name, in the order compared.
@@ -106,10 +107,9 @@ class Comparison:
     reused: int = 0
     done: int = 0
 
-    @property
-    def sign(self) -> int:
-        """1 where a higher score is better, -1 for a negative log-likelihood."""
-        return 1 if self.metric == "accuracy" else -1
+    def sign(self, name: str) -> int:
+        """1 where a higher score is better, -1 for a negative log-likelihood: of in_domain or out_of_domain."""
+        return 1 if describe_metric(name, self.metric).unit == SHARE else -1
 
     @property
     def has_out_of_domain(self) -> bool:
@@ -131,11 +131,9 @@ class Comparison:
 
     def points(self, runs: Mapping[int, dict[str, Any]]) -> dict[int, list[Point]]:
         """Scores after each epoch by seed, as (in-domain, out of domain), higher is better."""
+        names = ("in_domain", "out_of_domain")
         return {
-            seed: [
-                (self.sign * point["metrics"]["in_domain"], self.sign * point["metrics"]["out_of_domain"])
-                for point in run["points"]
-            ]
+            seed: [tuple(self.sign(name) * point["metrics"][name] for name in names) for point in run["points"]]
             for seed, run in runs.items()
         }
 
@@ -147,7 +145,7 @@ class Comparison:
 
     def is_learned(self, level: float) -> bool:
         """Whether an in-domain level (`matched`'s) is better than the base; else nothing is compared there."""
-        return level > self.sign * self.base["in_domain"]
+        return level > self.sign("in_domain") * self.base["in_domain"]
 
     def matched_over_rates(self, treatment: str, control: str) -> tuple[float, Difference] | None:
         """The same over epochs and learning rates, for arms that were tuned, on the seeds of the whole grid."""
@@ -171,14 +169,14 @@ class Comparison:
         passes = sorted((name for name in self.base if name.startswith("pass@")), key=_pass_order)
         largest = max((int(name[5:].partition(",")[0]) for name in passes), default=0)
         shown = [name for name in passes if name.startswith(f"pass@{largest},") or name == "pass@1, T=1"]
-        shown = shown if self.metric == "accuracy" else []
+        shown = [] if self.metric == "nll" else shown
         known = set(self.base)
         for arm in self.arms.values():
             known |= {name for run in arm.runs.values() for name in run["points"][-1]["metrics"]}
         wanted = ["in_domain", "out_of_domain", *shown, "sample_entropy", "sample_kl"]
         if "sample_kl" not in known:
             wanted += ["out_of_domain_entropy"]
-        if self.metric == "nll" and "out_of_domain_kl" in known:
+        if self.metric != "accuracy" and "out_of_domain_kl" in known:
             wanted += ["out_of_domain_kl"]
         return [name for name in wanted if name in known]
 
@@ -215,7 +213,7 @@ class Comparison:
             return None if found is None else asdict(found) | {"low": found.low, "high": found.high}
 
         def level(found: tuple[float, Difference] | None) -> dict | None:
-            return None if found is None else {"in_domain": self.sign * found[0], **record(found[1])}
+            return None if found is None else {"in_domain": self.sign("in_domain") * found[0], **record(found[1])}
 
         return {
             "treatment": treatment,

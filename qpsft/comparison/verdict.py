@@ -80,23 +80,24 @@ def verdict(comparison: Comparison) -> list[str]:
 
 
 def _pair_verdict(comparison: Comparison, treatment: str, control: str) -> list[str]:
-    score = describe_metric("in_domain", comparison.metric)
+    score, sign = describe_metric("in_domain", comparison.metric), comparison.sign("in_domain")
     lines = []
     found = comparison.matched(treatment, control)
     if found is not None:
         level, difference = found
-        kind = "accuracy" if comparison.metric == "accuracy" else "NLL"
+        kind = "accuracy" if score.unit == SHARE else "NLL"
         if not comparison.is_learned(level):
             lines.append(
                 f"{treatment} against {control}: one of them never gets better in-domain than the base, so there is no "
                 "level to compare at."
             )
         else:
-            where = f"at equal in-domain {kind} of {format_value(comparison.sign * level, score.unit)}"
-            lines.append(judge(treatment, control, difference, KEEPS, score.unit, where))
+            where = f"at equal in-domain {kind} of {format_value(sign * level, score.unit)}"
+            kept = describe_metric("out_of_domain", comparison.metric)
+            lines.append(judge(treatment, control, difference, KEEPS, kept.unit, where))
     in_domain = comparison.difference(treatment, control, "in_domain")
     if in_domain is not None:
-        lines.append(judge(treatment, control, _signed(in_domain, comparison.sign), LEARNS, score.unit, _LAST))
+        lines.append(judge(treatment, control, _signed(in_domain, sign), LEARNS, score.unit, _LAST))
     for name, claim in (("sample_entropy", CLOSER), ("sample_kl", DRIFTS)):
         metric = describe_metric(name, comparison.metric)
         shift = (
@@ -135,7 +136,7 @@ def _edge_notes(comparison: Comparison) -> list[str]:
 def _completion_notes(comparison: Comparison) -> list[str]:
     """Arms whose greedy completions do not end, or hold no answer, so that their accuracy says little."""
     notes = []
-    if comparison.metric != "accuracy":
+    if comparison.metric == "nll":
         return notes
     for arm in comparison.arms.values():
         capped, parsed = (list(arm.last(name).values()) for name in ("length_capped", "parsed"))
@@ -203,9 +204,10 @@ def _matched_cell(comparison: Comparison, treatment: str, control: str) -> str:
     if found is None or not comparison.is_learned(found[0]):
         return "–"
     level, difference = found
+    kept = describe_metric("out_of_domain", comparison.metric)
+    shown = _difference_cell(_signed(difference, comparison.sign("out_of_domain")), kept.unit)
     unit = describe_metric("in_domain", comparison.metric).unit
-    shown = _difference_cell(_signed(difference, comparison.sign), unit)
-    return f"{shown} @ {format_value(comparison.sign * level, unit)}"
+    return f"{shown} @ {format_value(comparison.sign('in_domain') * level, unit)}"
 
 
 def _difference_cell(found: Difference | None, unit: str) -> str:

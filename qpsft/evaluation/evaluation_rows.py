@@ -14,8 +14,8 @@ from qpsft.errors import DataError
 from qpsft.evaluation.generation import stop_tokens
 from qpsft.recipe import DataArguments
 
-EXTRA = ("task", "choices")
-"""Columns that verifiers need and training does not."""
+EXTRA = ("task", "choices", "cut_off")
+"""Columns that training does not know: what verifiers need, and that a text goes on where it ends here."""
 REFERENCES = ("completion", "output", "answer", "messages", "conversations", "text")
 
 
@@ -89,6 +89,9 @@ def encode(rows: Rows, model: Any, tokenizer: Any, arguments: DataArguments) -> 
     tokenized = tokenize_rows(rows, tokenizer, arguments, length, show_progress=False)
     index_of = {place: index for index, place in enumerate(rows.places)}
     texts = list(tokenized.dataset)
+    for row, place in zip(texts, tokenized.places, strict=True):
+        if rows.rows[index_of[place]].get("cut_off"):  # the end that tokenization put behind it
+            row |= {name: row[name][:-1] for name in ("input_ids", "labels")}
     starts = [next(i for i, label in enumerate(row["labels"]) if label != IGNORED) for row in texts]
     return Encoded(
         [index_of[place] for place in tokenized.places],
