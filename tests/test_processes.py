@@ -116,6 +116,7 @@ def test_a_sharded_run_is_the_run_that_is_not(base, found, tmp_path):
         swap = rank["sharded"]["swap"]
         assert swap["policy_moved"] > 1e-3 and swap["scored_is_the_snapshot_s"] and swap["policy_is_back"]
         assert swap["setting_data_changed_nothing"]  # the other way to swap: no error, and no effect
+        assert rank["sharded"]["placement"] == "device"  # no other is made of a sharded copy
 
 
 def resume_lines(folder):
@@ -143,6 +144,9 @@ def test_what_sharding_needs_is_checked_before_training(found):
             r"base_model\S+ is ", "", refused["storage"]
         )
         assert "FSDP with quantization int8 is not supported" in refused["int8"]
+        assert "optim adamw_8bit is not supported with FSDP" in refused["optimizer"]
+        assert "Use adamw_torch_fused, the default." in refused["optimizer"]
+        assert "reference_placement: host is not supported with FSDP" in refused["placement"]
     trainer = SimpleNamespace(is_deepspeed_enabled=True, is_fsdp_enabled=True, args=SimpleNamespace())
     with pytest.raises(RecipeError, match="DeepSpeed is not supported"):
         check_sharding(trainer)
@@ -154,6 +158,11 @@ def test_what_sharding_needs_is_checked_before_training(found):
     plugin.fsdp_version, trainer.args.mixed_precision = 2, "fp16"
     with pytest.raises(RecipeError, match="FSDP with float16 is not supported"):
         check_sharding(trainer)
+    plugin.state_dict_type, trainer.args.mixed_precision = "FULL_STATE_DICT", "no"
+    for optimizer in ("adamw_bnb_8bit", "paged_adamw_32bit", "lion_8bit", "ademamix", "rmsprop_bnb"):
+        trainer.args.optim = optimizer
+        with pytest.raises(RecipeError, match=f"optim {optimizer} is not supported with FSDP"):
+            check_sharding(trainer)
 
 
 def test_an_overflow_in_one_process_repeats_the_step_in_both(found):

@@ -22,6 +22,7 @@ from test_loss_scaling import Overflowing, in_float16
 from test_resume import contents
 from torch.distributed.fsdp import FSDPModule
 
+import qpsft.trainer
 from qpsft import base, cli, processes, sharding
 from qpsft.config import PSFTConfig
 from qpsft.errors import DataError, QpsftError
@@ -106,6 +107,8 @@ def sharded() -> dict:
     os.environ["FSDP_STATE_DICT_TYPE"] = "SHARDED_STATE_DICT"
     refused = {"checkpoints": refusal()}
     os.environ |= fsdp_environment()
+    refused["optimizer"] = refusal(optim="adamw_8bit")
+    refused["placement"] = refusal(reference_placement="host")
     for name, options in {"storage": dict(dtype="bfloat16"), "int8": dict(quantization="int8")}.items():
         storage = base.storage_dtype
         base.storage_dtype = lambda compute_dtype: torch.uint8
@@ -113,6 +116,7 @@ def sharded() -> dict:
         base.storage_dtype = storage
         refused[name] = refusal(model=model, lora=make_lora())
 
+    qpsft.trainer.free_device_bytes = lambda device: 1  # a full card, where "auto" is the host's memory
     trainer = make_trainer(BASE, OUT / "fsdp", **SETTINGS, **SAVING)
     trainer.train()
     policy = sharding.whole_policy(trainer.model)
@@ -128,6 +132,7 @@ def sharded() -> dict:
     flags = [*FLAGS, f"--model_name_or_path={BASE}", f"--dataset_name={ROWS}", f"--output_dir={OUT / 'fsdp_cli'}"]
     return {
         "refused": refused,
+        "placement": trainer.reference_placement,
         "layers_sharded": [isinstance(layer, FSDPModule) for layer in layers],
         "kinds": sorted({type(p).__name__ for p in trainer.model.parameters()}),
         "grad_norms": [line["grad_norm"] for line in log_lines(trainer)],
