@@ -28,12 +28,17 @@ from qpsft.errors import RecipeError
 from qpsft.hardware import is_of_bitsandbytes
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import Trainer, TrainingArguments
 
 
 def fsdp_is_on() -> bool:
     """Whether `accelerate launch` started this process for FSDP. transformers' own check asks the environment too."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def fsdp_is_asked(args: TrainingArguments) -> bool:
+    """Whether a run with these options will be sharded: by its own `fsdp`, or by `accelerate launch`."""
+    return bool(args.fsdp) or fsdp_is_on()
 
 
 def storage_dtype(compute_dtype: torch.dtype) -> torch.dtype:
