@@ -334,7 +334,8 @@ class PSFTTrainer(SFTTrainer):
             resume_from_checkpoint = str(found)
         self._start_over()
         with self._attention():
-            if self.args.packing and not self.is_fsdp_enabled:
+            on_device = self.model.device.type == self.args.device.type  # FSDP moves other models later
+            if self.args.packing and on_device:
                 check_packing(self.model, self.data_collator, next(iter(self.train_dataset))["input_ids"])
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 

@@ -119,6 +119,15 @@ def test_a_sharded_run_is_the_run_that_is_not(base, found, tmp_path):
         assert rank["sharded"]["placement"] == "device"  # no other is made of a sharded copy
 
 
+def test_a_sharded_run_on_packed_rows_is_the_run_that_is_not(found):
+    both, out = found
+    unsharded, sharded = (load_file(out / f"{name}.safetensors") for name in ("packed", "sharded_packed"))
+    assert largest_difference(unsharded, sharded) < 1e-6
+    for rank in both:
+        assert rank["sharded"]["packed"].startswith("FSDP")
+        assert "lets the rows packed together see each other" in rank["sharded"]["rows_that_mix"]
+
+
 def resume_lines(folder):
     return json.loads((folder / "checkpoint-10" / "trainer_state.json").read_text())["log_history"]
 

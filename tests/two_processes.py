@@ -21,6 +21,7 @@ from small_runs import log_lines, make_lora, make_rows, make_trainer, policy, sa
 from test_loss_scaling import Overflowing, in_float16
 from test_resume import contents
 from torch.distributed.fsdp import FSDPModule
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import qpsft.trainer
 from qpsft import base, cli, processes, sharding
@@ -133,6 +134,8 @@ def sharded() -> dict:
     return {
         "refused": refused,
         "placement": trainer.reference_placement,
+        "packed": a_packed_run("sharded_packed"),
+        "rows_that_mix": rows_that_mix(),
         "layers_sharded": [isinstance(layer, FSDPModule) for layer in layers],
         "kinds": sorted({type(p).__name__ for p in trainer.model.parameters()}),
         "grad_norms": [line["grad_norm"] for line in log_lines(trainer)],
@@ -174,12 +177,24 @@ def fsdp_environment() -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))}
 
 
-def a_packed_run() -> str:
-    trainer = make_trainer(BASE, OUT / "packed", **PACKED)
+def a_packed_run(name: str) -> str:
+    trainer = make_trainer(BASE, OUT / name, **PACKED)
     trainer.train()
+    trained = sharding.whole_policy(trainer.model) or policy(trainer.model)
     if processes.is_main():
-        save_file(policy(trainer.model), OUT / "packed.safetensors")
+        save_file(trained, OUT / f"{name}.safetensors")
     return type(trainer.model_wrapped).__name__
+
+
+def rows_that_mix() -> str:
+    """What is said of packed rows that see each other, before the first step."""
+    trainer = make_trainer(BASE, OUT / "mixed", **PACKED)
+    trainer.data_collator = DataCollatorForLanguageModeling(0)  # no position ids, so no blocks
+    try:
+        trainer.train()
+    except QpsftError as error:
+        return str(error)
+    return ""
 
 
 def an_overflow_in_one_process() -> dict:
@@ -229,7 +244,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     found = {
         "run": a_run_and_its_resumption(),  # first: it starts the process group
-        "packed": a_packed_run(),
+        "packed": a_packed_run("packed"),
         "overflow": an_overflow_in_one_process(),
         "once": what_is_done_once(),
         "last_visit": refusal(reference="last_visit", num_iterations=1),
