@@ -14,7 +14,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 from small_runs import largest_difference, make_base, make_rows, make_trainer, policy
-from two_processes import FLAGS, PACKED, SETTINGS, STOP
+from two_processes import FLAGS, PACKED, SETTINGS, SIX_STEPS, STOP
 
 from qpsft import cli, processes
 from qpsft.console import read_metrics
@@ -24,10 +24,15 @@ from qpsft.sharding import check_sharding
 HERE = Path(__file__).resolve().parent
 
 
-def torchrun(*command, timeout=600):
+def torchrun(*command):
     """Two processes. Returns (return code, stdout, stderr)."""
+    return launch("torch.distributed.run", "--standalone", "--nproc_per_node=2", *command)
+
+
+def launch(*command, timeout=600):
+    """Runs a launcher, a module and its arguments. Returns (return code, stdout, stderr)."""
     launched = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, command)],
+        [sys.executable, "-m", *map(str, command)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -223,6 +228,17 @@ def test_the_command_line_in_two_processes(base, rows, tmp_path, capsys):
     for mine, theirs in zip(*lines, strict=True):
         for key in ("loss", "nll", "approx_kl", "grad_norm", "num_tokens"):
             assert mine[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), key
+
+
+def test_accelerate_launch_gives_the_adapter_of_torchrun(base, rows, found, tmp_path):
+    """By the configuration in docs/, which starts two processes where there is no GPU too."""
+    config = HERE.parent / "docs" / "accelerate" / "ddp.yaml"
+    train = ["train", *SIX_STEPS, f"--model_name_or_path={base}", f"--dataset_name={rows}", f"--output_dir={tmp_path}"]
+    accelerate = ["accelerate.commands.launch", f"--config_file={config}", "--main_process_port=0"]
+    code, _, stderr = launch(*accelerate, "-m", "qpsft", *train)
+    assert code == 0, stderr[-3000:]
+    adapters = [(folder / "adapter_model.safetensors").read_bytes() for folder in (tmp_path, found[1] / "cli")]
+    assert adapters[0] == adapters[1]  # one process with these flags takes half the rows
 
 
 FAILING = """

@@ -44,6 +44,7 @@ FLAGS = [
     "--per_device_train_batch_size=2", "--gradient_accumulation_steps=1", "--max_steps=3", "--logging_steps=1",
     "--save_strategy=no", "--use_cpu=true",
 ]  # fmt: skip
+SIX_STEPS = [*FLAGS, "--num_iterations=2", "--max_steps=6"]
 STOP = 6  # in the second visit: its old log-probabilities are those each process kept
 
 
@@ -79,8 +80,8 @@ def a_run_and_its_resumption() -> dict:
 
 def the_command_line_resumed() -> bool:
     """Whether `--resume` from the middle of a block gives the bytes of the run that was never stopped."""
-    flags = ["train", *FLAGS, f"--model_name_or_path={BASE}", f"--dataset_name={ROWS}", f"--output_dir={OUT / 'cli'}"]
-    flags += ["--num_iterations=2", "--max_steps=6", "--save_strategy=steps", "--save_steps=3"]
+    files = [f"--model_name_or_path={BASE}", f"--dataset_name={ROWS}", f"--output_dir={OUT / 'cli'}"]
+    flags = ["train", *SIX_STEPS, *files, "--save_strategy=steps", "--save_steps=3"]
     adapter = OUT / "cli" / "adapter_model.safetensors"
     assert cli.main(flags) == 0
     whole = adapter.read_bytes()
