@@ -161,6 +161,13 @@ def check_attention(implementation: str | None, found: Hardware, compute_dtype: 
         )
 
 
+def is_of_bitsandbytes(optimizer: str) -> bool:
+    """Whether this optimizer (transformers' name) is one of bitsandbytes' own."""
+    if optimizer.startswith(("paged_", "lion_", "ademamix")) or "_bnb" in optimizer:
+        return True
+    return "_8bit" in optimizer and not optimizer.startswith("adamw_torch")  # that one is torchao's
+
+
 def check_optimizer(name: str, found: Hardware) -> None:
     """Raises RecipeError for one of bitsandbytes' optimizers (transformers' names) without kernels for this hardware.
 
@@ -172,9 +179,7 @@ def check_optimizer(name: str, found: Hardware) -> None:
             f"optim {name!r} pages to host memory, which bitsandbytes cannot do on {found.name}.",
             "Use adamw_torch_fused, the default.",
         )
-    of_bitsandbytes = paged or "_bnb" in name or name.startswith(("lion_", "ademamix"))
-    of_bitsandbytes |= "_8bit" in name and not name.startswith("adamw_torch")
-    if of_bitsandbytes and not found.optimizers_8bit:
+    if is_of_bitsandbytes(name) and not found.optimizers_8bit:
         raise RecipeError(
             f"optim {name!r} is bitsandbytes', which has no optimizer kernels for {found.name}.",
             "Use adamw_torch_fused, the default.",

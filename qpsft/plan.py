@@ -32,6 +32,7 @@ from qpsft.planning.shapes import Shape, find_shape, read_shape, smaller_models
 from qpsft.planning.table import gib, render
 from qpsft.processes import world_size
 from qpsft.recipe import Recipe
+from qpsft.sharding import fsdp_is_asked
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -290,6 +291,8 @@ def warn_if_short(recipe: Recipe, rows: Dataset) -> MemoryPlan | None:
         The plan; None where there was no need for one (a CPU run much smaller than the memory) or no way.
     """
     args = recipe.trainer
+    if fsdp_is_asked(args):  # the plan's numbers are those of DDP
+        return None
     device = pick_device("cpu" if args.use_cpu else "auto").type
     available = psutil.virtual_memory().available
     if device not in ("cuda", "cpu") or (device == "cpu" and _small_beside(available, recipe)):

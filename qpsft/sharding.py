@@ -25,14 +25,20 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from qpsft.errors import RecipeError
+from qpsft.hardware import is_of_bitsandbytes
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import Trainer, TrainingArguments
 
 
 def fsdp_is_on() -> bool:
     """Whether `accelerate launch` started this process for FSDP. transformers' own check asks the environment too."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def fsdp_is_asked(args: TrainingArguments) -> bool:
+    """Whether a run with these options will be sharded: by its own `fsdp`, or by `accelerate launch`."""
+    return bool(args.fsdp) or fsdp_is_on()
 
 
 def storage_dtype(compute_dtype: torch.dtype) -> torch.dtype:
@@ -44,8 +50,8 @@ def check_sharding(trainer: Trainer) -> None:
     """Looks at a trainer before it shards its model, and turns FSDP's own mixed precision off.
 
     Raises:
-        RecipeError: DeepSpeed, FSDP 1, FSDP with float16, int8 or checkpoints in shards, or with 4-bit weights whose
-            storage differs from the other frozen weights' dtype.
+        RecipeError: DeepSpeed, FSDP 1, FSDP with float16, int8, checkpoints in shards, bitsandbytes' optimizers or a
+            reference in host memory, or with 4-bit weights whose storage differs from the other frozen weights' dtype.
     """
     if trainer.is_deepspeed_enabled:
         raise RecipeError("DeepSpeed is not supported.", "Use torchrun (DDP), or accelerate's FSDP 2 for a large base.")
@@ -63,6 +69,17 @@ def check_sharding(trainer: Trainer) -> None:
         raise RecipeError(
             "FSDP with checkpoints in shards is not supported: ours hold whole adapters.",
             "Set fsdp_state_dict_type: FULL_STATE_DICT in accelerate's configuration.",
+        )
+    optimizer = getattr(trainer.args.optim, "value", trainer.args.optim)
+    if is_of_bitsandbytes(optimizer):
+        raise RecipeError(
+            f"optim {optimizer} is not supported with FSDP: bitsandbytes' optimizers cannot step sharded parameters.",
+            "Use adamw_torch_fused, the default.",
+        )
+    if trainer.args.reference_placement == "host":
+        raise RecipeError(
+            "reference_placement: host is not supported with FSDP, where each card holds its part of the reference.",
+            "Use auto, the default.",
         )
     frozen = trainer.model.get_input_embeddings().weight.dtype
     for name, parameter in trainer.model.named_parameters():

@@ -109,7 +109,9 @@ class PSFTTrainer(SFTTrainer):
         self.policy_bytes = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
         self.reference_placement = self.args.reference_placement
         if self.reference_placement == "auto":
-            self.reference_placement = choose_placement(free_device_bytes(self.args.device), self.policy_bytes)
+            # the copy of a sharded policy stays on the device: it is exchanged with its shards
+            free = None if self.is_fsdp_enabled else free_device_bytes(self.args.device)
+            self.reference_placement = choose_placement(free, self.policy_bytes)
         if self._visits() > 1 and not has_length(self.train_dataset):
             raise RecipeError(
                 "num_iterations above 1 needs a data set of known length, not a stream.",
@@ -332,7 +334,8 @@ class PSFTTrainer(SFTTrainer):
             resume_from_checkpoint = str(found)
         self._start_over()
         with self._attention():
-            if self.args.packing and not self.is_fsdp_enabled:
+            on_device = self.model.device.type == self.args.device.type  # FSDP moves other models later
+            if self.args.packing and on_device:
                 check_packing(self.model, self.data_collator, next(iter(self.train_dataset))["input_ids"])
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 

@@ -214,6 +214,16 @@ def test_training_on_the_cpu_warns_only_when_memory_is_short(monkeypatch, no_war
     assert short.parts["CUDA context"] == 0 and not short.fits
 
 
+def test_a_sharded_run_is_not_said_to_run_out_of_memory(monkeypatch, no_warning):
+    """The plan's numbers are DDP's: `accelerate launch` says in the environment that it is FSDP, not in the options."""
+    recipe = recipe_of(*TRAIN, model="demo", trainer=PSFTConfig)
+    assert make_plan(recipe, device="cpu").notes == []
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert "FSDP's sharding is not planned: these are the numbers of DDP" in make_plan(recipe, device="cpu").notes
+    monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=2**20))
+    assert warn_if_short(recipe, {"input_ids": [[1] * 50]}) is None
+
+
 def test_a_run_without_a_plan_goes_on(monkeypatch):
     def fails(*args, **kwargs):
         raise BaseModelError("Its activations cannot be planned.")

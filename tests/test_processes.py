@@ -14,7 +14,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 from small_runs import largest_difference, make_base, make_rows, make_trainer, policy
-from two_processes import FLAGS, PACKED, SETTINGS, STOP
+from two_processes import FLAGS, PACKED, SETTINGS, SIX_STEPS, STOP
 
 from qpsft import cli, processes
 from qpsft.console import read_metrics
@@ -24,10 +24,15 @@ from qpsft.sharding import check_sharding
 HERE = Path(__file__).resolve().parent
 
 
-def torchrun(*command, timeout=600):
+def torchrun(*command):
     """Two processes. Returns (return code, stdout, stderr)."""
+    return launch("torch.distributed.run", "--standalone", "--nproc_per_node=2", *command)
+
+
+def launch(*command, timeout=600):
+    """Runs a launcher, a module and its arguments. Returns (return code, stdout, stderr)."""
     launched = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, command)],
+        [sys.executable, "-m", *map(str, command)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -116,6 +121,16 @@ def test_a_sharded_run_is_the_run_that_is_not(base, found, tmp_path):
         swap = rank["sharded"]["swap"]
         assert swap["policy_moved"] > 1e-3 and swap["scored_is_the_snapshot_s"] and swap["policy_is_back"]
         assert swap["setting_data_changed_nothing"]  # the other way to swap: no error, and no effect
+        assert rank["sharded"]["placement"] == "device"  # no other is made of a sharded copy
+
+
+def test_a_sharded_run_on_packed_rows_is_the_run_that_is_not(found):
+    both, out = found
+    unsharded, sharded = (load_file(out / f"{name}.safetensors") for name in ("packed", "sharded_packed"))
+    assert largest_difference(unsharded, sharded) < 1e-6
+    for rank in both:
+        assert rank["sharded"]["packed"].startswith("FSDP")
+        assert "lets the rows packed together see each other" in rank["sharded"]["rows_that_mix"]
 
 
 def resume_lines(folder):
@@ -143,6 +158,9 @@ def test_what_sharding_needs_is_checked_before_training(found):
             r"base_model\S+ is ", "", refused["storage"]
         )
         assert "FSDP with quantization int8 is not supported" in refused["int8"]
+        assert "optim adamw_8bit is not supported with FSDP" in refused["optimizer"]
+        assert "Use adamw_torch_fused, the default." in refused["optimizer"]
+        assert "reference_placement: host is not supported with FSDP" in refused["placement"]
     trainer = SimpleNamespace(is_deepspeed_enabled=True, is_fsdp_enabled=True, args=SimpleNamespace())
     with pytest.raises(RecipeError, match="DeepSpeed is not supported"):
         check_sharding(trainer)
@@ -154,6 +172,11 @@ def test_what_sharding_needs_is_checked_before_training(found):
     plugin.fsdp_version, trainer.args.mixed_precision = 2, "fp16"
     with pytest.raises(RecipeError, match="FSDP with float16 is not supported"):
         check_sharding(trainer)
+    plugin.state_dict_type, trainer.args.mixed_precision = "FULL_STATE_DICT", "no"
+    for optimizer in ("adamw_bnb_8bit", "paged_adamw_32bit", "lion_8bit", "ademamix", "rmsprop_bnb"):
+        trainer.args.optim = optimizer
+        with pytest.raises(RecipeError, match=f"optim {optimizer} is not supported with FSDP"):
+            check_sharding(trainer)
 
 
 def test_an_overflow_in_one_process_repeats_the_step_in_both(found):
@@ -205,6 +228,17 @@ def test_the_command_line_in_two_processes(base, rows, tmp_path, capsys):
     for mine, theirs in zip(*lines, strict=True):
         for key in ("loss", "nll", "approx_kl", "grad_norm", "num_tokens"):
             assert mine[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), key
+
+
+def test_accelerate_launch_gives_the_adapter_of_torchrun(base, rows, found, tmp_path):
+    """By the configuration in docs/, which starts two processes where there is no GPU too."""
+    config = HERE.parent / "docs" / "accelerate" / "ddp.yaml"
+    train = ["train", *SIX_STEPS, f"--model_name_or_path={base}", f"--dataset_name={rows}", f"--output_dir={tmp_path}"]
+    accelerate = ["accelerate.commands.launch", f"--config_file={config}", "--main_process_port=0"]
+    code, _, stderr = launch(*accelerate, "-m", "qpsft", *train)
+    assert code == 0, stderr[-3000:]
+    adapters = [(folder / "adapter_model.safetensors").read_bytes() for folder in (tmp_path, found[1] / "cli")]
+    assert adapters[0] == adapters[1]  # one process with these flags takes half the rows
 
 
 FAILING = """

@@ -21,7 +21,9 @@ from small_runs import log_lines, make_lora, make_rows, make_trainer, policy, sa
 from test_loss_scaling import Overflowing, in_float16
 from test_resume import contents
 from torch.distributed.fsdp import FSDPModule
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+import qpsft.trainer
 from qpsft import base, cli, processes, sharding
 from qpsft.config import PSFTConfig
 from qpsft.errors import DataError, QpsftError
@@ -42,6 +44,7 @@ FLAGS = [
     "--per_device_train_batch_size=2", "--gradient_accumulation_steps=1", "--max_steps=3", "--logging_steps=1",
     "--save_strategy=no", "--use_cpu=true",
 ]  # fmt: skip
+SIX_STEPS = [*FLAGS, "--num_iterations=2", "--max_steps=6"]
 STOP = 6  # in the second visit: its old log-probabilities are those each process kept
 
 
@@ -77,8 +80,8 @@ def a_run_and_its_resumption() -> dict:
 
 def the_command_line_resumed() -> bool:
     """Whether `--resume` from the middle of a block gives the bytes of the run that was never stopped."""
-    flags = ["train", *FLAGS, f"--model_name_or_path={BASE}", f"--dataset_name={ROWS}", f"--output_dir={OUT / 'cli'}"]
-    flags += ["--num_iterations=2", "--max_steps=6", "--save_strategy=steps", "--save_steps=3"]
+    files = [f"--model_name_or_path={BASE}", f"--dataset_name={ROWS}", f"--output_dir={OUT / 'cli'}"]
+    flags = ["train", *SIX_STEPS, *files, "--save_strategy=steps", "--save_steps=3"]
     adapter = OUT / "cli" / "adapter_model.safetensors"
     assert cli.main(flags) == 0
     whole = adapter.read_bytes()
@@ -106,6 +109,8 @@ def sharded() -> dict:
     os.environ["FSDP_STATE_DICT_TYPE"] = "SHARDED_STATE_DICT"
     refused = {"checkpoints": refusal()}
     os.environ |= fsdp_environment()
+    refused["optimizer"] = refusal(optim="adamw_8bit")
+    refused["placement"] = refusal(reference_placement="host")
     for name, options in {"storage": dict(dtype="bfloat16"), "int8": dict(quantization="int8")}.items():
         storage = base.storage_dtype
         base.storage_dtype = lambda compute_dtype: torch.uint8
@@ -113,6 +118,7 @@ def sharded() -> dict:
         base.storage_dtype = storage
         refused[name] = refusal(model=model, lora=make_lora())
 
+    qpsft.trainer.free_device_bytes = lambda device: 1  # a full card, where "auto" is the host's memory
     trainer = make_trainer(BASE, OUT / "fsdp", **SETTINGS, **SAVING)
     trainer.train()
     policy = sharding.whole_policy(trainer.model)
@@ -128,6 +134,9 @@ def sharded() -> dict:
     flags = [*FLAGS, f"--model_name_or_path={BASE}", f"--dataset_name={ROWS}", f"--output_dir={OUT / 'fsdp_cli'}"]
     return {
         "refused": refused,
+        "placement": trainer.reference_placement,
+        "packed": a_packed_run("sharded_packed"),
+        "rows_that_mix": rows_that_mix(),
         "layers_sharded": [isinstance(layer, FSDPModule) for layer in layers],
         "kinds": sorted({type(p).__name__ for p in trainer.model.parameters()}),
         "grad_norms": [line["grad_norm"] for line in log_lines(trainer)],
@@ -169,12 +178,24 @@ def fsdp_environment() -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))}
 
 
-def a_packed_run() -> str:
-    trainer = make_trainer(BASE, OUT / "packed", **PACKED)
+def a_packed_run(name: str) -> str:
+    trainer = make_trainer(BASE, OUT / name, **PACKED)
     trainer.train()
+    trained = sharding.whole_policy(trainer.model) or policy(trainer.model)
     if processes.is_main():
-        save_file(policy(trainer.model), OUT / "packed.safetensors")
+        save_file(trained, OUT / f"{name}.safetensors")
     return type(trainer.model_wrapped).__name__
+
+
+def rows_that_mix() -> str:
+    """What is said of packed rows that see each other, before the first step."""
+    trainer = make_trainer(BASE, OUT / "mixed", **PACKED)
+    trainer.data_collator = DataCollatorForLanguageModeling(0)  # no position ids, so no blocks
+    try:
+        trainer.train()
+    except QpsftError as error:
+        return str(error)
+    return ""
 
 
 def an_overflow_in_one_process() -> dict:
@@ -224,7 +245,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     found = {
         "run": a_run_and_its_resumption(),  # first: it starts the process group
-        "packed": a_packed_run(),
+        "packed": a_packed_run("packed"),
         "overflow": an_overflow_in_one_process(),
         "once": what_is_done_once(),
         "last_visit": refusal(reference="last_visit", num_iterations=1),

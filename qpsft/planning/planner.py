@@ -26,6 +26,7 @@ from qpsft.precision import OPTIONS, overflowing_type
 from qpsft.recipe import LoraArguments, Recipe
 from qpsft.reference import choose_placement
 from qpsft.scoring import default_token_budget
+from qpsft.sharding import fsdp_is_asked
 from qpsft.tiled_mlp import TILE, is_tiled
 
 
@@ -109,7 +110,7 @@ class Planner:
         optimizer = self._optimizer(args)
         if not optimizer.known:
             notes.append(f"{_name(args.optim)} is not known here: two float32 numbers per trained weight are assumed")
-        if args.fsdp:
+        if fsdp_is_asked(args):
             notes.append("FSDP's sharding is not planned: these are the numbers of DDP")
         settings = Settings(
             cuda=self.device == "cuda",
