@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpsft.comparison.comparison_figures import as_svg, figures
-from qpsft.comparison.results import Comparison, describe_metric, format_mean, format_value, tuning_table
-from qpsft.comparison.verdict import METHOD, difference_rows, overlap_lines, table_rows, verdict
+from qpsft.comparison.results import Comparison, describe_metric, format_mean, format_value
+from qpsft.comparison.verdict import METHOD, difference_rows, overlap_lines, table_rows, tuning_rows, verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -122,12 +122,9 @@ def _sets(comparison: Comparison) -> list[str]:
 
 
 def _tuning(comparison: Comparison) -> list[str]:
-    tuned = {arm.name: tuning_table(arm) for arm in comparison.arms.values() if arm.grid}
-    if not tuned:
+    if not any(arm.grid for arm in comparison.arms.values()):
         return []
-    unit = describe_metric("validation", comparison.metric).unit
-    rows = [["validation score", *next(iter(tuned.values()))]]
-    rows += [[name, *(format_value(value, unit) for value in scores.values())] for name, scores in tuned.items()]
+    rows = tuning_rows(comparison, "validation score")
     return ["<h2>Choice of the learning rate, on validation rows only</h2>", table(rows)]
 
 

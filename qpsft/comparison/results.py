@@ -200,7 +200,7 @@ class Comparison:
                     "tuning": tuning_table(arm),
                     "runs": {seed: _run_record(run) for seed, run in arm.runs.items()},
                     "grid": {
-                        f"{rate:g}": {seed: {"points": run["points"]} for seed, run in runs.items()}
+                        f"{rate:g}": {seed: _grid_record(run) for seed, run in runs.items()}
                         for rate, runs in arm.grid.items()
                         if rate != arm.learning_rate
                     },
@@ -243,13 +243,19 @@ def _run_record(run: Mapping[str, Any]) -> dict[str, Any]:
     return {name: run[name] for name in ("label", "points", "log", "seconds")}
 
 
-def tuning_table(arm: ArmResult) -> dict[str, float]:
-    """Learning rate -> mean validation score at the last epoch, over the seeds of the whole grid."""
+def _grid_record(run: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: run[name] for name in ("points", "diverged") if name in run}
+
+
+def tuning_table(arm: ArmResult) -> dict[str, float | None]:
+    """Learning rate -> mean validation score at the last epoch, over the seeds of the whole grid; None: it diverged."""
     if not arm.grid:
         return {}
     seeds = set.intersection(*(set(runs) for runs in arm.grid.values()))
     return {
-        f"{rate:g}": statistics.fmean(runs[seed]["points"][-1]["metrics"]["validation"] for seed in seeds)
+        f"{rate:g}": None
+        if any("diverged" in runs[seed] for seed in seeds)
+        else statistics.fmean(runs[seed]["points"][-1]["metrics"]["validation"] for seed in seeds)
         for rate, runs in arm.grid.items()
     }
 
