@@ -18,6 +18,8 @@ from qpsft.errors import DivergedError, TrainingError
 from qpsft.quiet import quiet_worker
 
 Result = dict[str, Any]
+STARTING = 30.0
+"""Seconds for a process that starts and loads the base, which a kept result's `seconds` leave out."""
 
 
 class TimeUp(Exception):
@@ -30,17 +32,22 @@ class RunQueue:
     Args:
         deadline: a moment of `time.monotonic()`: no run is begun that would not be done by then, going by the longest
             so far; then `do` raises TimeUp.
+        run_seconds: how long a run is taken to last while none has been done, neither now nor before.
 
     Attributes:
         reused, done: how many results were found, and how many were made.
     """
 
-    def __init__(self, setting: Setting, results: Path, jobs: int, deadline: float = math.inf):
+    def __init__(
+        self, setting: Setting, results: Path, jobs: int, deadline: float = math.inf, run_seconds: float = 0.0
+    ):
         self.setting = setting
         self.reused = 0
         self.done = 0
         self._deadline = deadline
-        self._longest = 0.0
+        self._run_seconds = run_seconds
+        self._longest = 0.0  # of the runs done now
+        self._longest_kept = 0.0
         self._results = results
         self._jobs = jobs
         self._pool: ProcessPoolExecutor | None = None
@@ -84,6 +91,8 @@ class RunQueue:
             if result is None:
                 result = read_result(same[0], self.setting, self._results)
                 self.reused += result is not None
+                if result is not None and same[0].method:
+                    self._longest_kept = max(self._longest_kept, sum(result["seconds"].values()))
             if result is None:
                 missing.append((key, same))
             else:
@@ -150,7 +159,11 @@ class RunQueue:
                 yield key, same, result
 
     def _is_time_left(self) -> bool:
-        return time.monotonic() + self._longest < self._deadline
+        if self._longest:
+            expected = max(self._longest, self._longest_kept)
+        else:
+            expected = self._longest_kept + STARTING if self._longest_kept else self._run_seconds
+        return time.monotonic() + expected < self._deadline
 
     def _line(self, result: Result) -> str:
         metrics, seconds = result["points"][-1]["metrics"] if result["points"] else {}, result["seconds"]
