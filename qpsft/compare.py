@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from qpsft.comparison.compared_data import BASE_SAMPLES, load_data, sample_base
 from qpsft.comparison.compared_evaluation import Measurement
 from qpsft.comparison.compared_run import RunSpec, Setting, base_key, decisive_options, load_setting
 from qpsft.comparison.results import ArmResult, Comparison
+from qpsft.comparison.row_coverage import coverage_notes, unseen_share
 from qpsft.comparison.run_queue import RunQueue
 from qpsft.errors import DivergedError, OutputError, RecipeError
 from qpsft.recipe import Recipe
@@ -126,9 +128,10 @@ class Found:
 def run_arms(arms: Sequence[Arm], recipe: Recipe, options: CompareOptions, runs: RunQueue) -> Found:
     """Does what has to be done: base, tuning grid, then every arm at its learning rate on every seed."""
     seeds = [recipe.trainer.seed + index for index in range(options.seeds)]
-    epochs = options.epochs or recipe.trainer.num_train_epochs
+    epochs = _epochs(options, recipe)
     methods = {arm.name: _method(arm, recipe) for arm in arms}
     own = [arm for arm in arms if rate_source(arm, arms) == arm.name]
+    _warn_of_unseen_rows(_unseen(arms, recipe, options, runs), methods, recipe)
     base = RunSpec({})
     grid = rate_grid(options, recipe)
     tuned = [arm for arm in own if options.tune and arm.name not in (options.arm_rates or {})]
@@ -168,6 +171,22 @@ def _method(arm: Arm, recipe: Recipe) -> dict[str, Any]:
     return arm.options(trainer.reference_steps, trainer.epsilon, trainer.num_iterations)
 
 
+def _epochs(options: CompareOptions, recipe: Recipe) -> float:
+    return options.epochs or recipe.trainer.num_train_epochs
+
+
+def _unseen(arms: Sequence[Arm], recipe: Recipe, options: CompareOptions, runs: RunQueue) -> dict[str, float]:
+    """Arm -> share of the training rows that its runs never reach."""
+    rows, epochs = runs.setting.data.train, _epochs(options, recipe)
+    return {arm.name: unseen_share(_method(arm, recipe), recipe.trainer, epochs, rows) for arm in arms}
+
+
+def _warn_of_unseen_rows(unseen: dict[str, float], methods: dict[str, dict[str, Any]], recipe: Recipe) -> None:
+    visits = {name: method.get("num_iterations", 1) for name, method in methods.items()}
+    for note in coverage_notes(unseen, visits, max_steps=recipe.trainer.max_steps):
+        warnings.warn(note, stacklevel=1)  # by this module's name it is let through
+
+
 def _validation(result: dict[str, Any]) -> float:
     return math.nan if "diverged" in result else result["points"][-1]["metrics"]["validation"]
 
@@ -203,6 +222,7 @@ def choose_rate(scores: dict[float, list[float]], sign: int) -> float:
 def gather(found: Found, arms: Sequence[Arm], recipe: Recipe, options: CompareOptions, runs: RunQueue) -> Comparison:
     """The runs' results as a `Comparison`."""
     setting = runs.setting
+    unseen = _unseen(arms, recipe, options, runs)
     every = [
         found.base,
         *(r for by_rate in found.runs.values() for by_seed in by_rate.values() for r in by_seed.values()),
@@ -220,6 +240,7 @@ def gather(found: Found, arms: Sequence[Arm], recipe: Recipe, options: CompareOp
                 rate_source(arm, arms) == arm.name,
                 found.runs[arm.name][found.rates[arm.name]],
                 found.runs[arm.name] if len(found.runs[arm.name]) > 1 else {},
+                round(unseen[arm.name], 4),
             )
             for arm in arms
         },

@@ -2,9 +2,12 @@
 
 import json
 import math
+import warnings
+from types import SimpleNamespace
 
 import pytest
 from comparing import FakeRuns, write_recipe
+from datasets import Dataset
 
 from qpsft import cli
 from qpsft.compare import choose_rate, compare
@@ -14,6 +17,7 @@ from qpsft.comparison.compare_options import load_comparison
 from qpsft.comparison.compared_run import RESULT
 from qpsft.comparison.comparison_figures import figures
 from qpsft.comparison.comparison_report import report_page
+from qpsft.comparison.row_coverage import unseen_share
 from qpsft.comparison.verdict import render
 from qpsft.errors import RecipeError, TrainingError
 
@@ -151,6 +155,59 @@ def test_choose_rate():
     assert choose_rate({4e-3: [0.5], 1e-3: [0.5]}, 1) == 1e-3
     for sign in (1, -1):  # NaN or infinite: training diverged
         assert choose_rate({1e-3: [math.nan, 0.9], 2e-3: [0.1, 0.1], 4e-3: [math.inf]}, sign) == 2e-3
+
+
+# ---- rows that visits leave no time for ----
+
+VISITS = {"reference_steps": 8, "num_iterations": 4, "sft_warmup_steps": 8}
+
+
+def trainer_options(**changes):
+    options = {"train_batch_size": 16, "gradient_accumulation_steps": 1, "max_steps": -1, "packing": False}
+    return SimpleNamespace(**(options | changes))
+
+
+@pytest.mark.parametrize(
+    ("method", "epochs", "changes", "expected"),
+    [
+        (VISITS, 2, {}, 0.392),  # 126 steps: 8 + 3 × 8 + ⌈22 / 4⌉ = 38 mini-batches of 16 rows, of 1,000
+        (VISITS, 4, {}, 0.0),
+        ({}, 2, {}, 0.0),
+        ({"reference_steps": 8, "num_iterations": 1}, 2, {}, 0.0),
+        ({}, 0.5, {}, 1 - 32 * 16 / 1000),
+        (VISITS, 2, {"max_steps": 40}, 1 - 16 * 16 / 1000),  # 8 + 32 / 4 mini-batches
+        (VISITS, 2, {"train_batch_size": 4, "gradient_accumulation_steps": 4}, 0.392),
+        (VISITS, 2, {"packing": True, "max_length": 64}, 1 - (8 + 6) * 16 / 250),  # 250 pieces, 32 steps
+    ],
+)
+def test_unseen_share_by_hand(method, epochs, changes, expected):
+    rows = Dataset.from_dict({"input_ids": [[1] * 16] * 1000})
+    assert unseen_share(method, trainer_options(**changes), epochs, rows) == pytest.approx(expected)
+
+
+def test_rows_that_an_arm_never_saw_are_told_before_and_after(tmp_path, fake):
+    runs = fake()
+    said = []
+
+    def told(spec):
+        said.append([str(one.message) for one in caught])
+        return scores(spec)
+
+    runs.scores = told
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = compare(write_recipe(tmp_path), ["--dataset_limit=64"], arms="sft,sft_blocks,psft,psft_visits")
+    # 32 steps: 2 of warm-up and 4 blocks of 2 mini-batches, of 16
+    line = "sft_blocks and psft_visits saw 62% of the rows, since each is visited 4 times: --epochs 4 shows them all."
+    assert [one for one in said[0] if "rows" in one] == [line]
+    assert line in " ".join(render(found).split())
+    record = json.loads((tmp_path / "comparison/comparison.json").read_text())["arms"]
+    assert {name: arm["unseen_share"] for name, arm in record.items()} == {
+        "sft": 0, "sft_blocks": 0.375, "psft": 0, "psft_visits": 0.375,
+    }  # fmt: skip
+    assert "several visits, one block of SFT first, learning rate 0.002 (62% of the rows)" in report_page(found, {})
+    four = compare(write_recipe(tmp_path), ["--dataset_limit=64"], arms="sft,psft_visits", epochs=4)
+    assert "of the rows, since" not in render(four)
 
 
 # ---- learning rates that diverge ----

@@ -49,12 +49,14 @@ def report_page(comparison: Comparison, drawn: Mapping[str, tuple[str, Figure]])
     epochs = max(run["points"][-1]["epoch"] for arm in comparison.arms.values() for run in arm.runs.values())
     what = "".join(
         f"<li><b>{escape(arm.name)}</b>: {escape(arm.what)}, learning rate {arm.learning_rate:g}"
-        f"{'' if arm.has_own_rate else ' (taken over)'}</li>"
+        f"{'' if arm.has_own_rate else ' (taken over)'}"
+        f"{f' ({1 - arm.unseen_share:.0%} of the rows)' if arm.unseen_share else ''}</li>"
         for arm in comparison.arms.values()
     )
     parts = [
         f"<h1>{escape(comparison.name)}: {escape(', '.join(comparison.arms))}</h1>",
-        f"<p>{seeds} seeds, {epochs:g} epochs, the same base, rows and optimizer steps for every arm.</p>",
+        f"<p>{seeds} seeds, {epochs:g} epochs. Every arm starts from the same base, is offered the same rows and takes "
+        "as many optimizer steps.</p>",
         f"<ul>{what}</ul>",
         "<h2>Verdict</h2>",
         bullets(verdict(comparison)),

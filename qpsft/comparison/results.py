@@ -63,6 +63,7 @@ class ArmResult:
         has_own_rate: False: it takes another arm's.
         runs: seed -> result of the run at `learning_rate`.
         grid: learning rate -> seed -> result; of tuned arms, else empty.
+        unseen_share: share of the training rows that its runs never reach.
     """
 
     name: str
@@ -71,6 +72,7 @@ class ArmResult:
     has_own_rate: bool
     runs: dict[int, dict[str, Any]] = field(repr=False)
     grid: dict[float, dict[int, dict[str, Any]]] = field(default_factory=dict, repr=False)
+    unseen_share: float = 0.0
 
     def last(self, name: str) -> dict[int, float]:
         """A metric at the last epoch, by seed; empty if it was not measured."""
@@ -196,6 +198,7 @@ class Comparison:
                     "what": arm.what,
                     "learning_rate": arm.learning_rate,
                     "has_own_rate": arm.has_own_rate,
+                    "unseen_share": arm.unseen_share,
                     "last_epoch": {metric: _summary(arm.last(metric)) for metric in self.columns()},
                     "tuning": tuning_table(arm),
                     "runs": {seed: _run_record(run) for seed, run in arm.runs.items()},

@@ -15,11 +15,13 @@ from qpsft.comparison.results import (
     format_value,
     tuning_table,
 )
+from qpsft.comparison.row_coverage import coverage_notes
 
 METHOD = (
     "± behind a mean is the standard deviation over seeds; ± behind a difference is half its 95 % t interval over "
-    "seeds, paired: both sides have the same initial adapter, rows and order at each seed. Intervals hold for these "
-    "test rows and are not corrected for the number of comparisons. "
+    "seeds, paired: at each seed both sides have the same initial adapter, are offered the same rows, shuffled alike, "
+    "and take as many optimizer steps; arms with several visits go through them in another order. Intervals hold for "
+    "these test rows and are not corrected for the number of comparisons. "
     "Equal in-domain score: at each seed the level is the highest that both sides reach in any epoch. Each side's "
     "out-of-domain score there is read from its frontier, the epochs that none of its other epochs beats in both "
     "scores, joined by straight lines; a side that never was below the level counts with its best epoch."
@@ -76,7 +78,13 @@ def verdict(comparison: Comparison) -> list[str]:
             lines.append(f"{treatment} and {control} are the same runs here: one method at one learning rate.")
             continue
         lines += _pair_verdict(comparison, treatment, control)
-    return lines + _divergence_notes(comparison) + _edge_notes(comparison) + _completion_notes(comparison)
+    return (
+        lines
+        + _coverage_notes(comparison)
+        + _divergence_notes(comparison)
+        + _edge_notes(comparison)
+        + _completion_notes(comparison)
+    )
 
 
 def _pair_verdict(comparison: Comparison, treatment: str, control: str) -> list[str]:
@@ -116,6 +124,15 @@ MANY = 0.25
 
 def _signed(found: Difference, sign: int) -> Difference:
     return Difference(sign * found.mean, found.half_width, found.n)
+
+
+def _coverage_notes(comparison: Comparison) -> list[str]:
+    """Arms that never saw all rows."""
+    methods = comparison.settings.get("methods", {})
+    unseen = {name: arm.unseen_share for name, arm in comparison.arms.items()}
+    visits = {name: methods.get(name, {}).get("num_iterations", 1) for name in unseen}
+    max_steps = comparison.settings.get("training", {}).get("max_steps", -1)
+    return coverage_notes(unseen, visits, max_steps=max_steps)
 
 
 def _divergence_notes(comparison: Comparison) -> list[str]:
