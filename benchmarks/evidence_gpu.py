@@ -7,9 +7,9 @@ First a Llama is pretrained from the generator that made the embedded base, with
 (Muon, bfloat16, the last steps through the NF4 rounding); rows come from worker processes. Then the arms of the
 comparison, several runs at a time because a small model leaves the device idle between kernels: learning rates are
 chosen on validation rows with one seed, and then seed after seed is done, so that whatever is there is a whole
-comparison. Nothing is begun that would not end in time, and every run is kept: --output is all that the next call
-needs. Writes evidence_gpu.json and summary.txt, with this scale beside the small one of evidence.py, and the
-comparison's own report. It needs no network.
+comparison. No run is begun that would not end in time, going by the longest so far and, before there is one, by
+Scale.run_seconds; every run is kept: --output is all that the next call needs. Writes evidence_gpu.json and
+summary.txt, with this scale beside the small one of evidence.py, and the comparison's own report. It needs no network.
 """
 
 from __future__ import annotations
@@ -59,11 +59,13 @@ class Scale:
     sample_rows: int = 64
     k: int = 8
     max_new_tokens: int = 56
+    run_seconds: float = 240.0  # of one run beside the others, guessed with room to spare; counts until one is done
 
 
 TINY = Scale(
     hidden=64, layers=1, steps=12, qat_steps=4, pretraining_batch=8, save_every=5, demonstrations=16, batch=4, rank=2,
     rates=(1e-3,), epochs=1, reference_steps=2, eval_rows=4, out_of_domain_rows=2, sample_rows=2, k=2, max_new_tokens=6,
+    run_seconds=20,
 )  # fmt: skip
 
 
@@ -179,7 +181,7 @@ def load(options: argparse.Namespace, scale: Scale, base: Path, files: dict[str,
     return load_comparison(path, [f"--output_dir={options.output}"], compared)
 
 
-def compare_until(deadline: float, recipe: Any, compared: Any, seeds: int, output: Path) -> Any:
+def compare_until(deadline: float, recipe: Any, compared: Any, seeds: int, output: Path, run_seconds: float) -> Any:
     """The Comparison of as many seeds as the time allows, written after each; None if not even one is whole."""
     from qpsft.compare import gather, make_setting, run_arms, write
     from qpsft.comparison.arms import find_arms
@@ -188,7 +190,7 @@ def compare_until(deadline: float, recipe: Any, compared: Any, seeds: int, outpu
     arms = find_arms(compared.arms)
     setting = make_setting(recipe, compared, output)
     comparison = None
-    with RunQueue(setting, output / "results", compared.jobs, deadline) as runs:
+    with RunQueue(setting, output / "results", compared.jobs, deadline, run_seconds) as runs:
         with contextlib.suppress(TimeUp):
             for count in range(1, seeds + 1):
                 now = dataclasses.replace(compared, seeds=count)
@@ -292,10 +294,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         files = write_rows(options.output / "data", scale)
         print(f"base and rows after {time.monotonic() - started:.0f} s", flush=True)
         recipe, compared = load(options, scale, base, files)
-        comparison = compare_until(deadline, recipe, compared, options.seeds, options.output)
+        comparison = compare_until(deadline, recipe, compared, options.seeds, options.output, scale.run_seconds)
     seconds = round(time.monotonic() - started)
     if comparison is None:
         print(f"The time is up after {seconds} s; what is done is kept: repeat the command to go on.")
+        if 60 * options.minutes - MARGIN <= scale.run_seconds:
+            least = (scale.run_seconds + MARGIN) / 60
+            print(f"The first run begins only where it may last {scale.run_seconds:g} s: --minutes above {least:.1f}.")
         return 0
     scales = [scale_record("large", base, comparison.to_dict())]
     if SMALL.is_file():

@@ -17,7 +17,7 @@
 #
 # <a href="https://colab.research.google.com/github/qpsft/qpsft/blob/main/notebooks/02_sft_vs_psft.ipynb"><img src="https://colab.research.google.com/assets/colab-badge.svg" alt="Open in Colab"></a>
 #
-# Same base, same rows in the same order, same number of optimizer steps; each method with the learning rate that is best
+# Same base, same rows, same number of optimizer steps; each method with the learning rate that is best
 # for *it* on validation rows; and a control that differs from PSFT in the loss only. After every epoch: in-domain,
 # out of domain, entropy, drift from the base, pass@k.
 #

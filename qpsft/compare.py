@@ -10,6 +10,8 @@ not run.
 from __future__ import annotations
 
 import json
+import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,8 +24,9 @@ from qpsft.comparison.compared_data import BASE_SAMPLES, load_data, sample_base
 from qpsft.comparison.compared_evaluation import Measurement
 from qpsft.comparison.compared_run import RunSpec, Setting, base_key, decisive_options, load_setting
 from qpsft.comparison.results import ArmResult, Comparison
+from qpsft.comparison.row_coverage import coverage_notes, unseen_share
 from qpsft.comparison.run_queue import RunQueue
-from qpsft.errors import OutputError, RecipeError
+from qpsft.errors import DivergedError, OutputError, RecipeError
 from qpsft.recipe import Recipe
 
 RECORD = "comparison.json"
@@ -125,9 +128,10 @@ class Found:
 def run_arms(arms: Sequence[Arm], recipe: Recipe, options: CompareOptions, runs: RunQueue) -> Found:
     """Does what has to be done: base, tuning grid, then every arm at its learning rate on every seed."""
     seeds = [recipe.trainer.seed + index for index in range(options.seeds)]
-    epochs = options.epochs or recipe.trainer.num_train_epochs
+    epochs = _epochs(options, recipe)
     methods = {arm.name: _method(arm, recipe) for arm in arms}
     own = [arm for arm in arms if rate_source(arm, arms) == arm.name]
+    _warn_of_unseen_rows(_unseen(arms, recipe, options, runs), methods, recipe)
     base = RunSpec({})
     grid = rate_grid(options, recipe)
     tuned = [arm for arm in own if options.tune and arm.name not in (options.arm_rates or {})]
@@ -142,15 +146,18 @@ def run_arms(arms: Sequence[Arm], recipe: Recipe, options: CompareOptions, runs:
     first = [s for by_rate in tuning.values() for by_seed in by_rate.values() for s in by_seed.values()]
     later = max(0, len(seeds) - options.tune_seeds) * len(tuned) + (len(arms) - len(tuned)) * len(seeds)
     runs.expect(1 + len(first) + later)
-    done = runs.do([base, *first])
+    done = runs.do([base, *first], may_diverge=True)
     sign = -1 if runs.setting.data.metric == "nll" else 1
     rates = {arm.name: (options.arm_rates or {}).get(arm.name, recipe.trainer.learning_rate) for arm in own}
     for name, by_rate in tuning.items():
         scores = {rate: [_validation(done[s]) for s in by_seed.values()] for rate, by_seed in by_rate.items()}
         rates[name] = choose_rate(scores, sign)
+        _refuse_if_diverged(name, rates[name], by_rate, done)
     rates |= {arm.name: rates[rate_source(arm, arms)] for arm in arms if arm not in own}
     last = {arm.name: {seed: spec(arm.name, rates[arm.name], seed) for seed in seeds} for arm in arms}
-    done |= runs.do([s for by_seed in last.values() for s in by_seed.values() if s not in done])
+    needed = [s for by_seed in last.values() for s in by_seed.values()]
+    taken_over = [s for s in needed if s in done and "diverged" in done[s]]  # of another arm's grid
+    done |= runs.do(taken_over + [s for s in needed if s not in done])
     found = Found(done[base], {arm.name: rates[arm.name] for arm in arms})
     for arm in arms:
         specs = {rate: dict(by_seed) for rate, by_seed in tuning.get(arm.name, {}).items()}
@@ -164,23 +171,58 @@ def _method(arm: Arm, recipe: Recipe) -> dict[str, Any]:
     return arm.options(trainer.reference_steps, trainer.epsilon, trainer.num_iterations)
 
 
+def _epochs(options: CompareOptions, recipe: Recipe) -> float:
+    return options.epochs or recipe.trainer.num_train_epochs
+
+
+def _unseen(arms: Sequence[Arm], recipe: Recipe, options: CompareOptions, runs: RunQueue) -> dict[str, float]:
+    """Arm -> share of the training rows that its runs never reach."""
+    rows, epochs = runs.setting.data.train, _epochs(options, recipe)
+    return {arm.name: unseen_share(_method(arm, recipe), recipe.trainer, epochs, rows) for arm in arms}
+
+
+def _warn_of_unseen_rows(unseen: dict[str, float], methods: dict[str, dict[str, Any]], recipe: Recipe) -> None:
+    visits = {name: method.get("num_iterations", 1) for name, method in methods.items()}
+    for note in coverage_notes(unseen, visits, max_steps=recipe.trainer.max_steps):
+        warnings.warn(note, stacklevel=1)  # by this module's name it is let through
+
+
 def _validation(result: dict[str, Any]) -> float:
-    return result["points"][-1]["metrics"]["validation"]
+    return math.nan if "diverged" in result else result["points"][-1]["metrics"]["validation"]
+
+
+def _refuse_if_diverged(arm: str, chosen: float, by_rate: dict[float, dict[int, RunSpec]], done: dict) -> None:
+    """Raises DivergedError if even the chosen learning rate has a run that diverged."""
+    found = next((done[s]["diverged"] for s in by_rate[chosen].values() if "diverged" in done[s]), None)
+    if found is not None:
+        raise DivergedError(
+            f"{arm} diverged at every learning rate of the grid ({', '.join(f'{rate:g}' for rate in by_rate)}); at the "
+            f"lowest: {found['error']}",
+            "Give lower ones with --learning_rates. If the lowest should work, look at the rows named.",
+            found["step"],
+        )
 
 
 def choose_rate(scores: dict[float, list[float]], sign: int) -> float:
     """The learning rate with the best mean validation score; of equal ones the lowest.
 
     Args:
-        scores: learning rate -> validation scores at the last epoch, by seed.
+        scores: learning rate -> validation scores at the last epoch, by seed; NaN where training diverged. A rate with
+            a score that is not finite is worse than any other.
         sign: 1 if a higher score is better, else -1.
     """
-    return max(sorted(scores), key=lambda rate: sign * sum(scores[rate]) / len(scores[rate]))
+
+    def rank(rate: float) -> float:
+        mean = sign * sum(scores[rate]) / len(scores[rate])
+        return mean if math.isfinite(mean) else -math.inf
+
+    return max(sorted(scores), key=rank)
 
 
 def gather(found: Found, arms: Sequence[Arm], recipe: Recipe, options: CompareOptions, runs: RunQueue) -> Comparison:
     """The runs' results as a `Comparison`."""
     setting = runs.setting
+    unseen = _unseen(arms, recipe, options, runs)
     every = [
         found.base,
         *(r for by_rate in found.runs.values() for by_seed in by_rate.values() for r in by_seed.values()),
@@ -198,6 +240,7 @@ def gather(found: Found, arms: Sequence[Arm], recipe: Recipe, options: CompareOp
                 rate_source(arm, arms) == arm.name,
                 found.runs[arm.name][found.rates[arm.name]],
                 found.runs[arm.name] if len(found.runs[arm.name]) > 1 else {},
+                round(unseen[arm.name], 4),
             )
             for arm in arms
         },

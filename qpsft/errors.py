@@ -39,6 +39,18 @@ class TrainingError(QpsftError):
     """Training cannot start or go on: nothing to supervise, loss not finite, adapters changed under way."""
 
 
+class DivergedError(TrainingError):
+    """The loss or the gradient is NaN or infinite.
+
+    Attributes:
+        step: the optimizer step, counted from 1.
+    """
+
+    def __init__(self, what: str, todo: str = "", step: int = 0):
+        super().__init__(what, todo)
+        self.step = step
+
+
 class ExportError(QpsftError):
     """A merge, a conversion or an upload cannot be done, or what it wrote is not right."""
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from qpsft.errors import TrainingError
+from qpsft.errors import DivergedError
 from qpsft.precision import OPTIONS
 
 MOST_REPEATS = 20
@@ -49,7 +49,7 @@ def repeat_until_finite(
         The norm of the gradients that the optimizer will get, before clipping.
 
     Raises:
-        TrainingError: the gradients overflowed `MOST_REPEATS` + 1 times in a row.
+        DivergedError: the gradients overflowed `MOST_REPEATS` + 1 times in a row.
     """
     scaler = trainer.accelerator.scaler
     batches, num_items = window
@@ -68,10 +68,11 @@ def repeat_until_finite(
         norm = trainer.accelerator.clip_grad_norm_(model.parameters(), limit)
     if torch.isfinite(torch.as_tensor(norm)):
         return norm
-    raise TrainingError(
+    raise DivergedError(
         f"The gradients of optimizer step {trainer.state.global_step + 1} overflow in float16, "
         f"{MOST_REPEATS + 1} times on end, down to a loss scale of {scaler.get_scale():g} ({_name(trainer.model)}).",
         f"This model does not train in float16. {OPTIONS}",
+        trainer.state.global_step + 1,
     )
 
 

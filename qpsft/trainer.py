@@ -19,7 +19,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from qpsft import resume
 from qpsft.config import PSFTConfig
-from qpsft.errors import RecipeError, TrainingError
+from qpsft.errors import DivergedError, RecipeError, TrainingError
 from qpsft.forward import policy_forward
 from qpsft.grouped_queries import repeat_keys_where_no_kernel_groups
 from qpsft.last_visit import LastVisit
@@ -59,7 +59,7 @@ class PSFTTrainer(SFTTrainer):
         **kwargs: train_dataset, eval_dataset, processing_class, callbacks, … of SFTTrainer.
 
     Raises:
-        RecipeError: settings that cannot work together. TrainingError, while training: a loss or gradient that is not
+        RecipeError: settings that cannot work together. DivergedError, while training: a loss or gradient that is not
         finite, with step and rows; OutputError: a checkpoint that cannot be written.
     """
 
@@ -288,17 +288,19 @@ class PSFTTrainer(SFTTrainer):
             raise self._not_finite("the gradient is NaN or infinite")
         return norm
 
-    def _not_finite(self, what: str) -> TrainingError:
+    def _not_finite(self, what: str) -> DivergedError:
         rows = ""
         if has_length(self.train_dataset):
             numbers = sorted(set(self._get_schedule().rows(self.state.global_step)))
             rows = f" on training rows {', '.join(map(str, numbers[:32]))}{', …' if len(numbers) > 32 else ''}"
         last = resume.newest_complete_checkpoint(self.args.output_dir)
-        return TrainingError(
-            f"Training stopped at optimizer step {self.state.global_step + 1}{rows}: {what}.",
+        step = self.state.global_step + 1
+        return DivergedError(
+            f"Training stopped at optimizer step {step}{rows}: {what}.",
             (f"In float16, activations may overflow. {OPTIONS} " if self.args.fp16 else "")
             + "Lower the learning rate, or look at these rows (counted from 0, in the prepared data). "
             + (f"The last good checkpoint is {last}." if last else "No checkpoint had been saved yet."),
+            step,
         )
 
     # ---- logging ----

@@ -86,11 +86,18 @@ class FakeRuns:
     Args:
         scores: spec -> (scores after each epoch, validation score).
         stop_after: raise KeyboardInterrupt instead of the run after so many.
+        diverges: spec -> whether training diverges after the first epoch.
     """
 
-    def __init__(self, scores: Callable[[RunSpec], tuple[Scores, float]], stop_after: int | None = None):
+    def __init__(
+        self,
+        scores: Callable[[RunSpec], tuple[Scores, float]],
+        stop_after: int | None = None,
+        diverges: Callable[[RunSpec], bool] = lambda spec: False,
+    ):
         self.scores = scores
         self.stop_after = stop_after
+        self.diverges = diverges
         self.specs: list[RunSpec] = []
 
     def __call__(self, spec: RunSpec, setting: Setting, results: Path) -> dict[str, Any]:
@@ -99,5 +106,9 @@ class FakeRuns:
         self.specs.append(spec)
         scores, validation = self.scores(spec)
         result = make_result(spec.label, scores, validation) | {"identity": spec.identity(setting)}
+        if spec.method and self.diverges(spec):
+            del result["points"][1:]
+            result["points"][0]["metrics"].pop("validation", None)
+            result["diverged"] = {"step": 6, "error": "Training stopped at optimizer step 6: the loss is infinite."}
         keep_result(result, spec.folder(setting, results))
         return result

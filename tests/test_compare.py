@@ -1,9 +1,13 @@
 """Which runs a comparison takes, what is reused, and how learning rates are chosen; the runs themselves are made up."""
 
 import json
+import math
+import warnings
+from types import SimpleNamespace
 
 import pytest
 from comparing import FakeRuns, write_recipe
+from datasets import Dataset
 
 from qpsft import cli
 from qpsft.compare import choose_rate, compare
@@ -11,7 +15,11 @@ from qpsft.comparison import comparison_report, run_queue
 from qpsft.comparison.arms import ARMS, find_arms
 from qpsft.comparison.compare_options import load_comparison
 from qpsft.comparison.compared_run import RESULT
-from qpsft.errors import RecipeError
+from qpsft.comparison.comparison_figures import figures
+from qpsft.comparison.comparison_report import report_page
+from qpsft.comparison.row_coverage import unseen_share
+from qpsft.comparison.verdict import render
+from qpsft.errors import RecipeError, TrainingError
 
 
 def scores(spec):
@@ -145,6 +153,122 @@ def test_choose_rate():
     assert choose_rate({1e-3: [0.5, 0.7], 2e-3: [0.9, 0.1]}, 1) == 1e-3
     assert choose_rate({1e-3: [0.5, 0.7], 2e-3: [0.9, 0.1]}, -1) == 2e-3
     assert choose_rate({4e-3: [0.5], 1e-3: [0.5]}, 1) == 1e-3
+    for sign in (1, -1):  # NaN or infinite: training diverged
+        assert choose_rate({1e-3: [math.nan, 0.9], 2e-3: [0.1, 0.1], 4e-3: [math.inf]}, sign) == 2e-3
+
+
+# ---- rows that visits leave no time for ----
+
+VISITS = {"reference_steps": 8, "num_iterations": 4, "sft_warmup_steps": 8}
+
+
+def trainer_options(**changes):
+    options = {"train_batch_size": 16, "gradient_accumulation_steps": 1, "max_steps": -1, "packing": False}
+    return SimpleNamespace(**(options | changes))
+
+
+@pytest.mark.parametrize(
+    ("method", "epochs", "changes", "expected"),
+    [
+        (VISITS, 2, {}, 0.392),  # 126 steps: 8 + 3 × 8 + ⌈22 / 4⌉ = 38 mini-batches of 16 rows, of 1,000
+        (VISITS, 4, {}, 0.0),
+        ({}, 2, {}, 0.0),
+        ({"reference_steps": 8, "num_iterations": 1}, 2, {}, 0.0),
+        ({}, 0.5, {}, 1 - 32 * 16 / 1000),
+        (VISITS, 2, {"max_steps": 40}, 1 - 16 * 16 / 1000),  # 8 + 32 / 4 mini-batches
+        (VISITS, 2, {"train_batch_size": 4, "gradient_accumulation_steps": 4}, 0.392),
+        (VISITS, 2, {"packing": True, "max_length": 64}, 1 - (8 + 6) * 16 / 250),  # 250 pieces, 32 steps
+    ],
+)
+def test_unseen_share_by_hand(method, epochs, changes, expected):
+    rows = Dataset.from_dict({"input_ids": [[1] * 16] * 1000})
+    assert unseen_share(method, trainer_options(**changes), epochs, rows) == pytest.approx(expected)
+
+
+def test_rows_that_an_arm_never_saw_are_told_before_and_after(tmp_path, fake):
+    runs = fake()
+    said = []
+
+    def told(spec):
+        said.append([str(one.message) for one in caught])
+        return scores(spec)
+
+    runs.scores = told
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = compare(write_recipe(tmp_path), ["--dataset_limit=64"], arms="sft,sft_blocks,psft,psft_visits")
+    # 32 steps: 2 of warm-up and 4 blocks of 2 mini-batches, of 16
+    line = "sft_blocks and psft_visits saw 62% of the rows, since each is visited 4 times: --epochs 4 shows them all."
+    assert [one for one in said[0] if "rows" in one] == [line]
+    assert line in " ".join(render(found).split())
+    record = json.loads((tmp_path / "comparison/comparison.json").read_text())["arms"]
+    assert {name: arm["unseen_share"] for name, arm in record.items()} == {
+        "sft": 0, "sft_blocks": 0.375, "psft": 0, "psft_visits": 0.375,
+    }  # fmt: skip
+    assert "several visits, one block of SFT first, learning rate 0.002 (62% of the rows)" in report_page(found, {})
+    four = compare(write_recipe(tmp_path), ["--dataset_limit=64"], arms="sft,psft_visits", epochs=4)
+    assert "of the rows, since" not in render(four)
+
+
+# ---- learning rates that diverge ----
+
+GRID = {"arms": "sft,sft_matched,psft", "tune": True, "learning_rates": [1e-3, 2e-3, 4e-3]}
+
+
+def test_a_rate_that_diverges_is_the_worst_and_the_others_are_compared(tmp_path, fake):
+    # psft's best rate is 4e-3; one of its two seeds diverges there
+    runs = fake(diverges=lambda spec: "psft-lr4e-3-seed4" in spec.label)
+    found = compare(write_recipe(tmp_path), **GRID)
+    assert found.arms["psft"].learning_rate == 2e-3
+    assert len(runs.specs) == 1 + 12  # every run of the grid is done all the same
+    record = json.loads((tmp_path / "comparison/comparison.json").read_text())["arms"]["psft"]
+    assert record["tuning"] == {"0.001": pytest.approx(0.87), "0.002": pytest.approx(0.88), "0.004": None}
+    assert record["grid"]["0.004"]["4"]["diverged"]["step"] == 6 and "diverged" not in record["grid"]["0.004"]["3"]
+    runs = fake()
+    assert compare(write_recipe(tmp_path), **GRID).reused == 13 and not runs.specs
+
+
+def test_a_rate_that_diverges_is_told_in_table_figure_and_verdict(tmp_path, fake):
+    fake(diverges=lambda spec: spec.learning_rate == 4e-3)
+    found = compare(write_recipe(tmp_path), **GRID)
+    text = " ".join(render(found).split()).replace("· ", "")
+    assert "psft .870 .880 diverged" in text
+    line = (
+        "psft: training diverged at learning rate 0.004 (2 of 2 seeds, at optimizer step 6), so it counts as the worst."
+    )
+    assert line in text
+    drawn = {name: value for name, value in figures(found).items() if name == "tuning"}
+    assert "a cross at the bottom: training diverged" in drawn["tuning"][0]
+    (axes,) = drawn["tuning"][1].axes
+    assert [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "x"] == [4e-3] * 2
+    assert "<td>diverged</td>" in report_page(found, {})
+
+
+def test_a_run_at_a_chosen_rate_that_diverges_ends_the_comparison(tmp_path, fake):
+    # the third seed has no part in the choice
+    runs = fake(diverges=lambda spec: "psft-lr4e-3-seed5" in spec.label)
+    counts = []
+    for _ in range(2):
+        with pytest.raises(
+            TrainingError, match="psft-lr4e-3-seed5 diverged.*: Training stopped at .* step 6"
+        ) as caught:
+            compare(write_recipe(tmp_path), **GRID, seeds=3)
+        assert "--learning_rates" in caught.value.todo
+        counts.append(len(runs.specs))
+    assert counts[0] == counts[1]  # what is known to diverge is not trained once more
+
+
+def test_a_rate_taken_over_that_diverges_ends_the_comparison_before_more_runs(tmp_path, fake):
+    runs = fake(diverges=lambda spec: "nll-lr4e-3" in spec.label)  # sft_matched takes psft's
+    with pytest.raises(TrainingError, match="nll-lr4e-3-seed3 diverged"):
+        compare(write_recipe(tmp_path), **GRID, seeds=3)
+    assert len(runs.specs) == 1 + 12
+
+
+def test_when_every_rate_diverges_it_says_so(tmp_path, fake):
+    fake(diverges=lambda spec: spec.method["loss_type"] == "nll")
+    with pytest.raises(TrainingError, match=r"sft diverged at every learning rate of the grid \(0.001, 0.002, 0.004\)"):
+        compare(write_recipe(tmp_path), **GRID)
 
 
 def test_known_rates_are_taken(tmp_path, fake):

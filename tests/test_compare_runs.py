@@ -18,6 +18,7 @@ from qpsft.comparison import noise_study
 from qpsft.comparison.compare_options import load_comparison
 from qpsft.comparison.compared_data import load_data
 from qpsft.comparison.compared_evaluation import EpochEvaluation, undisturbed
+from qpsft.comparison.compared_run import RunSpec, do_run, read_result
 from qpsft.comparison.comparison_report import write_report
 from qpsft.config import PSFTConfig
 from qpsft.console import read_metrics
@@ -73,6 +74,18 @@ def test_what_is_written(compared):
     assert not list(folder.glob("results/*/training"))
     for name in ("curves", "frontier", "training"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_real_run_that_diverges_leaves_a_result_that_says_so(tmp_path):
+    recipe, options = load_comparison(write_recipe(tmp_path), [], {})
+    setting = make_setting(recipe, options, prepare(recipe))
+    spec = RunSpec({"loss_type": "nll"}, 1e30, 3, 1.0)
+    result = do_run(spec, setting, tmp_path / "results")
+    assert result["diverged"]["step"] == 2  # the first step's update came from finite numbers
+    assert result["diverged"]["error"].startswith("Training stopped at optimizer step 2 on training rows ")
+    kept = read_result(spec, setting, tmp_path / "results")
+    assert kept["points"] == result["points"] == [] and kept["diverged"] == result["diverged"]
+    assert not list((tmp_path / "results").glob("*/training"))
 
 
 @pytest.mark.slow

@@ -190,8 +190,8 @@ def queue(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(run_queue, "ProcessPoolExecutor", lambda jobs, context, start: ThreadPoolExecutor(jobs))
 
-    def make(jobs, seconds):
-        found = RunQueue(setting, tmp_path / "results", jobs, clock[0] + seconds)
+    def make(jobs, seconds, run_seconds=0.0):
+        found = RunQueue(setting, tmp_path / "results", jobs, clock[0] + seconds, run_seconds)
         found.expect(9)
         return found
 
@@ -221,6 +221,29 @@ def test_several_at_a_time_are_all_kept_when_time_is_up(queue):
     with queue(2, 1000.0) as runs:
         assert set(runs.do(SPECS)) == set(SPECS) and runs.reused == begun
     assert len(queue.runs) == 5
+
+
+@pytest.mark.parametrize("jobs", [1, 4])
+def test_before_the_first_run_is_done_the_callers_estimate_counts(queue, jobs):
+    with queue(jobs, 39.0, run_seconds=40.0) as runs, pytest.raises(TimeUp):
+        runs.do(SPECS)
+    assert not queue.runs
+    with queue(1, 41.0, run_seconds=40.0) as runs, pytest.raises(TimeUp):
+        runs.do(SPECS)
+    assert len(queue.runs) == 4  # the first took ten seconds, so the fourth, begun after 30, is done in time
+
+
+@pytest.mark.parametrize("jobs", [1, 4])
+def test_before_the_first_run_is_done_kept_ones_say_how_long_it_takes(queue, jobs):
+    with queue(1, 1000.0) as runs:
+        runs.do(SPECS[:1])  # it says that it took two seconds
+    expected = 2.0 + run_queue.STARTING
+    with queue(jobs, expected - 1, run_seconds=500.0) as runs, pytest.raises(TimeUp):
+        runs.do(SPECS)
+    assert len(queue.runs) == 1
+    with queue(1, expected + 1, run_seconds=500.0) as runs, pytest.raises(TimeUp):
+        runs.do(SPECS)
+    assert len(queue.runs) > 1
 
 
 def test_when_time_is_up_before_the_first_run_none_is_begun(queue):

@@ -88,6 +88,7 @@ FLOORS = [
         "comparison.compared_run",
         "comparison.run_queue",
         "comparison.paired",
+        "comparison.row_coverage",
     }
     | {
         "comparison.results",

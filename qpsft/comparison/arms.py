@@ -1,4 +1,8 @@
-"""What is compared: each arm is a method, and every arm takes the same base, rows, mini-batches and optimizer steps."""
+"""What is compared: each arm is a method.
+
+Every arm starts from the same base, is offered the same rows, shuffled alike, and takes as many optimizer steps. Arms
+with several visits go through the rows in another order, and may see fewer of them (`qpsft.comparison.row_coverage`).
+"""
 
 from __future__ import annotations
 

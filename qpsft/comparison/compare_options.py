@@ -31,7 +31,7 @@ class CompareOptions:
     arms: list[str] | None = _option(
         None, f"Arms, separated by commas. Unset: {','.join(DEFAULT_ARMS)}; with --noise {','.join(NOISE_ARMS)}."
     )
-    seeds: int = _option(5, "Runs per arm. Seed i of each arm has the same initial adapter and order of the rows.")
+    seeds: int = _option(5, "Runs per arm. Seed i of each arm has the same initial adapter and shuffled rows.")
     epochs: float | None = _option(
         None, f"Epochs of every run. Unset: the recipe's num_train_epochs, or {DEFAULT_EPOCHS} if it has none."
     )

@@ -33,6 +33,7 @@ from qpsft.comparison.compared_data import ComparedData
 from qpsft.comparison.compared_evaluation import EpochEvaluation, Measurement, measure, rounded
 from qpsft.config import PSFTConfig
 from qpsft.console import ConsoleCallback, read_metrics
+from qpsft.errors import DivergedError
 from qpsft.model_card import package_versions
 from qpsft.recipe import COMMON_TRAINER_OPTIONS, LoraArguments, ModelArguments, Recipe
 from qpsft.trainer import PSFTTrainer
@@ -178,10 +179,11 @@ def do_run(spec: RunSpec, setting: Setting, results: Path) -> dict[str, Any]:
 
     Returns:
         `identity`, `label`, `points` (`epoch`, `step`, `metrics`), `log` (lines of training), `completions` of the last
-        point, `seconds` (`training`, `evaluation`), `versions` and `machine`.
+        point, `seconds` (`training`, `evaluation`), `versions` and `machine`. Of a run that diverged also `diverged`
+        (`step`, `error`); its `points` end there.
 
     Raises:
-        QpsftError: as training and evaluating do.
+        QpsftError: as training and evaluating do, but for DivergedError: the next attempt would diverge too.
     """
     folder = spec.folder(setting, results)
     started = time.perf_counter()
@@ -268,10 +270,14 @@ def _train(spec: RunSpec, setting: Setting, model: Any, tokenizer: Any, folder: 
     trainer = make_run_trainer(spec, setting, model, tokenizer, folder)
     watch = EpochEvaluation(tokenizer, setting.data, setting.how, spec.label)
     trainer.add_callback(watch)
+    diverged = {}
     started = time.perf_counter()
-    trainer.train()
+    try:
+        trainer.train()
+    except DivergedError as error:
+        diverged["diverged"] = {"step": error.step, "error": error.what}
     seconds = time.perf_counter() - started - watch.seconds
-    return {
+    return diverged | {
         "points": watch.points,
         "log": _thinned([line for line in read_metrics(folder / runs.METRICS) if "nll" in line]),
         "completions": watch.completions,

@@ -42,7 +42,10 @@ def figures(comparison: Comparison) -> dict[str, tuple[str, Figure]]:
         )
     found["training"] = ("While training, mean over seeds.", _training(comparison))
     if any(arm.grid for arm in comparison.arms.values()):
-        found["tuning"] = ("Validation score by learning rate; the chosen rate has a ring.", _tuning(comparison))
+        found["tuning"] = (
+            "Validation score by learning rate; the chosen rate has a ring, a cross at the bottom: training diverged.",
+            _tuning(comparison),
+        )
     return found
 
 
@@ -171,10 +174,14 @@ def _training(comparison: Comparison) -> Figure:
 def _tuning(comparison: Comparison) -> Figure:
     figure, (axes,) = _new(1)
     figure.set_size_inches(6.0, 4.2)
-    for arm in comparison.arms.values():
-        table = {float(rate): score for rate, score in tuning_table(arm).items()}
+    for number, arm in enumerate(comparison.arms.values()):
+        every = {float(rate): score for rate, score in tuning_table(arm).items()}
+        table = {rate: score for rate, score in every.items() if score is not None}
         if not table:
             continue
+        for rate in every.keys() - table.keys():  # one above the other, where several arms diverged
+            style = {"color": STYLES[arm.name]["color"], "marker": "x", "transform": axes.get_xaxis_transform()}
+            axes.plot([rate], [0.03 + 0.04 * number], **style, markersize=7, linestyle="none")
         axes.plot(list(table), list(table.values()), label=arm.name, **STYLES[arm.name])
         chosen = arm.learning_rate
         axes.plot(chosen, table[chosen], "o", markersize=13, markerfacecolor="none", markeredgecolor="0.3")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpsft.comparison.comparison_figures import as_svg, figures
-from qpsft.comparison.results import Comparison, describe_metric, format_mean, format_value, tuning_table
-from qpsft.comparison.verdict import METHOD, difference_rows, overlap_lines, table_rows, verdict
+from qpsft.comparison.results import Comparison, describe_metric, format_mean, format_value
+from qpsft.comparison.verdict import METHOD, difference_rows, overlap_lines, table_rows, tuning_rows, verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,8 +23,8 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { line-height: 1.2; } h2 { margin-top: 2.2rem; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #8886; vertical-align: top; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .5rem; text-align: right; border-bottom: 1px solid #8886; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; }
 td { white-space: nowrap; } .texts td { white-space: pre-wrap; text-align: left; overflow-wrap: anywhere; }
 .texts th { text-align: left; }
@@ -49,12 +49,14 @@ def report_page(comparison: Comparison, drawn: Mapping[str, tuple[str, Figure]])
     epochs = max(run["points"][-1]["epoch"] for arm in comparison.arms.values() for run in arm.runs.values())
     what = "".join(
         f"<li><b>{escape(arm.name)}</b>: {escape(arm.what)}, learning rate {arm.learning_rate:g}"
-        f"{'' if arm.has_own_rate else ' (taken over)'}</li>"
+        f"{'' if arm.has_own_rate else ' (taken over)'}"
+        f"{f' ({1 - arm.unseen_share:.0%} of the rows)' if arm.unseen_share else ''}</li>"
         for arm in comparison.arms.values()
     )
     parts = [
         f"<h1>{escape(comparison.name)}: {escape(', '.join(comparison.arms))}</h1>",
-        f"<p>{seeds} seeds, {epochs:g} epochs, the same base, rows and optimizer steps for every arm.</p>",
+        f"<p>{seeds} seeds, {epochs:g} epochs. Every arm starts from the same base, is offered the same rows and takes "
+        "as many optimizer steps.</p>",
         f"<ul>{what}</ul>",
         "<h2>Verdict</h2>",
         bullets(verdict(comparison)),
@@ -122,12 +124,9 @@ def _sets(comparison: Comparison) -> list[str]:
 
 
 def _tuning(comparison: Comparison) -> list[str]:
-    tuned = {arm.name: tuning_table(arm) for arm in comparison.arms.values() if arm.grid}
-    if not tuned:
+    if not any(arm.grid for arm in comparison.arms.values()):
         return []
-    unit = describe_metric("validation", comparison.metric).unit
-    rows = [["validation score", *next(iter(tuned.values()))]]
-    rows += [[name, *(format_value(value, unit) for value in scores.values())] for name, scores in tuned.items()]
+    rows = tuning_rows(comparison, "validation score")
     return ["<h2>Choice of the learning rate, on validation rows only</h2>", table(rows)]
 
 

@@ -64,6 +64,7 @@ class ArmResult:
         has_own_rate: False: it takes another arm's.
         runs: seed -> result of the run at `learning_rate`.
         grid: learning rate -> seed -> result; of tuned arms, else empty.
+        unseen_share: share of the training rows that its runs never reach.
     """
 
     name: str
@@ -72,6 +73,7 @@ class ArmResult:
     has_own_rate: bool
     runs: dict[int, dict[str, Any]] = field(repr=False)
     grid: dict[float, dict[int, dict[str, Any]]] = field(default_factory=dict, repr=False)
+    unseen_share: float = 0.0
 
     def last(self, name: str) -> dict[int, float]:
         """A metric at the last epoch, by seed; empty if it was not measured."""
@@ -194,11 +196,12 @@ class Comparison:
                     "what": arm.what,
                     "learning_rate": arm.learning_rate,
                     "has_own_rate": arm.has_own_rate,
+                    "unseen_share": arm.unseen_share,
                     "last_epoch": {metric: _summary(arm.last(metric)) for metric in self.columns()},
                     "tuning": tuning_table(arm),
                     "runs": {seed: _run_record(run) for seed, run in arm.runs.items()},
                     "grid": {
-                        f"{rate:g}": {seed: {"points": run["points"]} for seed, run in runs.items()}
+                        f"{rate:g}": {seed: _grid_record(run) for seed, run in runs.items()}
                         for rate, runs in arm.grid.items()
                         if rate != arm.learning_rate
                     },
@@ -241,13 +244,19 @@ def _run_record(run: Mapping[str, Any]) -> dict[str, Any]:
     return {name: run[name] for name in ("label", "points", "log", "seconds")}
 
 
-def tuning_table(arm: ArmResult) -> dict[str, float]:
-    """Learning rate -> mean validation score at the last epoch, over the seeds of the whole grid."""
+def _grid_record(run: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: run[name] for name in ("points", "diverged") if name in run}
+
+
+def tuning_table(arm: ArmResult) -> dict[str, float | None]:
+    """Learning rate -> mean validation score at the last epoch, over the seeds of the whole grid; None: it diverged."""
     if not arm.grid:
         return {}
     seeds = set.intersection(*(set(runs) for runs in arm.grid.values()))
     return {
-        f"{rate:g}": statistics.fmean(runs[seed]["points"][-1]["metrics"]["validation"] for seed in seeds)
+        f"{rate:g}": None
+        if any("diverged" in runs[seed] for seed in seeds)
+        else statistics.fmean(runs[seed]["points"][-1]["metrics"]["validation"] for seed in seeds)
         for rate, runs in arm.grid.items()
     }
 

@@ -14,10 +14,12 @@ from typing import Any
 from tqdm import tqdm
 
 from qpsft.comparison.compared_run import RunSpec, Setting, do_run, read_result
-from qpsft.errors import TrainingError
+from qpsft.errors import DivergedError, TrainingError
 from qpsft.quiet import quiet_worker
 
 Result = dict[str, Any]
+STARTING = 30.0
+"""Seconds for a process that starts and loads the base, which a kept result's `seconds` leave out."""
 
 
 class TimeUp(Exception):
@@ -30,17 +32,22 @@ class RunQueue:
     Args:
         deadline: a moment of `time.monotonic()`: no run is begun that would not be done by then, going by the longest
             so far; then `do` raises TimeUp.
+        run_seconds: how long a run is taken to last while none has been done, neither now nor before.
 
     Attributes:
         reused, done: how many results were found, and how many were made.
     """
 
-    def __init__(self, setting: Setting, results: Path, jobs: int, deadline: float = math.inf):
+    def __init__(
+        self, setting: Setting, results: Path, jobs: int, deadline: float = math.inf, run_seconds: float = 0.0
+    ):
         self.setting = setting
         self.reused = 0
         self.done = 0
         self._deadline = deadline
-        self._longest = 0.0
+        self._run_seconds = run_seconds
+        self._longest = 0.0  # of the runs done now
+        self._longest_kept = 0.0
         self._results = results
         self._jobs = jobs
         self._pool: ProcessPoolExecutor | None = None
@@ -66,8 +73,11 @@ class RunQueue:
             self._bar.close()
         self._bar = tqdm(total=runs, unit="run", disable=None, leave=False)
 
-    def do(self, specs: Sequence[RunSpec]) -> dict[RunSpec, Result]:
+    def do(self, specs: Sequence[RunSpec], *, may_diverge: bool = False) -> dict[RunSpec, Result]:
         """The results of these runs, made or found. Specs that come to the same run share it.
+
+        Args:
+            may_diverge: results that say `diverged` are results too; False: they are errors.
 
         Raises:
             TimeUp: see `deadline`. QpsftError: a run fails.
@@ -77,31 +87,36 @@ class RunQueue:
             by_key.setdefault(spec.key(self.setting), []).append(spec)
         missing = []
         for key, same in by_key.items():
-            if key in self._cache:
-                self._advance(len(same))
-                continue
-            result = read_result(same[0], self.setting, self._results)
+            result = self._cache.get(key)
+            if result is None:
+                result = read_result(same[0], self.setting, self._results)
+                self.reused += result is not None
+                if result is not None and same[0].method:
+                    self._longest_kept = max(self._longest_kept, sum(result["seconds"].values()))
             if result is None:
                 missing.append((key, same))
             else:
-                self.reused += 1
-                self._keep(key, same, result)
+                self._keep(key, same, result, may_diverge)
         if self.reused and missing and not self.done:
             tqdm.write(f"{self.reused} runs are reused, {len(missing)} to do next")
         for key, same, result in self._work(missing):
             self.done += 1
             self._trained += bool(same[0].method)
-            self._keep(key, same, result)
+            self._keep(key, same, result, may_diverge)
             tqdm.write(self._line(result))
         return {spec: self._cache[key] for key, same in by_key.items() for spec in same}
 
-    def _keep(self, key: str, same: list[RunSpec], result: Result) -> None:
+    def _keep(self, key: str, same: list[RunSpec], result: Result, may_diverge: bool) -> None:
+        if "diverged" in result and not may_diverge:
+            raise DivergedError(
+                f"{same[0].label} diverged, and its learning rate is compared: {result['diverged']['error']}",
+                "Lower that rate (--learning_rate or --arm_rates), or leave it out of --learning_rates. To try this "
+                f"run again, remove {same[0].folder(self.setting, self._results)}.",
+                result["diverged"]["step"],
+            )
         self._cache[key] = result
-        self._advance(len(same))
-
-    def _advance(self, runs: int) -> None:
-        self._left -= runs  # a bar that nobody watches does not count
-        self._bar.update(runs)
+        self._left -= len(same)  # a bar that nobody watches does not count
+        self._bar.update(len(same))
 
     def _work(self, missing: list[tuple[str, list[RunSpec]]]) -> Iterator[tuple[str, list[RunSpec], Result]]:
         if self._jobs == 1:
@@ -144,11 +159,16 @@ class RunQueue:
                 yield key, same, result
 
     def _is_time_left(self) -> bool:
-        return time.monotonic() + self._longest < self._deadline
+        if self._longest:
+            expected = max(self._longest, self._longest_kept)
+        else:
+            expected = self._longest_kept + STARTING if self._longest_kept else self._run_seconds
+        return time.monotonic() + expected < self._deadline
 
     def _line(self, result: Result) -> str:
-        metrics, seconds = result["points"][-1]["metrics"], result["seconds"]
-        scores = [
+        metrics, seconds = result["points"][-1]["metrics"] if result["points"] else {}, result["seconds"]
+        diverged = [f"diverged at step {result['diverged']['step']}"] if "diverged" in result else []
+        scores = diverged or [
             f"{name.replace('_', ' ')} {metrics[name]:.3f}"
             for name in ("in_domain", "out_of_domain")
             if name in metrics

@@ -15,11 +15,13 @@ from qpsft.comparison.results import (
     format_value,
     tuning_table,
 )
+from qpsft.comparison.row_coverage import coverage_notes
 
 METHOD = (
     "± behind a mean is the standard deviation over seeds; ± behind a difference is half its 95 % t interval over "
-    "seeds, paired: both sides have the same initial adapter, rows and order at each seed. Intervals hold for these "
-    "test rows and are not corrected for the number of comparisons. "
+    "seeds, paired: at each seed both sides have the same initial adapter, are offered the same rows, shuffled alike, "
+    "and take as many optimizer steps; arms with several visits go through them in another order. Intervals hold for "
+    "these test rows and are not corrected for the number of comparisons. "
     "Equal in-domain score: at each seed the level is the highest that both sides reach in any epoch. Each side's "
     "out-of-domain score there is read from its frontier, the epochs that none of its other epochs beats in both "
     "scores, joined by straight lines; a side that never was below the level counts with its best epoch."
@@ -76,7 +78,13 @@ def verdict(comparison: Comparison) -> list[str]:
             lines.append(f"{treatment} and {control} are the same runs here: one method at one learning rate.")
             continue
         lines += _pair_verdict(comparison, treatment, control)
-    return lines + _edge_notes(comparison) + _completion_notes(comparison)
+    return (
+        lines
+        + _coverage_notes(comparison)
+        + _divergence_notes(comparison)
+        + _edge_notes(comparison)
+        + _completion_notes(comparison)
+    )
 
 
 def _pair_verdict(comparison: Comparison, treatment: str, control: str) -> list[str]:
@@ -117,6 +125,29 @@ MANY = 0.25
 
 def _signed(found: Difference, sign: int) -> Difference:
     return Difference(sign * found.mean, found.half_width, found.n)
+
+
+def _coverage_notes(comparison: Comparison) -> list[str]:
+    """Arms that never saw all rows."""
+    methods = comparison.settings.get("methods", {})
+    unseen = {name: arm.unseen_share for name, arm in comparison.arms.items()}
+    visits = {name: methods.get(name, {}).get("num_iterations", 1) for name in unseen}
+    max_steps = comparison.settings.get("training", {}).get("max_steps", -1)
+    return coverage_notes(unseen, visits, max_steps=max_steps)
+
+
+def _divergence_notes(comparison: Comparison) -> list[str]:
+    """Arms and learning rates of the grid at which training diverged."""
+    notes = []
+    for arm in comparison.arms.values():
+        for rate, runs in sorted(arm.grid.items()):
+            steps = [run["diverged"]["step"] for run in runs.values() if "diverged" in run]
+            if steps:
+                notes.append(
+                    f"{arm.name}: training diverged at learning rate {rate:g} ({len(steps)} of {len(runs)} seeds, at "
+                    f"optimizer step {', '.join(map(str, sorted(set(steps))))}), so it counts as the worst."
+                )
+    return notes
 
 
 def _edge_notes(comparison: Comparison) -> list[str]:
@@ -199,6 +230,16 @@ def difference_rows(comparison: Comparison) -> list[list[str]]:
     return rows
 
 
+def tuning_rows(comparison: Comparison, title: str) -> list[list[str]]:
+    """Validation scores of the tuned arms: a header with the grid, and one row per arm."""
+    tuned = {name: tuning_table(arm) for name, arm in comparison.arms.items() if arm.grid}
+    unit = describe_metric("validation", comparison.metric).unit
+    rows = [[title, *next(iter(tuned.values()))]]
+    for name, scores in tuned.items():
+        rows.append([name, *("diverged" if s is None else format_value(s, unit) for s in scores.values())])
+    return rows
+
+
 def _matched_cell(comparison: Comparison, treatment: str, control: str) -> str:
     found = comparison.matched(treatment, control)
     if found is None or not comparison.is_learned(found[0]):
@@ -221,13 +262,9 @@ def _difference_cell(found: Difference | None, unit: str) -> str:
 def render(comparison: Comparison) -> str:
     """The comparison as text: table, differences, verdict, and what the numbers mean."""
     parts = [*aligned(table_rows(comparison)), "", *aligned(difference_rows(comparison)), ""]
-    tuned = {name: tuning_table(arm) for name, arm in comparison.arms.items() if arm.grid}
-    if tuned:
+    if any(arm.grid for arm in comparison.arms.values()):
         kind = describe_metric("validation", comparison.metric).title
-        rows = [[f"{kind} by learning rate", *next(iter(tuned.values()))]]
-        unit = describe_metric("validation", comparison.metric).unit
-        rows += [[name, *(format_value(value, unit) for value in table.values())] for name, table in tuned.items()]
-        parts += [*aligned(rows), ""]
+        parts += [*aligned(tuning_rows(comparison, f"{kind} by learning rate")), ""]
     for line in [*verdict(comparison), *overlap_lines(comparison), METHOD]:
         parts += textwrap.wrap(line, 110, initial_indent="· ", subsequent_indent="  ", break_on_hyphens=False)
     return "\n".join(parts)
