@@ -336,8 +336,7 @@ class PSFTTrainer(SFTTrainer):
             resume_from_checkpoint = str(found)
         self._start_over()
         with self._attention():
-            on_device = self.model.device.type == self.args.device.type  # FSDP moves other models later
-            if self.args.packing and on_device:
+            if self.args.packing and self.model.device.type == self.args.device.type:  # FSDP moves others later
                 check_packing(self.model, self.data_collator, next(iter(self.train_dataset))["input_ids"])
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -365,9 +364,8 @@ class PSFTTrainer(SFTTrainer):
         if self.args.loss_type == "psft":
             reference = self.reference.state_dict() if self.reference else None
             scores = self._scores if self.args.reference == "snapshot" else self._last_visit.state_dict()
-            resume.save_psft_state(
-                folder, self.args.process_index, reference if self.args.should_save else None, scores
-            )
+            reference = reference if self.args.should_save else None
+            resume.save_psft_state(folder, self.args.process_index, reference, scores)
         num_tokens = self._statistics.tokens_so_far(self.accelerator)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
