@@ -40,7 +40,7 @@ HERE = Path(__file__).resolve().parent
 RECIPE = HERE.parent / "adapters" / "demo-noisy"
 OUTPUT = HERE / "results" / "rl_start"
 EVIDENCE = HERE / "results" / "evidence" / "noisy" / "comparison.json"
-ARMS = "sft,sft_matched,sft_blocks,psft,psft_visits"
+ARMS = "sft,sft_matched,sft_blocks,dft,psft,psft_visits"
 RATES = "3e-4,3e-3"
 PROMPTS_SEED = 1
 """Of the problems RL is trained on; the demonstrations have 0."""
