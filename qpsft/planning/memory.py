@@ -13,6 +13,8 @@ from qpsft.planning.skeleton import WeightBytes
 FRAGMENTATION = 0.1
 """Allowance, as a share of what comes and goes: torch's allocator cannot fill every gap between blocks."""
 
+OF_ACTIVATIONS = ("saved activations", "layer working set", "dequantization buffers", "LM-head tile", "scoring pass")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -62,7 +64,7 @@ class Memory:
 
 
 def add_up(weights: WeightBytes, optimizer: OptimizerBytes, activations: Activations, settings: Settings) -> Memory:
-    """The parts of a run and the phases of its steps."""
+    """The parts of a run and the phases of its steps; without what activations need, where they are not known."""
     training, adapter = activations.training, weights.adapter
     on_device = settings.reference == "device"
     parts = {
@@ -102,7 +104,10 @@ def add_up(weights: WeightBytes, optimizer: OptimizerBytes, activations: Activat
         "backward": layers,
         "optimizer step": held + gradients + optimizer.step,
     }
-    if activations.score_batch is not None:
+    if not activations.known:
+        phases = {"optimizer step": phases["optimizer step"]}
+        parts = {name: size for name, size in parts.items() if name not in OF_ACTIVATIONS}
+    elif activations.score_batch is not None:
         phases["scoring pass"] = held + parts["scoring pass"]
     context = CONTEXT if settings.cuda else 0
     fragmentation = round(FRAGMENTATION * (max(phases.values()) - held))

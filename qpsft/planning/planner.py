@@ -71,6 +71,7 @@ class Planner:
         }
         self._optimizers: dict[tuple, OptimizerBytes] = {}
         self._measured: dict[tuple, Activations] = {}
+        self._why_unknown = ""
 
     def _build(self, config: Any, tiled: bool) -> Any:
         return build_skeleton(
@@ -89,7 +90,6 @@ class Planner:
             free_bytes: of the card before anything is loaded, by which the reference is placed; None: not known.
 
         Raises:
-            BaseModelError: the model's code cannot be run on the meta device.
             RecipeError: there is no longest row.
         """
         args = recipe.trainer
@@ -106,6 +106,11 @@ class Planner:
             training = max(activations.training, shorter.training, key=lambda training: training.peak)
             scoring = max(activations.scoring, shorter.scoring)
             activations = dataclasses.replace(activations, training=training, scoring=scoring)
+        if not activations.known:
+            notes.append(
+                f"what activations of a {self.shape.config.model_type} model need is not known here "
+                f"({self._why_unknown}): train a few steps with --max_steps and watch the memory"
+            )
         optimizer = self._optimizer(args)
         if not optimizer.known:
             notes.append(f"{_name(args.optim)} is not known here: two float32 numbers per trained weight are assumed")
@@ -131,11 +136,9 @@ class Planner:
                 self._measured[key] = self._passes[tiled].measure(
                     batch, score_batch, checkpointing=every, offloading=offloading
                 )
-            except Exception as error:  # any architecture's own code runs here
-                raise BaseModelError(
-                    f"The activations of a {self.shape.config.model_type} model cannot be planned: {one_line(error)}",
-                    "Train a few steps with --max_steps and watch the memory.",
-                ) from error
+            except Exception as error:  # any architecture's own code runs here, and all else is counted exactly
+                self._why_unknown = one_line(error)
+                self._measured[key] = Activations.unknown(batch, score_batch)
         return self._measured[key]
 
     def _optimizer(self, args: Any) -> OptimizerBytes:

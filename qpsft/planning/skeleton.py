@@ -78,6 +78,7 @@ def build_skeleton(
 
     Raises:
         BaseModelError: transformers cannot build the model from its config; the adapter's options do not fit it.
+        RecipeError: PEFT refuses them for this architecture.
     """
     base = _build_base(config, model, dtype, trust_remote_code)
     if changes_base(lora.init_lora_weights):
