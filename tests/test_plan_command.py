@@ -1,6 +1,7 @@
 """`qpsft plan` as a user runs it: cards, where the shape comes from, mistakes; and training, which plans first."""
 
 import json
+import re
 import types
 
 import pytest
@@ -11,6 +12,7 @@ from tiny_models import edit_config, save_tiny_model
 from qpsft import cli, plan, run
 from qpsft.config import PSFTConfig
 from qpsft.errors import BaseModelError, RecipeError
+from qpsft.hardware import hardware_of
 from qpsft.plan import make_plan, warn_if_short
 from qpsft.planning.cards import GIB, USABLE, find_card
 from qpsft.planning.memory import OF_ACTIVATIONS
@@ -49,7 +51,10 @@ def test_cards_that_cannot_be_read(text, says, monkeypatch):
 
 
 def fake_cuda(monkeypatch, total: int, free: int | None = None, capability=(8, 6)):
-    card = types.SimpleNamespace(name="A card", total_memory=total, major=capability[0], minor=capability[1])
+    rocm = isinstance(capability, str)
+    major, minor = map(int, re.match(r"gfx(\d+)(\d)[0-9a-f]\b", capability).groups()) if rocm else capability
+    card = types.SimpleNamespace(name="A card", total_memory=total, major=major, minor=minor, gcnArchName=capability)
+    monkeypatch.setattr(torch.version, "hip", "6.4" if rocm else None)
     for name, value in (
         ("is_available", True), ("current_device", 0), ("get_device_properties", card), ("memory_reserved", 0),
         ("mem_get_info", (total if free is None else free, total)),
@@ -68,6 +73,23 @@ def test_memory_that_others_hold_does_not_count(monkeypatch):
 def test_an_old_card_computes_in_float16():
     assert make_plan(recipe_of(), config=LLAMA, card=find_card("T4"))._planner.dtype == torch.float16
     assert make_plan(recipe_of(), config=LLAMA, card=find_card("12GB"))._planner.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "flash"),
+    [("gfx1030", torch.float16, False), ("gfx906:sramecc+:xnack-", torch.float16, False),
+     ("gfx90a:sramecc+:xnack-", torch.bfloat16, True), ("gfx1100", torch.bfloat16, True)],
+)  # fmt: skip
+def test_this_machines_amd_card_computes_as_training_will(monkeypatch, name, dtype, flash):
+    fake_cuda(monkeypatch, 8 * GIB, capability=name)
+    card = find_card("auto")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", list)
+    found, real = make_plan(recipe_of("--max_length=2048"), config=LLAMA, card=card), hardware_of("cuda:0")
+    assert found._planner.dtype == real.compute_dtype == dtype and real.flash_attention == flash
+    cuda = make_plan(recipe_of("--max_length=2048"), config=LLAMA, card=find_card("A100-80GB" if flash else "T4"))
+    scores = 4 * 2048 * 2048 * 2  # of all heads: without a fused kernel they are kept
+    assert (found.parts["layer working set"] - cuda.parts["layer working set"] > scores) == (not flash)
+    assert found.parts["workspaces and rounding"] >= 32 * 2**20
 
 
 # --- where the shape comes from ---

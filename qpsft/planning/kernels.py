@@ -8,6 +8,7 @@ the choice, `flash_attn/flash_api.cpp` and `attention_backward.cu` for the buffe
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers.integrations.sdpa_attention import repeat_kv
+
+from qpsft.hardware import hardware_for
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -34,13 +37,22 @@ class Target:
 
     Attributes:
         device: "cuda" or "cpu".
-        capability: CUDA's (major, minor).
+        capability: CUDA's (major, minor), or ROCm's architecture name.
         autocast: mixed precision's dtype, or None.
     """
 
     device: str
-    capability: tuple[int, int]
+    capability: tuple[int, int] | str
     autocast: torch.dtype | None
+
+    @functools.cached_property
+    def flash_attention(self) -> bool:
+        """Whether torch has such a kernel for it."""
+        return hardware_for(self.device, self.capability).flash_attention
+
+    @property
+    def is_rocm(self) -> bool:
+        return isinstance(self.capability, str)
 
 
 class AsOnTarget(TorchFunctionMode):
@@ -134,7 +146,11 @@ def attention(
             query, key, value, dropout_p, is_causal, attn_mask=mask, scale=scale
         )[0]
     same_size = value.shape[-1] == head_dim  # not so in DeepSeek's latent attention
-    if attn_mask is None and half and target.capability >= (8, 0) and head_dim <= 256 and same_size:
+    if target.is_rocm and not target.flash_attention:  # ROCm's torch has its fused kernels for the same cards
+        return torch.ops.aten._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )[0]
+    if attn_mask is None and half and target.flash_attention and head_dim <= 256 and same_size:
         return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[
             0
         ]

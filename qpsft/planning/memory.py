@@ -22,7 +22,7 @@ class Settings:
 
     Attributes:
         cuda: on a CUDA device, else in the CPU's memory.
-        hopper: compute capability 9 or newer, whose cuBLAS workspace is larger.
+        capability: CUDA's (major, minor), or ROCm's architecture name, by which the BLAS workspace is sized.
         reference: "device", "host" or "none".
         accumulates: more than one micro-batch per optimizer step.
         processes: of DDP.
@@ -31,7 +31,7 @@ class Settings:
     """
 
     cuda: bool
-    hopper: bool
+    capability: tuple[int, int] | str
     reference: str
     accumulates: bool
     processes: int
@@ -117,7 +117,14 @@ def add_up(weights: WeightBytes, optimizer: OptimizerBytes, activations: Activat
 
 
 def _overhead(weights: WeightBytes, settings: Settings, adapter_copies: int) -> int:
-    """cuBLAS's workspace, and what the allocator counts for tensors above their bytes."""
-    workspace = 32 * 2**20 if settings.hopper else 8_519_680  # at::cuda::getChosenWorkspaceSize
+    """The BLAS workspace, and what the allocator counts for tensors above their bytes."""
     adapter = sum(cuda_block(4 * shape.numel()) - 4 * shape.numel() for shape in weights.trainable)
-    return workspace + sum(cuda_block(size) - size for size in weights.sizes) + adapter_copies * adapter
+    weights_of_base = sum(cuda_block(size) - size for size in weights.sizes)
+    return _workspace(settings.capability) + weights_of_base + adapter_copies * adapter
+
+
+def _workspace(capability: tuple[int, int] | str) -> int:
+    """`parseChosenWorkspaceSize` in torch's aten/src/ATen/cuda/CublasHandlePool.cpp."""
+    if isinstance(capability, str):
+        return (128 if capability.startswith(("gfx94", "gfx95")) else 32) * 2**20
+    return 32 * 2**20 if capability >= (9, 0) else 8_519_680

@@ -13,7 +13,7 @@ from qpsft.checkpoint import one_line
 from qpsft.continued_adapter import SAME_OPTIONS
 from qpsft.errors import BaseModelError, RecipeError
 from qpsft.forward import needs_mask
-from qpsft.hardware import DTYPES, pick_dtype
+from qpsft.hardware import DTYPES, hardware_for
 from qpsft.piece_attention import fits
 from qpsft.planning.kernels import HALF, Target
 from qpsft.planning.memory import Memory, Settings, add_up
@@ -46,14 +46,17 @@ class Planner:
         recipe: for the base, its quantization and the adapter.
         shape: of the base.
         device: "cuda" or "cpu".
-        capability: CUDA's (major, minor).
+        capability: CUDA's (major, minor), or ROCm's architecture name.
         processes: of DDP; all numbers are one process's.
 
     Raises:
-        BaseModelError: the model cannot be built from its config, or the adapter's options do not fit it.
+        BaseModelError: the model cannot be built from its config, or the adapter's options do not fit it; the card is
+            too old for bitsandbytes.
     """
 
-    def __init__(self, recipe: Recipe, shape: Shape, *, device: str, capability: tuple[int, int], processes: int = 1):
+    def __init__(
+        self, recipe: Recipe, shape: Shape, *, device: str, capability: tuple[int, int] | str, processes: int = 1
+    ):
         self.shape, self.device, self.capability, self.processes = shape, device, capability, processes
         self.dtype = _compute_dtype(recipe, shape, device, capability)
         self._flash = (recipe.model.attn_implementation or "").startswith("flash")
@@ -118,7 +121,7 @@ class Planner:
             notes.append("FSDP's sharding is not planned: these are the numbers of DDP")
         settings = Settings(
             cuda=self.device == "cuda",
-            hopper=self.capability >= (9, 0),
+            capability=self.capability,
             reference=placement,
             accumulates=args.gradient_accumulation_steps > 1,
             processes=self.processes,
@@ -210,10 +213,10 @@ def _window_bytes(args: Any, batch: Batch) -> int:
     return 3 * 8 * tokens + (4 * tokens * kept if args.loss_type == "psft" else 0)
 
 
-def _compute_dtype(recipe: Recipe, shape: Shape, device: str, capability: tuple[int, int]) -> torch.dtype:
+def _compute_dtype(recipe: Recipe, shape: Shape, device: str, capability: tuple[int, int] | str) -> torch.dtype:
     """As `qpsft.precision.base_dtype`, for a card that need not be here."""
     asked = recipe.model.dtype
-    dtype = pick_dtype(device, capability) if asked == "auto" else DTYPES[asked]
+    dtype = hardware_for(device, capability).compute_dtype if asked == "auto" else DTYPES[asked]
     model_type = overflowing_type(shape.config.to_dict())
     if dtype != torch.float16 or model_type is None:
         return dtype
