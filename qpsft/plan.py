@@ -120,17 +120,26 @@ class MemoryPlan:
 
     @functools.cached_property
     def suggestion(self) -> Suggestion | None:
-        """The cheapest change that makes it fit, planned anew; None when it fits, none was found, or none is known."""
+        """The cheapest change that makes it fit, planned anew; None when it fits, none was found, or none is known.
+
+        Before rows shorter than half of what is asked for comes a smaller model, where one is known that fits.
+        """
         if self.fits is not False or not self.complete:
             return None
         cuda, longest = self._planner.device == "cuda", self._planner.context_length
         with self._trying() as needed:
             found = suggest(self._recipe, needed, self.gpu_bytes, cuda=cuda, longest=longest)
-        for name in smaller_models(self.model) if found is None else []:
+        options = dict(found.options) if found else {}
+        length = options.pop("max_length", None)
+        half = min(self._recipe.trainer.max_length, longest) / 2
+        if found is not None and (length is None or length >= half):
+            return found
+        for name in smaller_models(self.model):
             planner = self._planner.of_another(self._recipe, find_shape(name))
-            need = _needed(planner.measure(self._recipe, self._free))
-            if need <= self.gpu_bytes:
-                return Suggestion({"model_name_or_path": name}, need)
+            for others in [{}, options] if options else [{}]:
+                need = _needed(planner.measure(changed(self._recipe, others), self._free))
+                if need <= self.gpu_bytes:
+                    return Suggestion({"model_name_or_path": name} | others, need)
         return found
 
     @contextlib.contextmanager
