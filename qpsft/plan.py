@@ -51,8 +51,10 @@ class MemoryPlan:
         margin_bytes: the CUDA context and fragmentation, which it does not show.
         gpu_bytes: what there is, or None.
         host_bytes: host memory used for the device's sake.
-        disk_bytes: of "base", "adapter" (with checkpoints), "merge" and "export".
+        disk_bytes: of "base", "adapter" (with checkpoints), "merge", "export" to an f16 GGUF (with the merged model),
+            and "quantized": what a quantized GGUF needs beside that.
         merge_ram_bytes, verify_ram_bytes: of a merge, and of verifying it (on the GPU where there is one).
+        export_ram_bytes: of an export to GGUF, apart from the merge before it.
         length: rows of so many tokens were planned.
         processes: of DDP; every number is one process's.
         complete: activations are among the parts; else all numbers are without them, so a run needs more.
@@ -73,6 +75,7 @@ class MemoryPlan:
     disk_bytes: dict[str, int]
     merge_ram_bytes: int
     verify_ram_bytes: int
+    export_ram_bytes: int
     length: int
     processes: int
     complete: bool
@@ -169,8 +172,8 @@ class MemoryPlan:
         """For JSON."""
         names = (
             "model", "setting", "card", "parts", "phases", "held_bytes", "peak_bytes", "margin_bytes", "needed_bytes",
-            "gpu_bytes", "fits", "host_bytes", "disk_bytes", "merge_ram_bytes", "verify_ram_bytes", "length",
-            "max_length", "processes", "complete", "saved_otherwise", "notes",
+            "gpu_bytes", "fits", "host_bytes", "disk_bytes", "merge_ram_bytes", "verify_ram_bytes", "export_ram_bytes",
+            "length", "max_length", "processes", "complete", "saved_otherwise", "notes",
         )  # fmt: skip
         suggestion = self.suggestion and {"options": self.suggestion.options, "needed_bytes": self.suggestion.needed}
         return {name: getattr(self, name) for name in names} | {"suggestion": suggestion}
@@ -262,6 +265,7 @@ def _plan(recipe: Recipe, planner: Planner, gpu_bytes: int | None, card: str) ->
         disk_bytes=after.disk,
         merge_ram_bytes=after.merge_ram,
         verify_ram_bytes=after.verify_ram,
+        export_ram_bytes=after.export_ram,
         length=args.max_length,
         processes=planner.processes,
         complete=measured.activations.known,

@@ -41,6 +41,7 @@ class WeightBytes:
         sizes: bytes of each frozen tensor.
         parameters: number of the base's weights, quantized ones by the shape they stand for.
         largest: weights in the largest quantized layer.
+        largest_tensor: weights in the largest tensor of all, mostly the embedding.
     """
 
     quantized: int
@@ -50,6 +51,7 @@ class WeightBytes:
     sizes: list[int]
     parameters: int
     largest: int
+    largest_tensor: int
 
     @property
     def adapter(self) -> int:
@@ -204,6 +206,7 @@ def weight_bytes(peft_model: nn.Module) -> WeightBytes:
         sizes=quantized_bytes + constant_bytes + rest_bytes,
         parameters=sum(logical) + sum(t.numel() for t in rest if isinstance(t, nn.Parameter)),
         largest=max(logical, default=0),
+        largest_tensor=max([*logical, *(t.numel() for t in rest)]),
     )
 
 

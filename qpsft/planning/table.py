@@ -84,8 +84,9 @@ def _verdict(plan: MemoryPlan) -> list[str]:
     disk = plan.disk_bytes
     lines += [
         f"disk: base {gib(disk['base'])}, adapter and checkpoints {gib(disk['adapter'])}, merge {gib(disk['merge'])}, "
-        f"GGUF {gib(disk['export'])} GiB",
-        f"RAM to merge: {gib(plan.merge_ram_bytes)}; to verify it, or GPU memory: {gib(plan.verify_ram_bytes)} GiB",
+        f"f16 GGUF with it {gib(disk['export'])}, a quantized one up to {gib(disk['quantized'])} more GiB",
+        f"RAM to merge: {gib(plan.merge_ram_bytes)}; to verify it, or GPU memory: {gib(plan.verify_ram_bytes)}; "
+        f"to export GGUF: {gib(plan.export_ram_bytes)} GiB",
     ]
     return [wrap(line) for line in [*lines, *(f"note: {note}" for note in plan.notes)]]
 
