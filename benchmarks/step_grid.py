@@ -129,23 +129,37 @@ def chosen_arms(names: list[str]) -> dict[str, Arm]:
 # ---- alone: peak memory, and the noise of the ratio ----
 
 
-def peak_memory(base: PreTrainedModel, cell: Cell, arms: dict[str, Arm], device: str) -> tuple[dict[str, int], dict]:
-    """Peak bytes of each arm training by itself, base model included, and `ratio_noise` of PSFT."""
+def peak_memory(
+    base: PreTrainedModel, cell: Cell, arms: dict[str, Arm], device: str
+) -> tuple[dict[str, int | None], dict]:
+    """Peak bytes of each arm training by itself, base model included, and `ratio_noise` of PSFT.
+
+    None for an arm that runs out of memory.
+    """
     peaks, noise = {}, {}
     rows = random_rows(PEAK_STEPS * cell.accumulation * cell.micro_batch, cell.length, base.config.vocab_size)
     for name, arm in arms.items():
         arm = replace(arm, reference_steps=2, num_iterations=1)
-        with tempfile.TemporaryDirectory() as out:
-            config = make_config(name, arm, cell, base.dtype, out, PEAK_STEPS)
-            with memory_meter(device, held_tensors(base)) as meter:
-                trainer = make_trainer(base, config, cell.rank, rows, [])
-                trainer.train()
-                peaks[name] = meter.peak
-            if arm.is_psft and not noise:
-                noise = ratio_noise(trainer)
-        del trainer
+        try:
+            peaks[name], found = _alone(base, cell, name, arm, rows, device, noise=not noise)
+            noise = noise or found
+        except torch.OutOfMemoryError:
+            peaks[name] = None
         clean_up(device)
     return peaks, noise
+
+
+def _alone(
+    base: PreTrainedModel, cell: Cell, name: str, arm: Arm, rows: Any, device: str, *, noise: bool
+) -> tuple[int, dict]:
+    """One arm's peak, and with `noise` the ratio's. Its trainer is gone after."""
+    with tempfile.TemporaryDirectory() as out:
+        config = make_config(name, arm, cell, base.dtype, out, PEAK_STEPS)
+        with memory_meter(device, held_tensors(base)) as meter:
+            trainer = make_trainer(base, config, cell.rank, rows, [])
+            trainer.train()
+            peak = meter.peak
+        return peak, ratio_noise(trainer) if noise and arm.is_psft else {}
 
 
 def ratio_noise(trainer: PSFTTrainer) -> dict[str, float]:
@@ -213,11 +227,19 @@ def measure_times(
 
 
 def measure_cell(base: PreTrainedModel, cell: Cell, arms: dict[str, Arm], device: str) -> dict[str, Any]:
-    """One cell of the grid, as it is kept: {"out_of_memory": True} where it does not fit."""
+    """One cell of the grid, as it is kept.
+
+    `out_of_memory` is True where it does not fit, and names the arms that do not where others do: those take no turns.
+    """
     start = time.perf_counter()
     try:
         alone = {name: arm for name, arm in arms.items() if name in PEAK_ARMS}
         peaks, noise = peak_memory(base, cell, alone, device)
+        short = [name for name, peak in peaks.items() if peak is None]
+        arms = {name: arm for name, arm in arms.items() if name not in short}
+        if not arms:
+            return {**cell.to_dict(), "out_of_memory": True, "cell_seconds": time.perf_counter() - start}
+        peaks = {name: peak for name, peak in peaks.items() if peak is not None}
         measured = measure_times(base, cell, arms, device)
     except torch.OutOfMemoryError:
         return {**cell.to_dict(), "out_of_memory": True, "cell_seconds": time.perf_counter() - start}
@@ -231,6 +253,7 @@ def measure_cell(base: PreTrainedModel, cell: Cell, arms: dict[str, Arm], device
         "arms": measured,
         "peak_bytes": peaks,
         "ratio_noise": noise,
+        **({"out_of_memory": short} if short else {}),
         "goals": [goal.to_dict() for goal in held],
         "cell_seconds": time.perf_counter() - start,
     }
@@ -265,7 +288,8 @@ def _seconds_per_token(measured: dict[str, Any]) -> float:
 
 def report(cell: Cell, measured: dict[str, Any]) -> str:
     """The cell's table and goals, within 80 columns."""
-    if measured.get("out_of_memory"):
+    short = measured.get("out_of_memory", [])
+    if short is True:
         return f"{cell.key}: out of memory"
     lines = [cell.key, f"  {'':<16}{'ms/step':>10}{'tokens/s':>11}{'x nll':>8}{'scoring':>9}{'peak GiB':>10}"]
     nll = measured["arms"].get("nll", {}).get("step_seconds", math.nan)
@@ -276,6 +300,7 @@ def report(cell: Cell, measured: dict[str, Any]) -> str:
             f"{numbers['step_seconds'] / nll:>8.3f}{numbers['scoring_share']:>9.1%}"
             + ("" if peak is None else f"{peak / 2**30:>10.3f}")
         )
+    lines += [f"  {name:<16}out of memory" for name in short]
     if measured["ratio_noise"]:
         noise = measured["ratio_noise"]
         lines.append(f"  |r - 1| at a snapshot: max {noise['max']:.1e}, 99.9 % below {noise['p999']:.1e}")

@@ -32,7 +32,8 @@ import torch
 from torch import Tensor, nn
 
 from qpsft.base_record import quantized_linears, write_base_record
-from qpsft.errors import BaseModelError, OutputError
+from qpsft.checkpoint import one_line
+from qpsft.errors import BaseModelError, OutputError, RecipeError
 from qpsft.recipe import LoraArguments
 
 if TYPE_CHECKING:
@@ -65,15 +66,23 @@ def add_adapter(model: PreTrainedModel, lora: LoraArguments) -> PeftModel:
     Raises:
         BaseModelError: a target or module name that the model does not have (with those it has), the LM head as a
             target, a quantized layer to be trained in full, or an initialisation that does not work on this base.
+        RecipeError: PEFT refuses the options for this architecture, as `out_proj` of a Mamba.
     """
     from peft import get_peft_model
 
     config = lora_config(model, lora)
+    kinds = sorted({name.rpartition(".")[2] for name in linear_names(model)})  # before PEFT's own are among them
     with torch.random.fork_rng(enabled=str(lora.init_lora_weights).startswith("pissa_niter")):
         if str(lora.init_lora_weights).startswith("pissa_niter"):
             # Its SVD is random, and a resumed run must take the same B0·A0 out of the base.
             torch.manual_seed(0)
-        peft_model = get_peft_model(model, config)
+        try:
+            peft_model = get_peft_model(model, config)
+        except ValueError as error:
+            raise RecipeError(
+                f"PEFT puts no adapter with these options on a {model.config.model_type} model: {one_line(error)}",
+                f"Give other lora_target_modules; its linear layers are {', '.join(kinds)}.",
+            ) from error
     train_copies_in_float32(peft_model)
     if changes_base(lora.init_lora_weights):
         peft_model.qpsft_initial_adapter = keep_initial_adapter(peft_model)

@@ -95,6 +95,11 @@ def hardware(backend: str, capability: tuple[int, int] | str | None = None) -> H
     return Hardware(backend, dtype, False, False, (*four_bit, "int8"), backend == "cpu", False)
 
 
+def hardware_for(device_type: str, capability: tuple[int, int] | str) -> Hardware:
+    """As `hardware`, for torch's name of a device: "cuda" with an architecture's name as its capability is ROCm."""
+    return hardware("rocm" if device_type == "cuda" and isinstance(capability, str) else device_type, capability)
+
+
 def hardware_of(device: torch.device | str) -> Hardware:
     """What `device` can do, with the torch that is installed.
 

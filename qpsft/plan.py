@@ -20,9 +20,9 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from qpsft.checkpoint import DEMO, resolve_folder
+from qpsft.checkpoint import DEMO, one_line, resolve_folder
 from qpsft.console import short_number
-from qpsft.errors import QpsftError, RecipeError
+from qpsft.errors import RecipeError
 from qpsft.hardware import pick_device
 from qpsft.planning.after import after_training
 from qpsft.planning.cards import CONTEXT, GIB, USABLE, Card, this_card
@@ -52,10 +52,13 @@ class MemoryPlan:
         margin_bytes: the CUDA context and fragmentation, which it does not show.
         gpu_bytes: what there is, or None.
         host_bytes: host memory used for the device's sake.
-        disk_bytes: of "base", "adapter" (with checkpoints), "merge" and "export".
+        disk_bytes: of "base", "adapter" (with checkpoints), "merge", "export" to an f16 GGUF (with the merged model),
+            and "quantized": what a quantized GGUF needs beside that.
         merge_ram_bytes, verify_ram_bytes: of a merge, and of verifying it (on the GPU where there is one).
+        export_ram_bytes: of an export to GGUF, apart from the merge before it.
         length: rows of so many tokens were planned.
         processes: of DDP; every number is one process's.
+        complete: activations are among the parts; else all numbers are without them, so a run needs more.
         notes: what the plan does not know.
     """
 
@@ -73,8 +76,10 @@ class MemoryPlan:
     disk_bytes: dict[str, int]
     merge_ram_bytes: int
     verify_ram_bytes: int
+    export_ram_bytes: int
     length: int
     processes: int
+    complete: bool
     notes: list[str]
     _recipe: Recipe = field(repr=False)
     _planner: Planner = field(repr=False)
@@ -86,12 +91,16 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether the card has that; None without a card."""
-        return None if self.gpu_bytes is None else self.needed_bytes <= self.gpu_bytes
+        """Whether the card has that; None without a card, and when only `complete` numbers could tell."""
+        if self.gpu_bytes is None or (self.needed_bytes <= self.gpu_bytes and not self.complete):
+            return None
+        return self.needed_bytes <= self.gpu_bytes
 
     @functools.cached_property
     def saved_otherwise(self) -> dict[str, int]:
         """Bytes of the saved activations with checkpointing turned on or off, and with offloading to host memory."""
+        if not self.complete:
+            return {}
         args = self._recipe.trainer
         turned = not args.gradient_checkpointing
         others = {"with checkpointing" if turned else "without checkpointing": {"gradient_checkpointing": turned}}
@@ -104,25 +113,37 @@ class MemoryPlan:
 
     @functools.cached_property
     def max_length(self) -> int | None:
-        """The longest rows that fit with everything else as it is, up to the base's context; None: none, or no card."""
-        if self.gpu_bytes is None:
+        """The longest rows that fit with everything else as it is, up to the base's context; None: none, or not known.
+
+        It is not known without a card, and without activations.
+        """
+        if self.gpu_bytes is None or not self.complete:
             return None
         with self._trying() as needed:
             return longest_that_fits(self._recipe, needed, self.gpu_bytes, self._planner.context_length)
 
     @functools.cached_property
     def suggestion(self) -> Suggestion | None:
-        """The cheapest change that makes it fit, planned anew; None when it fits, and when none was found."""
-        if self.fits is not False:
+        """The cheapest change that makes it fit, planned anew; None when it fits, none was found, or none is known.
+
+        Before rows shorter than half of what is asked for comes a smaller model, where one is known that fits.
+        """
+        if self.fits is not False or not self.complete:
             return None
         cuda, longest = self._planner.device == "cuda", self._planner.context_length
         with self._trying() as needed:
             found = suggest(self._recipe, needed, self.gpu_bytes, cuda=cuda, longest=longest)
-        for name in smaller_models(self.model) if found is None else []:
+        options = dict(found.options) if found else {}
+        length = options.pop("max_length", None)
+        half = min(self._recipe.trainer.max_length, longest) / 2
+        if found is not None and (length is None or length >= half):
+            return found
+        for name in smaller_models(self.model):
             planner = self._planner.of_another(self._recipe, find_shape(name))
-            need = _needed(planner.measure(self._recipe, self._free))
-            if need <= self.gpu_bytes:
-                return Suggestion({"model_name_or_path": name}, need)
+            for others in [{}, options] if options else [{}]:
+                need = _needed(planner.measure(changed(self._recipe, others), self._free))
+                if need <= self.gpu_bytes:
+                    return Suggestion({"model_name_or_path": name} | others, need)
         return found
 
     @contextlib.contextmanager
@@ -152,8 +173,8 @@ class MemoryPlan:
         """For JSON."""
         names = (
             "model", "setting", "card", "parts", "phases", "held_bytes", "peak_bytes", "margin_bytes", "needed_bytes",
-            "gpu_bytes", "fits", "host_bytes", "disk_bytes", "merge_ram_bytes", "verify_ram_bytes", "length",
-            "max_length", "processes", "saved_otherwise", "notes",
+            "gpu_bytes", "fits", "host_bytes", "disk_bytes", "merge_ram_bytes", "verify_ram_bytes", "export_ram_bytes",
+            "length", "max_length", "processes", "complete", "saved_otherwise", "notes",
         )  # fmt: skip
         suggestion = self.suggestion and {"options": self.suggestion.options, "needed_bytes": self.suggestion.needed}
         return {name: getattr(self, name) for name in names} | {"suggestion": suggestion}
@@ -194,8 +215,8 @@ def make_plan(
         longest_row: tokens in the longest row, if it is known; rows are as long as `max_length` otherwise.
 
     Raises:
-        BaseModelError: no such model, not a causal language model, or one whose code cannot be run on the meta device.
-        RecipeError: the base is missing, or a number is not above 0.
+        BaseModelError: no such model, or not a causal language model.
+        RecipeError: the base is missing, a number is not above 0, or PEFT refuses the adapter's options for this base.
     """
     name = recipe.model.model_name_or_path
     if not name and config is None:
@@ -245,8 +266,10 @@ def _plan(recipe: Recipe, planner: Planner, gpu_bytes: int | None, card: str) ->
         disk_bytes=after.disk,
         merge_ram_bytes=after.merge_ram,
         verify_ram_bytes=after.verify_ram,
+        export_ram_bytes=after.export_ram,
         length=args.max_length,
         processes=planner.processes,
+        complete=measured.activations.known,
         notes=measured.notes,
         _recipe=recipe,
         _planner=planner,
@@ -303,12 +326,15 @@ def warn_if_short(recipe: Recipe, rows: Dataset) -> MemoryPlan | None:
             plan = make_plan(recipe, card=this_card(), processes=world_size(), longest_row=longest_row)
         else:
             plan = make_plan(recipe, gpu_bytes=available, device="cpu", longest_row=longest_row)
-    except QpsftError as error:
-        warnings.warn(f"There is no memory plan for this run. {error}", stacklevel=2)
+    except Exception as error:  # the planner's own mistakes too: training must go on
+        warnings.warn(f"There is no memory plan for this run. {one_line(error)}", stacklevel=2)
         return None
-    if not plan.fits:
+    if plan.fits is None:
+        warnings.warn(f"There is no whole plan for this run: {plan.notes[0]}.", stacklevel=2)
+    if plan.fits is False:
         there_is = f"{plan.card} has {gib(plan.gpu_bytes)}" if device == "cuda" else f"{gib(available)} are free"
-        todo = f"What would: {plan.suggestion.flags()}." if plan.suggestion else "No option changes that."
+        todo = "No option changes that." if plan.complete else "Activations come on top."
+        todo = f"What would: {plan.suggestion.flags()}." if plan.suggestion else todo
         warnings.warn(
             f"This run needs about {gib(plan.needed_bytes)} GiB and {there_is}, so it will probably run out of memory. "
             f"{todo} `qpsft plan` shows the parts.",

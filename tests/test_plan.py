@@ -68,7 +68,8 @@ def test_weights_constants_and_adapter_are_counted_to_the_byte(
     loaded = weight_bytes(add_adapter(base, lora))
     planned = weight_bytes(skeleton_of(folder, lora, getattr(torch, dtype), **settings))
     assert loaded.quantized + loaded.unquantized > 0 and loaded.adapter > 0
-    for name in ("quantized", "constants", "unquantized", "parameters", "largest", "adapter", "trainable"):
+    sums = ("quantized", "constants", "unquantized", "parameters", "largest", "largest_tensor", "adapter", "trainable")
+    for name in sums:
         assert getattr(planned, name) == getattr(loaded, name), name
     assert sorted(planned.sizes) == sorted(loaded.sizes)
 
@@ -201,10 +202,11 @@ def planned_peaks(folder: Path, *, rows: int, length: int, dtype: str, checkpoin
         ("qwen2", 2, 128, "bfloat16", True),
         ("gemma2", 1, 96, "bfloat16", False),
         ("gpt2", 2, 64, "float32", True),
+        ("mixtral", 1, 96, "float32", True),
     ],
 )
 def test_activations_are_those_of_real_steps(tmp_path, narrow_head, model_type, rows, length, dtype, checkpointing):
-    wide = {**WIDE, "n_embd": 128, "n_layer": 3} if model_type == "gpt2" else WIDE
+    wide = WIDE | {"gpt2": {"n_embd": 128, "n_layer": 3}, "mixtral": {"num_local_experts": 3}}.get(model_type, {})
     folder = save_tiny_model(tmp_path / "base", model_type, pad_token_id=0, max_position_embeddings=256, **wide)
     settings = dict(rows=rows, length=length, dtype=dtype, checkpointing=checkpointing)
     real = real_peaks(folder, tmp_path / "out", **settings)
@@ -248,6 +250,22 @@ def test_layers_of_several_kinds_are_taken_by_whole_periods():
     batch = Batch(1, 64, False)
     whole = training_bytes(build(config), batch, target, checkpointing=1, offloading=False)
     assert passes.measure(batch, None, checkpointing=1, offloading=False).training == whole
+
+
+def test_layers_with_experts_may_come_after_some_without():
+    shape = {"model_type": "glm4_moe", **WIDE, "num_hidden_layers": 6, "first_k_dense_replace": 3, "vocab_size": 300}
+    shape |= {"num_key_value_heads": 2, "n_routed_experts": 4, "moe_intermediate_size": 256, "num_experts_per_tok": 4}
+    config = read_shape(shape)
+    target, lora = Target("cuda", (8, 6), torch.bfloat16), LoraArguments(lora_r=4)
+
+    def build(config):
+        return build_skeleton(config, ModelArguments(), lora, torch.bfloat16)
+
+    batch = Batch(1, 64, False)
+    passes = Passes(config, build, lora, target)
+    assert passes._short(1, False) == (4, 5)
+    whole = training_bytes(build(config), batch, target, checkpointing=None, offloading=False)
+    assert passes.measure(batch, None, checkpointing=None, offloading=False).training == whole
 
 
 def test_shortened_configs_keep_lists_by_layer_in_step():

@@ -1,6 +1,7 @@
 """`qpsft plan` as a user runs it: cards, where the shape comes from, mistakes; and training, which plans first."""
 
 import json
+import re
 import types
 
 import pytest
@@ -11,8 +12,10 @@ from tiny_models import edit_config, save_tiny_model
 from qpsft import cli, plan, run
 from qpsft.config import PSFTConfig
 from qpsft.errors import BaseModelError, RecipeError
+from qpsft.hardware import hardware_of
 from qpsft.plan import make_plan, warn_if_short
 from qpsft.planning.cards import GIB, USABLE, find_card
+from qpsft.planning.memory import OF_ACTIVATIONS
 from qpsft.planning.planned_config import PlannedConfig
 from qpsft.planning.shapes import find_shape
 from qpsft.recipe import load_recipe
@@ -48,7 +51,10 @@ def test_cards_that_cannot_be_read(text, says, monkeypatch):
 
 
 def fake_cuda(monkeypatch, total: int, free: int | None = None, capability=(8, 6)):
-    card = types.SimpleNamespace(name="A card", total_memory=total, major=capability[0], minor=capability[1])
+    rocm = isinstance(capability, str)
+    major, minor = map(int, re.match(r"gfx(\d+)(\d)[0-9a-f]\b", capability).groups()) if rocm else capability
+    card = types.SimpleNamespace(name="A card", total_memory=total, major=major, minor=minor, gcnArchName=capability)
+    monkeypatch.setattr(torch.version, "hip", "6.4" if rocm else None)
     for name, value in (
         ("is_available", True), ("current_device", 0), ("get_device_properties", card), ("memory_reserved", 0),
         ("mem_get_info", (total if free is None else free, total)),
@@ -67,6 +73,23 @@ def test_memory_that_others_hold_does_not_count(monkeypatch):
 def test_an_old_card_computes_in_float16():
     assert make_plan(recipe_of(), config=LLAMA, card=find_card("T4"))._planner.dtype == torch.float16
     assert make_plan(recipe_of(), config=LLAMA, card=find_card("12GB"))._planner.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "flash"),
+    [("gfx1030", torch.float16, False), ("gfx906:sramecc+:xnack-", torch.float16, False),
+     ("gfx90a:sramecc+:xnack-", torch.bfloat16, True), ("gfx1100", torch.bfloat16, True)],
+)  # fmt: skip
+def test_this_machines_amd_card_computes_as_training_will(monkeypatch, name, dtype, flash):
+    fake_cuda(monkeypatch, 8 * GIB, capability=name)
+    card = find_card("auto")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", list)
+    found, real = make_plan(recipe_of("--max_length=2048"), config=LLAMA, card=card), hardware_of("cuda:0")
+    assert found._planner.dtype == real.compute_dtype == dtype and real.flash_attention == flash
+    cuda = make_plan(recipe_of("--max_length=2048"), config=LLAMA, card=find_card("A100-80GB" if flash else "T4"))
+    scores = 4 * 2048 * 2048 * 2  # of all heads: without a fused kernel they are kept
+    assert (found.parts["layer working set"] - cuda.parts["layer working set"] > scores) == (not flash)
+    assert found.parts["workspaces and rounding"] >= 32 * 2**20
 
 
 # --- where the shape comes from ---
@@ -151,13 +174,52 @@ def test_a_model_that_is_no_causal_lm_is_refused(tmp_path):
         make_plan(recipe_of(model=str(folder)))
 
 
-def test_a_model_whose_code_needs_values_is_refused_by_name(monkeypatch):
+def test_a_model_whose_code_needs_values_is_planned_without_activations(monkeypatch):
+    whole = planned()
+
     def needs_values(*args, **kwargs):
         return torch.empty(3, device="meta").tolist()
 
     monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", needs_values)
-    with pytest.raises(BaseModelError, match="activations of a llama model cannot be planned"):
-        planned()
+    found = planned(gpu_bytes=24 * GIB)
+    kept = [name for name in found.parts if name not in (*OF_ACTIVATIONS, "fragmentation margin")]
+    assert kept and all(found.parts[name] == whole.parts[name] for name in kept)
+    assert not set(OF_ACTIVATIONS) & set(found.parts) and found.needed_bytes < whole.needed_bytes
+    assert (found.complete, found.fits, found.max_length, found.suggestion) == (False, None, None, None)
+    said = " ".join(str(found).split())
+    assert "whether it fits 24.00 GiB" in said and "activations of a llama model need is not known" in said
+    json.dumps(found.to_dict())
+    assert "which cards it fits is not known" in " ".join(str(planned()).split())
+    short = planned(gpu_bytes=2**20)  # for the weights alone
+    assert short.fits is False and "and activations come on top" in " ".join(str(short).split())
+
+    recipe = recipe_of(*TRAIN, model="demo", trainer=PSFTConfig)
+    recipe.trainer.use_cpu = False
+    fake_cuda(monkeypatch, 24 * GIB)
+    with pytest.warns(UserWarning, match="no whole plan for this run: what activations of a llama model need"):
+        assert warn_if_short(recipe, {"input_ids": [[1]]}).fits is None
+
+
+MIXTRAL = LLAMA | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+MAMBA = {"model_type": "mamba2", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 300, "num_heads": 8,
+         "head_dim": 16, "n_groups": 1, "state_size": 16}  # fmt: skip
+
+
+@pytest.mark.parametrize("card", ["RTX 3090", "T4"])
+def test_experts_are_planned_whole(card):
+    few, more = (
+        make_plan(recipe_of("--max_length=256"), config=MIXTRAL | {"num_experts_per_tok": n}, card=find_card(card))
+        for n in (1, 2)
+    )
+    assert few.complete and few.fits and more.parts["policy adapter"] == few.parts["policy adapter"]
+    twice = 256 * 2 * 1024 * 2  # a token's gate and up, once more, in 16 bits
+    assert more.parts["layer working set"] - few.parts["layer working set"] > twice
+
+
+def test_what_peft_refuses_is_one_sentence():
+    with pytest.raises(RecipeError, match="on a mamba2 model: .*out_proj.*linear layers are in_proj, out_proj"):
+        make_plan(recipe_of("--max_length=64"), config=MAMBA)
+    assert make_plan(recipe_of("--max_length=64", "--lora_target_modules=in_proj"), config=MAMBA).complete
 
 
 def test_options_that_this_machine_cannot_train_with_can_be_planned():

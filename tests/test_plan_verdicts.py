@@ -8,7 +8,7 @@ from qpsft import plan
 from qpsft.errors import BaseModelError
 from qpsft.plan import make_plan
 from qpsft.planning.cards import CONTEXT, GIB, find_card
-from qpsft.planning.changes import changed
+from qpsft.planning.changes import Suggestion, changed
 
 
 def narrow(monkeypatch):
@@ -141,6 +141,16 @@ def test_an_adapter_that_is_trained_further_brings_its_rank(tmp_path):
     assert found.parts["policy adapter"] == 4 * 2 * 3 * ((256 + 256) + (256 + 1024))
 
 
+def test_an_export_needs_memory_for_its_largest_tensor_and_disk_for_two_files():
+    few, many = (make_plan(recipe_of("--max_length=64"), config=LLAMA | {"vocab_size": n}) for n in (150_000, 250_000))
+    assert many.export_ram_bytes - few.export_ram_bytes == 22 * 256 * 100_000
+    assert few.export_ram_bytes > few.merge_ram_bytes
+    parameters = few._planner.weights.parameters
+    assert few.disk_bytes["export"] == 4 * parameters and few.disk_bytes["quantized"] == round(1.07 * parameters)
+    said = " ".join(str(many).split())
+    assert "to export GGUF: 1.78 GiB" in said and "a quantized one up to 0.13 more GiB" in said
+
+
 # --- verdicts, lengths, changes ---
 
 
@@ -199,7 +209,7 @@ def test_changes_are_combined_and_rows_made_shorter_when_one_is_not_enough(monke
     assert make_plan(recipe, config=LLAMA, gpu_bytes=2**20).suggestion is None
 
 
-def test_a_smaller_model_of_the_family_is_the_last_resort(monkeypatch):
+def known_family(monkeypatch):
     sizes = {"tiny/small": 1, "tiny/middle": 2, "tiny/large": 30}
     table = {
         name: {"family": "tiny", "parameters": size, "id": name, "variant": 0}
@@ -207,8 +217,30 @@ def test_a_smaller_model_of_the_family_is_the_last_resort(monkeypatch):
         for name, size in sizes.items()
     }
     monkeypatch.setattr("qpsft.planning.shapes.known_shapes", lambda: table)
+
+
+def test_a_smaller_model_of_the_family_is_the_last_resort(monkeypatch):
+    known_family(monkeypatch)
     limit = make_plan(recipe_of(model="tiny/middle")).needed_bytes
     found = make_plan(recipe_of(model="tiny/large"), gpu_bytes=limit)
     monkeypatch.setattr(plan, "suggest", lambda *args, **settings: None)
     assert not found.fits and found.suggestion.options == {"model_name_or_path": "tiny/middle"}
     assert found.suggestion.needed == limit
+
+
+def test_a_smaller_model_comes_before_rows_shorter_than_half(monkeypatch):
+    known_family(monkeypatch)
+    limit = make_plan(recipe_of("--gradient_checkpointing=true", model="tiny/middle")).needed_bytes
+    for length in (64, 512):
+        shorter = Suggestion({"gradient_checkpointing": True, "max_length": length}, limit)
+        monkeypatch.setattr(plan, "suggest", lambda *args, shorter=shorter, **settings: shorter)
+        flags = ("--max_length=1024", "--gradient_checkpointing=false")
+        found = make_plan(recipe_of(*flags, model="tiny/large"), gpu_bytes=limit).suggestion
+        if length < 1024 / 2:
+            assert found.options["model_name_or_path"] == "tiny/middle" and "max_length" not in found.options
+        else:
+            assert found == shorter
+    monkeypatch.setattr(plan, "smaller_models", lambda name: [])
+    shorter = Suggestion({"max_length": 64}, limit)
+    monkeypatch.setattr(plan, "suggest", lambda *args, **settings: shorter)
+    assert make_plan(recipe_of(*flags, model="tiny/large"), gpu_bytes=limit).suggestion == shorter

@@ -16,6 +16,7 @@ from machine import Budget, Results
 from real_shapes import build_model, random_rows
 from step_goals import ARMS, Arm
 from step_grid import Cell
+from trl import SFTConfig
 from turns import Step
 
 from qpsft.base_record import stored_bytes
@@ -119,6 +120,25 @@ def test_a_cell_that_does_not_fit_is_a_result(base, monkeypatch):
 
     monkeypatch.setattr(step_grid, "peak_memory", out_of_memory)
     assert step_grid.measure_cell(base, CELL, ARMS, "cpu")["out_of_memory"]
+
+
+def test_an_arm_that_does_not_fit_leaves_the_others_and_their_goals(base, monkeypatch):
+    def make_trainer(base, config, *rest, make=step_grid.make_trainer):
+        if type(config) is SFTConfig:  # trl's arm
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return make(base, config, *rest)
+
+    monkeypatch.setattr(step_grid, "make_trainer", make_trainer)
+    arms = {name: ARMS[name] for name in ("trl", "nll", "psft K=8")}
+    cell = step_grid.measure_cell(base, replace(CELL, steps=2), arms, "cpu")
+    assert cell["out_of_memory"] == ["trl"] and list(cell["arms"]) == list(cell["peak_bytes"]) == ["nll", "psft K=8"]
+    passed = {goal["name"]: goal["passed"] for goal in cell["goals"]}
+    assert passed["qpsft nll / trl.SFTTrainer, time"] is None
+    assert passed["psft K=8 / nll, time"] is not None and passed["psft K=8 / nll, peak memory"] is not None
+    said = step_grid.report(CELL, cell).splitlines()
+    assert "  trl             out of memory" in said
+    only = step_grid.measure_cell(base, CELL, {"trl": ARMS["trl"]}, "cpu")
+    assert only["out_of_memory"] is True
 
 
 def test_the_host_placement_is_left_out_where_it_does_not_exist(monkeypatch):

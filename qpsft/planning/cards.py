@@ -34,17 +34,17 @@ _CARDS: dict[str, tuple[float | None, tuple[int, int]]] = {
 
 @dataclass(frozen=True)
 class Card:
-    """A CUDA device.
+    """A CUDA device, or a ROCm one, which torch calls "cuda" too.
 
     Attributes:
         name: for people.
         nbytes: memory that can be used, other processes' left out.
-        capability: CUDA's (major, minor); (8, 0) if not known.
+        capability: CUDA's (major, minor), (8, 0) if not known; ROCm's architecture name such as "gfx90a".
     """
 
     name: str
     nbytes: int
-    capability: tuple[int, int] = (8, 0)
+    capability: tuple[int, int] | str = (8, 0)
 
 
 def find_card(text: str) -> Card:
@@ -88,7 +88,7 @@ def _sized(text: str, size: float, unit: str) -> Card:
 
 
 def this_card() -> Card:
-    """The CUDA device of this process. Raises RecipeError when there is none."""
+    """The CUDA or ROCm device of this process. Raises RecipeError when there is none."""
     if not torch.cuda.is_available():
         raise RecipeError(
             f"--gpu auto: torch {torch.__version__} sees no CUDA device here.", "Give its memory, such as --gpu 12GB."
@@ -97,4 +97,6 @@ def this_card() -> Card:
     free, total = torch.cuda.mem_get_info()
     own = CONTEXT + torch.cuda.memory_reserved()
     others = max(0, total - free - own)
-    return Card(properties.name, total - others, (properties.major, properties.minor))
+    # ROCm's major and minor, (10, 3) of a gfx1030, would read like a newer card of CUDA's
+    capability = properties.gcnArchName if torch.version.hip else (properties.major, properties.minor)
+    return Card(properties.name, total - others, capability)

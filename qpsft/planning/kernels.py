@@ -7,8 +7,10 @@ the choice, `flash_attn/flash_api.cpp` and `attention_backward.cu` for the buffe
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers.integrations.sdpa_attention import repeat_kv
+
+from qpsft.hardware import hardware_for
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -33,13 +37,22 @@ class Target:
 
     Attributes:
         device: "cuda" or "cpu".
-        capability: CUDA's (major, minor).
+        capability: CUDA's (major, minor), or ROCm's architecture name.
         autocast: mixed precision's dtype, or None.
     """
 
     device: str
-    capability: tuple[int, int]
+    capability: tuple[int, int] | str
     autocast: torch.dtype | None
+
+    @functools.cached_property
+    def flash_attention(self) -> bool:
+        """Whether torch has such a kernel for it."""
+        return hardware_for(self.device, self.capability).flash_attention
+
+    @property
+    def is_rocm(self) -> bool:
+        return isinstance(self.capability, str)
 
 
 class AsOnTarget(TorchFunctionMode):
@@ -55,6 +68,7 @@ class AsOnTarget(TorchFunctionMode):
         super().__init__()
         self._target, self._masked = target, masked
         self._casts: dict[int, Tensor] | None = {}
+        self._casting = target.autocast is not None
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -65,7 +79,10 @@ class AsOnTarget(TorchFunctionMode):
             return False  # a pad among the tokens
         if name == "scaled_dot_product_attention":
             return attention(func, self._target, *args, **kwargs)
-        if self._target.autocast is not None:
+        if name in ("grouped_mm", "_grouped_mm") and args[0].dtype != torch.bfloat16:
+            # the same products one by one, which `meta` knows for any dtype
+            return torch.ops.transformers.grouped_mm_fallback(args[0], args[1], kwargs["offs"])
+        if self._casting:
             if name in _LOWER:
                 args = tuple(self._lower(arg) for arg in args)
                 kwargs = {key: self._lower(value) for key, value in kwargs.items()}
@@ -83,6 +100,15 @@ class AsOnTarget(TorchFunctionMode):
         if id(value) not in self._casts:
             self._casts[id(value)] = value.to(self._target.autocast)
         return self._casts[id(value)]
+
+    @contextlib.contextmanager
+    def without_casts(self) -> Iterator[None]:
+        """As inside `torch.autocast(…, enabled=False)`."""
+        before, self._casting = self._casting, False
+        try:
+            yield
+        finally:
+            self._casting = before
 
     def forward_done(self) -> None:
         """Autocast ends: the casts of weights that it kept are freed. Recomputation keeps none beyond its layer's."""
@@ -113,13 +139,18 @@ def attention(
         query, key, value = (tensor.to(target.autocast) for tensor in (query, key, value))
     head_dim, half = query.shape[-1], query.dtype in HALF
     if target.device == "cpu":
-        if dropout_p > 0:
+        if dropout_p > 0 or value.shape[-1] != head_dim:
             return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         mask = None if attn_mask is None else _additive(attn_mask, query.dtype)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, dropout_p, is_causal, attn_mask=mask, scale=scale
         )[0]
-    if attn_mask is None and half and target.capability >= (8, 0) and head_dim <= 256:
+    same_size = value.shape[-1] == head_dim  # not so in DeepSeek's latent attention
+    if target.is_rocm and not target.flash_attention:  # ROCm's torch has its fused kernels for the same cards
+        return torch.ops.aten._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )[0]
+    if attn_mask is None and half and target.flash_attention and head_dim <= 256 and same_size:
         return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[
             0
         ]

@@ -13,6 +13,8 @@ from qpsft.planning.skeleton import WeightBytes
 FRAGMENTATION = 0.1
 """Allowance, as a share of what comes and goes: torch's allocator cannot fill every gap between blocks."""
 
+OF_ACTIVATIONS = ("saved activations", "layer working set", "dequantization buffers", "LM-head tile", "scoring pass")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -20,7 +22,7 @@ class Settings:
 
     Attributes:
         cuda: on a CUDA device, else in the CPU's memory.
-        hopper: compute capability 9 or newer, whose cuBLAS workspace is larger.
+        capability: CUDA's (major, minor), or ROCm's architecture name, by which the BLAS workspace is sized.
         reference: "device", "host" or "none".
         accumulates: more than one micro-batch per optimizer step.
         processes: of DDP.
@@ -29,7 +31,7 @@ class Settings:
     """
 
     cuda: bool
-    hopper: bool
+    capability: tuple[int, int] | str
     reference: str
     accumulates: bool
     processes: int
@@ -62,7 +64,7 @@ class Memory:
 
 
 def add_up(weights: WeightBytes, optimizer: OptimizerBytes, activations: Activations, settings: Settings) -> Memory:
-    """The parts of a run and the phases of its steps."""
+    """The parts of a run and the phases of its steps; without what activations need, where they are not known."""
     training, adapter = activations.training, weights.adapter
     on_device = settings.reference == "device"
     parts = {
@@ -102,7 +104,10 @@ def add_up(weights: WeightBytes, optimizer: OptimizerBytes, activations: Activat
         "backward": layers,
         "optimizer step": held + gradients + optimizer.step,
     }
-    if activations.score_batch is not None:
+    if not activations.known:
+        phases = {"optimizer step": phases["optimizer step"]}
+        parts = {name: size for name, size in parts.items() if name not in OF_ACTIVATIONS}
+    elif activations.score_batch is not None:
         phases["scoring pass"] = held + parts["scoring pass"]
     context = CONTEXT if settings.cuda else 0
     fragmentation = round(FRAGMENTATION * (max(phases.values()) - held))
@@ -112,7 +117,14 @@ def add_up(weights: WeightBytes, optimizer: OptimizerBytes, activations: Activat
 
 
 def _overhead(weights: WeightBytes, settings: Settings, adapter_copies: int) -> int:
-    """cuBLAS's workspace, and what the allocator counts for tensors above their bytes."""
-    workspace = 32 * 2**20 if settings.hopper else 8_519_680  # at::cuda::getChosenWorkspaceSize
+    """The BLAS workspace, and what the allocator counts for tensors above their bytes."""
     adapter = sum(cuda_block(4 * shape.numel()) - 4 * shape.numel() for shape in weights.trainable)
-    return workspace + sum(cuda_block(size) - size for size in weights.sizes) + adapter_copies * adapter
+    weights_of_base = sum(cuda_block(size) - size for size in weights.sizes)
+    return _workspace(settings.capability) + weights_of_base + adapter_copies * adapter
+
+
+def _workspace(capability: tuple[int, int] | str) -> int:
+    """`parseChosenWorkspaceSize` in torch's aten/src/ATen/cuda/CublasHandlePool.cpp."""
+    if isinstance(capability, str):
+        return (128 if capability.startswith(("gfx94", "gfx95")) else 32) * 2**20
+    return 32 * 2**20 if capability >= (9, 0) else 8_519_680

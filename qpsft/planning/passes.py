@@ -34,12 +34,19 @@ class Activations:
         batch, score_batch: what they run on; `score_batch` None: there is no scoring pass.
         training: over all layers.
         scoring: the most that scoring needs beside the weights.
+        known: whether they were measured; both are 0 otherwise.
     """
 
     batch: Batch
     score_batch: Batch | None
     training: TrainingBytes
     scoring: int
+    known: bool = True
+
+    @classmethod
+    def unknown(cls, batch: Batch, score_batch: Batch | None) -> Activations:
+        """Of a model whose code does not run on the meta device."""
+        return cls(batch, score_batch, TrainingBytes(*(0 for _ in dataclasses.fields(TrainingBytes))), 0, known=False)
 
 
 class Passes:
@@ -133,10 +140,14 @@ def _names_layers(lora: LoraArguments) -> bool:
 def _pattern(config: PretrainedConfig) -> tuple[int, int]:
     """How many of the first layers have all kinds of layers, and after how many layers their order repeats.
 
-    Kinds of attention that differ in reach only take the same memory: they repeat at once.
+    Kinds of attention that differ in reach only take the same memory: they repeat at once. So do the layers with
+    experts, which in many models come after a few without.
     """
-    kinds = getattr(config.get_text_config(), "layer_types", None) or [None]
-    varied = 1 + max(kinds.index(kind) for kind in set(kinds))
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or [None]
+    mlps = getattr(text, "mlp_layer_types", None) or [None]
+    varied = 1 + max(of.index(kind) for of in (kinds, mlps) for kind in set(of))
+    varied = max(varied, 1 + (getattr(text, "first_k_dense_replace", None) or 0))
     if set(kinds) <= _ATTENTION | {None}:
         return varied, 1
     repeats = (n for n in range(1, len(kinds)) if all(kinds[i] == kinds[i % n] for i in range(len(kinds))))

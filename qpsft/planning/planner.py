@@ -13,7 +13,7 @@ from qpsft.checkpoint import one_line
 from qpsft.continued_adapter import SAME_OPTIONS
 from qpsft.errors import BaseModelError, RecipeError
 from qpsft.forward import needs_mask
-from qpsft.hardware import DTYPES, pick_dtype
+from qpsft.hardware import DTYPES, hardware_for
 from qpsft.piece_attention import fits
 from qpsft.planning.kernels import HALF, Target
 from qpsft.planning.memory import Memory, Settings, add_up
@@ -47,14 +47,17 @@ class Planner:
         recipe: for the base, its quantization and the adapter.
         shape: of the base.
         device: "cuda" or "cpu".
-        capability: CUDA's (major, minor).
+        capability: CUDA's (major, minor), or ROCm's architecture name.
         processes: of DDP; all numbers are one process's.
 
     Raises:
-        BaseModelError: the model cannot be built from its config, or the adapter's options do not fit it.
+        BaseModelError: the model cannot be built from its config, or the adapter's options do not fit it; the card is
+            too old for bitsandbytes.
     """
 
-    def __init__(self, recipe: Recipe, shape: Shape, *, device: str, capability: tuple[int, int], processes: int = 1):
+    def __init__(
+        self, recipe: Recipe, shape: Shape, *, device: str, capability: tuple[int, int] | str, processes: int = 1
+    ):
         self.shape, self.device, self.capability, self.processes = shape, device, capability, processes
         self.dtype = _compute_dtype(recipe, shape, device, capability)
         self._flash = (recipe.model.attn_implementation or "").startswith("flash")
@@ -72,6 +75,7 @@ class Planner:
         }
         self._optimizers: dict[tuple, OptimizerBytes] = {}
         self._measured: dict[tuple, Activations] = {}
+        self._why_unknown = ""
 
     def _build(self, config: Any, tiled: bool) -> Any:
         return build_skeleton(
@@ -90,7 +94,6 @@ class Planner:
             free_bytes: of the card before anything is loaded, by which the reference is placed; None: not known.
 
         Raises:
-            BaseModelError: the model's code cannot be run on the meta device.
             RecipeError: there is no longest row.
         """
         args = recipe.trainer
@@ -107,6 +110,11 @@ class Planner:
             training = max(activations.training, shorter.training, key=lambda training: training.peak)
             scoring = max(activations.scoring, shorter.scoring)
             activations = dataclasses.replace(activations, training=training, scoring=scoring)
+        if not activations.known:
+            notes.append(
+                f"what activations of a {self.shape.config.model_type} model need is not known here "
+                f"({self._why_unknown}): train a few steps with --max_steps and watch the memory"
+            )
         optimizer = self._optimizer(args)
         if not optimizer.known:
             notes.append(f"{_name(args.optim)} is not known here: two float32 numbers per trained weight are assumed")
@@ -114,7 +122,7 @@ class Planner:
             notes.append("FSDP's sharding is not planned: these are the numbers of DDP")
         settings = Settings(
             cuda=self.device == "cuda",
-            hopper=self.capability >= (9, 0),
+            capability=self.capability,
             reference=placement,
             accumulates=args.gradient_accumulation_steps > 1,
             processes=self.processes,
@@ -132,11 +140,9 @@ class Planner:
                 self._measured[key] = self._passes[tiled].measure(
                     batch, score_batch, checkpointing=every, offloading=offloading
                 )
-            except Exception as error:  # any architecture's own code runs here
-                raise BaseModelError(
-                    f"The activations of a {self.shape.config.model_type} model cannot be planned: {one_line(error)}",
-                    "Train a few steps with --max_steps and watch the memory.",
-                ) from error
+            except Exception as error:  # any architecture's own code runs here, and all else is counted exactly
+                self._why_unknown = one_line(error)
+                self._measured[key] = Activations.unknown(batch, score_batch)
         return self._measured[key]
 
     def _optimizer(self, args: Any) -> OptimizerBytes:
@@ -208,10 +214,10 @@ def _window_bytes(args: Any, batch: Batch) -> int:
     return 3 * 8 * tokens + (4 * tokens * kept if args.loss_type == "psft" else 0)
 
 
-def _compute_dtype(recipe: Recipe, shape: Shape, device: str, capability: tuple[int, int]) -> torch.dtype:
+def _compute_dtype(recipe: Recipe, shape: Shape, device: str, capability: tuple[int, int] | str) -> torch.dtype:
     """As `qpsft.precision.base_dtype`, for a card that need not be here."""
     asked = recipe.model.dtype
-    dtype = pick_dtype(device, capability) if asked == "auto" else DTYPES[asked]
+    dtype = hardware_for(device, capability).compute_dtype if asked == "auto" else DTYPES[asked]
     model_type = overflowing_type(shape.config.to_dict())
     if dtype != torch.float16 or model_type is None:
         return dtype

@@ -41,6 +41,7 @@ class WeightBytes:
         sizes: bytes of each frozen tensor.
         parameters: number of the base's weights, quantized ones by the shape they stand for.
         largest: weights in the largest quantized layer.
+        largest_tensor: weights in the largest tensor of all, mostly the embedding.
     """
 
     quantized: int
@@ -50,6 +51,7 @@ class WeightBytes:
     sizes: list[int]
     parameters: int
     largest: int
+    largest_tensor: int
 
     @property
     def adapter(self) -> int:
@@ -78,6 +80,7 @@ def build_skeleton(
 
     Raises:
         BaseModelError: transformers cannot build the model from its config; the adapter's options do not fit it.
+        RecipeError: PEFT refuses them for this architecture.
     """
     base = _build_base(config, model, dtype, trust_remote_code)
     if changes_base(lora.init_lora_weights):
@@ -203,6 +206,7 @@ def weight_bytes(peft_model: nn.Module) -> WeightBytes:
         sizes=quantized_bytes + constant_bytes + rest_bytes,
         parameters=sum(logical) + sum(t.numel() for t in rest if isinstance(t, nn.Parameter)),
         largest=max(logical, default=0),
+        largest_tensor=max([*logical, *(t.numel() for t in rest)]),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ def training_bytes(
         marks[name], marks[f"{name} peak"] = live.now, live.peak
         live.mark()
 
-    with _cuda_autocast(target), live, mode, host.hooks():
+    with _autocast(target, mode), live, mode, host.hooks():
         loss = _forward(model, batch, target, lambda hidden: mark("layers"), lambda grad: mark("head")).sum()
         before = live.now
         mode.forward_done()
@@ -120,7 +120,7 @@ def scoring_bytes(model: PeftModel, batch: Batch, target: Target) -> int:
     """The most that a batch of the reference pass needs beside the weights."""
     live, mode = _tracker(target), AsOnTarget(target, batch.masked)
     _set_checkpointing(model, None)
-    with torch.no_grad(), _cuda_autocast(target), live, mode:
+    with torch.no_grad(), _autocast(target, mode), live, mode:
         _forward(model, batch, target)
     return live.peak
 
@@ -149,14 +149,24 @@ def _forward(
 
 
 @contextlib.contextmanager
-def _cuda_autocast(target: Target) -> Iterator[None]:
-    """Tells PEFT, which asks torch, that CUDA's autocast is on. It does nothing to meta tensors by itself."""
-    before = torch.is_autocast_enabled("cuda")
+def _autocast(target: Target, mode: AsOnTarget) -> Iterator[None]:
+    """Tells PEFT, which asks torch, that CUDA's autocast is on; it does nothing to meta tensors by itself.
+
+    PEFT also turns autocast off for an adapter on experts, by their device, and torch has none for `meta`.
+    """
+    before, original = torch.is_autocast_enabled("cuda"), torch.autocast
+
+    def autocast(device_type: str, *args: Any, **kwargs: Any) -> contextlib.AbstractContextManager:
+        off = device_type == "meta" and not kwargs.get("enabled", True)
+        return mode.without_casts() if off else original(device_type, *args, **kwargs)
+
+    torch.autocast = autocast
     torch.set_autocast_enabled("cuda", target.autocast is not None and target.device == "cuda")
     try:
         yield
     finally:
         torch.set_autocast_enabled("cuda", before)
+        torch.autocast = original
 
 
 def _set_checkpointing(model: PeftModel, every: int | None) -> None:

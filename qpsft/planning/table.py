@@ -46,11 +46,16 @@ def render(plan: MemoryPlan) -> str:
     lines += [
         _row("beside torch: CUDA context", plan.parts["CUDA context"]),
         _row("              fragmentation", plan.parts["fragmentation margin"]),
-        _row(f"needed{' by each process' if plan.processes > 1 else ''}", plan.needed_bytes),
+        _row(_needed_by(plan), plan.needed_bytes),
         "",
         *_verdict(plan),
     ]
     return "\n".join(lines)
+
+
+def _needed_by(plan: MemoryPlan) -> str:
+    each = " by each process" if plan.processes > 1 else ""
+    return f"needed{each}" + ("" if plan.complete else ", without activations")
 
 
 def _row(label: str, nbytes: int) -> str:
@@ -59,7 +64,9 @@ def _row(label: str, nbytes: int) -> str:
 
 def _verdict(plan: MemoryPlan) -> list[str]:
     lines = []
-    if plan.gpu_bytes is None:
+    if not plan.complete:
+        lines.append(_without_activations(plan))
+    elif plan.gpu_bytes is None:
         sizes = [size for size in COMMON_SIZES if plan.needed_bytes <= plan.usable(size)]
         lines.append(f"fits cards of {sizes[0]} GB and more" if sizes else f"fits no card of {COMMON_SIZES[-1]} GB")
         lines.append("  --gpu 12GB, 'RTX 3090' or auto also tells what to change, and how long rows can be")
@@ -77,10 +84,20 @@ def _verdict(plan: MemoryPlan) -> list[str]:
     disk = plan.disk_bytes
     lines += [
         f"disk: base {gib(disk['base'])}, adapter and checkpoints {gib(disk['adapter'])}, merge {gib(disk['merge'])}, "
-        f"GGUF {gib(disk['export'])} GiB",
-        f"RAM to merge: {gib(plan.merge_ram_bytes)}; to verify it, or GPU memory: {gib(plan.verify_ram_bytes)} GiB",
+        f"f16 GGUF with it {gib(disk['export'])}, a quantized one up to {gib(disk['quantized'])} more GiB",
+        f"RAM to merge: {gib(plan.merge_ram_bytes)}; to verify it, or GPU memory: {gib(plan.verify_ram_bytes)}; "
+        f"to export GGUF: {gib(plan.export_ram_bytes)} GiB",
     ]
     return [wrap(line) for line in [*lines, *(f"note: {note}" for note in plan.notes)]]
+
+
+def _without_activations(plan: MemoryPlan) -> str:
+    if plan.gpu_bytes is None:
+        return "which cards it fits is not known: activations come on top"
+    card, spare = f"{plan.card} ({gib(plan.gpu_bytes)} GiB usable)", plan.gpu_bytes - plan.needed_bytes
+    if spare < 0:
+        return f"does not fit {card}: {gib(-spare)} short, and activations come on top"
+    return f"whether it fits {card} is not known: {gib(spare)} are left for activations"
 
 
 def _advice(plan: MemoryPlan) -> list[str]:
