@@ -79,7 +79,7 @@ summary = train(recipe, callbacks=[LivePlot("Cold start")])
 # %% [markdown]
 # ## Three lines
 #
-# The adapter loads into `GRPOTrainer` as it is: base in 4 bits, adapter on it, trainable.
+# The adapter loads as it is: base in 4 bits, adapter on it, trainable.
 
 # %%
 from peft import PeftModel
@@ -125,14 +125,21 @@ print(f"pass@1 {before['pass@1']:.3f}  pass@8 {before['pass@8']:.3f}  entropy {b
 
 # %% [markdown]
 # ## GRPO
+#
+# TRL rounds a quantized model's adapter to bfloat16, which cannot take small steps; made inside `float32_adapter` the trainer
+# leaves it as it is. The compute dtype is the base's: float16 on a T4, float32 on a CPU.
 
 # %%
 from trl import GRPOConfig, GRPOTrainer
 
+from qpsft import float32_adapter
+
 config = GRPOConfig(
     "runs/grpo",
     max_steps=GRPO_STEPS,
-    learning_rate=1e-5 if GPU else 2e-4,
+    learning_rate=1e-4 if GPU else 2e-4,
+    bf16=base.dtype == torch.bfloat16,
+    fp16=base.dtype == torch.float16,
     num_generations=8,
     per_device_train_batch_size=8 if GPU else 64,
     gradient_accumulation_steps=4 if GPU else 1,
@@ -142,8 +149,10 @@ config = GRPOConfig(
     report_to=[],
     use_cpu=not torch.cuda.is_available(),
 )
-trainer = GRPOTrainer(model, reward_funcs=reward, args=config, train_dataset=prompts, processing_class=tokenizer)
+with float32_adapter(model):
+    trainer = GRPOTrainer(model, reward_funcs=reward, args=config, train_dataset=prompts, processing_class=tokenizer)
 trainer.train()
+print("The adapter was trained in", {parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad})
 
 # %% [markdown]
 # ## After

@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from qpsft.data import encode_prompt, tokenize_rows, writes_chat
 from qpsft.errors import BaseModelError, DataError
 from qpsft.evaluation.evaluation_rows import as_rows, stop_ids_of
-from qpsft.evaluation.generation import stop_tokens
+from qpsft.evaluation.generation import neutral_settings, stop_tokens
 from qpsft.evaluation.likelihood import adapter_off, has_adapter
 from qpsft.recipe import DataArguments
 
@@ -42,7 +42,8 @@ class Conversation:
         tokenizer: the one the adapter was trained with.
         arguments: `use_chat_template` and `prompt_format` as in training.
         system: the system turn, kept whatever else is left out.
-        temperature: 0 takes the likeliest token; above, tokens are drawn.
+        temperature: 0 takes the likeliest token; above, tokens are drawn. The base's own generation settings, such as a
+            repetition penalty or a top_k, do not count.
         top_p: draw among the likeliest tokens that make up this probability.
         max_new_tokens: an answer's length cap.
         seed: of the draws. The same turns and seed give the same answers, and both speakers draw alike.
@@ -108,11 +109,12 @@ class Conversation:
         """
         ids, room = self._prompt(speaker)
         stream = _Stream(self.tokenizer, write)
-        drawn = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+        drawn = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
         device = self.model.device
         try:
             with (
                 adapter_off(self.model) if speaker == BASE else contextlib.nullcontext(),
+                neutral_settings(self.model),
                 torch.random.fork_rng([device] if device.type == "cuda" else []),
             ):
                 torch.manual_seed(self.seed + len(self.turns) - 1)

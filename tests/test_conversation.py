@@ -5,6 +5,7 @@ import torch
 from byte_tokenizers import CHATML, LLAMA3, MARKED, byte_tokenizer
 from exporting import make_adapter
 from peft import PeftModel
+from transformers import GenerationConfig
 
 from qpsft.base import load_base
 from qpsft.conversation import BASE, TUNED, Conversation, _Stream
@@ -12,6 +13,7 @@ from qpsft.data import encode_prompt, tokenize_rows
 from qpsft.dataset.shapes import Rows
 from qpsft.errors import DataError
 from qpsft.evaluation.evaluated_model import load_evaluated
+from qpsft.evaluation.generation import generate
 from qpsft.recipe import DataArguments
 
 QUESTION = "add one, then sort, then rotate, then swap halves: 0259"
@@ -110,6 +112,29 @@ def test_greedy_answers_are_those_of_generate(loaded):
     assert not any(p.requires_grad and "lora" not in name for name, p in model.named_parameters())
 
 
+def test_the_bases_generation_settings_change_no_answer(loaded):
+    """Qwen2.5-Instruct ships a repetition penalty and a top_k: with them, the likeliest token is not what is taken."""
+    model, tokenizer = loaded
+    chat = Conversation(model, tokenizer, max_new_tokens=24)
+    draws = Conversation(model, tokenizer, max_new_tokens=24, temperature=1.5)
+    for one in (chat, draws):
+        one.say(QUESTION)
+    drawn = draws.answer()
+    own = model.get_base_model().generation_config
+    shipped = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "suppress_tokens": [5], "min_new_tokens": 24}
+    model.get_base_model().generation_config = GenerationConfig(top_k=1, temperature=0.1, **shipped)
+    try:
+        assert by_generate(model, tokenizer, [user(QUESTION)]) != chat.answer()  # they do change generate's
+        prompt, _ = chat._prompt(TUNED)
+        (written,) = generate(model, [prompt], stop_ids=chat._stops, max_new_tokens=24)
+        assert chat.answer() == tokenizer.decode(written.greedy.token_ids, skip_special_tokens=True)
+        assert draws.answer() == drawn
+        kept = model.get_base_model().generation_config
+        assert kept.top_k == 1 and shipped.items() <= kept.to_dict().items()
+    finally:
+        model.get_base_model().generation_config = own
+
+
 def test_each_speaker_sees_its_own_answers_and_the_others_where_it_gave_none(loaded):
     model, tokenizer = loaded
     chat = Conversation(model, tokenizer, max_new_tokens=40)
@@ -142,6 +167,21 @@ def test_draws_depend_on_the_seed_and_on_nothing_else(loaded):
     greedy = Conversation(model, tokenizer, max_new_tokens=12)
     greedy.say(QUESTION)
     assert drawn(0, top_p=1e-6) == greedy.answer() != first
+
+
+def test_a_draw_may_be_any_token(loaded, monkeypatch):
+    """transformers leaves only the 50 likeliest unless told otherwise."""
+    model, tokenizer = loaded
+    shown = []
+    monkeypatch.setattr(_Stream, "put", lambda self, value: shown.append(value.flatten()))
+    for seed in range(4):
+        chat = Conversation(model, tokenizer, temperature=1e4, seed=seed, max_new_tokens=1)
+        chat.say(QUESTION)
+        chat.answer()
+    prompts, drawn = shown[::2], torch.cat(shown[1::2])
+    with torch.no_grad():
+        logits = model(prompts[0].unsqueeze(0)).logits[0, -1]
+    assert (logits > logits[drawn].unsqueeze(1)).sum(1).max() >= 50
 
 
 def test_it_stops_where_training_ended_answers_whatever_the_base_says(loaded):

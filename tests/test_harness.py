@@ -173,3 +173,78 @@ def test_local_files_of_another_kind_are_refused(tmp_path, gsm8k):
     ):
         with pytest.raises(DataError, match=message):
             parse_task_data([wrong])
+
+
+def write_rows(folder, rows, *splits):
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in splits:
+        (folder / f"{split}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def likeliest(model, tokenizer, prompt, choices):
+    return int(np.argmax([choice_logprob(model, tokenizer, prompt, choice) for choice in choices]))
+
+
+NAMES = ("a cat", "the old king", "Tom", "rain")
+ARC = [
+    {"question": f"Who {what}?", "choices": {"text": list(NAMES), "label": list("ABCD")}, "answerKey": "C"}
+    for what in ("went to the park", "was wet", "likes fish", "said hello")
+]
+MMLU = [
+    {"question": row["question"], "subject": "anatomy", "choices": list(NAMES), "answer": i}
+    for i, row in enumerate(ARC[:3])
+]
+
+
+def test_arc_and_a_task_of_mmlu_from_plain_files(model_and_tokenizer, tmp_path):
+    model, tokenizer = model_and_tokenizer
+    arc = write_rows(tmp_path / "arc", ARC, "train", "test")
+    found = run_tasks(model, tokenizer, ["arc_easy", "arc_challenge"], task_data=dict.fromkeys(
+        ["arc_easy", "arc_challenge"], arc))  # fmt: skip
+    right = [likeliest(model, tokenizer, f"Question: {row['question']}\nAnswer:", NAMES) == 2 for row in ARC]
+    for task in ("arc_easy", "arc_challenge"):
+        assert found[task]["rows"] == 4 and found[task]["metrics"]["acc"].value == np.mean(right)
+
+    mmlu = write_rows(tmp_path / "mmlu", MMLU, "dev", "test")
+    task = run_tasks(model, tokenizer, ["mmlu_anatomy"], task_data={"mmlu_anatomy": mmlu}, num_fewshot=2, samples=True)[
+        "mmlu_anatomy"
+    ]
+    prompts = [row["arguments"][0][0] for row in task["samples"]]
+    right = [likeliest(model, tokenizer, prompts[i], "ABCD") == row["answer"] for i, row in enumerate(MMLU)]
+    assert task["rows"] == 3 and task["metrics"]["acc"].value == pytest.approx(np.mean(right))
+    assert all(prompt.count("Who ") == 3 for prompt in prompts)  # worked examples from dev.jsonl
+
+
+def test_a_clone_of_the_hubs_folder_keeps_its_configurations(model_and_tokenizer, tmp_path):
+    write_rows(tmp_path / "ARC-Easy", ARC[:2], "train", "test")
+    files = "".join(f"  - split: {s}\n    path: ARC-Easy/{s}.jsonl\n" for s in ("train", "test"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: ARC-Easy\n  data_files:\n{files}---\n")
+    assert run_tasks(*model_and_tokenizer, ["arc_easy"], task_data={"arc_easy": tmp_path})["arc_easy"]["rows"] == 2
+    with pytest.raises(DataError, match=r"arc_challenge: .*'ARC-Challenge' not found. Available: \['ARC-Easy'\]"):
+        run_tasks(*model_and_tokenizer, ["arc_challenge"], task_data={"arc_challenge": tmp_path})
+
+
+def test_a_copy_that_is_not_the_tasks_data_says_what_is_wrong(model_and_tokenizer, tmp_path):
+    def refused(folder, message):
+        with pytest.raises(DataError, match=message):
+            run_tasks(*model_and_tokenizer, ["arc_easy"], task_data={"arc_easy": folder})
+
+    refused(
+        write_rows(tmp_path / "one", ARC, "test"), "--task_data arc_easy: .*no split 'train'.*a file for each split"
+    )
+    refused(write_rows(tmp_path / "other", [{"a": 1}], "train", "test"), "'question' is undefined.*same columns")
+    refused(tmp_path / "one" / "test.jsonl", "test.jsonl is a file, .* is a folder")
+
+
+def test_a_group_names_a_task_that_takes_a_copy(model_and_tokenizer, tmp_path, monkeypatch):
+    import datasets
+
+    with pytest.raises(DataError, match="mmlu is a group of tasks.*such as mmlu_abstract_algebra: "):
+        check_tasks(["mmlu"], {"mmlu": tmp_path})
+    with pytest.raises(DataError, match="ai2_arc is a group of tasks.*such as arc_challenge: "):
+        check_tasks(["ai2_arc"], {"ai2_arc": tmp_path})
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="data of mmlu could not be read.*such as mmlu_abstract_algebra") as caught:
+        run_tasks(*model_and_tokenizer, ["mmlu"], limit=1)
+    assert "mmlu=PATH" not in str(caught.value)

@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SAID = {  # what a reader must find in the outputs, and only a run that worked prints
     "01_quickstart": ("adapter_model.safetensors", "kl_samples"),
-    "02_sft_vs_psft": ("psft_visits", "out of domain"),
+    "02_sft_vs_psft": ("psft_visits", "out of domain at the last epoch"),
     "03_merge_and_export": ("the same model", "FROM ", "vllm serve"),
-    "04_grpo_from_psft": ("pass@8", "sample_entropy"),
+    "04_grpo_from_psft": ("pass@8", "sample_entropy", "trained in {torch.float32}"),
 }
 
 

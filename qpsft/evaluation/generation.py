@@ -7,8 +7,9 @@ change a sample's tokens, except where two runs of the model round a probability
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 CPU_BUDGET = 2**30
@@ -282,3 +284,19 @@ def stop_tokens(model: Any, tokenizer: Any) -> set[int]:
     configured = getattr(model.generation_config, "eos_token_id", None)
     stops = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
     return stops - {None}
+
+
+@contextlib.contextmanager
+def neutral_settings(model: Any) -> Iterator[None]:
+    """transformers' own `generate` without the model's generation settings, which fill in whatever a call leaves open.
+
+    A repetition penalty there changes even greedy answers. What the settings say of stop tokens goes too: see
+    `stop_tokens`.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = base.generation_config
+    base.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = own

@@ -15,7 +15,7 @@ import numpy as np
 
 from qpsft.errors import DataError
 from qpsft.evaluation.estimates import Estimate, bootstrap_weights, ratio
-from qpsft.evaluation.task_data import BENCHMARKS, benchmark_of, local_rows
+from qpsft.evaluation.task_data import BENCHMARKS, SPLITS, benchmark_of, copy_of_hub, local_rows
 
 TWO_SIDED_95 = 1.96
 SAME_VALUE = 1e-9
@@ -43,7 +43,7 @@ def run_tasks(
         model: a causal LM of transformers, with or without adapters; left in the mode it was in.
         tasks: the harness's names, groups included (`gsm8k`, `truthfulqa_mc1`, `ifeval`, `mmlu`, `arc_easy`, …).
         task_data: local copies by benchmark (a key of `task_data.BENCHMARKS`) or by task. A benchmark's own files are
-            read for these; for any other task the path is what `datasets.load_dataset` takes in place of the Hub id.
+            read for these; for any other task a folder that `datasets.load_dataset` takes in place of the Hub id.
         limit: rows per task.
         num_fewshot: worked examples in the prompt; None: as each task has it.
         apply_chat_template: put the prompts through the tokenizer's chat template.
@@ -98,11 +98,14 @@ def check_tasks(tasks: Sequence[str], task_data: Mapping[str, Path]) -> list[str
     """The tasks to run, a benchmark with local data being all its tasks. Takes seconds, and no model.
 
     Raises:
-        DataError: the harness is not installed, or it has no such task.
+        DataError: the harness is not installed, it has no such task, or a group is given a local copy.
     """
-    known = _manager().all_tasks
+    manager = _manager()
     names = _expand(tasks, task_data)
-    _check_names(names, task_data, known)
+    _check_names(names, task_data, manager.all_tasks)
+    for name in names:
+        if name in task_data and _is_group(name, manager):
+            raise DataError(f"--task_data {name}: {_GROUP.format(name)}.", _for_groups([name], manager))
     return names
 
 
@@ -165,17 +168,60 @@ def _task(name: str, task_data: Mapping[str, Path], manager: Any) -> Any:
     path = task_data.get(name) or task_data.get(benchmark or "")
     if path is None:
         return name
-    if name in manager.all_groups or name in manager.all_tags:
-        raise DataError(
-            f"--task_data {name}: {name} is a group of tasks, each with its own data.",
-            "Name one of its tasks, or put a copy of the Hub's data set into the Hugging Face cache.",
-        )
+
+    def build(source: dict[str, Any]) -> Any:
+        # A dict given to `TaskManager.load` would be a whole new task, not this one with another source.
+        return manager._factory.build(manager.task_index[name], overrides=source, registry=manager.task_index)
+
     if benchmark is None:
-        source = {"dataset_path": str(path)}
-    else:
-        source = {"custom_dataset": local_rows(benchmark, path), "dataset_kwargs": {}}
-    # A dict given to `TaskManager.load` would be a whole new task, not this one with another source.
-    return manager._factory.build(manager.task_index[name], overrides=source, registry=manager.task_index)
+        with _copy_explained(name, path):
+            return build(copy_of_hub(path))
+    return build({"custom_dataset": local_rows(benchmark, path), "dataset_kwargs": {}})
+
+
+@contextlib.contextmanager
+def _copy_explained(name: str, path: Path) -> Iterator[None]:
+    """Whatever the harness stumbles on in a user's copy of a data set is a fault of that copy, said with its name."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        split = isinstance(error, KeyError) and error.args and error.args[0] in SPLITS
+        what = f"there is no split {error.args[0]!r}" if split else f"{type(error).__name__}: {error}"
+        raise DataError(
+            f"--task_data {name}: {path} is not this task's data: {' '.join(what.split())[:200]}.",
+            "Give a folder with what the Hub's data set has: a file for each split, those of the worked examples "
+            f"included ({', '.join(f'{split}.jsonl' for split in SPLITS)}), with the same columns.",
+        ) from error
+
+
+_GROUP = "{0} is a group of tasks, each with its own data"
+
+
+def _is_group(name: str, manager: Any) -> bool:
+    return name in manager.all_groups or name in manager.all_tags
+
+
+def _for_groups(names: Sequence[str], manager: Any) -> str:
+    """What to do where the data of groups cannot be had: only single tasks take local copies."""
+    inner = ", ".join(_first_task(name, manager) for name in names)
+    return (
+        f"A group's data come from the Hub or its cache on this machine. Single tasks take a local copy each, such as "
+        f"{inner}: --tasks TASK --task_data TASK=FOLDER."
+    )
+
+
+def _first_task(name: str, manager: Any) -> str:
+    """The first single task of a group; a name that is none stands for itself."""
+    while _is_group(name, manager):
+        entry = manager.task_index[name]
+        inner = sorted(entry.tags) if name in manager.all_tags else (entry.cfg or {}).get("task", [])
+        inner = [one for one in inner if isinstance(one, str)] if isinstance(inner, list) else []
+        if not inner:
+            break
+        name = inner[0]
+    return name
 
 
 @contextlib.contextmanager
@@ -186,16 +232,11 @@ def _explained(names: Sequence[str], task_data: Mapping[str, Path]) -> Iterator[
     try:
         yield
     except (ConnectionError, DatasetsError, FileNotFoundError) as error:
-        missing = [name for name in names if name not in task_data and benchmark_of(name) not in task_data]
-        benchmarks = dict.fromkeys(benchmark_of(name) or name for name in missing or names)
-        files = {name: benchmark.files for name, benchmark in BENCHMARKS.items()}
-        flags = [f"--task_data {name}=PATH ({files.get(name, 'a copy of the Hub data set')})" for name in benchmarks]
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
-        raise DataError(
-            f"The data of {', '.join(missing or names)} could not be read from the Hub{offline}: "
-            f"{' '.join(str(error).split())[:200]}.",
-            f"Give a local copy: {'; '.join(flags)}.",
-        ) from error
+        raise _unreachable(names, task_data, error) from error
+    except ValueError as error:
+        if not str(error).startswith(("BuilderConfig", "Couldn't find cache")):  # the cache has another configuration
+            raise
+        raise _unreachable(names, task_data, error) from error
     except AssertionError as error:
         if "max tokens to generate" not in str(error):
             raise
@@ -207,6 +248,21 @@ def _explained(names: Sequence[str], task_data: Mapping[str, Path]) -> Iterator[
             "ifeval counts sentences with NLTK's data punkt_tab, which is not on this machine.",
             "Run `python -m nltk.downloader punkt_tab` where there is a network, and copy ~/nltk_data here.",
         ) from error
+
+
+def _unreachable(names: Sequence[str], task_data: Mapping[str, Path], error: Exception) -> DataError:
+    missing = [name for name in names if name not in task_data and benchmark_of(name) not in task_data] or names
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
+    files = {name: benchmark.files for name, benchmark in BENCHMARKS.items()}
+    groups = [name for name in missing if benchmark_of(name) is None and _is_group(name, _manager())]
+    single = dict.fromkeys(benchmark_of(name) or name for name in missing if name not in groups)
+    flags = [f"--task_data {name}=PATH ({files.get(name, 'a folder like the Hub data set')})" for name in single]
+    todo = [f"Give a local copy: {'; '.join(flags)}."] if flags else []
+    return DataError(
+        f"The data of {', '.join(missing)} could not be read from the Hub{offline}: "
+        f"{' '.join(str(error).split())[:200].rstrip('.')}.",
+        " ".join(todo + ([_for_groups(groups, _manager())] if groups else [])),
+    )
 
 
 def _tidy(name: str, results: Mapping[str, Any], seed: int, samples: bool, train_prompts: Set[str]) -> dict[str, Any]:

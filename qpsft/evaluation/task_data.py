@@ -6,6 +6,7 @@ replaced, so that a number from a local copy is the same number.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from typing import Any
 from qpsft.dataset.rows import read_records
 from qpsft.errors import DataError
 from qpsft.recipe import DataArguments
+
+SPLITS = ("train", "validation", "dev", "test")
+_SPLIT_FILE = re.compile(rf"({'|'.join(SPLITS)})(?:-\d+-of-\d+)?\.(?:jsonl|json|csv|parquet)")
 
 
 @dataclass(frozen=True)
@@ -131,3 +135,33 @@ def local_rows(benchmark: str, path: Path) -> Callable[..., Any]:
         return datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in splits.items()})
 
     return load
+
+
+def copy_of_hub(path: Path) -> dict[str, Any]:
+    """What replaces a task's Hub id by a local folder.
+
+    The task's configuration (`ARC-Easy`, `anatomy`) stays where the folder is a clone of the Hub's with its README,
+    which declares it; a folder of plain files has none.
+
+    Raises:
+        DataError: a file.
+    """
+    import datasets
+
+    if path.is_file():
+        raise DataError(
+            f"{path} is a file, and a copy of a Hub data set is a folder.",
+            f"Put it there as one of {', '.join(f'{split}.jsonl' for split in SPLITS)}.",
+        )
+    source: dict[str, Any] = {"dataset_path": str(path)}
+    if set(datasets.get_dataset_config_names(str(path))) != {"default"}:
+        return source
+    source["dataset_name"] = None
+    files: dict[str, list[str]] = {}
+    for file in sorted(path.iterdir()):
+        if found := _SPLIT_FILE.fullmatch(file.name):
+            files.setdefault(found[1], []).append(file.name)
+    if "dev" in files:  # which `datasets` would call validation, and MMLU's worked examples are in a split dev
+        files.setdefault("validation", files["dev"])
+        source["dataset_kwargs"] = {"data_files": files}
+    return source
