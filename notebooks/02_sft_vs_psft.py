@@ -154,7 +154,7 @@ from qpsft.comparison.verdict import KEEPS, judge
 
 arm = COMPARE["arms"][-1]
 difference = found.difference(arm, "sft", "out_of_domain")
-better = replace(difference, mean=found.sign * difference.mean)  # of a negative log-likelihood, less is better
+better = replace(difference, mean=found.sign("out_of_domain") * difference.mean)  # of a negative log-likelihood, less is better
 print(judge(arm, "sft", better, KEEPS, describe_metric("out_of_domain", found.metric).unit, "at the last epoch"))
 
 # %% [markdown]

@@ -147,3 +147,16 @@ def test_its_tree_names_what_is_there():
     packages = {f"{p.name}/" for p in (ROOT / "qpsft").iterdir() if (p / "__init__.py").is_file()}
     assert modules <= named and packages <= named, (modules | packages) - named
     assert all((ROOT / "qpsft" / name).exists() or (ROOT / name).exists() for name in named)
+
+
+def test_what_fits_a_card_is_what_the_plan_says(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import fits
+
+    header, _, *lines = [line.strip("| ").split(" | ") for line in fits.TABLE.search(README)[0].splitlines()]
+    assert header == list(fits.CARDS.values())
+    assert [line[0] for line in lines] == [model.partition("/")[2] for model in fits.MODELS]
+    rows = {line[0]: dict(zip(fits.CARDS, line[1:], strict=True)) for line in lines}
+    assert rows["Mistral-7B-Instruct-v0.3"]["12GB"] == fits.cell(
+        fits.longest("mistralai/Mistral-7B-Instruct-v0.3", "12GB")
+    )
