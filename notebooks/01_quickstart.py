@@ -22,7 +22,7 @@
 #
 # - **Runs on** a free Colab T4 (`Runtime → Change runtime type → T4 GPU`) with Qwen2.5-0.5B on GSM8K, or on any CPU with
 #   the embedded base model of 0.5 M parameters.
-# - **The outputs you see** are from the embedded base on 2 CPU cores at the smallest sizes.
+# - **The outputs you see** are from the embedded base on 2 CPU cores.
 
 # %%
 import importlib.util
@@ -91,7 +91,7 @@ print(Path("recipe.yaml").read_text())
 # Before any training: the rows, tokenized as they will be, the supervised tokens marked.
 
 # %%
-# !qpsft preview recipe.yaml --rows 2
+# !qpsft preview recipe.yaml
 
 # %% [markdown]
 # ## The base before

@@ -25,7 +25,7 @@
 #
 # - **Runs on** a CPU with the embedded base in about 15 minutes as it stands (2 cores), on a T4 with your model in hours:
 #   lower `seeds` and `epochs` in `COMPARE` first.
-# - **The outputs you see** are from the embedded base on 2 CPU cores at the smallest sizes.
+# - **The outputs you see** are from the embedded base on 2 CPU cores.
 
 # %%
 import importlib.util

@@ -21,7 +21,7 @@
 # and vLLM.
 #
 # - **Runs on** any machine: merging streams through a few hundred MB of memory and needs no GPU.
-# - **The outputs you see** are from the embedded base on 2 CPU cores at the smallest sizes. The converter for GGUF
+# - **The outputs you see** are from the embedded base on 2 CPU cores. The converter for GGUF
 #   (llama.cpp's own, a few MB) is downloaded once.
 
 # %%

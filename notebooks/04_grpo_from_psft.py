@@ -21,7 +21,7 @@
 # that is checked, not learned.
 #
 # - **Runs on** a T4 with Qwen2.5-0.5B on GSM8K, or on a CPU with the embedded base.
-# - **The outputs you see** are from the embedded base on 2 CPU cores at the smallest sizes.
+# - **The outputs you see** are from the embedded base on 2 CPU cores.
 
 # %%
 import importlib.util
@@ -98,12 +98,13 @@ model = PeftModel.from_pretrained(base, ADAPTER, is_trainable=True)
 # %%
 from datasets import Dataset
 
-from qpsft.data import load_rows
+from qpsft.evaluation.evaluation_rows import load_evaluation_rows
 from qpsft.evaluation.verifiers import find_verifier, text_of
 
-rows = load_rows(OPTIONS["dataset_name"], recipe.data, "train").rows
-test = load_rows(OPTIONS["dataset_name"], recipe.data, "test").rows
-_, is_right = find_verifier("auto", rows, OPTIONS["dataset_name"])
+rows = load_evaluation_rows(OPTIONS["dataset_name"], recipe.data, "train").rows
+test = load_evaluation_rows(OPTIONS["dataset_name"], recipe.data, "test").rows
+verifier, is_right = find_verifier("auto", rows, OPTIONS["dataset_name"])
+print("verifier:", verifier)
 prompts = Dataset.from_list(
     [{"prompt": [{"role": "user", "content": text_of(row["prompt"])}], "row": i} for i, row in enumerate(rows)]
 )
@@ -137,7 +138,7 @@ from qpsft import float32_adapter
 config = GRPOConfig(
     "runs/grpo",
     max_steps=GRPO_STEPS,
-    learning_rate=1e-4 if GPU else 2e-4,
+    learning_rate=1e-4 if GPU else 1e-3,
     bf16=base.dtype == torch.bfloat16,
     fp16=base.dtype == torch.float16,
     num_generations=8,

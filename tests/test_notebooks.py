@@ -22,7 +22,7 @@ SAID = {  # what a reader must find in the outputs, and only a run that worked p
     "01_quickstart": ("adapter_model.safetensors", "kl_samples"),
     "02_sft_vs_psft": ("psft_visits", "out of domain at the last epoch"),
     "03_merge_and_export": ("the same model", "FROM ", "vllm serve"),
-    "04_grpo_from_psft": ("pass@8", "sample_entropy", "trained in {torch.float32}"),
+    "04_grpo_from_psft": ("pass@8", "sample_entropy", "trained in {torch.float32}", "verifier: demo"),
 }
 
 
