@@ -1,6 +1,7 @@
 """GGUF export: llama.cpp's converter runs, and what it wrote is read back and compared."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from qpsft.base import load_tokenizer
 from qpsft.demo import MODEL_DIR
 from qpsft.errors import ExportError, OutputError
 from qpsft.export import gguf as gguf_module
-from qpsft.export import llama_cpp
+from qpsft.export import gguf_check, llama_cpp
 from qpsft.export.gguf import export_gguf, without_generation_markers
 from qpsft.export.gguf_check import BLOCK_ERROR, GgufFile, check_gguf, interleave_halves, join_halves, rounding_error
 from qpsft.export.gguf_lora import export_gguf_lora
@@ -105,12 +106,21 @@ def lengthen(tensors):
     ],
     ids=["one value", "rows swapped", "shape", "left over", "left out", "unknown"],
 )
-def test_a_wrong_conversion_is_caught(exported, merged, gguf, tmp_path, change, words):
+def test_a_wrong_conversion_is_caught(exported, merged, gguf, tmp_path, monkeypatch, change, words):
     """The file is right and the folder it is compared with is not: the same difference, the other way round."""
+    monkeypatch.setattr(gguf_check, "BLOCK_OF_VALUES", 700)  # several blocks a tensor, the last one shorter
     other = copy_folder(merged, tmp_path / "other")
     edit_weights(other, change)
     with pytest.raises(ExportError, match=words):
         check(exported, other, gguf)
+
+
+def test_blocks_of_rows_change_no_verdict(exported, merged, gguf, monkeypatch):
+    whole = check(exported, merged, gguf)
+    monkeypatch.setattr(gguf_check, "BLOCK_OF_VALUES", 700)
+    by_blocks = check(exported, merged, gguf)
+    assert by_blocks.largest_error == pytest.approx(whole.largest_error, rel=1e-6)
+    assert replace(by_blocks, largest_error=whole.largest_error) == whole
 
 
 @pytest.mark.parametrize(
@@ -212,10 +222,10 @@ def test_rounding_bounds_of_block_types_hold_and_bite(gguf):
     for kind in ("Q8_0", "Q5_0", "Q5_1", "Q4_0", "Q4_1"):
         number = gguf.GGMLQuantizationType[kind]
         dense = gguf.quants.dequantize(gguf.quants.quantize(values, number), number)
-        error, right = rounding_error(torch.tensor(dense), torch.tensor(values), kind)
+        error, right = rounding_error([(torch.tensor(dense), torch.tensor(values))], kind)
         assert right and error > BLOCK_ERROR[kind] / 3, (kind, error)
         worse = values + 3 * (dense - values)
-        assert rounding_error(torch.tensor(worse), torch.tensor(values), kind)[1] is False
+        assert rounding_error([(torch.tensor(worse), torch.tensor(values))], kind)[1] is False
 
 
 # the adapter alone

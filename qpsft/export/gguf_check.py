@@ -6,8 +6,9 @@ weights (not with the converter's code), and values are compared under a bound t
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +28,9 @@ HALF_STEP = {"F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8}
 """Largest relative error of one rounding to nearest."""
 
 F16_SMALLEST = 2.0**-24
+
+BLOCK_OF_VALUES = 2**22
+"""Values that are dequantized and compared at once: 16 MB in float32."""
 
 BLOCK_ERROR = {
     "Q8_0": 0.01, "Q6_K": 0.04, "Q5_K": 0.07, "Q5_0": 0.08, "Q5_1": 0.08, "Q4_K": 0.14, "Q4_0": 0.16, "Q4_1": 0.16,
@@ -110,11 +114,11 @@ class GgufFile:
         """Shape in torch's order, the fastest dimension last."""
         return [int(size) for size in reversed(self.tensors[name].shape)]
 
-    def values(self, name: str) -> Tensor:
-        """The tensor, dequantized to float32, in torch's order of dimensions."""
+    def values(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """The tensor, or rows of its first dimension, dequantized to float32, in torch's order of dimensions."""
         tensor = self.tensors[name]
-        dense = self.gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        return torch.from_numpy(np.array(dense, dtype=np.float32)).reshape(self.shape_of(name))
+        dense = self.gguf.quants.dequantize(tensor.data[rows], tensor.tensor_type)
+        return torch.from_numpy(np.array(dense, dtype=np.float32)).reshape(-1, *self.shape_of(name)[1:])
 
     def name_map(self, blocks: int | None = None) -> Callable[[str], str | None]:
         """A function from a checkpoint's tensor name to the GGUF's; None for a name llama.cpp does not know.
@@ -260,9 +264,11 @@ def _check_tensor(file: GgufFile, source: Source, weights: ExportedWeights) -> f
     where = f"{source.name} ({source.sources[0]})"
     if file.shape_of(source.name) != list(expected.shape):
         raise _wrong(file.path, f"{where} has shape {file.shape_of(source.name)}, not {list(expected.shape)}")
-    found = file.values(source.name)
     kind = file.type_of(source.name)
-    error, right = rounding_error(found, expected, kind)
+    # by rows, because a vocabulary's embedding is large
+    rows = max(1, BLOCK_OF_VALUES // max(1, expected.numel() // len(expected)))
+    blocks = (slice(start, start + rows) for start in range(0, len(expected), rows))
+    error, right = rounding_error(((file.values(source.name, block), expected[block]) for block in blocks), kind)
     if right is None:
         raise ExportError(f"{where} is of type {kind}, which qpsft cannot check.", "Choose another --outtype.")
     if not right:
@@ -270,20 +276,26 @@ def _check_tensor(file: GgufFile, source: Source, weights: ExportedWeights) -> f
     return error
 
 
-def rounding_error(found: Tensor, expected: Tensor, kind: str) -> tuple[float, bool | None]:
+def rounding_error(blocks: Iterable[tuple[Tensor, Tensor]], kind: str) -> tuple[float, bool | None]:
     """How far values are from those a type was made of, and whether rounding to the type explains it.
 
-    `found` is used up, because a vocabulary's embedding is large. Both are float32 and of one shape.
+    Args:
+        blocks: (found, expected) of one tensor, block by block, both float32 and of one shape; `found` is used up.
 
     Returns:
         (‖found − expected‖ / ‖expected‖, verdict); the verdict is None for an unknown type.
     """
-    size = float(expected.norm()) + 1e-30
-    difference = found.sub_(expected).abs_()
-    error = float(difference.norm()) / size
+    wrong, size, within = 0.0, 1e-60, True
+    for found, expected in blocks:
+        difference = found.sub_(expected).abs_()
+        wrong += float(difference.norm()) ** 2
+        size += float(expected.norm()) ** 2
+        if kind in HALF_STEP:
+            allowed = expected.abs().mul_(HALF_STEP[kind]).add_(F16_SMALLEST if kind == "F16" else 0.0)
+            within &= bool((difference <= allowed).all())
+    error = math.sqrt(wrong / size)
     if kind in HALF_STEP:
-        allowed = expected.abs().mul_(HALF_STEP[kind]).add_(F16_SMALLEST if kind == "F16" else 0.0)
-        return error, bool((difference <= allowed).all())
+        return error, within
     return error, error <= BLOCK_ERROR[kind] if kind in BLOCK_ERROR else None
 
 
