@@ -103,7 +103,7 @@ from pathlib import Path
 
 import yaml
 
-Path("comparison.yaml").write_text(yaml.safe_dump(RECIPE | {"output_dir": OUTPUT}, sort_keys=False))
+Path("comparison.yaml").write_text(yaml.safe_dump(RECIPE, sort_keys=False))
 if SETTING == "gpu":
     from datasets import load_dataset
 
@@ -114,12 +114,12 @@ if SETTING == "gpu":
 # ## Run
 #
 # Every run is kept as soon as it is done: interrupt it and run the cell again, or add an arm, and only what is missing is
-# done. `qpsft compare comparison.yaml` is the same in a terminal; `tune=True` tries four learning rates for each arm.
+# done. `qpsft compare comparison.yaml` does the same in a terminal; `tune=True` tries four learning rates for each arm.
 
 # %%
 from qpsft.compare import compare
 
-found = compare("comparison.yaml", **COMPARE)
+found = compare("comparison.yaml", ["--output_dir", OUTPUT], **COMPARE)
 
 # %% [markdown]
 # ## What came out
@@ -135,10 +135,11 @@ print(render(found))
 # ## Over the epochs
 
 # %%
-from IPython.display import Image, display
+from IPython.display import display
+from PIL import Image
 
 for picture in sorted(Path(OUTPUT).glob("*.png")):
-    display(Image(filename=picture, width=760))
+    display(Image.open(picture).convert("RGB").quantize(32))  # few colours, so that this notebook stays small
 
 # %% [markdown]
 # ## Read it yourself

@@ -105,6 +105,12 @@ def test_verdict_of_a_comparison():
     assert verdict(make_comparison(swapped))[0].startswith("psft keeps less out of domain than sft: −29.7 ± ")
 
 
+def test_an_interval_wider_than_shares_says_only_that_seeds_are_few():
+    scattered = {"sft": {0: [(0.9, 0.1)], 1: [(0.9, 0.5)]}, "psft": {0: [(0.9, 0.6)], 1: [(0.9, 0.3)]}}
+    said = verdict(make_comparison(scattered))[0]
+    assert said.startswith("psft and sft: 2 seeds are too few to tell them apart out of domain")
+
+
 def test_an_arm_that_learned_nothing_is_not_matched():
     never = {"sft": BETTER["sft"], "psft": {s: [(0.0, 0.9)] for s in range(3)}}
     comparison = make_comparison(never)

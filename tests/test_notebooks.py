@@ -26,6 +26,14 @@ SAID = {  # what a reader must find in the outputs, and only a run that worked p
 }
 
 
+PICTURES = {"01_quickstart": 1, "02_sft_vs_psft": 3, "03_merge_and_export": 0, "04_grpo_from_psft": 2}
+
+
+def pictures(path: Path) -> int:
+    outputs = [output for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", [])]
+    return sum("image/png" in output.get("data", {}) for output in outputs)
+
+
 def texts(path: Path) -> str:
     """Every printed output of a notebook."""
     found = []
@@ -61,6 +69,7 @@ def test_runs_end_to_end(name, tmp_path, surroundings):
     assert run.returncode == 0, run.stdout[-4000:]
     for words in SAID[name]:
         assert words in texts(notebook)
+    assert pictures(notebook) >= PICTURES[name]
 
 
 def test_a_failing_command_fails_the_notebook(tmp_path, surroundings):
@@ -92,7 +101,7 @@ def test_is_small_and_has_its_outputs(path):
     assert any(cell["outputs"] for cell in cells), "no stored outputs: see notebooks/README.md"
     assert not any(output["output_type"] == "error" for cell in cells for output in cell["outputs"])
     parameters = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", ())]
-    assert len(parameters) == 1
+    assert len(parameters) == 1 and pictures(path) >= PICTURES[path.stem]
     assert "colab.research.google.com" in "".join(notebook["cells"][0]["source"])
     assert str(Path.home()) not in path.read_text(encoding="utf-8") and "/tmp/" not in path.read_text(encoding="utf-8")
 

@@ -49,7 +49,8 @@ def judge(treatment: str, control: str, found: Difference, claim: Claim, unit: s
     """One sentence about treatment − control.
 
     "A keeps more out of domain than B: +14.5 ± 3.0 points …" when the interval lies above 0, "… less …" when below,
-    and when it holds 0 "A and B: no difference out of domain larger than 4.2 points …", its farther end.
+    and when it holds 0 "A and B: no difference out of domain larger than 4.2 points …", its farther end, unless that is
+    more than shares can differ by.
 
     Args:
         found: in shares or nats, higher meaning `claim.more`.
@@ -66,7 +67,10 @@ def judge(treatment: str, control: str, found: Difference, claim: Claim, unit: s
         return f"{treatment} {claim.more} {control}: {mean} ± {half} {word} {where} {seeds}."
     if found.high < 0:
         return f"{treatment} {claim.less} {control}: {mean} ± {half} {word} {where} {seeds}."
-    bound = f"{scale * max(abs(found.low), abs(found.high)):.{digits}f}"
+    widest = max(abs(found.low), abs(found.high))
+    if unit == SHARE and widest > 1:
+        return f"{treatment} and {control}: {found.n} seeds are too few to tell them apart {claim.same} {where}."
+    bound = f"{scale * widest:.{digits}f}"
     return f"{treatment} and {control}: no difference {claim.same} larger than {bound} {word} {where} {seeds}."
 
 
