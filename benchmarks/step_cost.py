@@ -193,10 +193,15 @@ def three_trainers(args: argparse.Namespace) -> int:
 def the_grid(args: argparse.Namespace) -> int:
     """Measures cells until the time is up. Returns 0, machine.AGAIN or machine.GOAL_MISSED."""
     from machine import AGAIN, GOAL_MISSED, RESULTS, Budget, Results, describe, device_name, environment, slug
-    from real_shapes import build_model
+    from real_shapes import SHAPES, build_model
     from step_goals import ARMS
     from step_grid import Cell, chosen_arms, run_grid
 
+    named = args.arms.split(",") if args.arms else list(ARMS)
+    for kind, names, known in (("shape", [args.shape] if args.shape else [], SHAPES), ("arm", named, ARMS)):
+        if wrong := [name for name in names if name not in known]:
+            print(f"error: There is no {kind} {wrong[0]}. Use one of {', '.join(known)}.", file=sys.stderr)
+            return 2
     budget = Budget(args.minutes)
     device, shape = args.device or "cpu", args.shape or "llama-3.1-8b"
     sizes = [tuple(map(int, cell.split("x"))) for cell in args.cells.split(",")]
@@ -210,7 +215,7 @@ def the_grid(args: argparse.Namespace) -> int:
         warmup=args.warmup,
     )
     cells = [Cell(shape, *size, **settings) for size in sizes]
-    arms = chosen_arms(args.arms.split(",") if args.arms else list(ARMS))
+    arms = chosen_arms(named)
     folder = Path(args.results or RESULTS)
     found = environment(device)
     print(describe(found))

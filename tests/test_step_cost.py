@@ -203,3 +203,15 @@ def test_the_noise_of_the_ratio_is_that_between_the_two_passes(base, tmp_path):
     trainer._score = lambda batches: [old - 0.01 for old in score(batches)]
     noise = step_grid.ratio_noise(trainer)
     assert noise["tokens"] == 2 * 15 and noise["p999"] == pytest.approx(0.01005, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--shape", "gpt-9"], "no shape gpt-9. Use one of llama-3.1-8b"),
+        (["--arms", "psft-k8"], "no arm psft-k8. Use one"),
+    ],
+)
+def test_a_name_that_is_not_there_is_told(flags, said, capsys):
+    assert step_cost.main(["--device", "cpu", "--shape", "tiny", *flags]) == 2
+    assert said in capsys.readouterr().err
