@@ -23,7 +23,7 @@ from qpsft.comparison.compare_options import CompareOptions, load_comparison, ra
 from qpsft.comparison.compared_data import BASE_SAMPLES, load_data, sample_base
 from qpsft.comparison.compared_evaluation import Measurement
 from qpsft.comparison.compared_run import RunSpec, Setting, base_key, decisive_options, load_setting
-from qpsft.comparison.results import ArmResult, Comparison
+from qpsft.comparison.results import ArmResult, Comparison, is_accuracy
 from qpsft.comparison.row_coverage import coverage_notes, unseen_share
 from qpsft.comparison.run_queue import RunQueue
 from qpsft.errors import DivergedError, OutputError, RecipeError
@@ -118,20 +118,26 @@ def make_setting(recipe: Recipe, options: CompareOptions, folder: Path, noise: f
 
 @dataclass
 class Found:
-    """The results of a comparison's runs: the base's, and by arm and learning rate and seed."""
+    """The results of a comparison's runs: the base's, and by arm and learning rate and seed; and what was never seen.
+
+    `unseen`: arm -> share of the training rows that its runs never reach.
+    """
 
     base: dict[str, Any]
     rates: dict[str, float]
+    unseen: dict[str, float]
     runs: dict[str, dict[float, dict[int, dict[str, Any]]]] = field(default_factory=dict)
 
 
 def run_arms(arms: Sequence[Arm], recipe: Recipe, options: CompareOptions, runs: RunQueue) -> Found:
     """Does what has to be done: base, tuning grid, then every arm at its learning rate on every seed."""
     seeds = [recipe.trainer.seed + index for index in range(options.seeds)]
-    epochs = _epochs(options, recipe)
+    epochs = options.epochs or recipe.trainer.num_train_epochs
     methods = {arm.name: _method(arm, recipe) for arm in arms}
     own = [arm for arm in arms if rate_source(arm, arms) == arm.name]
-    _warn_of_unseen_rows(_unseen(arms, recipe, options, runs), methods, recipe)
+    rows = runs.setting.data.train
+    unseen = {name: unseen_share(method, recipe.trainer, epochs, rows) for name, method in methods.items()}
+    _warn_of_unseen_rows(unseen, methods, recipe)
     base = RunSpec({})
     grid = rate_grid(options, recipe)
     tuned = [arm for arm in own if options.tune and arm.name not in (options.arm_rates or {})]
@@ -147,7 +153,7 @@ def run_arms(arms: Sequence[Arm], recipe: Recipe, options: CompareOptions, runs:
     later = max(0, len(seeds) - options.tune_seeds) * len(tuned) + (len(arms) - len(tuned)) * len(seeds)
     runs.expect(1 + len(first) + later)
     done = runs.do([base, *first], may_diverge=True)
-    sign = -1 if runs.setting.data.metric == "nll" else 1
+    sign = 1 if is_accuracy("validation", runs.setting.data.metric) else -1
     rates = {arm.name: (options.arm_rates or {}).get(arm.name, recipe.trainer.learning_rate) for arm in own}
     for name, by_rate in tuning.items():
         scores = {rate: [_validation(done[s]) for s in by_seed.values()] for rate, by_seed in by_rate.items()}
@@ -158,7 +164,7 @@ def run_arms(arms: Sequence[Arm], recipe: Recipe, options: CompareOptions, runs:
     needed = [s for by_seed in last.values() for s in by_seed.values()]
     taken_over = [s for s in needed if s in done and "diverged" in done[s]]  # of another arm's grid
     done |= runs.do(taken_over + [s for s in needed if s not in done])
-    found = Found(done[base], {arm.name: rates[arm.name] for arm in arms})
+    found = Found(done[base], {arm.name: rates[arm.name] for arm in arms}, unseen)
     for arm in arms:
         specs = {rate: dict(by_seed) for rate, by_seed in tuning.get(arm.name, {}).items()}
         specs[rates[arm.name]] = specs.get(rates[arm.name], {}) | last[arm.name]
@@ -169,16 +175,6 @@ def run_arms(arms: Sequence[Arm], recipe: Recipe, options: CompareOptions, runs:
 def _method(arm: Arm, recipe: Recipe) -> dict[str, Any]:
     trainer = recipe.trainer
     return arm.options(trainer.reference_steps, trainer.epsilon, trainer.num_iterations)
-
-
-def _epochs(options: CompareOptions, recipe: Recipe) -> float:
-    return options.epochs or recipe.trainer.num_train_epochs
-
-
-def _unseen(arms: Sequence[Arm], recipe: Recipe, options: CompareOptions, runs: RunQueue) -> dict[str, float]:
-    """Arm -> share of the training rows that its runs never reach."""
-    rows, epochs = runs.setting.data.train, _epochs(options, recipe)
-    return {arm.name: unseen_share(_method(arm, recipe), recipe.trainer, epochs, rows) for arm in arms}
 
 
 def _warn_of_unseen_rows(unseen: dict[str, float], methods: dict[str, dict[str, Any]], recipe: Recipe) -> None:
@@ -222,7 +218,6 @@ def choose_rate(scores: dict[float, list[float]], sign: int) -> float:
 def gather(found: Found, arms: Sequence[Arm], recipe: Recipe, options: CompareOptions, runs: RunQueue) -> Comparison:
     """The runs' results as a `Comparison`."""
     setting = runs.setting
-    unseen = _unseen(arms, recipe, options, runs)
     every = [
         found.base,
         *(r for by_rate in found.runs.values() for by_seed in by_rate.values() for r in by_seed.values()),
@@ -240,7 +235,7 @@ def gather(found: Found, arms: Sequence[Arm], recipe: Recipe, options: CompareOp
                 rate_source(arm, arms) == arm.name,
                 found.runs[arm.name][found.rates[arm.name]],
                 found.runs[arm.name] if len(found.runs[arm.name]) > 1 else {},
-                round(unseen[arm.name], 4),
+                round(found.unseen[arm.name], 4),
             )
             for arm in arms
         },

@@ -27,8 +27,6 @@ BASE_SAMPLES = "base_samples"
 SAMPLED_TEXTS = 128
 SAMPLED_LENGTH = 192
 SPLIT_SHARE = 0.1
-METRICS = ("accuracy", "nll", "mixed")
-"""What the scores are; mixed: accuracy in-domain, NLL out of domain."""
 
 
 @dataclass
@@ -41,7 +39,7 @@ class ComparedData:
         validation: rows that learning rates are chosen on.
         in_domain: test rows like the demonstrations.
         out_of_domain: test rows of other kinds, by set.
-        metric: what is compared, one of `METRICS`.
+        metric: what is compared; as in `qpsft.comparison.results.is_accuracy`.
         overlap: set -> `duplicate_rows` and `duplicate_prompts` that stand word for word among the training rows;
             `in_domain in validation` counts test rows among the validation rows.
         counts: rows by set.

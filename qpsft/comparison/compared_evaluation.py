@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from qpsft.comparison.compared_data import ComparedData, set_verifier
+from qpsft.comparison.results import is_accuracy
 from qpsft.evaluate import Evaluation, evaluate
 from qpsft.recipe import DataArguments
 
@@ -61,16 +62,16 @@ def _measure(model: Any, tokenizer: Any, data: ComparedData, how: Measurement, i
     completions = {}
     if is_last:
         found = evaluate(model, tokenizer, data.validation, k=0, drift=False, **common)
-        metrics["validation"] = _score(found, data.metric)
+        metrics["validation"] = _score(found, "validation", data.metric)
     found = evaluate(model, tokenizer, data.in_domain, k=0, **common)
-    metrics |= {"in_domain": _score(found, data.metric)}
+    metrics |= {"in_domain": _score(found, "in_domain", data.metric)}
     metrics |= {f"in_domain_{name}": found[name] for name in ("nll", "entropy")}
     metrics |= _drift(found, "in_domain_kl")
     metrics |= _completed(found)
     others = []
     for label, rows in data.out_of_domain.items():
         one = evaluate(model, tokenizer, rows, k=0, **common | {"verifier": set_verifier(how.verifier, rows)})
-        numbers = {"": _score(one, data.metric, outside=True), "_nll": one["nll"], "_entropy": one["entropy"]}
+        numbers = {"": _score(one, "out_of_domain", data.metric), "_nll": one["nll"], "_entropy": one["entropy"]}
         numbers |= _drift(one, "_kl")
         others.append(numbers)
         metrics |= {f"out_of_domain/{label}{suffix}": value for suffix, value in numbers.items()}
@@ -103,8 +104,8 @@ def rounded(value: float) -> float:
     return float(f"{value:.{DIGITS}g}")
 
 
-def _score(found: Evaluation, metric: str, outside: bool = False) -> float:
-    return found["accuracy" if metric == "accuracy" or metric == "mixed" and not outside else "nll"]
+def _score(found: Evaluation, name: str, metric: str) -> float:
+    return found["accuracy" if is_accuracy(name, metric) else "nll"]
 
 
 def _drift(found: Evaluation, name: str, metric: str = "kl_text") -> dict[str, float]:

@@ -21,14 +21,22 @@ class Metric:
     unit: str
 
 
-def describe_metric(name: str, metric: str = "accuracy") -> Metric:
-    """Title and unit of a name in `metrics` of a result.
+def is_accuracy(name: str, metric: str) -> bool:
+    """Whether a score (`in_domain`, `validation`, `out_of_domain…`) is an accuracy; else an NLL, where less is better.
 
     Args:
         metric: what is compared: "accuracy", "nll", or "mixed", accuracy in-domain and NLL out of domain.
     """
-    inside, outside = metric in ("accuracy", "mixed"), metric == "accuracy"
-    score = SHARE if (outside if name.startswith("out_of_domain") else inside) else NATS
+    return metric == "accuracy" or metric == "mixed" and not name.startswith("out_of_domain")
+
+
+def describe_metric(name: str, metric: str = "accuracy") -> Metric:
+    """Title and unit of a name in `metrics` of a result.
+
+    Args:
+        metric: what is compared; as in `is_accuracy`.
+    """
+    score = SHARE if is_accuracy(name, metric) else NATS
     kind = "accuracy" if score == SHARE else "NLL"
     known = {
         "validation": Metric(f"Validation {kind}", "validation", score),
@@ -111,7 +119,7 @@ class Comparison:
 
     def sign(self, name: str) -> int:
         """1 where a higher score is better, -1 for a negative log-likelihood: of in_domain or out_of_domain."""
-        return 1 if describe_metric(name, self.metric).unit == SHARE else -1
+        return 1 if is_accuracy(name, self.metric) else -1
 
     @property
     def has_out_of_domain(self) -> bool:

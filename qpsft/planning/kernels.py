@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers.integrations.sdpa_attention import repeat_kv
 
+from qpsft.grouped_queries import HALF
 from qpsft.hardware import hardware_for
-
-HALF = (torch.bfloat16, torch.float16)
 
 # Operators of a decoder that autocast runs in 16 bits, and those that CUDA's runs in float32.
 _LOWER = {"linear", "matmul", "__matmul__", "bmm", "mm", "addmm", "baddbmm", "einsum", "conv1d"}
