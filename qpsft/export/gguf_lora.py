@@ -175,7 +175,7 @@ def _check(path: Path, tensors: dict[str, Tensor], config: LoraConfig, base: Pat
         if part == "B":
             expected = layout_of(file.architecture, f"{layer}.weight", model).forward(expected)
         found = file.values(target)
-        if found.shape != expected.shape or not rounding_error(found, expected, file.type_of(target))[1]:
+        if found.shape != expected.shape or not rounding_error([(found, expected)], file.type_of(target))[1]:
             raise _wrong(path, f"{target} does not hold {name}")
     if rest := sorted(set(file.tensors) - seen):
         raise _wrong(path, f"{rest[0]} in it comes from no tensor of the adapter")
