@@ -26,6 +26,7 @@ from qpsft.comparison.compared_run import RunSpec, Setting, base_key, decisive_o
 from qpsft.comparison.results import ArmResult, Comparison, is_accuracy
 from qpsft.comparison.row_coverage import coverage_notes, unseen_share
 from qpsft.comparison.run_queue import RunQueue
+from qpsft.dataset.chat_date import find_chat_date, keep_chat_date
 from qpsft.errors import DivergedError, OutputError, RecipeError
 from qpsft.recipe import Recipe
 
@@ -66,8 +67,7 @@ def compare_loaded(
     arms = find_arms(options.arms or DEFAULT_ARMS)
     folder = prepare(recipe, folder)
     setting = make_setting(recipe, options, folder, noise)
-    results = Path(options.results_dir) if options.results_dir else folder / "results"
-    with RunQueue(setting, results, options.jobs) as runs:
+    with RunQueue(setting, results_folder(options, folder), options.jobs) as runs:
         found = run_arms(arms, recipe, options, runs)
     comparison = gather(found, arms, recipe, options, runs)
     write(comparison, folder)
@@ -93,12 +93,20 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Path:
     return folder
 
 
+def results_folder(options: CompareOptions, folder: Path) -> Path:
+    """Where the runs' results are kept."""
+    return Path(options.results_dir) if options.results_dir else folder / "results"
+
+
 def make_setting(recipe: Recipe, options: CompareOptions, folder: Path, noise: float | None = None) -> Setting:
     """What all runs share: the base, the rows, the options of training and of measurement."""
     model = recipe.model
     tokenizer = load_tokenizer(
         model.model_name_or_path, revision=model.model_revision, trust_remote_code=recipe.trainer.trust_remote_code
     )
+    results = results_folder(options, folder)
+    recipe.data.chat_date = find_chat_date(recipe.data.chat_date, tokenizer, results)
+    keep_chat_date(recipe.data.chat_date, results)
     how = Measurement(
         k=options.k,
         temperatures=tuple(options.temperatures),

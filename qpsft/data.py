@@ -20,6 +20,7 @@ from jinja2 import TemplateError
 from tqdm import tqdm
 
 from qpsft.dataset.chat import ChatRenderer, Span, refused
+from qpsft.dataset.chat_date import dated_template
 from qpsft.dataset.rows import read_records
 from qpsft.dataset.shapes import Rows, to_rows
 from qpsft.errors import DataError
@@ -132,7 +133,7 @@ def tokenize_rows(
     Args:
         rows: what `load_rows` returned.
         tokenizer: a fast tokenizer (one with a tokenizer.json), with a chat template if `rows` has messages.
-        arguments: `use_chat_template`, `prompt_format` and `supervise_prompt` are used.
+        arguments: `use_chat_template`, `prompt_format`, `supervise_prompt` and `chat_date` are used.
         max_length: tokens a row may have; None for no limit.
         show_progress: show a bar on standard error when there are more than a few thousand rows.
 
@@ -207,7 +208,7 @@ def encode_prompt(messages: list[dict], tokenizer: Any, arguments: DataArguments
     Args:
         messages: a conversation that ends with a user's turn. Without a chat template only that turn counts: training
             has shown the model single prompts.
-        arguments: `use_chat_template` and `prompt_format` are used.
+        arguments: `use_chat_template`, `prompt_format` and `chat_date` are used.
 
     Raises:
         DataError: the chat template refuses the conversation.
@@ -225,7 +226,12 @@ def encode_prompt(messages: list[dict], tokenizer: Any, arguments: DataArguments
         return ids[:-1] if added else ids
     messages = [m | {"content": written(m["content"])} if m["role"] == "user" else m for m in messages]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            messages,
+            chat_template=dated_template(tokenizer, None, arguments.chat_date),
+            tokenize=False,
+            add_generation_prompt=True,
+        )
     except (TemplateError, TypeError, ValueError) as error:
         raise refused("The prompt", error) from None
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -276,7 +282,7 @@ class _Encoder:
                 "Use an instruct model (or its tokenizer), or turn the rows into prompt and completion strings.",
             )
         if self._chat is None:
-            self._chat = ChatRenderer(self.tokenizer)
+            self._chat = ChatRenderer(self.tokenizer, self.arguments.chat_date)
         return self._chat
 
     def _plain(self, text: str, prompt_length: int) -> tuple[np.ndarray, np.ndarray, bool]:

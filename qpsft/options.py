@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import enum
 import math
 import types
@@ -145,6 +146,8 @@ def _conform(value: Any, hint: Any) -> Any:
             return number
     if hint is str and isinstance(value, str):
         return value
+    if hint is str and type(value) is datetime.date:  # YAML's own reading of 2026-11-23
+        return value.isoformat()
     raise ValueError
 
 

@@ -8,6 +8,7 @@ by the caller, so this module needs neither torch nor transformers.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import enum
 import re
@@ -117,6 +118,11 @@ class DataArguments:
         "not in a space.",
     )
     supervise_prompt: bool = _option(False, "Train on the prompt's tokens too (continued pretraining).")
+    chat_date: str | None = _option(
+        None,
+        "YYYY-MM-DD: the day for chat templates that print today's date (Llama 3.2, SmolLM3). Unset: the day the run "
+        "starts, also when it is resumed later.",
+    )
 
     def __post_init__(self) -> None:
         if self.dataset_limit is not None and self.dataset_limit <= 0:
@@ -125,6 +131,13 @@ class DataArguments:
             )
         if "{prompt}" not in self.prompt_format:
             raise RecipeError(f"prompt_format {self.prompt_format!r} lacks {{prompt}}.", "Put {prompt} where it goes.")
+        if self.chat_date is not None:
+            try:
+                datetime.date.fromisoformat(self.chat_date)
+            except ValueError:
+                raise RecipeError(
+                    f"chat_date is {self.chat_date!r}, which is no day.", "Write it as 2026-11-23, or leave it out."
+                ) from None
 
 
 @dataclass

@@ -24,6 +24,7 @@ from qpsft.config import PSFTConfig
 from qpsft.console import ConsoleCallback, MetricsCallback, read_metrics
 from qpsft.continued_adapter import check_start, continue_adapter, recipe_tokenizer
 from qpsft.data import TokenizedRows, load_dataset
+from qpsft.dataset.chat_date import find_chat_date, keep_chat_date
 from qpsft.errors import OutputError, QpsftError, RecipeError
 from qpsft.model_card import WRITTEN, model_card, resolved_recipe
 from qpsft.plan import warn_if_short
@@ -101,6 +102,9 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
     from_main(lambda: check_output(folder, resume=recipe.run.resume, overwrite=recipe.run.overwrite))
 
     tokenizer = recipe_tokenizer(recipe)
+    recipe.data.chat_date = from_main(
+        lambda: find_chat_date(recipe.data.chat_date, tokenizer, folder, anew=not recipe.run.resume)
+    )
     rows = from_main(lambda: load_dataset(recipe.data, tokenizer, arguments.max_length))
     train_rows, held_out = hold_out(rows, recipe.run.held_out_rows, arguments.seed)
     if is_main():
@@ -129,6 +133,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
     if not recipe.run.resume:
         from_main(lambda: clear_output(folder))
     from_main(lambda: write_base_record(model, folder))
+    from_main(lambda: keep_chat_date(recipe.data.chat_date, folder))
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=recipe.run.resume or None)
     seconds = time.perf_counter() - started

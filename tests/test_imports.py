@@ -32,6 +32,7 @@ FLOORS = [
         "statistics",
         "config",
         "dataset.chat",
+        "dataset.chat_date",
         "dataset.rows",
         "dataset.shapes",
         "data",

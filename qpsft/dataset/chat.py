@@ -13,6 +13,7 @@ from trl.chat_template_utils import (
 )
 from trl.data_utils import common_prefix_length
 
+from qpsft.dataset.chat_date import dated_template, with_date
 from qpsft.errors import DataError
 
 Span = tuple[int, int]
@@ -30,13 +31,15 @@ class ChatRenderer:
 
     Args:
         tokenizer: a tokenizer with a chat template.
+        chat_date: YYYY-MM-DD, the day a template is to take for today's; None for today.
 
     Raises:
         DataError: the template writes nothing after an assistant turn, so nothing would teach the model to stop.
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, chat_date: str | None = None):
         self.tokenizer = tokenizer
+        self.chat_date = chat_date
         self.marked_template = _marked_template(tokenizer)
         self._check_end_of_turn()
 
@@ -102,7 +105,13 @@ class ChatRenderer:
 
     def _render(self, messages: list[dict], tools: list[dict] | None, place: str, **options: Any) -> str:
         try:
-            return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tools=tools,
+                chat_template=dated_template(self.tokenizer, tools, self.chat_date),
+                tokenize=False,
+                **options,
+            )
         except (TemplateError, TypeError, ValueError) as error:
             raise refused(place, error) from None
 
@@ -113,7 +122,7 @@ class ChatRenderer:
             texts, spans = render_jinja_template(
                 [messages],
                 tools=tools,
-                chat_template=self.marked_template,
+                chat_template=with_date(self.marked_template, self.chat_date),
                 return_assistant_tokens_mask=True,
                 **self.tokenizer.special_tokens_map,
             )
