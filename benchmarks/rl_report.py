@@ -53,6 +53,11 @@ def numbers(k: int) -> dict[str, Number]:
     return found
 
 
+def _trained_at(by_rate: Mapping[float, Mapping[int, Mapping[str, Any]]]) -> float:
+    """The learning rate that an arm's adapters were trained at."""
+    return next(run["arm_learning_rate"] for runs in by_rate.values() for run in runs.values())
+
+
 @dataclass
 class Outcome:
     """The runs that are there.
@@ -90,13 +95,14 @@ class Outcome:
             arm: {seed: run["start"] for runs in by_rate.values() for seed, run in runs.items()}
             for arm, by_rate in self.runs.items()
         }
-        return [pair for pair in pairs([ARMS[arm] for arm in self.runs]) if starts[pair[0]] != starts[pair[1]]]
+        rates = {arm: _trained_at(by_rate) for arm, by_rate in self.runs.items()}
+        return [pair for pair in pairs([ARMS[arm] for arm in self.runs], rates) if starts[pair[0]] != starts[pair[1]]]
 
     def _table(self, names: list[str], rate: float) -> list[list[str]]:
         rows = [["", "lr", *(self.numbers[name].title for name in names)]]
         for arm, by_rate in self.runs.items():
             if rate in by_rate:
-                own = next(iter(by_rate[rate].values()))["arm_learning_rate"]
+                own = _trained_at(by_rate)
                 cells = [format_mean(self.values(arm, rate, name), self.numbers[name].unit) for name in names]
                 rows.append([arm, f"{own:g}", *cells])
         return rows

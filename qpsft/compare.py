@@ -29,6 +29,7 @@ from qpsft.comparison.run_queue import RunQueue
 from qpsft.dataset.chat_date import find_chat_date, keep_chat_date
 from qpsft.errors import DivergedError, OutputError, RecipeError
 from qpsft.recipe import Recipe
+from qpsft.resume import write_atomically
 
 RECORD = "comparison.json"
 
@@ -119,7 +120,7 @@ def make_setting(recipe: Recipe, options: CompareOptions, folder: Path, noise: f
     setting = Setting(model, recipe.lora, decisive_options(recipe), recipe.trainer.logging_steps, key, None, how)
     samples = None
     if BASE_SAMPLES in (options.out_of_domain or ()):
-        samples = sample_base(lambda: load_setting(setting), folder / f"{BASE_SAMPLES}-{key}.jsonl")
+        samples = sample_base(lambda: load_setting(setting), folder / f"{BASE_SAMPLES}-{setting.rounded_key}.jsonl")
     setting.data = load_data(recipe, options, tokenizer, noise=noise, base_samples=samples)
     return setting
 
@@ -247,9 +248,10 @@ def gather(found: Found, arms: Sequence[Arm], recipe: Recipe, options: CompareOp
             )
             for arm in arms
         },
-        pairs=pairs(arms),
+        pairs=pairs(arms, found.rates),
         overlap=setting.data.overlap,
         counts=setting.data.counts,
+        shortened=setting.data.shortened,
         settings={
             "comparison": asdict(options),
             "methods": {arm.name: _method(arm, recipe) for arm in arms},
@@ -283,7 +285,7 @@ def write(comparison: Comparison, folder: Path) -> None:
 
     try:
         text = json.dumps(comparison.to_dict(), indent=1, ensure_ascii=False)
-        (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+        write_atomically(folder / RECORD, text + "\n")
         write_report(comparison, folder)
     except OSError as error:
         raise OutputError(

@@ -73,7 +73,7 @@ def make_comparison(
         base=base,
         base_completions={},
         arms={name: ArmResult(name, ARMS[name].what, 1e-3, True, runs) for name, runs in results.items()},
-        pairs=pairs([ARMS[name] for name in arms]),
+        pairs=pairs([ARMS[name] for name in arms], dict.fromkeys(arms, 1e-3)),
         overlap={},
         counts={"train": 16},
         settings={"versions": {"qpsft": "0"}},

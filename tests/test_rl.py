@@ -196,8 +196,7 @@ def test_rl_start_does_every_run_once_and_reports_it(tiny, rl_start, monkeypatch
     rewards = [line["reward"] for line in run["log"]]
     assert record["summary"]["0.001"]["psft"]["mean_reward"]["mean"] == pytest.approx(sum(rewards) / 3)
     assert [[d["treatment"], d["control"]] for d in record["differences"]["0.001"]] == [
-        ["psft", "sft"],
-        ["psft", "sft_matched"],
+        ["psft", "sft"],  # sft_matched was trained at another rate here, so it is no control of the loss
     ]
     assert [record["runs"][arm]["0.001"]["3"]["evidence_in_domain"] for arm in ("sft", "psft")] == [None, 0.125]
     assert (out / "rl_start.png").read_bytes().startswith(b"\x89PNG")

@@ -7,7 +7,7 @@ with several visits go through the rows in another order, and may see fewer of t
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,8 +124,13 @@ def rate_source(arm: Arm, chosen: Sequence[Arm]) -> str | None:
     return next((name for name in arm.rate_of if name in names), None)
 
 
-def pairs(chosen: Sequence[Arm]) -> list[tuple[str, str]]:
-    """Which arms are compared with which: every arm with `sft`, and each PSFT arm with its matched control."""
+def pairs(chosen: Sequence[Arm], rates: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Which arms are compared with which: every arm with `sft`, and each PSFT arm with its matched control.
+
+    Args:
+        rates: arm -> learning rate. A control with another one differs in more than the loss and is none.
+    """
     names = [arm.name for arm in chosen]
     found = [(name, "sft") for name in names if name != "sft" and "sft" in names]
-    return found + [(arm.name, arm.control) for arm in chosen if arm.control in names]
+    controlled = [arm for arm in chosen if arm.control in names and rates[arm.name] == rates[arm.control]]
+    return found + [(arm.name, arm.control) for arm in controlled]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,22 @@ from typing import Any
 import datasets
 
 from qpsft.comparison.compare_options import CompareOptions
-from qpsft.data import load_rows, tokenize_rows
-from qpsft.dataset.rows import BUILT_IN, read_records
-from qpsft.dataset.shapes import Rows
+from qpsft.data import tokenize_rows
+from qpsft.dataset.rows import BUILT_IN, Records, read_records
+from qpsft.dataset.shapes import Rows, to_rows
 from qpsft.demo import tasks
 from qpsft.errors import DataError, RecipeError
-from qpsft.evaluation.evaluation_rows import as_rows, duplicates
+from qpsft.evaluation.evaluation_rows import as_records, as_rows, duplicates, with_references
 from qpsft.evaluation.generation import generate, stop_tokens
 from qpsft.evaluation.verifiers import find_verifier
 from qpsft.recipe import DataArguments, Recipe
+from qpsft.resume import write_atomically
 
 BASE_SAMPLES = "base_samples"
 SAMPLED_TEXTS = 128
 SAMPLED_LENGTH = 192
 SPLIT_SHARE = 0.1
+OWN_SETS = ("train", "validation", "in_domain")
 
 
 @dataclass
@@ -43,7 +46,8 @@ class ComparedData:
         overlap: set -> `duplicate_rows` and `duplicate_prompts` that stand word for word among the training rows;
             `in_domain in validation` counts test rows among the validation rows.
         counts: rows by set.
-        key: hash of all rows.
+        shortened: training rows that were `truncated` at max_length, and `dropped` for want of a supervised token.
+        key: hash of all rows and of what their sets are called.
     """
 
     name: str
@@ -54,6 +58,7 @@ class ComparedData:
     metric: str
     overlap: dict[str, dict[str, int]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    shortened: dict[str, int] = field(default_factory=dict)
     key: str = ""
 
     def sets(self) -> dict[str, Rows]:
@@ -86,10 +91,10 @@ def load_data(
     if noise is not None and built_in is None:
         raise RecipeError(f"noise cannot be varied in {name}.", f"Use one of {', '.join(BUILT_IN)}.")
     if noise is None:
-        rows = load_rows(name, recipe.data, recipe.data.dataset_train_split)
+        records = read_records(name, recipe.data, recipe.data.dataset_train_split)
     else:
         made = tasks.demonstrations(built_in, noise=noise)[: recipe.data.dataset_limit]
-        rows = as_rows(made, f"{name}, {noise:.0%} wrong", recipe.data)
+        records = as_records(made, f"{name}, {noise:.0%} wrong")
     test, validation, out_of_domain = _own_sets(built_in, options)
     neutral = replace(recipe.data, dataset_columns=None, dataset_shape="auto", dataset_limit=None)
     if options.in_domain:
@@ -97,13 +102,14 @@ def load_data(
     if options.validation:
         validation = _read(options.validation, recipe.data, neutral, options.eval_rows)
     if test is None:
-        rows, test = _split_off(rows, options.eval_rows, "in-domain test")
+        records, test = _split_off(records, recipe.data, options.eval_rows, "in-domain test")
     if validation is None:
-        rows, validation = _split_off(rows, options.eval_rows, "validation")
+        records, validation = _split_off(records, recipe.data, options.eval_rows, "validation")
+    rows = to_rows(records, recipe.data)
     if options.out_of_domain is not None:
         out_of_domain = {}
         for one in options.out_of_domain:
-            label = _free_name(Path(one).stem, out_of_domain)
+            label = _free_name(Path(one).stem, {*OWN_SETS, *out_of_domain})
             if one == BASE_SAMPLES:
                 out_of_domain[label] = as_rows(base_samples[: options.out_of_domain_rows], BASE_SAMPLES, neutral)
             else:
@@ -112,11 +118,16 @@ def load_data(
     data = ComparedData(rows.name, tokenized.dataset, validation, test, out_of_domain, "")
     data.metric = _metric(options, data)
     data.counts = {"train": len(tokenized.dataset), **{label: len(one.rows) for label, one in data.sets().items()}}
+    data.shortened = {
+        "truncated": tokenized.counts.truncated,
+        "dropped": sum(tokenized.counts.dropped.values()),
+        "max_length": recipe.trainer.max_length,
+    }
     data.overlap = {label: duplicates(rows.rows, one.rows) for label, one in data.sets().items()}
     data.overlap["in_domain in validation"] = duplicates(validation.rows, test.rows)
     data.key = _digest(
         [tokenized.dataset["input_ids"][:], tokenized.dataset["labels"][:]],
-        *(one.rows for one in data.sets().values()),
+        *([label, one.rows] for label, one in data.sets().items()),
     )
     return data
 
@@ -139,22 +150,29 @@ def _read(name: str, arguments: DataArguments, neutral: DataArguments, limit: in
     return as_rows(records.records[:limit], Path(name).name, arguments if alike else neutral)
 
 
-def _split_off(rows: Rows, limit: int, what: str) -> tuple[Rows, Rows]:
-    count = min(limit, int(len(rows.rows) * SPLIT_SHARE))
+def _split_off(records: Records, arguments: DataArguments, limit: int, what: str) -> tuple[Records, Rows]:
+    """The records to train on, and rows to evaluate on, which keep the columns that verifiers need."""
+    total = len(records.records)
+    count = min(limit, int(total * SPLIT_SHARE))
     if not count:
         raise DataError(
-            f"{rows.name} has {len(rows.rows)} rows, too few to set a tenth aside as {what} rows.",
+            f"{records.name} has {total} rows, too few to set a tenth aside as {what} rows.",
             "Name a file with --in_domain and one with --validation.",
         )
-    order = random.Random(f"qpsft compare: {what}").sample(range(len(rows.rows)), len(rows.rows))
-    return _select(rows, sorted(order[count:])), _select(rows, sorted(order[:count]))
+    order = random.Random(f"qpsft compare: {what}").sample(range(total), total)
+    aside = _select(records, sorted(order[:count]))
+    return _select(records, sorted(order[count:])), with_references(aside, arguments)
 
 
-def _select(rows: Rows, indices: list[int]) -> Rows:
-    return replace(rows, rows=[rows.rows[i] for i in indices], places=[rows.places[i] for i in indices])
+def _select(records: Records, indices: list[int]) -> Records:
+    return replace(
+        records,
+        numbers=[records.numbers[i] for i in indices],
+        records=[records.records[i] for i in indices],
+    )
 
 
-def _free_name(name: str, taken: dict[str, Any]) -> str:
+def _free_name(name: str, taken: Container[str]) -> str:
     number = 2
     free = name
     while free in taken:
@@ -209,7 +227,8 @@ def sample_base(load: Callable[[], tuple[Any, Any]], path: Path) -> list[dict]:
         RecipeError: the base has no token that begins or ends a text.
     """
     if path.is_file():
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        with contextlib.suppress(ValueError):  # half a line: made anew
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     model, tokenizer = load()
     start = _first_token(model, tokenizer)
     if start is None:
@@ -234,7 +253,7 @@ def sample_base(load: Callable[[], tuple[Any, Any]], path: Path) -> list[dict]:
         if text.strip()
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return rows
 
 

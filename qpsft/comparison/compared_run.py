@@ -33,7 +33,7 @@ from qpsft.comparison.compared_data import ComparedData
 from qpsft.comparison.compared_evaluation import EpochEvaluation, Measurement, measure, rounded
 from qpsft.config import PSFTConfig
 from qpsft.console import ConsoleCallback, read_metrics
-from qpsft.errors import DivergedError
+from qpsft.errors import DivergedError, OutputError
 from qpsft.model_card import package_versions
 from qpsft.recipe import COMMON_TRAINER_OPTIONS, LoraArguments, ModelArguments, Recipe
 from qpsft.trainer import PSFTTrainer
@@ -50,7 +50,8 @@ LOGGED = ("nll", "entropy", "clip_fraction", "approx_kl", "ratio_max", "grad_nor
 LOG_LINES = 32
 SMALL_BASE = 20e6
 """Parameters; matrix products of smaller models are faster on one thread."""
-EDGE_BYTES = 2**20
+BASE_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+SAMPLE_BYTES, SAMPLE_EVERY = 2**12, 2**20
 
 
 @dataclass
@@ -73,6 +74,13 @@ class Setting:
     base_key: str
     data: ComparedData
     how: Measurement
+
+    @property
+    def rounded_key(self) -> str:
+        """Hash of the base as it is loaded: of its weights and of how they are rounded."""
+        model = self.model
+        text = json.dumps([self.base_key, model.quantization, model.double_quant, model.dtype])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -150,18 +158,18 @@ def decisive_options(recipe: Recipe) -> dict[str, Any]:
 
 
 def base_key(name: str, revision: str | None = None) -> str:
-    """Hash of a base: its configuration, and of each weight file its size, first and last MiB."""
+    """Hash of a base: its configuration, generation settings and tokenizer, and 4 KiB of every MiB of its weights."""
     folder = resolve_folder(name, revision=revision)
     found = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json", folder / "tokenizer.json"]):
-        if not path.is_file():
+    for path in sorted(path for path in folder.iterdir() if path.name in BASE_FILES or path.suffix == ".safetensors"):
+        found.update(f"{path.name} {path.stat().st_size}".encode())
+        if path.suffix != ".safetensors":
+            found.update(path.read_bytes())
             continue
-        size = path.stat().st_size
-        found.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            found.update(file.read(EDGE_BYTES))
-            file.seek(max(0, size - EDGE_BYTES))
-            found.update(file.read(EDGE_BYTES))
+        with path.open("rb") as file:  # whole, 16 GB would be half a minute at every start
+            for start in range(0, path.stat().st_size, SAMPLE_EVERY):
+                file.seek(start)
+                found.update(file.read(SAMPLE_BYTES))
     return found.hexdigest()[:16]
 
 
@@ -172,6 +180,8 @@ def read_result(spec: RunSpec, setting: Setting, results: Path) -> dict[str, Any
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return None
+    except OSError as error:
+        raise OutputError(f"{path} cannot be read: {error.strerror}.", "Choose another --results_dir.") from None
 
 
 def do_run(spec: RunSpec, setting: Setting, results: Path) -> dict[str, Any]:

@@ -13,10 +13,11 @@ from qpsft.comparison.compare_options import CompareOptions
 from qpsft.comparison.comparison_figures import draw_gains
 from qpsft.comparison.comparison_report import PNG_DPI, REPORT, bullets, page, picture, table
 from qpsft.comparison.paired import Difference, mean_and_sd
-from qpsft.comparison.results import SHARE, Comparison, aligned, describe_metric, format_mean, format_value
+from qpsft.comparison.results import Comparison, aligned, describe_metric, format_mean, format_value, is_accuracy
 from qpsft.comparison.verdict import METHOD, verdict
-from qpsft.errors import RecipeError
+from qpsft.errors import OutputError, RecipeError
 from qpsft.recipe import Recipe
+from qpsft.resume import write_atomically
 
 CONTROL = "sft"
 SCORES = ("in_domain", "out_of_domain")
@@ -39,14 +40,30 @@ class NoiseStudy:
         """The arms compared with the control."""
         return [name for name in next(iter(self.comparisons.values())).arms if name != CONTROL]
 
+    @property
+    def metric(self) -> str:
+        """What is compared, as in `Comparison`."""
+        return next(iter(self.comparisons.values())).metric
+
+    @property
+    def score(self) -> str:
+        """The in-domain score in a word."""
+        return "accuracy" if is_accuracy("in_domain", self.metric) else "NLL"
+
     def gains(self, treatment: str) -> dict[str, list[Difference | None]]:
-        """Out of domain, treatment − control at each share: at equal in-domain accuracy, and at the last epoch."""
+        """Out of domain at each share: treatment − control of an accuracy, control − treatment of an NLL.
+
+        Returns:
+            At equal in-domain score, and at the last epoch.
+        """
         matched = [found.matched(treatment, CONTROL) for found in self.comparisons.values()]
+        last = [
+            (found.difference(treatment, CONTROL, "out_of_domain"), found.sign("out_of_domain"))
+            for found in self.comparisons.values()
+        ]
         return {
-            "at equal in-domain accuracy": [None if found is None else found[1] for found in matched],
-            "at the last epoch": [
-                found.difference(treatment, CONTROL, "out_of_domain") for found in self.comparisons.values()
-            ],
+            f"at equal in-domain {self.score}": [None if found is None else found[1] for found in matched],
+            "at the last epoch": [found and found.signed(sign) for found, sign in last],
         }
 
     def rows(self, treatment: str) -> list[list[str]]:
@@ -59,12 +76,15 @@ class NoiseStudy:
             cells = [
                 format_mean(found.arms[arm].last(name), units[name]) for name in SCORES for arm in (CONTROL, treatment)
             ]
-            rows.append([f"{share:.0%}", *cells, *(_gain(values[index]) for values in gains.values())])
+            rows.append(
+                [f"{share:.0%}", *cells, *(_gain(values[index], units["out_of_domain"]) for values in gains.values())]
+            )
         return rows
 
     def figures(self) -> dict[str, Any]:
         """Treatment -> figure of its gain."""
-        titles = {name: describe_metric(name).title for name in SCORES}
+        titles = {name: describe_metric(name, self.metric).title for name in SCORES}
+        unit = "share" if is_accuracy("out_of_domain", self.metric) else "nats per token"
         drawn = {}
         for treatment in self.treatments:
             scores = {
@@ -75,7 +95,7 @@ class NoiseStudy:
                 for name, title in titles.items()
             }
             gains = self.gains(treatment)
-            drawn[treatment] = draw_gains(list(self.comparisons), gains, f"{treatment} − {CONTROL}, share", scores)
+            drawn[treatment] = draw_gains(list(self.comparisons), gains, f"{treatment} − {CONTROL}, {unit}", scores)
         return drawn
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,11 +117,11 @@ class NoiseStudy:
         return "\n\n".join("\n".join(aligned(self.rows(treatment))) for treatment in self.treatments)
 
 
-def _gain(found: Difference | None) -> str:
+def _gain(found: Difference | None, unit: str) -> str:
     if found is None:
         return "–"
-    mean = f"{'−' if found.mean < 0 else '+'}{format_value(abs(found.mean), SHARE)}"
-    return mean if found.half_width is None else f"{mean} ± {format_value(found.half_width, SHARE)}"
+    mean = f"{'−' if found.mean < 0 else '+'}{format_value(abs(found.mean), unit)}"
+    return mean if found.half_width is None else f"{mean} ± {format_value(found.half_width, unit)}"
 
 
 def study_noise(recipe: Recipe, options: CompareOptions) -> NoiseStudy:
@@ -128,8 +148,17 @@ def study_noise(recipe: Recipe, options: CompareOptions) -> NoiseStudy:
 
 
 def write_study(study: NoiseStudy, folder: Path) -> None:
-    """Writes the study's record, page and figures."""
-    (folder / "noise.json").write_text(json.dumps(study.to_dict(), indent=1) + "\n", encoding="utf-8")
+    """Writes the study's record, page and figures. Raises OutputError if they cannot be written."""
+    try:
+        _write_study(study, folder)
+    except OSError as error:
+        raise OutputError(
+            f"The study could not be written to {folder}: {error.strerror}.", "Mend it and repeat: the runs are kept."
+        ) from error
+
+
+def _write_study(study: NoiseStudy, folder: Path) -> None:
+    write_atomically(folder / "noise.json", json.dumps(study.to_dict(), indent=1) + "\n")
     parts = [f"<h1>{study.name}: the gain against the noise</h1>"]
     for treatment, figure in study.figures().items():
         name = "noise.png" if len(study.treatments) == 1 else f"noise-{treatment}.png"

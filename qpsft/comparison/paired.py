@@ -38,6 +38,10 @@ class Difference:
     def high(self) -> float | None:
         return None if self.half_width is None else self.mean + self.half_width
 
+    def signed(self, sign: int) -> Difference:
+        """The same with its sign kept (1) or turned (-1), between a score's own sign and "higher is better"."""
+        return Difference(sign * self.mean, self.half_width, self.n)
+
 
 def mean_and_sd(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation (n - 1); None for a single value."""

@@ -100,7 +100,7 @@ class Comparison:
         base_completions: what it writes.
         arms: by name, in the order compared.
         pairs: (treatment, control), in the order reported.
-        overlap, counts: as in `ComparedData`.
+        overlap, counts, shortened: as in `ComparedData`.
         settings: options of the comparison, base, adapter, training and measurement, versions and machines.
         reused: how many runs had been done before. done: how many were done now.
     """
@@ -116,6 +116,7 @@ class Comparison:
     settings: dict[str, Any]
     reused: int = 0
     done: int = 0
+    shortened: dict[str, int] = field(default_factory=dict)
 
     def sign(self, name: str) -> int:
         """1 where a higher score is better, -1 for a negative log-likelihood: of in_domain or out_of_domain."""
@@ -197,6 +198,7 @@ class Comparison:
             "metric": self.metric,
             "settings": self.settings,
             "rows": self.counts,
+            "training_rows_shortened": self.shortened,
             "overlap_with_training": self.overlap,
             "base": self.base,
             "arms": {
@@ -224,7 +226,10 @@ class Comparison:
             return None if found is None else asdict(found) | {"low": found.low, "high": found.high}
 
         def level(found: tuple[float, Difference] | None) -> dict | None:
-            return None if found is None else {"in_domain": self.sign("in_domain") * found[0], **record(found[1])}
+            if found is None:
+                return None
+            own = found[1].signed(self.sign("out_of_domain"))  # as in `last_epoch`: less of an NLL is a minus
+            return {"in_domain": self.sign("in_domain") * found[0], **record(own)}
 
         return {
             "treatment": treatment,

@@ -85,6 +85,7 @@ def verdict(comparison: Comparison) -> list[str]:
     return (
         lines
         + _coverage_notes(comparison)
+        + _shortened_notes(comparison)
         + _divergence_notes(comparison)
         + _edge_notes(comparison)
         + _completion_notes(comparison)
@@ -109,7 +110,7 @@ def _pair_verdict(comparison: Comparison, treatment: str, control: str) -> list[
             lines.append(judge(treatment, control, difference, KEEPS, kept.unit, where))
     in_domain = comparison.difference(treatment, control, "in_domain")
     if in_domain is not None:
-        lines.append(judge(treatment, control, _signed(in_domain, sign), LEARNS, score.unit, _LAST))
+        lines.append(judge(treatment, control, in_domain.signed(sign), LEARNS, score.unit, _LAST))
     for name, claim in (("sample_entropy", CLOSER), ("sample_kl", DRIFTS)):
         metric = describe_metric(name, comparison.metric)
         shift = (
@@ -127,10 +128,6 @@ MANY = 0.25
 """Share of completions cut off from which on it is told."""
 
 
-def _signed(found: Difference, sign: int) -> Difference:
-    return Difference(sign * found.mean, found.half_width, found.n)
-
-
 def _coverage_notes(comparison: Comparison) -> list[str]:
     """Arms that never saw all rows."""
     methods = comparison.settings.get("methods", {})
@@ -138,6 +135,21 @@ def _coverage_notes(comparison: Comparison) -> list[str]:
     visits = {name: methods.get(name, {}).get("num_iterations", 1) for name in unseen}
     max_steps = comparison.settings.get("training", {}).get("max_steps", -1)
     return coverage_notes(unseen, visits, max_steps=max_steps)
+
+
+def _shortened_notes(comparison: Comparison) -> list[str]:
+    """Training rows that max_length cut, or left nothing of."""
+    cut, dropped = (comparison.shortened.get(name, 0) for name in ("truncated", "dropped"))
+    limit = comparison.shortened.get("max_length")
+    notes = []
+    if cut:
+        rows = comparison.counts["train"]
+        notes.append(
+            f"{cut} of {rows} training rows were cut at {limit} tokens; a larger --max_length shows them whole."
+        )
+    if dropped:
+        notes.append(f"{dropped} training rows had no supervised token within {limit} tokens and were left out.")
+    return notes
 
 
 def _divergence_notes(comparison: Comparison) -> list[str]:
@@ -250,7 +262,7 @@ def _matched_cell(comparison: Comparison, treatment: str, control: str) -> str:
         return "–"
     level, difference = found
     kept = describe_metric("out_of_domain", comparison.metric)
-    shown = _difference_cell(_signed(difference, comparison.sign("out_of_domain")), kept.unit)
+    shown = _difference_cell(difference.signed(comparison.sign("out_of_domain")), kept.unit)
     unit = describe_metric("in_domain", comparison.metric).unit
     return f"{shown} @ {format_value(comparison.sign('in_domain') * level, unit)}"
 

@@ -40,18 +40,27 @@ def load_evaluation_rows(name: str, arguments: DataArguments, split: str = "test
     Raises:
         DataError: as `load_rows`, and for prompts without references.
     """
-    return _with_references(read_records(name, arguments, split), arguments)
+    return with_references(read_records(name, arguments, split), arguments)
 
 
 def as_rows(rows: Sequence[dict], name: str, arguments: DataArguments | None = None) -> Rows:
     """The same for rows that are in memory already."""
     if not rows:
         raise DataError(f"{name}: there is no row to evaluate on.", "Give at least one.")
-    records = Records(name, "row", list(range(1, len(rows) + 1)), list(rows))
-    return _with_references(records, arguments or DataArguments())
+    return with_references(as_records(rows, name), arguments or DataArguments())
 
 
-def _with_references(records: Records, arguments: DataArguments) -> Rows:
+def as_records(rows: Sequence[dict], name: str) -> Records:
+    """Rows in memory as if they had been read."""
+    return Records(name, "row", list(range(1, len(rows) + 1)), list(rows))
+
+
+def with_references(records: Records, arguments: DataArguments) -> Rows:
+    """`to_rows` for rows with references: conversations end in theirs, and the columns that verifiers need are kept.
+
+    Raises:
+        DataError: as `to_rows`, and for prompts without references.
+    """
     columns = set(records.records[0]) | set(arguments.dataset_columns or {})
     if columns & {"prompt", "instruction", "question"} and not columns & set(REFERENCES):
         raise DataError(
@@ -72,11 +81,15 @@ def _last_answer(row: dict, place: str) -> dict:
     if "messages" not in row:
         return row
     messages = row["messages"]
-    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    last = _answer_index(messages)
     if last == 0:
         raise DataError(f"{place}: the conversation starts with its answer.", "Begin with a system or user turn.")
     tools = {"tools": row["tools"]} if "tools" in row else {}
     return {"prompt": messages[:last], "completion": [messages[last]], **tools}
+
+
+def _answer_index(messages: list[dict]) -> int:
+    return max(i for i, message in enumerate(messages) if message["role"] == "assistant")
 
 
 def encode(rows: Rows, model: Any, tokenizer: Any, arguments: DataArguments) -> Encoded:
@@ -122,7 +135,9 @@ def duplicates(train_rows: Sequence[dict], rows: Sequence[dict]) -> dict[str, in
     Returns:
         `duplicate_rows` (prompt and reference) and `duplicate_prompts` (the prompt alone, those rows included).
     """
-    seen = [_last_answer(row, "training") for row in train_rows]
+    # an answer without a question can be trained on, but is no prompt's
+    asked = [row for row in train_rows if "messages" not in row or _answer_index(row["messages"])]
+    seen = [_last_answer(row, "training") for row in asked]
     seen_rows, seen_prompts = {_key(row, True) for row in seen}, {_key(row, False) for row in seen}
     return {
         "duplicate_rows": sum(_key(row, True) in seen_rows for row in rows),

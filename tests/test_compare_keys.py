@@ -1,0 +1,97 @@
+"""Which runs of a comparison are the same: all that decides training or a measurement is in the key of a result."""
+
+import json
+
+import pytest
+import torch
+from comparing import FakeRuns, write_recipe
+from safetensors.torch import load_file, save_file
+from small_runs import make_base
+
+from qpsft.compare import compare
+from qpsft.comparison import comparison_report, run_queue
+from qpsft.comparison.arms import find_arms, pairs
+from qpsft.comparison.compared_run import base_key
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Stands in for the runs, and remembers which were asked for."""
+    runs = FakeRuns(scores=lambda spec: ([(0.5, 0.5), (0.6, 0.4)], 0.5))
+    monkeypatch.setattr(comparison_report, "write_report", lambda comparison, folder: None)
+    monkeypatch.setattr(run_queue, "do_run", runs)
+    return runs
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"k": 3},
+        {"temperatures": [1.0]},
+        {"max_new_tokens": 7},
+        {"verifier": "exact"},
+        {"metric": "nll"},
+        {"sample_rows": 1},
+        {"in_domain": "other.jsonl"},
+        {"validation": "other.jsonl"},
+        {"out_of_domain": ["other.jsonl"]},
+        {"out_of_domain": ["renamed.jsonl"]},
+    ],
+    ids=str,
+)
+def test_what_decides_a_measurement_makes_another_run(tmp_path, monkeypatch, runs, change):
+    for name in ("rows", "same", "other", "renamed"):
+        texts = [f"{name == 'other':d}{number}" for number in range(9)]
+        rows = [{"prompt": f"reverse: {text}", "completion": text[::-1]} for text in texts]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = write_recipe(tmp_path)
+    sets = {"in_domain": "rows.jsonl", "validation": "rows.jsonl", "out_of_domain": ["same.jsonl"]}
+    fixed = {"arms": "sft", "seeds": 1, "metric": "accuracy", "verifier": "auto"}
+    monkeypatch.chdir(tmp_path)
+    compare(recipe, **fixed | sets)
+    runs.specs.clear()
+    compare(recipe, **fixed | sets)
+    assert not runs.specs
+    compare(recipe, **fixed | sets | change)
+    assert "nll-lr2e-3-seed3" in [spec.label for spec in runs.specs]
+
+
+def test_a_set_with_the_name_of_another_hides_none(tmp_path, runs):
+    """A file called in_domain.jsonl once took the in-domain rows' place in the key, so that stale runs were read."""
+    recipe = write_recipe(tmp_path)
+    for number, name in enumerate(("first", "second", "in_domain", "validation", "train")):
+        row = {"prompt": f"reverse: {number}12", "completion": f"21{number}"}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    others = [str(tmp_path / f"{name}.jsonl") for name in ("in_domain", "validation", "train")]
+    for name in ("first", "second"):
+        runs.specs.clear()
+        found = compare(recipe, arms="sft", seeds=1, in_domain=str(tmp_path / f"{name}.jsonl"), out_of_domain=others)
+        assert "nll-lr2e-3-seed3" in [spec.label for spec in runs.specs]
+    assert found.counts["train"] == 16 and {"in_domain-2", "validation-2", "train-2"} <= found.counts.keys()
+
+
+def test_another_base_makes_other_runs(tmp_path):
+    """Weights in the middle of a file, and what the generation settings say of stop tokens."""
+    base = make_base(tmp_path / "base")
+    save_file(load_file(base / "model.safetensors"), base / "own.safetensors")
+    (base / "model.safetensors").unlink()
+    keys = {base_key(str(base))}
+    assert keys == {base_key(str(base))}
+    big = {"a": torch.zeros(2**20), "b": torch.zeros(2**20), "c": torch.zeros(2**20)}
+    save_file(big, base / "model.safetensors")
+    keys.add(base_key(str(base)))
+    save_file(big | {"b": torch.ones(2**20)}, base / "model.safetensors")
+    keys.add(base_key(str(base)))
+    (base / "model.safetensors").unlink()
+    settings = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": 5}))
+    keys.add(base_key(str(base)))
+    assert len(keys) == 4
+
+
+def test_a_control_at_another_learning_rate_is_none():
+    arms = find_arms(["sft", "sft_matched", "psft", "last_visit"])
+    rates = {"sft": 1e-3, "sft_matched": 2e-3, "psft": 2e-3, "last_visit": 4e-3}
+    with_sft = [("sft_matched", "sft"), ("psft", "sft"), ("last_visit", "sft")]
+    assert pairs(arms, rates) == [*with_sft, ("psft", "sft_matched")]
+    assert pairs(arms, rates | {"last_visit": 2e-3}) == [*pairs(arms, rates), ("last_visit", "sft_matched")]
