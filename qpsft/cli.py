@@ -13,6 +13,10 @@ from qpsft.processes import is_main, say_once, world_size
 from qpsft.quiet import fill, quiet_libraries
 
 INTERRUPTED = 130  # what shells use for Ctrl-C
+AFTER_INTERRUPT = {
+    "train": "The run continues from its last checkpoint with --resume.",
+    "compare": "Finished runs are kept: the same command goes on from here.",
+}
 
 
 def train(argv: Sequence[str]) -> int:
@@ -334,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say_once(fill(f"error: {error}"))
         return error.exit_code
     except KeyboardInterrupt:
-        say_once("\nInterrupted. A training run continues from its last checkpoint with --resume.")
+        say_once(f"\nInterrupted. {AFTER_INTERRUPT.get(argv[0], '')}".rstrip())
         return INTERRUPTED
 
 

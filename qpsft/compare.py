@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -67,6 +68,7 @@ def compare_loaded(
     """
     arms = find_arms(options.arms or DEFAULT_ARMS)
     folder = prepare(recipe, folder)
+    _make_folder(results_folder(options, folder), "results_dir")
     setting = make_setting(recipe, options, folder, noise)
     with RunQueue(setting, results_folder(options, folder), options.jobs) as runs:
         found = run_arms(arms, recipe, options, runs)
@@ -76,7 +78,13 @@ def compare_loaded(
 
 
 def prepare(recipe: Recipe, folder: Path | None = None) -> Path:
-    """Makes the output folder. Raises OutputError if it cannot be written to, RecipeError if no base is the start."""
+    """Makes the output folder.
+
+    Raises:
+        OutputError: it cannot be written to. RecipeError: no base is the start, or the recipe says `resume`.
+    """
+    if recipe.run.resume:
+        raise RecipeError("A comparison needs no --resume: finished runs are found again.", "Leave it out.")
     if not recipe.model.model_name_or_path:
         raise RecipeError("model_name_or_path is missing.", "Write `model_name_or_path: …` in the recipe.")
     if recipe.lora.adapter_name_or_path:
@@ -85,13 +93,19 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Path:
             "Leave it out.",
         )
     folder = folder or Path(recipe.trainer.output_dir)
+    _make_folder(folder, "output_dir")
+    return folder
+
+
+def _make_folder(folder: Path, option: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise OutputError(
-            f"output_dir {folder} cannot be written to: {error.strerror}.", "Choose another with --output_dir."
+            f"{option} {folder} cannot be written to: {error.strerror}.", f"Choose another with --{option}."
         ) from None
-    return folder
 
 
 def results_folder(options: CompareOptions, folder: Path) -> Path:

@@ -175,7 +175,7 @@ def tokenize_rows(
     counts.dropped = dict(dropped)
     if not places:
         reasons = ", ".join(f"{reason}: {n} rows" for reason, n in dropped.items())
-        raise DataError(
+        raise NothingSupervised(
             f"{rows.name}: not one supervised token is left to train on ({reasons}; half of the rows are longer than "
             f"{counts.length_percentiles[50] - 1} tokens).",
             "Raise max_length, or shorten the prompts.",
@@ -235,6 +235,10 @@ def encode_prompt(messages: list[dict], tokenizer: Any, arguments: DataArguments
     except (TemplateError, TypeError, ValueError) as error:
         raise refused("The prompt", error) from None
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+class NothingSupervised(DataError):
+    """No row has a supervised token within the length limit."""
 
 
 class _Encoder:

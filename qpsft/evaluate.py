@@ -144,7 +144,7 @@ def evaluate(
         rows=len(kept.rows),
         metrics={},
         settings={"verifier": None, "seed": seed},
-        counts={"dropped": len(rows.rows) - len(kept.rows)},
+        counts={"dropped": len(rows.rows) - len(kept.rows), "truncated": encoded.truncated},
         per_row={},
         completions=[],
         seconds=0.0,
@@ -172,6 +172,7 @@ def evaluate(
             )
             found.completions = _verify(kept, written, tokenizer, check)
             _measure_completions(found, written, weights)
+            _warn_of_capped(found, encoded, written)
             if drift and k:
                 sums = _score_samples(model, encoded.prompts, written, drift_samples)
                 found.metrics["kl_samples"] = ratio(sums["kl"], sums["num_items"], weights)
@@ -257,13 +258,24 @@ def _measure_completions(found: Evaluation, written: list[Completions], weights:
         _measure_lengths(found, drawn, samples, "", weights)
         tokens = _by_row([len(sample.token_ids) for sample in drawn], samples)
         found.metrics["sample_entropy"] = ratio(_by_row([sample.entropy for sample in drawn], samples), tokens, weights)
-    capped = sum(not completion.stopped for one in written for completion in (one.greedy, *one.samples))
-    if capped >= CAPPED_TOO_OFTEN * sum(completions):
-        warnings.warn(
-            f"{found.name}: {capped} of {sum(completions)} completions did not stop within "
-            f"{found.settings['max_new_tokens']} tokens. Raise --max_new_tokens, or look whether the model ever stops.",
-            stacklevel=3,
-        )
+
+
+def _warn_of_capped(found: Evaluation, encoded: Encoded, written: list[Completions]) -> None:
+    """Says so when many completions were cut off, by the length cap or by the end of the model's context."""
+    capped = [
+        len(prompt) + len(completion.token_ids)
+        for prompt, one in zip(encoded.prompts, written, strict=True)
+        for completion in (one.greedy, *one.samples)
+        if not completion.stopped
+    ]
+    if len(capped) < CAPPED_TOO_OFTEN * found.counts["completions"]:
+        return
+    said = f"{found.name}: {len(capped)} of {found.counts['completions']} completions did not stop"
+    if encoded.length is not None and 2 * sum(total >= encoded.length for total in capped) > len(capped):
+        todo = f"before the model's context ended, at {encoded.length} tokens with the prompt. Shorten the prompts"
+    else:
+        todo = f"within {found.settings['max_new_tokens']} tokens. Raise --max_new_tokens"
+    warnings.warn(f"{said} {todo}, or look whether the model ever stops.", stacklevel=3)
 
 
 def _measure_lengths(

@@ -114,6 +114,8 @@ def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
     def interrupted(argv):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.VERBS, "train", interrupted)
-    assert cli.main(["train"]) == 130
-    assert "--resume" in capsys.readouterr().err
+    for verb, todo in (("train", "--resume"), ("compare", "the same command goes on"), ("merge", "Interrupted.\n")):
+        monkeypatch.setitem(cli.VERBS, verb, interrupted)
+        assert cli.main([verb]) == 130
+        said = capsys.readouterr().err
+        assert todo in said and ("--resume" in said) is (verb == "train")

@@ -8,10 +8,12 @@ from comparing import FakeRuns, write_recipe
 from safetensors.torch import load_file, save_file
 from small_runs import make_base
 
-from qpsft.compare import compare
+from qpsft.compare import compare, make_setting, prepare
 from qpsft.comparison import comparison_report, run_queue
 from qpsft.comparison.arms import find_arms, pairs
+from qpsft.comparison.compare_options import load_comparison
 from qpsft.comparison.compared_run import base_key
+from qpsft.errors import OutputError, RecipeError
 
 
 @pytest.fixture
@@ -86,6 +88,24 @@ def test_another_base_makes_other_runs(tmp_path):
     settings = json.loads((base / "generation_config.json").read_text())
     (base / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": 5}))
     keys.add(base_key(str(base)))
+    assert len(keys) == 4
+
+
+def test_results_that_cannot_be_kept_are_told_before_the_first_run(tmp_path, runs):
+    (tmp_path / "file").write_text("mine")
+    recipe = write_recipe(tmp_path)
+    with pytest.raises(OutputError, match="results_dir .*file cannot be written to"):
+        compare(recipe, arms="sft", results_dir=str(tmp_path / "file"))
+    with pytest.raises(RecipeError, match="A comparison needs no --resume"):
+        compare(recipe, ["--resume"], arms="sft")
+    assert not runs.specs and (tmp_path / "file").read_text() == "mine"
+
+
+def test_samples_of_a_base_are_those_of_its_rounding(tmp_path):
+    keys = set()
+    for flags in ([], ["--quantization=none"], ["--double_quant=false"], ["--dtype=bfloat16"]):
+        recipe, options = load_comparison(write_recipe(tmp_path), flags)
+        keys.add(make_setting(recipe, options, prepare(recipe)).rounded_key)
     assert len(keys) == 4
 
 

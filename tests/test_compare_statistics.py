@@ -105,10 +105,23 @@ def test_verdict_of_a_comparison():
     assert verdict(make_comparison(swapped))[0].startswith("psft keeps less out of domain than sft: −29.7 ± ")
 
 
-def test_an_interval_wider_than_shares_says_only_that_seeds_are_few():
+def test_a_wide_interval_is_no_claim_of_equality():
+    assert words(0.107, 0.273).startswith("psft and sft are not told apart out of domain: +10.7 ± 27.3 points at equal")
+    assert "are not told apart" in words(0.02, 0.11, "nats") and "larger than 0.090" in words(0.02, 0.07, "nats")
     scattered = {"sft": {0: [(0.9, 0.1)], 1: [(0.9, 0.5)]}, "psft": {0: [(0.9, 0.6)], 1: [(0.9, 0.3)]}}
     said = verdict(make_comparison(scattered))[0]
-    assert said.startswith("psft and sft: 2 seeds are too few to tell them apart out of domain")
+    assert said.startswith("psft and sft are not told apart out of domain: +15.0 ± 444.7 points")
+
+
+def test_rows_that_were_cut_are_told():
+    comparison = make_comparison(BETTER)
+    assert "training rows" not in " ".join(verdict(comparison))
+    comparison.shortened = {"truncated": 12, "dropped": 3, "max_length": 256}
+    assert verdict(comparison)[-2:] == [
+        "12 of 16 training rows were cut at 256 tokens; a larger --max_length shows them whole.",
+        "3 training rows had no supervised token within 256 tokens and were left out.",
+    ]
+    assert comparison.to_dict()["training_rows_shortened"]["truncated"] == 12
 
 
 def test_an_arm_that_learned_nothing_is_not_matched():
@@ -136,6 +149,9 @@ def test_accuracy_inside_and_likelihood_outside_keep_their_units_and_signs():
     assert lines[1].startswith("psft and sft: no difference in-domain larger than 0.0 points")
     assert (comparison.sign("in_domain"), comparison.sign("out_of_domain")) == (1, -1)
     assert table_rows(comparison)[2][2:4] == [".900 ± .000", "3.020 ± 0.020"]
+    recorded = comparison.to_dict()["differences"][0]  # both with the sign of the score itself
+    assert recorded["matched_in_domain"]["mean"] == recorded["last_epoch"]["out_of_domain"]["mean"] < 0
+    assert recorded["matched_in_domain"]["low"] < recorded["matched_in_domain"]["high"] < 0
     matched, kept = difference_rows(comparison)[1][1], difference_rows(comparison)[1][3]
     assert matched.startswith("−1.020 ± ") and matched.endswith(" @ .900") and kept.startswith("−1.020 ± ")
 

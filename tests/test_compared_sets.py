@@ -13,7 +13,7 @@ from qpsft.comparison.compare_options import load_comparison
 from qpsft.comparison.compared_data import sample_base
 from qpsft.comparison.compared_evaluation import Measurement, measure
 from qpsft.data import IGNORED
-from qpsft.evaluation.evaluation_rows import as_rows, encode
+from qpsft.evaluation.evaluation_rows import as_rows, duplicates, encode
 from qpsft.recipe import DataArguments
 
 MODEL = "model_name_or_path: demo\nmax_length: 128\n"
@@ -39,6 +39,56 @@ def setting(folder, **compare):
     text = f"{MODEL}dataset_name: rows.jsonl\ncompare:\n  eval_rows: 3\n  out_of_domain_rows: 3\n{options}"
     recipe, found = load_comparison(write_recipe(folder, text), [], {})
     return make_setting(recipe, found, prepare(recipe))
+
+
+# ---- rows set aside ----
+
+
+def talks(count):
+    """Conversations of several turns."""
+    asked = [{"role": "user", "content": "sort: 210"}, {"role": "assistant", "content": "012"}]
+    return [
+        {"messages": [*asked, {"role": "user", "content": f"sort: {n}10"}, {"role": "assistant", "content": f"01{n}"}]}
+        for n in range(count)
+    ]
+
+
+@pytest.mark.parametrize("given", [{}, {"in_domain": "test.jsonl"}, {"validation": "test.jsonl"}], ids=str)
+def test_conversations_are_set_aside_with_their_last_answers(tmp_path, given):
+    write(tmp_path / "talks.jsonl", talks(40))
+    write(tmp_path / "test.jsonl", checked(4))
+    text = f"{MODEL}dataset_name: talks.jsonl\ncompare: {json.dumps({'eval_rows': 3} | given)}\n"
+    recipe, options = load_comparison(write_recipe(tmp_path, text), [], {})
+    data = make_setting(recipe, options, prepare(recipe)).data
+    aside = data.validation if "in_domain" in given else data.in_domain
+    assert [len(row["prompt"]) for row in aside.rows] == [3] * 3
+    assert all(row["completion"][0]["content"].startswith("01") for row in aside.rows)
+    assert data.counts["train"] == 40 - 3 * (2 - len(given))
+    assert all(found["duplicate_prompts"] == 0 for found in data.overlap.values())
+
+
+def test_rows_set_aside_keep_what_their_verifier_needs(tmp_path):
+    rows = [{"prompt": f"which? {n}", "completion": "b", "choices": ["a", "b"]} for n in range(40)]
+    write(tmp_path / "choices.jsonl", rows)
+    recipe, options = load_comparison(write_recipe(tmp_path, f"{MODEL}dataset_name: choices.jsonl\n"), [], {})
+    data = make_setting(recipe, options, prepare(recipe)).data
+    assert data.metric == "accuracy"
+    assert all(row["choices"] == ["a", "b"] for row in [*data.in_domain.rows, *data.validation.rows])
+
+
+def test_an_answer_without_a_question_is_no_duplicate():
+    alone = {"messages": [{"role": "assistant", "content": "7"}]}
+    row = {"prompt": "3+4=", "completion": "7"}
+    assert duplicates([alone, row], [row]) == {"duplicate_rows": 1, "duplicate_prompts": 1}
+
+
+def test_cut_rows_are_counted(tmp_path):
+    write(tmp_path / "long.jsonl", [*checked(30), *({"prompt": "1 " * 200, "completion": "2"} for _ in range(10))])
+    text = "model_name_or_path: demo\nmax_length: 12\ndataset_name: long.jsonl\n"
+    recipe, options = load_comparison(write_recipe(tmp_path, text), [], {})
+    data = make_setting(recipe, options, prepare(recipe)).data
+    assert data.shortened["dropped"] > 0 and data.shortened["truncated"] == data.counts["train"]
+    assert data.shortened["max_length"] == 12
 
 
 # ---- text sampled from the base ----
@@ -78,6 +128,8 @@ def test_a_text_that_the_cap_cut_off_has_no_end(tmp_path, monkeypatch):
     path = tmp_path / "samples.jsonl"
     rows = sample_base(lambda: (model, tokenizer), path)
     assert sample_base(lambda: pytest.fail("they are kept"), path) == rows
+    path.write_text(path.read_text()[:-7])  # of a run that was killed while it wrote
+    assert sample_base(lambda: (model, tokenizer), path) == rows
     open_ended = [row for row in rows if row.get("cut_off")]
     assert 10 < len(open_ended) < len(rows)
     encoded = encode(as_rows(rows, "samples"), model, tokenizer, DataArguments())

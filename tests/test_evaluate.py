@@ -204,6 +204,19 @@ def test_generation_that_never_stops_reports_the_cap(adapted):
     assert found["length_capped"] == found["greedy_length_capped"] == 1.0 and found["length"] == 3.0
 
 
+def test_references_beyond_the_context_are_counted_and_completions_that_end_there_told_apart(adapted):
+    model, tokenizer = adapted
+    context = model.config.get_text_config().max_position_embeddings
+    long = {"prompt": "1" * (context - 60), "completion": "2" * 100}  # a character is a token here
+    with pytest.warns(UserWarning, match=f"before the model's context ended, at {context} tokens with the prompt"):
+        found = evaluate(model, tokenizer, [long], k=0, max_new_tokens=90, drift=False)
+    assert found.counts["truncated"] == 1 and found.counts["dropped"] == 0
+    assert evaluate(model, tokenizer, ROWS[:2], k=0, max_new_tokens=40, drift=False).counts["truncated"] == 0
+    with pytest.raises(DataError, match=rf"no row's reference begins within the {context} tokens") as caught:
+        evaluate(model, tokenizer, [{"prompt": "1" * context, "completion": "2"}], k=0)
+    assert "max_length" not in str(caught.value)
+
+
 def test_a_verifier_that_never_matches_warns(adapted):
     model, tokenizer = adapted
     rows = [{"prompt": row["prompt"], "completion": "#### 5"} for row in ROWS[:3]]

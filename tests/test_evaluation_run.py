@@ -133,6 +133,27 @@ def test_options_are_read_as_they_are_declared():
         parse_options(["m", "--k", "-1"], "p", "d")
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--seed=-1"], "--seed is -1"),
+        (["--use_chat_template=foo"], "Use auto, always or never"),
+        (["--temperature=inf"], "must be a number above 0"),
+        (["--temperature=nan"], "must be a number above 0"),
+        (["--data", "demo-noisy", "--split=validaton"], "no split 'validaton'"),
+    ],
+)
+def test_a_misspelt_value_is_not_taken_for_another(adapter, capsys, flags, said):
+    assert run(adapter, *flags) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_cut_references_are_told(adapter, tmp_path, capsys):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "1" * 3000}) + "\n")
+    assert run(adapter, "--data", tmp_path / "long.jsonl") == 0
+    assert "1 references cut where the model's context ends" in capsys.readouterr().out
+
+
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     from qpsft.errors import OutputError
     from qpsft.evaluation import evaluation_run

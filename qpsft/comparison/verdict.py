@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from qpsft.comparison.paired import Difference, mean_and_sd
 from qpsft.comparison.results import (
+    NATS,
     SHARE,
     Comparison,
     aligned,
@@ -26,6 +27,10 @@ METHOD = (
     "out-of-domain score there is read from its frontier, the epochs that none of its other epochs beats in both "
     "scores, joined by straight lines; a side that never was below the level counts with its best epoch."
 )
+
+
+SMALL = {SHARE: 0.05, NATS: 0.1}
+"""Differences up to these are told as "no difference larger than"."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,9 @@ DRIFTS = Claim("drifts further from the base than", "drifts less from the base t
 def judge(treatment: str, control: str, found: Difference, claim: Claim, unit: str, where: str) -> str:
     """One sentence about treatment − control.
 
-    "A keeps more out of domain than B: +14.5 ± 3.0 points …" when the interval lies above 0, "… less …" when below,
-    and when it holds 0 "A and B: no difference out of domain larger than 4.2 points …", its farther end, unless that is
-    more than shares can differ by.
+    "A keeps more out of domain than B: +14.5 ± 3.0 points …" when the interval lies above 0, "… less …" when below.
+    When it holds 0: "A and B: no difference out of domain larger than 4.2 points …", its farther end, if that is a
+    small one, else "A and B are not told apart out of domain: +10.7 ± 27.3 points …".
 
     Args:
         found: in shares or nats, higher meaning `claim.more`.
@@ -68,8 +73,8 @@ def judge(treatment: str, control: str, found: Difference, claim: Claim, unit: s
     if found.high < 0:
         return f"{treatment} {claim.less} {control}: {mean} ± {half} {word} {where} {seeds}."
     widest = max(abs(found.low), abs(found.high))
-    if unit == SHARE and widest > 1:
-        return f"{treatment} and {control}: {found.n} seeds are too few to tell them apart {claim.same} {where}."
+    if widest > SMALL[unit]:
+        return f"{treatment} and {control} are not told apart {claim.same}: {mean} ± {half} {word} {where} {seeds}."
     bound = f"{scale * widest:.{digits}f}"
     return f"{treatment} and {control}: no difference {claim.same} larger than {bound} {word} {where} {seeds}."
 

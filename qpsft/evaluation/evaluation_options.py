@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import typing
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -66,8 +67,14 @@ class EvaluationOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise DataError(f"--{name} is {value}; it must be at least {least}.")
-        if not self.temperature > 0:
-            raise DataError(f"--temperature is {self.temperature}; it must be above 0.", "Greedy is always measured.")
+        if not 0 < self.temperature < math.inf:
+            raise DataError(
+                f"--temperature is {self.temperature}; it must be a number above 0.", "Greedy is always measured."
+            )
+        if self.seed < 0:
+            raise DataError(f"--seed is {self.seed}; it must not be negative.")
+        if self.use_chat_template not in (None, "auto", "always", "never"):
+            raise DataError(f"--use_chat_template is {self.use_chat_template!r}.", "Use auto, always or never.")
         if not self.data and self.train_data and not self.tasks:
             raise DataError("--train_data is given without --data.", "Name what to evaluate on.")
         if self.task_data and not self.tasks:

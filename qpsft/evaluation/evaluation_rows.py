@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qpsft.data import IGNORED, tokenize_rows
+from qpsft.data import IGNORED, NothingSupervised, tokenize_rows
 from qpsft.dataset.rows import Records, read_records
 from qpsft.dataset.shapes import Rows, to_rows
 from qpsft.errors import DataError
@@ -27,11 +27,15 @@ class Encoded:
         kept: indices of the rows that have something to evaluate within the model's length; the lists below are theirs.
         texts: `input_ids` and `labels` of prompt and reference; the reference's tokens are supervised.
         prompts: the tokens before the first supervised one.
+        truncated: how many references of these rows go on beyond the model's length.
+        length: the model's, in tokens; None if its config names none.
     """
 
     kept: list[int]
     texts: list[dict[str, list[int]]]
     prompts: list[list[int]]
+    truncated: int
+    length: int | None
 
 
 def load_evaluation_rows(name: str, arguments: DataArguments, split: str = "test") -> Rows:
@@ -96,10 +100,16 @@ def encode(rows: Rows, model: Any, tokenizer: Any, arguments: DataArguments) -> 
     """Tokenizes rows as training does.
 
     Raises:
-        DataError: as `tokenize_rows`.
+        DataError: as `tokenize_rows`; no reference begins within the model's length.
     """
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    tokenized = tokenize_rows(rows, tokenizer, arguments, length, show_progress=False)
+    try:
+        tokenized = tokenize_rows(rows, tokenizer, arguments, length, show_progress=False)
+    except NothingSupervised:
+        raise DataError(
+            f"{rows.name}: no row's reference begins within the {length} tokens that the model reads.",
+            "Shorten the prompts, or evaluate a model with a longer context.",
+        ) from None
     index_of = {place: index for index, place in enumerate(rows.places)}
     texts = list(tokenized.dataset)
     for row, place in zip(texts, tokenized.places, strict=True):
@@ -110,6 +120,8 @@ def encode(rows: Rows, model: Any, tokenizer: Any, arguments: DataArguments) -> 
         [index_of[place] for place in tokenized.places],
         texts,
         [row["input_ids"][:start] for row, start in zip(texts, starts, strict=True)],
+        tokenized.counts.truncated,
+        length,
     )
 
 

@@ -171,7 +171,9 @@ def run_evaluation(options: EvaluationOptions, *, verbose: bool = True) -> Evalu
 
 def _data_sets(names: Sequence[str], arguments: DataArguments, options: EvaluationOptions) -> Iterator[Rows]:
     if any(name in BUILT_IN for name in names):
-        split = "validation" if options.split == "validation" else "test"
+        split = options.split
+        if split not in ("test", "validation"):
+            raise DataError(f"The built-in sets have no split {split!r}.", "Use --split test or --split validation.")
         yield as_rows(tasks.in_domain(split, DEMO_IN_DOMAIN_ROWS), "in_domain")
         for name, rows in tasks.out_of_domain(split, DEMO_ROWS_PER_SET).items():
             yield as_rows(rows, name)
@@ -200,6 +202,8 @@ def _block(one: Evaluation) -> str:
     head = [f"{one.name} · {one.rows} rows"]
     if counts["dropped"]:
         head.append(f"{counts['dropped']} dropped (longer than the model)")
+    if counts["truncated"]:
+        head.append(f"{counts['truncated']} references cut where the model's context ends")
     if settings["verifier"]:
         head.append(f"verifier {settings['verifier']}")
     if "parsed" in counts:
