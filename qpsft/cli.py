@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from qpsft import __version__
 from qpsft.errors import QpsftError
 from qpsft.processes import is_main, say_once, world_size
-from qpsft.quiet import fill, quiet_libraries
+from qpsft.quiet import fill, quiet_libraries, terminal_width
 
 INTERRUPTED = 130  # what shells use for Ctrl-C
 AFTER_INTERRUPT = {
@@ -186,11 +186,12 @@ def compare(argv: Sequence[str]) -> int:
         from qpsft.compare import compare_loaded
         from qpsft.comparison.verdict import render
 
-        print(f"\n{render(compare_loaded(recipe, options))}\n\nreport: {recipe.trainer.output_dir}/report.html")
+        found = render(compare_loaded(recipe, options), terminal_width())
     else:
         from qpsft.comparison.noise_study import study_noise
 
-        print(f"\n{study_noise(recipe, options)}\n\nreport: {recipe.trainer.output_dir}/report.html")
+        found = study_noise(recipe, options).render(terminal_width())
+    print(f"\n{found}\n\nreport: {recipe.trainer.output_dir}/report.html")
     return 0
 
 

@@ -35,8 +35,12 @@ def _show_warning(message, category, filename, lineno, file=None, line=None) -> 
 
 def fill(text: str) -> str:
     """A paragraph as wide as the terminal, at most 100 columns; paths and flags stay whole."""
-    width = min(100, shutil.get_terminal_size().columns)
-    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(text, min(100, terminal_width()), break_long_words=False, break_on_hyphens=False)
+
+
+def terminal_width() -> int:
+    """Columns; 80 where nobody watches, unless COLUMNS says otherwise."""
+    return shutil.get_terminal_size().columns
 
 
 def quiet_worker() -> None:

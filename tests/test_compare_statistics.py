@@ -1,6 +1,7 @@
 """Paired intervals, the frontier and the verdict's words, against numbers worked out by hand."""
 
 import math
+import re
 
 import pytest
 from comparing import make_comparison
@@ -16,7 +17,7 @@ from qpsft.comparison.paired import (
     paired_difference,
     t_quantile,
 )
-from qpsft.comparison.results import format_mean
+from qpsft.comparison.results import folded, format_mean
 from qpsft.comparison.verdict import KEEPS, difference_rows, judge, overlap_lines, render, table_rows, verdict
 
 
@@ -111,6 +112,17 @@ def test_a_wide_interval_is_no_claim_of_equality():
     scattered = {"sft": {0: [(0.9, 0.1)], 1: [(0.9, 0.5)]}, "psft": {0: [(0.9, 0.6)], 1: [(0.9, 0.3)]}}
     said = verdict(make_comparison(scattered))[0]
     assert said.startswith("psft and sft are not told apart out of domain: +15.0 ± 444.7 points")
+
+
+def test_tables_are_folded_to_the_terminal():
+    comparison = make_comparison(BETTER)
+    for width in (60, 80, 120):
+        assert max(map(len, render(comparison, width).splitlines())) <= width
+    rows = table_rows(comparison)
+    cells = [sorted(re.findall(r"\S+ ± \S+", " ".join(folded(rows, width)))) for width in (None, 60)]
+    assert cells[0] == cells[1] and len(cells[0]) == 8
+    assert {line.split()[0] for line in folded(rows, 60) if line} == {"at", "base", "sft", "psft"}
+    assert folded([["a", "b" * 90, "c" * 90]], 80) == ["a  " + "b" * 90, "", "a  " + "c" * 90]
 
 
 def test_rows_that_were_cut_are_told():

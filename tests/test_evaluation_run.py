@@ -90,7 +90,7 @@ def test_a_model_without_adapter_and_data_in_other_columns(stories, gsm8k, tmp_p
         (["demo", "--data", "demo-noisy", "--verifier", "exakt"], "Did you mean exact?"),
         (["demo", "--data", "demo-noisy", "--json", "/nowhere/x.json"], "/nowhere/x.json cannot be written"),
         (["demo", "--data", "demo-noisy", "--limit", "0"], "--limit is 0; it must be at least 1"),
-        (["demo", "--data", "demo-noisy", "--temperature", "0"], "--temperature is 0.0; it must be above 0"),
+        (["demo", "--data", "demo-noisy", "--temperature", "0"], "--temperature is 0.0; it must be above 0 and finite"),
         (["demo", "--data", "demo-noisy", "--base", "demo"], "not an adapter's folder"),
         (["demo", "--task_data", "gsm8k=."], "--task_data is given without --tasks"),
         (["/nowhere/model", "--data", "demo-noisy"], "/nowhere/model"),
@@ -138,8 +138,8 @@ def test_options_are_read_as_they_are_declared():
     [
         (["--seed=-1"], "--seed is -1"),
         (["--use_chat_template=foo"], "Use auto, always or never"),
-        (["--temperature=inf"], "must be a number above 0"),
-        (["--temperature=nan"], "must be a number above 0"),
+        (["--temperature=inf"], "must be above 0 and finite"),
+        (["--temperature=nan"], "must be above 0 and finite"),
         (["--data", "demo-noisy", "--split=validaton"], "no split 'validaton'"),
     ],
 )

@@ -13,7 +13,7 @@ from qpsft.comparison.compare_options import CompareOptions
 from qpsft.comparison.comparison_figures import draw_gains
 from qpsft.comparison.comparison_report import PNG_DPI, REPORT, bullets, page, picture, table
 from qpsft.comparison.paired import Difference, mean_and_sd
-from qpsft.comparison.results import Comparison, aligned, describe_metric, format_mean, format_value, is_accuracy
+from qpsft.comparison.results import Comparison, describe_metric, folded, format_mean, format_value, is_accuracy
 from qpsft.comparison.verdict import METHOD, verdict
 from qpsft.errors import OutputError, RecipeError
 from qpsft.recipe import Recipe
@@ -114,7 +114,11 @@ class NoiseStudy:
         }
 
     def __str__(self) -> str:
-        return "\n\n".join("\n".join(aligned(self.rows(treatment))) for treatment in self.treatments)
+        return self.render()
+
+    def render(self, width: int | None = None) -> str:
+        """The tables as text, folded to so many columns."""
+        return "\n\n".join("\n".join(folded(self.rows(treatment), width)) for treatment in self.treatments)
 
 
 def _gain(found: Difference | None, unit: str) -> str:

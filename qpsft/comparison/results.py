@@ -299,3 +299,16 @@ def aligned(rows: list[list[str]], keep: Callable[[int], bool] = lambda column: 
         ).rstrip()
         for row in rows
     ]
+
+
+def folded(rows: list[list[str]], width: int | None) -> list[str]:
+    """`aligned`, in several tables one below the other, each with the first column, where one is wider than `width`."""
+    widths = {end: max(map(len, aligned([row[:end] for row in rows]))) for end in range(2, len(rows[0]) + 1)}
+    end = max((end for end, wide in widths.items() if width is None or wide <= width), default=2)
+    if end == len(rows[0]):
+        return aligned(rows)
+    return [
+        *aligned([row[:end] for row in rows]),
+        "",
+        *folded([row[:1] + row[end:] for row in rows], width),
+    ]

@@ -169,14 +169,13 @@ class RunQueue:
         metrics, seconds = result["points"][-1]["metrics"] if result["points"] else {}, result["seconds"]
         diverged = [f"diverged at step {result['diverged']['step']}"] if "diverged" in result else []
         scores = diverged or [
-            f"{name.replace('_', ' ')} {metrics[name]:.3f}"
-            for name in ("in_domain", "out_of_domain")
+            f"{short} {metrics[name]:.3f}"
+            for name, short in (("in_domain", "in"), ("out_of_domain", "out of domain"))
             if name in metrics
         ]
         left = self._left * self._seconds / max(1, self._trained)
-        took = f"{seconds['training']:.0f} s training, {seconds['evaluation']:.0f} s evaluation"
         ahead = f" · about {_duration(left)} left" if self._trained else ""
-        return f"{result['label']:<34} {' · '.join(scores)} · {took}{ahead}"
+        return f"{result['label']:<26} {' · '.join(scores)} · {sum(seconds.values()):.0f} s{ahead}"
 
 
 def _duration(seconds: float) -> str:

@@ -10,8 +10,8 @@ from qpsft.comparison.results import (
     NATS,
     SHARE,
     Comparison,
-    aligned,
     describe_metric,
+    folded,
     format_mean,
     format_value,
     tuning_table,
@@ -280,12 +280,17 @@ def _difference_cell(found: Difference | None, unit: str) -> str:
     return mean if found.half_width is None else f"{mean} ± {format_value(found.half_width, unit)}"
 
 
-def render(comparison: Comparison) -> str:
-    """The comparison as text: table, differences, verdict, and what the numbers mean."""
-    parts = [*aligned(table_rows(comparison)), "", *aligned(difference_rows(comparison)), ""]
+def render(comparison: Comparison, width: int | None = None) -> str:
+    """The comparison as text: table, differences, verdict, and what the numbers mean.
+
+    Args:
+        width: columns of the terminal; None: tables of any width.
+    """
+    parts = [*folded(table_rows(comparison), width), "", *folded(difference_rows(comparison), width), ""]
     if any(arm.grid for arm in comparison.arms.values()):
         kind = describe_metric("validation", comparison.metric).title
-        parts += [*aligned(tuning_rows(comparison, f"{kind} by learning rate")), ""]
+        parts += [*folded(tuning_rows(comparison, f"{kind} by learning rate"), width), ""]
     for line in [*verdict(comparison), *overlap_lines(comparison), METHOD]:
-        parts += textwrap.wrap(line, 110, initial_indent="· ", subsequent_indent="  ", break_on_hyphens=False)
+        wide = min(width or 110, 110)
+        parts += textwrap.wrap(line, wide, initial_indent="· ", subsequent_indent="  ", break_on_hyphens=False)
     return "\n".join(parts)

@@ -69,7 +69,7 @@ class EvaluationOptions:
                 raise DataError(f"--{name} is {value}; it must be at least {least}.")
         if not 0 < self.temperature < math.inf:
             raise DataError(
-                f"--temperature is {self.temperature}; it must be a number above 0.", "Greedy is always measured."
+                f"--temperature is {self.temperature}; it must be above 0 and finite.", "Greedy is always measured."
             )
         if self.seed < 0:
             raise DataError(f"--seed is {self.seed}; it must not be negative.")
