@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from exporting import DTYPES, copy_folder, edit_json, edit_weights, make_adapter, merge_by_hand
+from small_runs import make_base
 
+from qpsft.base import load_base
 from qpsft.demo import MODEL_DIR
 from qpsft.errors import BaseModelError, DataError, NotTheSameModelError
 from qpsft.merge import merge_adapter
 from qpsft.verification.exported import ExportedWeights, load_exported, load_whole
 from qpsft.verification.live import load_live
-from qpsft.verification.measure import Measurement, Sequence, distance, measure
+from qpsft.verification.measure import Measurement, Sequence, continue_greedily, distance, measure
 from qpsft.verify import VerifyReport, verify_export
 
 
@@ -272,3 +274,17 @@ def test_distance_of_two_known_distributions():
     assert (result.top1, result.greedy, result.flips) == (0.0, 0.0, 0)
     first.lead = torch.tensor([0.2])
     assert distance(first, second, [Sequence([0, 0], 1)], near_tie=0.1).flips == 1
+
+
+def test_the_likeliest_continuation_knows_no_repetition_penalty(tmp_path):
+    """The base's generation settings once took part: Qwen's penalty changes even greedy answers."""
+    model, _ = load_base(make_base(tmp_path / "base"), quantization="none", verbose=False)
+    prompt = [5, 6, 7]
+    expected = list(prompt)
+    with torch.no_grad():
+        for _ in range(8):
+            expected.append(int(model(torch.tensor([expected])).logits[0, -1].argmax()))
+    model.generation_config.repetition_penalty = 9.0
+    assert continue_greedily(model, [prompt], max_new_tokens=8, stop=set(), pad=0) == [expected[3:]]
+    assert model.generation_config.repetition_penalty == 9.0
+    assert len(set(expected)) < len(expected)  # so that a penalty would have shown

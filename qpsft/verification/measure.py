@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qpsft.evaluation.generation import neutral_settings
+
 LOGITS_BYTES = 256 * 2**20
 """Logits (rows, length, vocabulary) of one batch, in float32."""
 
@@ -142,7 +144,7 @@ def continue_greedily(
     config = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=sorted(stop) or None
     )
-    with torch.inference_mode():
+    with torch.inference_mode(), neutral_settings(model):
         written = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
     rows = []
     for tokens in written[:, width:].tolist():
