@@ -77,6 +77,10 @@ def _joined(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.cat([forward(tile) for tile in _tiles(x)], dim=1).view(x.shape)
 
 
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 class _Saved(torch.autograd.Function):
     """Keeps x for `_Tiles`; a node of its own, because what a node saves is saved after its forward."""
 
@@ -106,7 +110,9 @@ class _Tiles(torch.autograd.Function):
         of_x, of_trained = [], [torch.zeros_like(p) if p.requires_grad else None for p in ctx.trained]
         cpu_state, (devices, states) = ctx.random
         kind = x.device.type
-        with torch.random.fork_rng(devices, device_type=kind), torch.enable_grad(), ctx.autocast():
+        # TRL's activation offloading is in force here too, and would move every tile to the host and back
+        no_hooks = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+        with no_hooks, torch.random.fork_rng(devices, device_type=kind), torch.enable_grad(), ctx.autocast():
             torch.set_rng_state(cpu_state)
             set_device_states(devices, states, device_type=kind)
             for tile, of_tile in zip(_tiles(x.detach()), _tiles(gradient), strict=True):

@@ -310,6 +310,12 @@ def test_offloading_moves_layer_inputs_to_the_host():
     assert 7 <= (here.saved - away.saved) / (256 * 128 * 2) <= 9  # five are still on the device when the forward ends
 
 
+def test_a_tile_that_is_computed_again_does_not_go_to_the_host():
+    batch, wide = Batch(1, 8192, False), {"intermediate_size": 2048, "num_hidden_layers": 8}
+    whole, tiles = (cuda_step(batch, offloading=True, tiled=on, **wide) for on in (False, True))
+    assert 0 < tiles.offloaded < 1.1 * whole.offloaded
+
+
 def test_tiles_of_the_mlp_save_its_wide_intermediate():
     batch = Batch(1, 8192, False)
     whole, tiles = (cuda_step(batch, tiled=on, intermediate_size=2048).layers_backward for on in (False, True))

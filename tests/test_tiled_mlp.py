@@ -136,6 +136,28 @@ def test_the_wide_intermediate_never_exists_for_the_whole_row(short_tiles, tmp_p
     assert peak(model) < 0.6 * whole and whole > 128 * 2048 * 4 * 4
 
 
+@pytest.mark.parametrize("checkpointing", [None, "non-reentrant"])
+def test_hooks_on_saved_tensors_do_not_reach_a_tiles_graph(base, short_tiles, checkpointing):
+    """TRL's activation offloading has such hooks in force in the backward too: a tile would go to the host and back."""
+    packed = []
+
+    def pack(tensor):
+        packed.append(tensor)
+        return tensor
+
+    ids = torch.randint(3, 128, (1, 48), generator=torch.Generator().manual_seed(0))
+    model = adapted(base, checkpointing)
+    tile_mlps(model)
+    _, plain = loss_and_gradients(model, {"input_ids": ids, "labels": ids})
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        in_forward = len(packed)
+        loss.backward()
+    assert in_forward > 0 and len(packed) == in_forward
+    hooked = gradients(model)
+    assert plain.keys() == hooked.keys() and all(torch.equal(plain[name], hooked[name]) for name in plain)
+
+
 @pytest.mark.parametrize("model_type,count", [("qwen2", 2), ("gemma2", 2), ("gpt_neox", 2), ("qwen3_moe", 0)])
 def test_which_mlps_are_tiled(tmp_path, model_type, count):
     experts = {"num_experts": 4, "moe_intermediate_size": 32} if model_type == "qwen3_moe" else {}
