@@ -72,6 +72,26 @@ def base_dtype(device: torch.device, requested: str, config: Mapping[str, Any]) 
     return torch.float32
 
 
+def check_mixed_precision(mixed: torch.dtype | None, base: torch.dtype, overflowing: str | None) -> None:
+    """Whether a run may be in this precision.
+
+    Args:
+        mixed: autocast's dtype; None: no autocast.
+        base: the dtype of the base's unquantized weights.
+        overflowing: what `overflowing_type` says of the model.
+
+    Raises:
+        RecipeError: as `settle_precision`.
+    """
+    if mixed == torch.float16 and overflowing is not None:
+        raise RecipeError(f"{overflowing} models overflow in float16 ({_found_by(overflowing)}).", OPTIONS)
+    if base == torch.float16 and mixed != torch.float16:
+        raise RecipeError(
+            "The base is in float16 and fp16 is off: without loss scaling small gradients become 0.",
+            "Set fp16: true (on a GPU), or load the base in float32 or bfloat16.",
+        )
+
+
 def settle_precision(model: nn.Module, args: PSFTConfig) -> None:
     """Makes the trainer's mixed precision fit the model, before the trainer is built.
 
@@ -84,15 +104,10 @@ def settle_precision(model: nn.Module, args: PSFTConfig) -> None:
             scaling that keeps small gradients from becoming 0.
     """
     model_type = overflowing_type(model.config.to_dict())
-    if args.mixed_precision == "fp16" and model_type is not None:
-        if not args.automatic_precision:
-            raise RecipeError(f"{model_type} models overflow in float16 ({_found_by(model_type)}).", OPTIONS)
+    if args.mixed_precision == "fp16" and model_type is not None and args.automatic_precision:
         args.fp16, args.mixed_precision = False, "no"
-    if model.get_input_embeddings().weight.dtype == torch.float16 and args.mixed_precision != "fp16":
-        raise RecipeError(
-            "The base is in float16 and fp16 is off: without loss scaling small gradients become 0.",
-            "Set fp16: true (on a GPU), or load the base in float32 or bfloat16.",
-        )
+    mixed = torch.float16 if args.mixed_precision == "fp16" else None
+    check_mixed_precision(mixed, model.get_input_embeddings().weight.dtype, model_type)
     if args.mixed_precision == "bf16" and args.device.type == "cuda":
         found = hardware_of(args.device)
         if found.compute_dtype != torch.bfloat16:

@@ -13,7 +13,7 @@ from qpsft.checkpoint import one_line
 from qpsft.continued_adapter import SAME_OPTIONS
 from qpsft.errors import BaseModelError, RecipeError
 from qpsft.forward import needs_mask
-from qpsft.hardware import DTYPES, hardware_for
+from qpsft.hardware import DTYPES, Hardware, check_attention, check_optimizer, check_quantization, hardware_for
 from qpsft.piece_attention import fits
 from qpsft.planning.kernels import HALF, Target
 from qpsft.planning.memory import Memory, Settings, add_up
@@ -22,7 +22,7 @@ from qpsft.planning.passes import Activations, Passes
 from qpsft.planning.shapes import Shape
 from qpsft.planning.skeleton import WeightBytes, build_skeleton, weight_bytes
 from qpsft.planning.step import Batch
-from qpsft.precision import OPTIONS, overflowing_type
+from qpsft.precision import OPTIONS, check_mixed_precision, overflowing_type
 from qpsft.recipe import LoraArguments, Recipe
 from qpsft.reference import choose_placement
 from qpsft.scoring import default_token_budget
@@ -52,7 +52,8 @@ class Planner:
 
     Raises:
         BaseModelError: the model cannot be built from its config, or the adapter's options do not fit it; the card is
-            too old for bitsandbytes.
+            too old for bitsandbytes, or has no kernels for the quantization or the attention asked for.
+        RecipeError: training would refuse the optimizer or the mixed precision there.
     """
 
     def __init__(
@@ -60,6 +61,8 @@ class Planner:
     ):
         self.shape, self.device, self.capability, self.processes = shape, device, capability, processes
         self.dtype = _compute_dtype(recipe, shape, device, capability)
+        autocast = _autocast(recipe, self.dtype)
+        _check_card(recipe, shape, hardware_for(device, capability), self.dtype, autocast)
         self._flash = (recipe.model.attn_implementation or "").startswith("flash")
         # flash attention's package need not be here, and torch's own flash kernel takes the same memory
         self._model = dataclasses.replace(recipe.model, attn_implementation="sdpa") if self._flash else recipe.model
@@ -68,7 +71,7 @@ class Planner:
         self.weights: WeightBytes = weight_bytes(skeleton)
         self._base_config = skeleton.get_base_model().config  # which knows its attention implementation
         self.context_length = getattr(shape.config.get_text_config(), "max_position_embeddings", None) or 2**20
-        target = Target(device, capability, _autocast(recipe, self.dtype))
+        target = Target(device, capability, autocast)
         self._passes = {
             tiled: Passes(shape.config, functools.partial(self._build, tiled=tiled), self.lora, target)
             for tiled in (False, True)
@@ -224,6 +227,17 @@ def _compute_dtype(recipe: Recipe, shape: Shape, device: str, capability: tuple[
     if asked != "auto":
         raise BaseModelError(f"{model_type} models overflow in float16.", OPTIONS)
     return torch.float32
+
+
+def _check_card(
+    recipe: Recipe, shape: Shape, found: Hardware, dtype: torch.dtype, autocast: torch.dtype | None
+) -> None:
+    """Raises what `load_base`, PSFTConfig and PSFTTrainer would on that card."""
+    on_disk = shape.config.to_dict().get("quantization_config") or {}
+    check_quantization("int8" if on_disk.get("load_in_8bit") else recipe.model.quantization, found)
+    check_attention(recipe.model.attn_implementation, found, dtype)
+    check_optimizer(_name(recipe.trainer.optim), found)
+    check_mixed_precision(autocast, dtype, overflowing_type(shape.config.to_dict()))
 
 
 def _adapter_options(recipe: Recipe) -> LoraArguments:

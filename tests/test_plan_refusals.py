@@ -1,0 +1,53 @@
+"""A plan refuses what training on that card would refuse, in the same words."""
+
+import pytest
+import torch
+from planned_runs import LLAMA, planned, recipe_of
+
+from qpsft import cli
+from qpsft.errors import BaseModelError, RecipeError
+from qpsft.plan import make_plan
+from qpsft.planning.cards import find_card
+
+GEMMA = LLAMA | {"model_type": "gemma2", "head_dim": 64}
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--attn_implementation=flash_attention_2", "--gpu=T4"], "no kernels for sm_75"),
+        (["--attn_implementation=flash_attention_2", "--gpu=1080 ti"], "no kernels for sm_61"),
+        (["--attn_implementation=flash_attention_2", "--gpu=A10", "--dtype=float32"], "no kernels for float32"),
+        (["--quantization=int8", "--gpu=V100 16GB"], "no kernels for int8 on sm_70"),
+        (["--bf16", "--gpu=T4"], "base is in float16 and fp16 is off"),
+    ],
+)
+def test_what_the_card_cannot_do_is_said_with_exit_code_2(flags, says, capsys):
+    assert cli.main(["plan", "--model_name_or_path=demo", *flags]) == 2
+    assert says in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_it_can_do_is_planned():
+    flash, t4 = "--attn_implementation=flash_attention_2", find_card("T4")
+    assert planned(flash, card=find_card("A10")).fits
+    assert planned("--quantization=int8", card=t4).fits and planned("--fp16", card=t4).fits
+    assert planned("--bf16", "--dtype=bfloat16", card=t4).fits  # emulated: slow, not wrong
+
+
+def test_a_base_in_int8_already_is_refused_like_one_to_be_made():
+    stored = LLAMA | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+    with pytest.raises(BaseModelError, match="no kernels for int8 on sm_70"):
+        make_plan(recipe_of(), config=stored, card=find_card("V100 16GB"))
+
+
+@pytest.mark.parametrize("card", ["T4", "A10"])
+def test_float16_asked_for_where_the_model_overflows_in_it(card):
+    with pytest.raises(RecipeError, match="gemma2 models overflow in float16"):
+        make_plan(recipe_of("--fp16"), config=GEMMA, card=find_card(card))
+    found = make_plan(recipe_of(), config=GEMMA, card=find_card(card))
+    assert found._planner.dtype == (torch.float32 if card == "T4" else torch.bfloat16)
+
+
+def test_an_optimizer_without_kernels_there():
+    with pytest.raises(RecipeError, match="pages to host memory, which bitsandbytes cannot do on cpu"):
+        planned("--optim=paged_adamw_8bit", device="cpu")
