@@ -1,4 +1,4 @@
-"""A plan refuses what training on that card would refuse, in the same words."""
+"""A plan refuses what training on that card would refuse, in the same words, and nothing else."""
 
 import pytest
 import torch
@@ -51,3 +51,27 @@ def test_float16_asked_for_where_the_model_overflows_in_it(card):
 def test_an_optimizer_without_kernels_there():
     with pytest.raises(RecipeError, match="pages to host memory, which bitsandbytes cannot do on cpu"):
         planned("--optim=paged_adamw_8bit", device="cpu")
+
+
+def test_flash_attention_is_planned_for_models_that_sdpa_cannot_run():
+    """Gemma 2 caps its scores, which FlashAttention can and SDPA cannot: by itself it is `eager`."""
+    flags, card = ("--max_length=2048", "--per_device_train_batch_size=1"), find_card("A10")
+    flash = make_plan(recipe_of(*flags, "--attn_implementation=flash_attention_2"), config=GEMMA, card=card)
+    eager = make_plan(recipe_of(*flags), config=GEMMA, card=card)
+    scores = 4 * 2048 * 2048 * 2  # of all heads
+    assert flash.complete and flash.fits
+    assert eager.parts["layer working set"] - flash.parts["layer working set"] > scores
+    with pytest.raises(BaseModelError, match="does not support .*scaled_dot_product_attention"):
+        make_plan(recipe_of("--attn_implementation=sdpa"), config=GEMMA, card=card)
+
+
+def test_flash_attention_takes_the_memory_of_torchs_own_kernel():
+    flags, card = ("--max_length=512",), find_card("A10")
+    of = [planned(*flags, f"--attn_implementation={name}", card=card) for name in ("sdpa", "flash_attention_2")]
+    assert of[0].parts == of[1].parts
+
+
+def test_a_model_without_flash_attention_is_refused(monkeypatch):
+    monkeypatch.setattr("transformers.LlamaForCausalLM._supports_flash_attn", False)
+    with pytest.raises(BaseModelError, match="llama models have no flash_attention_2"):
+        planned("--attn_implementation=flash_attention_2", card=find_card("A10"))

@@ -15,12 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers.integrations.sdpa_attention import repeat_kv
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 from qpsft.grouped_queries import HALF
 from qpsft.hardware import hardware_for
+
+STAND_IN = "planned_fused_attention"
+"""An attention implementation that takes FlashAttention's memory: its package need not be here."""
 
 # Operators of a decoder that autocast runs in 16 bits, and those that CUDA's runs in float32.
 _LOWER = {"linear", "matmul", "__matmul__", "bmm", "mm", "addmm", "baddbmm", "einsum", "conv1d"}
@@ -166,6 +170,18 @@ def attention(
     return torch.ops.aten._scaled_dot_product_efficient_attention(
         query, key, value, mask, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale
     )[0]
+
+
+def _stand_in(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """torch's own flash kernel, for any model; a cap on the scores (Gemma 2's) happens inside and takes no memory."""
+    kwargs.pop("softcap", None)
+    return sdpa_attention_forward(module, query, key, value, None, **kwargs)
+
+
+AttentionInterface.register(STAND_IN, _stand_in)
+AttentionMaskInterface.register(STAND_IN, lambda *args, **kwargs: None)
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

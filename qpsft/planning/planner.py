@@ -15,7 +15,7 @@ from qpsft.errors import BaseModelError, RecipeError
 from qpsft.forward import needs_mask
 from qpsft.hardware import DTYPES, Hardware, check_attention, check_optimizer, check_quantization, hardware_for
 from qpsft.piece_attention import fits
-from qpsft.planning.kernels import HALF, Target
+from qpsft.planning.kernels import HALF, STAND_IN, Target
 from qpsft.planning.memory import Memory, Settings, add_up
 from qpsft.planning.optimizers import OptimizerBytes, optimizer_bytes
 from qpsft.planning.passes import Activations, Passes
@@ -52,7 +52,7 @@ class Planner:
 
     Raises:
         BaseModelError: the model cannot be built from its config, or the adapter's options do not fit it; the card is
-            too old for bitsandbytes, or has no kernels for the quantization or the attention asked for.
+            too old for bitsandbytes; card or model have no kernels for the quantization or the attention asked for.
         RecipeError: training would refuse the optimizer or the mixed precision there.
     """
 
@@ -64,10 +64,14 @@ class Planner:
         autocast = _autocast(recipe, self.dtype)
         _check_card(recipe, shape, hardware_for(device, capability), self.dtype, autocast)
         self._flash = (recipe.model.attn_implementation or "").startswith("flash")
-        # flash attention's package need not be here, and torch's own flash kernel takes the same memory
-        self._model = dataclasses.replace(recipe.model, attn_implementation="sdpa") if self._flash else recipe.model
+        self._model = dataclasses.replace(recipe.model, attn_implementation=STAND_IN) if self._flash else recipe.model
         self.lora, self._trust = _adapter_options(recipe), recipe.trainer.trust_remote_code
         skeleton = self._build(shape.config, tiled=False)
+        if self._flash and not skeleton.get_base_model()._supports_flash_attn:
+            raise BaseModelError(
+                f"{shape.config.model_type} models have no {recipe.model.attn_implementation} in transformers.",
+                "Leave attn_implementation out.",
+            )
         self.weights: WeightBytes = weight_bytes(skeleton)
         self._base_config = skeleton.get_base_model().config  # which knows its attention implementation
         self.context_length = getattr(shape.config.get_text_config(), "max_position_embeddings", None) or 2**20
