@@ -4,11 +4,11 @@
     python benchmarks/max_context.py --caps 8,12                   some of the caps
 
 A cap is set with torch.cuda.set_per_process_memory_fraction; what the CUDA context takes outside torch's allocator is
-measured first and taken off, so `8 GB` means 8 GiB with everything. A trial is real training, alone on the base: two
-optimizer steps of PSFTTrainer with K = 2 on rows of that length, so one step right after a snapshot and one with a
-reference pass. Its peak memory tells where to look next; the search ends when the longest row that fits and the
-shortest that does not are 1 % apart. Trials are kept in benchmarks/results/max_context_DEVICE.json, so that the command
-may be cut off and repeated.
+measured first, after a short trial that has loaded every library, and taken off, so `8 GB` means 8 GiB with everything.
+A trial is real training, alone on the base: two optimizer steps of PSFTTrainer with K = 2 on rows of that length, so
+one step right after a snapshot and one with a reference pass. Its peak memory tells where to look next; the search ends
+when the longest row that fits and the shortest that does not are 1 % apart. Trials are kept in
+benchmarks/results/max_context_DEVICE.json, so that the command may be cut off and repeated.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from machine import (
@@ -57,6 +57,7 @@ LONG_CONTEXT = {  # options of PSFTConfig for long rows; those that this version
 }
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 STEP = 64
+WARM_UP = 128  # tokens
 TOLERANCE = 0.01
 LEFT_BEHIND = 256 * 2**20  # bytes; cuBLAS keeps a workspace for each thread that has used it
 
@@ -187,15 +188,22 @@ def attempt_length(
     return Trial(length, peak, time.perf_counter() - start)
 
 
-def set_cap(gigabytes: float) -> float:
-    """Lets this process have a card of so many GiB. Returns the bytes that torch's allocator may take of it."""
+class Cap(NamedTuple):
+    """Bytes that torch's allocator may take of a card (0: less than the base holds), and that the context takes."""
+
+    available: float
+    context: int
+
+
+def set_cap(gigabytes: float) -> Cap:
+    """Lets this process have a card of so many GiB, with everything that is loaded by now."""
     free, total = torch.cuda.mem_get_info()
     context = total - free - torch.cuda.memory_reserved()
     available = gigabytes * GIB - context
     if available <= torch.cuda.memory_allocated():
-        return 0.0
+        return Cap(0.0, context)
     torch.cuda.set_per_process_memory_fraction(min(1.0, available / total))
-    return available
+    return Cap(available, context)
 
 
 def measure_caps(
@@ -203,16 +211,21 @@ def measure_caps(
     results: Results,
     budget: Budget,
     attempt: Callable[[int], Trial],
-    cap_of: Callable[[float], float],
+    cap_of: Callable[[float], Cap],
     settings: dict[str, Any],
     longest_allowed: int,
+    warm_up: Callable[[], Any],
 ) -> bool:
-    """Searches every cap that `results` does not have yet. True when none is left."""
+    """Searches every cap that `results` does not have yet. True when none is left.
+
+    `warm_up` comes before the first cap: cuBLAS, Triton and the optimizer's kernels take memory once they are used.
+    """
 
     class OutOfTime(Exception):
         pass
 
     known: list[Trial] = []
+    warm = False
     for cap in caps:
         key = f"{cap:g} GB"
         cell = results.cells.get(key, {"cap_gb": cap, **settings, "trials": [], "longest": None})
@@ -220,7 +233,10 @@ def measure_caps(
         if cell["longest"] is not None:
             known += trials
             continue
-        available = cap_of(cap)
+        if not warm:
+            warm_up()
+            warm = True
+        available, cell["context_bytes"] = cap_of(cap)
 
         def kept(length: int, cell=cell, key=key, trials=trials) -> Trial:
             slowest = max((trial.seconds / trial.length for trial in trials), default=0.0)
@@ -290,6 +306,7 @@ def main(arguments: list[str] | None = None) -> int:
         budget,
         attempt=lambda length: attempt_length(base, length, args.rank, "cuda", options, held),
         cap_of=set_cap,
+        warm_up=lambda: attempt_length(base, WARM_UP, args.rank, "cuda", options, held),
         settings={
             "shape": args.shape,
             "rank": args.rank,

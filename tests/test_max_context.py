@@ -71,11 +71,13 @@ def test_caps_are_searched_once_and_go_on_after_a_cut(tmp_path):
         return Trial(length, None if length > limit["now"] else 10 * length, 100.0)
 
     def cap_of(gigabytes):
+        assert warmed  # what libraries take is there before a cap is measured
         limit["now"] = int(gigabytes * 1000)
-        return gigabytes * 10_000
+        return max_context.Cap(gigabytes * 10_000, 77)
 
     limit: dict[str, int] = {}
-    arguments = (attempt, cap_of, {"rank": 4}, 131_072)
+    warmed: list[bool] = []
+    arguments = (attempt, cap_of, {"rank": 4}, 131_072, lambda: warmed.append(True))
     short = Budget(9, clock=lambda: 500.0 * len(calls))  # every trial takes long: the second no longer fits
     results = Results(tmp_path / "r.json", {"date": "monday"})
     assert not max_context.measure_caps([8.0, 12.0], results, short, *arguments)
@@ -83,14 +85,27 @@ def test_caps_are_searched_once_and_go_on_after_a_cut(tmp_path):
     assert begun >= 1 and results.cells["8 GB"]["longest"] is None
     results = Results(tmp_path / "r.json", {"date": "tuesday"})
     assert max_context.measure_caps([8.0, 12.0], results, Budget(None), *arguments)
-    assert len(calls) == len(set(calls))
+    assert len(calls) == len(set(calls)) and len(warmed) == 2  # once in each process
+    assert {results.cells[f"{cap} GB"]["context_bytes"] for cap in (8, 12)} == {77}
     for cap in (8, 12):
         assert 0.98 * cap * 1000 <= results.cells[f"{cap} GB"]["longest"] <= cap * 1000
     done = len(calls)
-    assert max_context.measure_caps([8.0, 12.0], results, Budget(None), *arguments) and len(calls) == done
+    assert max_context.measure_caps([8.0, 12.0], results, Budget(None), *arguments)
+    assert len(calls) == done and len(warmed) == 2
     text = max_context.table(results, [8.0, 12.0, 16.0])
     assert "21,848" in text and "OOM" in text and "not yet" in text
     assert all(len(line) <= 80 for line in text.splitlines())
+
+
+def test_a_cap_leaves_torch_what_the_context_does_not_take(monkeypatch):
+    gib = max_context.GIB
+    fake = {"mem_get_info": (70 * gib, 80 * gib), "memory_reserved": 8 * gib, "memory_allocated": 6 * gib}
+    for name, value in fake.items():
+        monkeypatch.setattr(max_context.torch.cuda, name, lambda value=value: value)
+    fractions: list[float] = []
+    monkeypatch.setattr(max_context.torch.cuda, "set_per_process_memory_fraction", fractions.append)
+    assert max_context.set_cap(12) == (10 * gib, 2 * gib) and fractions == [10 / 80]
+    assert max_context.set_cap(8) == (0.0, 2 * gib)  # the base alone fills it
 
 
 def test_long_context_asks_only_for_options_that_exist():
