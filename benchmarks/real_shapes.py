@@ -2,6 +2,9 @@
 
     python benchmarks/real_shapes.py llama-3.1-8b          build it, and say how long it took and what it holds
 
+The numbers are kept in benchmarks/results/build_DEVICE.json; exit code 3 when it took over two minutes, or more memory
+than the finished model and one 16-bit tensor.
+
 transformers' own loader does the work: it builds the model on the meta device, puts bitsandbytes' layers in, and asks
 for one tensor after the other. Here each tensor is drawn at random on the device when it is asked for, quantized, and
 gone again: the 16-bit model never exists, and what comes out is a loaded 4-bit model in every respect, because it was
@@ -14,8 +17,10 @@ import argparse
 import copy
 import gc
 import json
+import sys
 import time
 import zlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +34,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+LONGEST_SECONDS = 120.0
+MARGIN = 512 * 2**20  # bytes; what quantizing a tensor takes, and the allocator's blocks
 QWEN = {"model_type": "qwen2", "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {
@@ -264,30 +271,57 @@ def held_tensors(model: nn.Module) -> list[Tensor]:
     return tensors
 
 
-def main() -> None:
-    from machine import describe, environment, memory_meter
+def missed_goals(seconds: float, peak: int, stored: int, largest: int) -> list[str]:
+    """What a build took too much of, in words.
+
+    Args:
+        seconds: of the build.
+        peak: bytes held at most.
+        stored: bytes of the finished model.
+        largest: bytes of its largest tensor as it is drawn.
+    """
+    missed = []
+    if seconds > LONGEST_SECONDS:
+        missed.append(f"built in {seconds:.0f} s, more than {LONGEST_SECONDS:.0f}")
+    if peak > stored + largest + MARGIN:
+        missed.append(f"held {peak:,} bytes: more than the model's {stored:,} and one tensor of {largest:,}")
+    return missed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    from machine import GOAL_MISSED, RESULTS, Results, describe, device_name, environment, memory_meter, slug
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=list(SHAPES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
-    args = parser.parse_args()
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="default: benchmarks/results")
+    args = parser.parse_args(arguments)
     gc.collect()
     with memory_meter(args.device) as meter:
         start = time.perf_counter()
         model = build_model(args.shape, args.device)
         if args.device == "cuda":
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        numbers = {
-            "shape": args.shape,
-            "parameters": parameter_count(model),
-            "seconds": round(seconds, 1),
-            "stored_bytes": stored_bytes(model),
-            "peak_bytes_while_building": meter.peak,
-        }
+        seconds, peak = time.perf_counter() - start, meter.peak
+    quantized = [layer.in_features * layer.out_features for layer in quantized_linears(model).values()]
+    largest = model.dtype.itemsize * max([*quantized, *(parameter.numel() for parameter in model.parameters())])
+    numbers = {
+        "shape": args.shape,
+        "parameters": parameter_count(model),
+        "seconds": round(seconds, 1),
+        "stored_bytes": stored_bytes(model),
+        "peak_bytes_while_building": peak,
+        "largest_tensor_bytes": largest,
+        "missed": missed_goals(seconds, peak, stored_bytes(model), largest),
+    }
+    found = environment(args.device)
     print(json.dumps(numbers))
-    print(describe(environment(args.device)))
+    print(describe(found))
+    for missed in numbers["missed"]:
+        print(f"goal missed: {missed}")
+    Results(args.results / f"build_{slug(device_name(args.device))}.json", found).add(args.shape, numbers)
+    return GOAL_MISSED if numbers["missed"] else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,6 +11,7 @@ from pathlib import Path
 import all_gpu
 import machine
 import pytest
+import real_shapes
 import scale
 import step_cost
 import step_grid
@@ -92,6 +93,23 @@ def test_building_never_holds_the_unquantized_model():
         }
         assert meter.peak > whole
         del weights
+
+
+def test_a_build_is_kept_and_held_against_its_goals(tmp_path, monkeypatch, capsys):
+    arguments = ["tiny", "--device", "cpu", "--results", str(tmp_path)]
+    assert real_shapes.main(arguments) == 0
+    (file,) = tmp_path.glob("build_*.json")
+    content = json.loads(file.read_text())
+    kept = content["cells"]["tiny"]
+    assert content["runs"][kept["run"]]["versions"]["torch"] == torch.__version__
+    assert kept["parameters"] > 0 and kept["peak_bytes_while_building"] > kept["stored_bytes"] > 0
+    assert kept["missed"] == [] and kept["largest_tensor_bytes"] == 4 * 256 * 64  # the embedding, float32 on the CPU
+    monkeypatch.setattr(real_shapes, "LONGEST_SECONDS", 0.0)
+    monkeypatch.setattr(real_shapes, "MARGIN", -kept["peak_bytes_while_building"])
+    assert real_shapes.main(arguments) == machine.GOAL_MISSED
+    assert len(json.loads(file.read_text())["cells"]["tiny"]["missed"]) == 2
+    shown = capsys.readouterr().out
+    assert "goal missed: built in" in shown and "goal missed: held" in shown
 
 
 def test_models_on_one_base_share_every_tensor_and_no_module(base):
