@@ -73,7 +73,8 @@ def seconds_by_kind(events: Iterable[Any], wall_seconds: float, device: str) -> 
     on_device = attributed = 0.0
     for event in events:
         if event.device_type != DeviceType.CPU:
-            on_device += event.time_range.elapsed_us() * 1e-6
+            if not event.is_user_annotation:  # a range's mirror on the device lasts as long as the kernels under it
+                on_device += event.time_range.elapsed_us() * 1e-6
             continue
         if device != "cuda":
             if event.name.startswith("ProfilerStep"):
@@ -137,6 +138,8 @@ def top_kernels(profiled: profile, device: str, count: int = 15) -> list[dict[st
     """The kernels (on a CPU: operators) that took longest: name, calls, milliseconds."""
     rows = []
     for average in profiled.key_averages():
+        if device == "cuda" and average.is_user_annotation:
+            continue
         microseconds = average.self_device_time_total if device == "cuda" else average.self_cpu_time_total
         rows.append({"name": average.key[:120], "calls": average.count, "ms": microseconds / 1000})
     return sorted(rows, key=lambda row: -row["ms"])[:count]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import machine
 import profiling
@@ -16,6 +17,7 @@ from machine import Budget, Results
 from real_shapes import build_model, random_rows
 from step_goals import ARMS, Arm
 from step_grid import Cell
+from torch.autograd import DeviceType
 from trl import SFTConfig
 from turns import Step
 
@@ -192,6 +194,28 @@ def test_a_profile_adds_up_to_the_time_of_its_steps(tmp_path, capsys):
     assert list(kinds)[-1] == profiling.IDLE and kinds[profiling.IDLE] > 0
     assert len(cell["top"]) == 15
     assert all(len(line) <= 80 for line in capsys.readouterr().out.splitlines())
+
+
+def test_the_devices_mirrors_of_ranges_are_no_kernels():
+    """With CUDA a range (record_function, the optimizer's step) is also an event on the device, above its kernels."""
+
+    def event(name, **more):
+        fake = dict(device_type=DeviceType.CPU, kernels=[], cpu_parent=None, is_user_annotation=False)
+        fake["time_range"] = SimpleNamespace(elapsed_us=lambda: 1e6)
+        return SimpleNamespace(name=name, **{**fake, **more})
+
+    launched = event("aten::mm", kernels=[SimpleNamespace(name="gemm", duration=1e6)])
+    on_device = [event("gemm", device_type=DeviceType.CUDA), event("gemm", device_type=DeviceType.CUDA)]
+    mirror = event("Optimizer.step#AdamW.step", device_type=DeviceType.CUDA, is_user_annotation=True)
+    sums = profiling.seconds_by_kind([launched, *on_device, mirror], 5.0, "cuda")
+    assert sums == {"matrix products of base and adapter": 1.0, profiling.REST: 1.0, profiling.IDLE: 3.0}
+
+    averages = [
+        SimpleNamespace(key=name, count=1, self_device_time_total=ms * 1000, is_user_annotation=annotation)
+        for name, ms, annotation in (("gemm", 2, False), ("Optimizer.step#AdamW.step", 9, True))
+    ]
+    top = profiling.top_kernels(SimpleNamespace(key_averages=lambda: averages), "cuda")
+    assert top == [{"name": "gemm", "calls": 1, "ms": 2.0}]
 
 
 def test_the_noise_of_the_ratio_is_that_between_the_two_passes(base, tmp_path):
