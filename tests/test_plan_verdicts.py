@@ -66,6 +66,13 @@ def test_paged_state_and_offloaded_activations_are_on_the_host():
     assert both.parts["optimizer state"] < plain.parts["optimizer state"] / 20
 
 
+@pytest.mark.parametrize(("card", "each"), [("T4", 8_519_680), ("H100", 32 * 2**20)])
+def test_forward_and_backward_have_a_blas_workspace_each(card, each):
+    flags = ("--quantization=none", "--lora_r=8")  # few small tensors, so hardly any rounding
+    found = planned(*flags, card=find_card(card)).parts["workspaces and rounding"]
+    assert 2 * each <= found < 2 * each + 2**20
+
+
 def test_a_run_in_host_memory_has_no_cuda_context():
     found = planned("--dtype=float32", device="cpu", gpu_bytes=8 * GIB)
     assert found.parts["CUDA context"] == found.parts["workspaces and rounding"] == 0 and found.fits

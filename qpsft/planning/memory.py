@@ -22,7 +22,7 @@ class Settings:
 
     Attributes:
         cuda: on a CUDA device, else in the CPU's memory.
-        capability: CUDA's (major, minor), or ROCm's architecture name, by which the BLAS workspace is sized.
+        capability: CUDA's (major, minor), or ROCm's architecture name, by which the BLAS workspaces are sized.
         reference: "device", "host" or "none".
         accumulates: more than one micro-batch per optimizer step.
         processes: of DDP.
@@ -117,10 +117,11 @@ def add_up(weights: WeightBytes, optimizer: OptimizerBytes, activations: Activat
 
 
 def _overhead(weights: WeightBytes, settings: Settings, adapter_copies: int) -> int:
-    """The BLAS workspace, and what the allocator counts for tensors above their bytes."""
+    """BLAS workspaces, and what the allocator counts for tensors above their bytes."""
     adapter = sum(cuda_block(4 * shape.numel()) - 4 * shape.numel() for shape in weights.trainable)
     weights_of_base = sum(cuda_block(size) - size for size in weights.sizes)
-    return _workspace(settings.capability) + weights_of_base + adapter_copies * adapter
+    # torch keeps one for each thread's handle: the forward's, and autograd's own for the backward
+    return 2 * _workspace(settings.capability) + weights_of_base + adapter_copies * adapter
 
 
 def _workspace(capability: tuple[int, int] | str) -> int:
