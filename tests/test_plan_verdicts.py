@@ -105,6 +105,13 @@ def test_scoring_takes_what_training_leaves_room_for():
     assert batches(*rows, "--score_token_budget=1000000")[1][0] == 64
 
 
+@pytest.mark.parametrize(("rows", "length"), [(2, 1024), (1, 2048)])
+def test_scoring_is_not_the_peak(rows, length):
+    flags = (f"--per_device_train_batch_size={rows}", f"--max_length={length}")
+    phases = make_plan(recipe_of(*flags, model="Qwen/Qwen2.5-0.5B")).phases
+    assert phases.pop("scoring pass") < max(phases.values())
+
+
 def test_rows_just_below_the_tiled_ones_may_need_the_most(monkeypatch):
     narrow(monkeypatch)
     shape = LLAMA | {"intermediate_size": 2048, "max_position_embeddings": 16384}
