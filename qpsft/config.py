@@ -148,6 +148,7 @@ class PSFTConfig(SFTConfig):
             raise RecipeError(
                 "activation_offloading needs a GPU: activations on the CPU are in host memory already.", "Leave it out."
             )
+        self._check_texts()
         if self.accelerator_config.split_batches:
             raise RecipeError("split_batches is not supported.", "Give per_device_train_batch_size per process.")
 
@@ -220,6 +221,16 @@ class PSFTConfig(SFTConfig):
                 "reference_steps = 1 with one visit is plain SFT: the ratio is 1 at every step and nothing is ever "
                 "clipped. Use reference_steps 4 to 8 for PSFT.",
                 stacklevel=4,
+            )
+
+    def _check_texts(self) -> None:
+        """Options that transformers reads only when it builds the optimizer or turns checkpointing on."""
+        if self.optim_args and any(part.count("=") != 1 for part in self.optim_args.split(",")):
+            raise RecipeError(f"optim_args {self.optim_args!r} cannot be read.", "Write name=value, name=value, ….")
+        every = (self.gradient_checkpointing_kwargs or {}).get("every_n_layers", 1)
+        if type(every) is not int or every < 1:
+            raise RecipeError(
+                f"gradient_checkpointing_kwargs: every_n_layers is {every}; it must be a whole number, at least 1."
             )
 
     def _check_scheduler(self) -> None:

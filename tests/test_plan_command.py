@@ -155,6 +155,8 @@ def test_a_run_that_does_not_fit_says_what_would(capsys):
         (["--model_name_or_path=./no/such/folder"], "There is no base model folder"),
         ([], "model_name_or_path is missing"),
         (["--model_name_or_path=demo", "--gpu=huge"], "'huge' is not known"),
+        (["--model_name_or_path=demo", "--optim=adamw_8bit", "--optim_args=foo"], "optim_args 'foo' cannot be read"),
+        (["--model_name_or_path=demo", '--gradient_checkpointing_kwargs={"every_n_layers": 0}'], "every_n_layers is 0"),
         (["--model_name_or_path=demo", "--processes=0"], "must be above 0"),
         (["--model_name_or_path=demo", "--max_length=none"], "longest row is not known"),
         (["--model_name_or_path=demo", "--max_lenght=64"], "max_length"),
@@ -165,6 +167,12 @@ def test_mistakes_are_one_sentence_and_exit_code_2(flags, says, capsys):
     assert cli.main(["plan", *flags]) == 2
     error = " ".join(capsys.readouterr().err.split())
     assert says in error and "Traceback" not in error
+
+
+def test_rows_longer_than_the_models_context_are_noted():
+    beyond = planned("--max_length=5000")
+    assert "rows of 5,000 tokens are longer than the model's context, 4,096" in " ".join(str(beyond).split())
+    assert planned("--max_length=4096").notes == []
 
 
 def test_a_model_that_is_no_causal_lm_is_refused(tmp_path):

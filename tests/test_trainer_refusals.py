@@ -64,6 +64,10 @@ def test_every_option_of_its_own_has_help():
         (dict(auto_find_batch_size=True), "auto_find_batch_size is not supported"),
         (dict(ignore_data_skip=True), "ignore_data_skip is not supported"),
         (dict(label_smoothing_factor=0.1), "label_smoothing_factor is not supported"),
+        (dict(optim="adamw_8bit", optim_args="foo"), "optim_args 'foo' cannot be read. Write name=value, name=value"),
+        (dict(optim_args="a=1,b=2=3"), "optim_args 'a=1,b=2=3' cannot be read"),
+        (dict(gradient_checkpointing_kwargs={"every_n_layers": 0}), "every_n_layers is 0; it must be a whole number"),
+        (dict(gradient_checkpointing_kwargs={"every_n_layers": 1.5}), "every_n_layers is 1.5; it must be a whole"),
         (dict(accelerator_config={"split_batches": True}), "split_batches is not supported"),
     ],
 )

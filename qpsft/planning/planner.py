@@ -127,6 +127,11 @@ class Planner:
             notes.append(f"{_name(args.optim)} is not known here: two float32 numbers per trained weight are assumed")
         if fsdp_is_asked(args):
             notes.append("FSDP's sharding is not planned: these are the numbers of DDP")
+        if batch.length > self.context_length and not args.packing:
+            notes.append(
+                f"rows of {batch.length:,} tokens are longer than the model's context, {self.context_length:,}: "
+                "it was not trained on such positions"
+            )
         settings = Settings(
             cuda=self.device == "cuda",
             capability=self.capability,
