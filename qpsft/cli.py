@@ -86,8 +86,8 @@ def plan(argv: Sequence[str]) -> int:
 
     path = flags.pop(0) if flags and not flags[0].startswith("-") else None
     recipe = load_recipe(path, flags, PlannedConfig)
-    gpu = options.gpu or ("auto" if torch.cuda.is_available() else None)
-    planned = make_plan(recipe, card=find_card(gpu) if gpu else None, processes=options.processes)
+    gpu = "auto" if options.gpu is None and torch.cuda.is_available() else options.gpu
+    planned = make_plan(recipe, card=None if gpu is None else find_card(gpu), processes=options.processes)
     print(json.dumps(planned.to_dict(), indent=1) if options.json else planned)
     return 0
 

@@ -155,6 +155,7 @@ def test_a_run_that_does_not_fit_says_what_would(capsys):
         (["--model_name_or_path=./no/such/folder"], "There is no base model folder"),
         ([], "model_name_or_path is missing"),
         (["--model_name_or_path=demo", "--gpu=huge"], "'huge' is not known"),
+        (["--model_name_or_path=demo", "--gpu="], "--gpu '' is not known"),
         (["--model_name_or_path=demo", "--optim=adamw_8bit", "--optim_args=foo"], "optim_args 'foo' cannot be read"),
         (["--model_name_or_path=demo", '--gradient_checkpointing_kwargs={"every_n_layers": 0}'], "every_n_layers is 0"),
         (["--model_name_or_path=demo", "--processes=0"], "must be above 0"),
