@@ -260,16 +260,25 @@ def measure_cell(base: PreTrainedModel, cell: Cell, arms: dict[str, Arm], device
 
 
 def run_grid(
-    base: PreTrainedModel, cells: list[Cell], arms: dict[str, Arm], results: Results, budget: Budget, device: str
+    base: PreTrainedModel,
+    cells: list[Cell],
+    arms: dict[str, Arm],
+    results: Results,
+    budget: Budget,
+    device: str,
+    first_seconds: float = 0.0,
 ) -> bool:
-    """Measures the cells that `results` does not have yet, as far as the budget goes. True when none is left."""
+    """Measures the cells that `results` does not have yet, as far as the budget goes. True when none is left.
+
+    `first_seconds` is what a cell is thought to take while none has been measured.
+    """
     seconds_per_token = max((_seconds_per_token(cell) for cell in results.cells.values()), default=0.0)
     for cell in cells:
         if cell.key in results.cells:
             known = results.cells[cell.key]
             print(f"{cell.key}: kept from {results.content['runs'][known['run']]['date']}")
             continue
-        expected = seconds_per_token * cell.tokens_per_step * (cell.steps + cell.warmup)
+        expected = seconds_per_token * cell.tokens_per_step * (cell.steps + cell.warmup) or first_seconds
         if not budget.allows(1.2 * expected):
             print(f"{cell.key}: about {expected:.0f} s, {max(0.0, budget.left):.0f} s are left; run the command again")
             return False

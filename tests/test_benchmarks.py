@@ -260,3 +260,14 @@ def test_the_gpu_session_goes_on_stops_overruns_and_brings_results_back(tmp_path
     (tmp_path / "broken.py").write_text("")
     assert all_gpu.run_parts(parts[:3], 2.0, results, out) == 0
     assert "run twice" not in capsys.readouterr().out
+
+
+def test_the_gpu_session_begins_no_part_that_cannot_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(all_gpu, "HERE", tmp_path)
+    (tmp_path / "good.py").write_text("")
+    parts = (all_gpu.Part("large", "good.py", least=3.0), all_gpu.Part("small", "good.py"))
+    assert all_gpu.run_parts(parts, 2.0, tmp_path / "results", None) == machine.AGAIN
+    assert list(all_gpu.read_progress(tmp_path / "results" / "gpu_progress.json")) == ["small"]
+    assert all_gpu.run_parts(parts, 4.0, tmp_path / "results", None) == 0
+    of_8b = {"build", "step_cost", "max_context", "profile", "plan", "step_cost_grid"}
+    assert {part.name for part in all_gpu.PARTS if part.least == 3.0} == of_8b

@@ -102,6 +102,13 @@ def test_the_grid_measures_every_arm_and_goes_on_where_it_stopped(base, tmp_path
     assert "out of memory" in capsys.readouterr().out
 
 
+def test_a_first_cell_needs_time_for_itself_after_the_build(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(step_grid, "measure_cell", lambda *args: pytest.fail("begun"))
+    results, budget = Results(tmp_path / "r.json", {}), Budget(2, clock=lambda: 0.0)
+    assert not step_grid.run_grid(base, [CELL], {}, results, budget, "cpu", first_seconds=110)
+    assert "about 110 s, 120 s are left" in capsys.readouterr().out
+
+
 class FirstCellOnly(Budget):
     """As if the time were up once a cell's cost is known."""
 
