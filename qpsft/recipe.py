@@ -62,8 +62,9 @@ class LoraArguments:
         "scale, targets and tokenizer; options beside it that say otherwise are refused.",
     )
     lora_r: int = _option(16, "Rank of the adapter.")
-    lora_alpha: float = _option(
-        32, "Scale of the adapter: its output is multiplied by alpha / r (alpha / sqrt(r) for rsLoRA)."
+    lora_alpha: float | None = _option(
+        None,
+        "Scale of the adapter: its output is multiplied by alpha / r (alpha / sqrt(r) for rsLoRA). Unset: 2 x lora_r.",
     )
     lora_dropout: float = _option(
         0.0, "Dropout on the adapter's input. 0, because dropout makes the ratio differ from 1 right after a snapshot."
@@ -84,6 +85,8 @@ class LoraArguments:
             raise RecipeError("adapter_name_or_path is empty.", "Give a folder or a Hub id, or leave it out.")
         if self.lora_r <= 0:
             raise RecipeError(f"lora_r is {self.lora_r}; a rank must be at least 1.", "Usual values are 8 to 64.")
+        if self.lora_alpha is None:
+            self.lora_alpha = 2 * self.lora_r  # a fixed number would double the scale when the rank alone is halved
         if self.lora_alpha <= 0:
             raise RecipeError(f"lora_alpha is {self.lora_alpha}; it must be above 0.", "Usual: once or twice lora_r.")
         if not 0 <= self.lora_dropout < 1:

@@ -80,6 +80,7 @@ def test_the_help_of_train_shows_every_own_option_with_its_default(capsys):
     for option in ("--epsilon", "--reference_steps", "--num_iterations", "--lora_r", "--dataset_columns", "--resume"):
         assert option in short
     assert "(default: 0.28)" in short and "--adam_beta1" not in short
+    assert "Unset: 2 x lora_r" in short
     cli.main(["train", "--help_all"])
     assert "--adam_beta1" in capsys.readouterr().out
 

@@ -35,6 +35,22 @@ def test_a_flag_without_a_value_is_true_and_values_may_be_negative():
     assert read("--use_dora", "false").lora.use_dora is False
 
 
+@pytest.mark.parametrize(
+    ("flags", "alpha"),
+    [
+        ([], 32),
+        (["--lora_r=8"], 16),
+        (["--lora_r=8", "--lora_alpha=none"], 16),
+        (["--lora_r=8", "--lora_alpha=32"], 32),
+        (["--lora_alpha=4"], 4),
+    ],
+)
+def test_alpha_follows_the_rank_unless_it_is_given(flags, alpha, tmp_path):
+    """A smaller rank alone must not make the adapter's scale, alpha / r, larger."""
+    recipe = read(*flags)
+    assert recipe.lora.lora_alpha == recipe.values()["lora_alpha"] == alpha  # the number itself is written
+
+
 def test_the_resolved_values_read_back_to_the_same_recipe(tmp_path):
     import yaml
 
