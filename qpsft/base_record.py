@@ -109,8 +109,13 @@ def check_read_back(model: nn.Module) -> None:
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Number of weights, shared ones once, 4-bit ones by the shape they stand for."""
-    return sum(_logical_numel(parameter) for parameter in model.parameters())
+    """Number of the base's weights, shared ones once, 4-bit ones by the shape they stand for."""
+    return sum(_logical_numel(parameter) for name, parameter in model.named_parameters() if _is_base(name))
+
+
+def _is_base(name: str) -> bool:
+    """Whether a module or tensor is the base's own, by its name: neither an adapter's nor a copy trained in full."""
+    return ".lora_" not in name and ".modules_to_save." not in name
 
 
 def _logical_numel(parameter: nn.Parameter) -> int:
@@ -119,8 +124,9 @@ def _logical_numel(parameter: nn.Parameter) -> int:
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """Bytes of all weights, buffers and quantization constants."""
-    total = sum(tensor.nbytes for tensor in model.parameters()) + sum(tensor.nbytes for tensor in model.buffers())
+    """Bytes of all weights, buffers and quantization constants of the base, whatever adapter is on it."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    total = sum(tensor.nbytes for name, tensor in tensors if _is_base(name))
     for module in quantized_linears(model).values():
         state = getattr(module.weight, "quant_state", None)
         if state is None:
@@ -174,10 +180,7 @@ def _settings(base: nn.Module) -> dict:
         "unquantized_modules": [
             _base_name(name)
             for name, module in base.named_modules()
-            if isinstance(module, nn.Linear)
-            and id(module) not in quantized
-            and ".lora_" not in name
-            and ".modules_to_save." not in name
+            if isinstance(module, nn.Linear) and id(module) not in quantized and _is_base(name)
         ],
     }
     if not linears:

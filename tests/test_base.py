@@ -14,6 +14,7 @@ from tiny_models import VOCABULARY, load, refusal, save_tiny_model, save_tokeniz
 from torch import nn
 
 from qpsft import hardware
+from qpsft.adapter import add_adapter
 from qpsft.base import (
     base_record,
     compute_dtype_for,
@@ -27,6 +28,7 @@ from qpsft.base import (
 from qpsft.base_record import parameter_count, stored_bytes
 from qpsft.checkpoint import config_sha256, resolve_folder
 from qpsft.errors import BaseModelError, OutputError
+from qpsft.recipe import LoraArguments
 
 IDS = torch.tensor([[1, 5, 9, 17, 33, 65, 129, 7], [1, 3, 4, 5, 6, 7, 8, 9]])
 
@@ -270,6 +272,14 @@ def test_counts_and_bytes(llama):
     assert parameter_count(model) == parameter_count(plain) == sum(p.numel() for p in plain.parameters())
     packed = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear4bit))
     assert stored_bytes(plain) > stored_bytes(model) > packed
+
+
+def test_counts_and_bytes_are_the_base_s_own_with_an_adapter_on_it_too(llama):
+    model, _ = load(llama)
+    alone = parameter_count(model), stored_bytes(model)
+    add_adapter(model, LoraArguments(lora_r=4, lora_modules_to_save=["lm_head"], use_dora=True))
+    assert sum(tensor.nbytes for tensor in model.parameters()) > alone[1]
+    assert (parameter_count(model), stored_bytes(model)) == alone
 
 
 def test_demo_is_the_embedded_base():
