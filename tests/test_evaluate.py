@@ -25,7 +25,7 @@ def adapted():
     """The demo base with an adapter that changes it, and its tokenizer."""
     model, tokenizer = load_base("demo", device="cpu", verbose=False)
     torch.manual_seed(0)
-    model = add_adapter(model, LoraArguments(lora_r=4))
+    model = add_adapter(model, LoraArguments(lora_r=4, lora_alpha=32))  # a scale at which drift is measurable
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
