@@ -118,6 +118,13 @@ def test_an_empty_file_is_refused(tmp_path, name, content):
     assert "is empty: there is no row in it" in refusal(write(tmp_path, content, name))
 
 
+@pytest.mark.parametrize(("separator", "named"), [(";", "semicolons"), ("\t", "tabs"), ("|", "vertical bars")])
+def test_a_csv_without_commas_says_what_separates_it(separator, named, tmp_path):
+    text = refusal(write(tmp_path, f"\nprompt{separator}completion\na, b{separator}c\n", "data.csv"))
+    assert f"data.csv, line 2: the header is separated by {named}" in text and "Save the file with commas" in text
+    assert read(write(tmp_path, "text\none;two\n", "one column.csv")).rows == [{"text": "one;two"}]
+
+
 def test_broken_csv_json_and_parquet_files(tmp_path):
     text = refusal(write(tmp_path, "prompt,completion\na,b\nc,d,e\n", "data.csv"))
     assert "data.csv, line 3: 3 cells, but the header has 2 columns." in text

@@ -24,6 +24,7 @@ KINDS = (*TEXT_KINDS, ".parquet")
 BUILT_IN = {"demo-noisy": "noisy", "demo-clean": "clean"}
 HUB_TIMEOUT = 10
 """Seconds in which the Hub must answer, or be taken for out of reach."""
+SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -222,6 +223,7 @@ def _csv_rows(name: str, text: str, limit: int | None) -> Records:
                 continue
             if header is None:
                 header = cells
+                _check_commas(header, f"{name}, line {start}")
                 if len(set(header)) < len(header):
                     raise DataError(f"{name}, line {start}: a column name appears twice.", "Rename one of them.")
                 continue
@@ -237,6 +239,16 @@ def _csv_rows(name: str, text: str, limit: int | None) -> Records:
     except csv.Error as error:
         raise DataError(f"{name}, line {line}: not valid CSV ({error}).", "Check the quotes in that row.") from None
     return Records(name, "line", numbers, records)
+
+
+def _check_commas(header: list[str], where: str) -> None:
+    """Refuses what spreadsheets write as CSV where the comma is the decimal sign: guessing would go wrong silently."""
+    used = next((named for sign, named in SEPARATORS.items() if sign in header[0]), None)
+    if len(header) == 1 and used:
+        raise DataError(
+            f"{where}: the header is separated by {used}, not by commas.",
+            "Save the file with commas (cells that contain some in double quotes), or as .jsonl.",
+        )
 
 
 def _parquet_rows(name: str, path: Path) -> list[dict]:
