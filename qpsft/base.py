@@ -39,6 +39,7 @@ from qpsft.hardware import (
 )
 from qpsft.precision import base_dtype
 from qpsft.sharding import storage_dtype
+from qpsft.wrapping import wrap
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -89,7 +90,7 @@ def load_base(
         revision: branch, tag or commit of a Hub id.
         attn_implementation: as in transformers.
         trust_remote_code: run Python code that comes with the model.
-        verbose: print one line saying what was loaded.
+        verbose: print what was loaded.
 
     Returns:
         (model in eval mode with no parameter requiring gradients, tokenizer). A quantized Linear of shape (out, in)
@@ -148,7 +149,7 @@ def load_base(
         prequantized=prequantized,
     )
     if verbose:
-        print(describe(model, device, compute_dtype), flush=True)
+        print(wrap(describe(model, device, compute_dtype), "      "), flush=True)
     return model, tokenizer
 
 

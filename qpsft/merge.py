@@ -106,7 +106,7 @@ class MergeReport:
                 wrap(f"left out {len(self.left_out)} tensors that the model does not use, such as {self.left_out[0]}")
             )
         lines += ["", self.verification["summary"] if self.verification else "verification: not run"]
-        lines += ["", f"next: qpsft export {self.output} --to gguf, or load it with transformers or vLLM"]
+        lines += ["", f"next: qpsft export {self.output} --to gguf", "      or load it with transformers or vLLM"]
         return "\n".join(lines)
 
 

@@ -257,11 +257,12 @@ def test_experts_that_cannot_be_quantized_are_warned_about(tmp_path):
         load(tmp_path)
 
 
-def test_one_line_says_what_was_loaded(llama, capsys):
+def test_a_sentence_of_eighty_columns_says_what_was_loaded(llama, capsys):
     load_base(llama, device="cpu")
-    line = capsys.readouterr().out
-    assert line.count("\n") == 1
-    assert f"base: {llama.name} · 99.6 K parameters · nf4 + double quantization · float32 compute on cpu · " in line
+    lines = capsys.readouterr().out.splitlines()
+    said = " ".join(line.strip() for line in lines)
+    assert f"base: {llama.name} · 99.6 K parameters · nf4 + double quantization · float32 compute on cpu · " in said
+    assert len(lines) == 2 and max(map(len, lines)) <= 80 and lines[1].startswith("      ")
     load(llama)
     assert capsys.readouterr().out == ""
 

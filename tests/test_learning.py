@@ -88,14 +88,17 @@ def test_greedy_completions_do_not_depend_on_the_batch():
     assert len(set(one_by_one)) > 1 and all(text.strip() for text in one_by_one)
 
 
-def test_the_demo_learns_and_prints_what_it_did(tmp_path, capsys):
+def test_the_demo_learns_and_prints_what_it_did(tmp_path, capsys, monkeypatch):
     from qpsft.demo import walkthrough
 
-    before, after = walkthrough.run(str(tmp_path / "demo"), limit=40)
-    out = capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(tmp_path)
+    before, after = walkthrough.run("demo", limit=40)
+    out = capsys.readouterr().out.replace(f"{tmp_path}/", "")  # a path is not broken, however long
     assert after.accuracy["in_domain"] > before.accuracy["in_domain"] + 0.3
     assert after.nll < before.nll and math.isfinite(after.entropy)
     assert f"{after.accuracy['in_domain']:.1%}" in out and "three of the in-domain problems" in out
-    assert "next:" in out and str(tmp_path / "demo") in out
+    assert "next: qpsft export demo-merged --to gguf\n" in out and "\n  qpsft verify demo demo-merged\n" in out
+    assert max(map(len, out.splitlines())) <= 80
     assert (tmp_path / "demo" / "adapter_model.safetensors").is_file()
-    assert cli.main(["demo", f"--output_dir={tmp_path / 'demo'}"]) == 2  # never over an earlier one
+    assert cli.main(["demo", "--output_dir=demo"]) == 2  # never over an earlier one

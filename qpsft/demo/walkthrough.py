@@ -17,6 +17,7 @@ from qpsft.demo import tasks
 from qpsft.errors import OutputError
 from qpsft.evaluate import greedy_completions, text_statistics
 from qpsft.merge import merge_adapter
+from qpsft.quiet import fill
 from qpsft.recipe import load_recipe
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
@@ -66,8 +67,11 @@ def run(output_dir: str, *, overwrite: bool = False, limit: int | None = None) -
     merged = Path(f"{output_dir}-merged")
     if merged.exists() and not overwrite:
         raise OutputError(f"{merged} exists already.", "Give --overwrite to replace it, or another --output_dir.")
-    print("The embedded base model knows nine operations on digit strings; it is about to learn longer chains of them")
-    print("from 1,024 noisy demonstrations (30 % contain a wrong step), by Proximal SFT on its 4-bit weights.\n")
+    intro = (
+        "The embedded base model knows nine operations on digit strings; it is about to learn longer chains of them "
+        "from 1,024 noisy demonstrations (30 % contain a wrong step), by Proximal SFT on its 4-bit weights."
+    )
+    print(f"{fill(intro)}\n")
     with _threads():
         model, tokenizer = load_base("demo", verbose=False)
         print("measuring the base …", flush=True)
@@ -79,8 +83,8 @@ def run(output_dir: str, *, overwrite: bool = False, limit: int | None = None) -
         model = _load_adapter(output_dir)
         after = measure(model, load_tokenizer("demo"), limit)
     print(f"\n{_table(before, after)}\n\n{_samples(before, after)}\n\n{summary}\n", flush=True)
-    merged = merge_adapter(output_dir, overwrite=overwrite)
-    print(f"{merged.summary()}\n\n{_next(summary.folder, Path(merged.output))}")
+    report = merge_adapter(output_dir, overwrite=overwrite)
+    print(f"{report.summary()}\n\n{_next(summary.folder, merged)}")
     return before, after
 
 
@@ -145,11 +149,10 @@ def _samples(before: Measured, after: Measured) -> str:
 
 
 def _next(folder: Path, merged: Path) -> str:
-    return (
-        "also:\n"
-        f"  qpsft preview {folder}/recipe.yaml             the rows it was trained on\n"
-        f"  qpsft train {folder}/recipe.yaml --loss_type nll --output_dir runs/sft\n"
-        "                                                 the same with plain SFT\n"
-        f"  qpsft verify {folder} {merged}   prove again that the merge is the trained model\n"
-        "  qpsft train --help                             your own model and data"
-    )
+    commands = {
+        f"qpsft preview {folder}/recipe.yaml": "the rows it was trained on",
+        f"qpsft train {folder}/recipe.yaml --loss_type nll --output_dir runs/sft": "the same with plain SFT",
+        f"qpsft verify {folder} {merged}": "prove again that the merge is the trained model",
+        "qpsft train --help": "your own model and data",
+    }
+    return "\n".join(["also:", *(f"  {command}\n      {what}" for command, what in commands.items())])
