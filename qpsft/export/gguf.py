@@ -134,7 +134,7 @@ def export_gguf(
     if outtype in QUANTIZED and llama_cpp_python() is None:
         outtype, output = "f16", _renamed(output, outtype)
         notes.append(
-            f"{wanted} needs llama-cpp-python (pip install 'qpsft[llama-cpp]'); the f16 is left as {output.name}"
+            f"{wanted} needs llama-cpp-python (pip install llama-cpp-python); the f16 is left as {output.name}"
         )
     first = outtype if outtype in CONVERTED else "f16"
 

@@ -97,7 +97,7 @@ def run_gguf(
     """
     llama_cpp = llama_cpp_python()
     if llama_cpp is None:
-        return GgufRun(False, "llama-cpp-python is not installed: pip install 'qpsft[llama-cpp]'")
+        return GgufRun(False, "llama-cpp-python is not installed: pip install llama-cpp-python")
     try:
         model = llama_cpp.Llama(
             str(path), n_ctx=LONGEST + 8, logits_all=True, type_k=0, type_v=0, n_gpu_layers=0, verbose=False

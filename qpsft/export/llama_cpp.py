@@ -136,7 +136,7 @@ def check_requirements() -> None:
         raise ExportError(
             f"llama.cpp's converters need {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
             "installed.",
-            "pip install 'qpsft[gguf]'",
+            f"pip install {' '.join(missing)}",
         )
 
 
@@ -150,7 +150,7 @@ def load_gguf(llama_cpp: Path) -> ModuleType:
         return module
     except ImportError as error:
         raise ExportError(
-            f"gguf-py in {llama_cpp} cannot be imported: {error}.", "pip install 'qpsft[gguf]'"
+            f"gguf-py in {llama_cpp} cannot be imported: {error}.", "Install the package that this names."
         ) from error
     finally:
         sys.path[:] = path
@@ -230,7 +230,7 @@ def last_lines(text: str, count: int) -> str:
 
 def _advice(said: str) -> str:
     if "ModuleNotFoundError" in said or "ImportError" in said:
-        return "pip install 'qpsft[gguf]'"
+        return "Install the package that this names."
     if "No space left on device" in said:
         return "Free some space, or choose an output on another disk with -o."
     if "BPE pre-tokenizer was not recognized" in said:
