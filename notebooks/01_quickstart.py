@@ -35,6 +35,9 @@ if importlib.util.find_spec("qpsft") is None:
 # ## Parameters
 #
 # The one cell to edit. On a machine without a GPU, or with `QPSFT_NOTEBOOK=demo` set, everything runs on the embedded base.
+#
+# For rows of your own, upload two files on the left, one to train on and one to measure on, and uncomment the last lines. A
+# file has no test split: `TEST` must name rows that are not trained on.
 
 # %% tags=["parameters"]
 import os
@@ -45,7 +48,7 @@ SETTING = os.environ.get("QPSFT_NOTEBOOK") or ("gpu" if torch.cuda.is_available(
 if SETTING == "gpu":
     OPTIONS = {
         "model_name_or_path": "Qwen/Qwen2.5-0.5B-Instruct",
-        "dataset_name": "openai/gsm8k",  # or your own .jsonl, .csv or .parquet, uploaded on the left
+        "dataset_name": "openai/gsm8k",
         "dataset_config": "main",
         "dataset_columns": {"prompt": "question", "completion": "answer"},
         "max_length": 512,
@@ -68,6 +71,12 @@ else:
         "use_cpu": True,
     }
 OUTPUT = "runs/quickstart"
+TEST = OPTIONS["dataset_name"]  # its test split
+
+# Your own rows (.jsonl, .json, .csv or .parquet) with the columns prompt and completion, or messages; for other columns
+# "dataset_columns": {"prompt": "your column", "completion": "your column"}. Raise max_length if preview says rows are cut.
+# OPTIONS |= {"dataset_name": "train.jsonl", "dataset_config": None, "dataset_columns": None}
+# TEST = "test.jsonl"
 
 # %% [markdown]
 # ## A recipe
@@ -96,15 +105,19 @@ print(Path("recipe.yaml").read_text())
 # %% [markdown]
 # ## The base before
 #
-# The base in 4 bits, and three of the training prompts' kind that it has not been trained on.
+# The base in 4 bits, and its answers to three of the test rows. Those that stand among the training rows too are counted:
+# with any of them, what follows measures memory as well.
 
 # %%
 from qpsft import PSFTConfig, load_base
 from qpsft.data import load_rows
+from qpsft.evaluation.evaluation_rows import duplicates, load_evaluation_rows
 from qpsft.recipe import load_recipe
 
 recipe = load_recipe("recipe.yaml", ["--overwrite"], PSFTConfig)
-rows = load_rows(recipe.data.dataset_name, recipe.data, "test")
+rows = load_evaluation_rows(TEST, recipe.data, "test")
+trained = load_rows(recipe.data.dataset_name, recipe.data, recipe.data.dataset_train_split)
+print(f"{len(rows.rows)} test rows:", duplicates(trained.rows, rows.rows), "among the training rows")
 model, tokenizer = load_base(recipe.model.model_name_or_path)
 
 # %%
@@ -161,8 +174,13 @@ print(f"{'kl_samples (drift)':24}{'':10}{after['kl_samples']:10.3f}")
 # `qpsft chat` streams in a terminal; `/both` shows base and tuned side by side. Here one line is piped in.
 
 # %%
-prompt = after.completions[0].prompt
-# !echo "{prompt}" | qpsft chat {OUTPUT} --temperature 0 --max_new_tokens {NEW_TOKENS}
+import subprocess
+
+prompt = " ".join(after.completions[0].prompt.splitlines())  # a line is a turn
+command = ["qpsft", "chat", OUTPUT, "--temperature", "0", "--max_new_tokens", str(NEW_TOKENS)]
+answer = subprocess.run(command, input=prompt, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+print(answer.stdout)
+answer.check_returncode()
 
 # %% [markdown]
 # ## Keep it

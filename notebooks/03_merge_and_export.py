@@ -106,7 +106,7 @@ print(f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} p
 # the file is also run, its tokens and log-probabilities compared with the trained model's.
 
 # %%
-# !qpsft export {ADAPTER} --to gguf -o {GGUF} --overwrite
+# !qpsft export "{ADAPTER}" --to gguf -o "{GGUF}" --overwrite
 
 # %% [markdown]
 # ## Ollama
@@ -114,7 +114,7 @@ print(f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} p
 # A folder with the GGUF and a Modelfile: template, stop tokens and context from the model.
 
 # %%
-# !qpsft export {ADAPTER} --to ollama -o runs/ollama --overwrite
+# !qpsft export "{ADAPTER}" --to ollama -o runs/ollama --overwrite
 
 # %%
 print(Path("runs/ollama/Modelfile").read_text())
@@ -127,7 +127,7 @@ print(Path("runs/ollama/Modelfile").read_text())
 # The command to serve the adapter on its base, or, where vLLM cannot serve it as LoRA, a merge.
 
 # %%
-# !qpsft export {ADAPTER} --to vllm
+# !qpsft export "{ADAPTER}" --to vllm
 
 # %% [markdown]
 # ## Verify again, any time
@@ -135,4 +135,4 @@ print(Path("runs/ollama/Modelfile").read_text())
 # Exit code 0: the same model. 1: another one.
 
 # %%
-# !qpsft verify {ADAPTER} {MERGED}
+# !qpsft verify "{ADAPTER}" "{MERGED}"

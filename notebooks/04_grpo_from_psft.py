@@ -32,6 +32,9 @@ if importlib.util.find_spec("qpsft") is None:
 
 # %% [markdown]
 # ## Parameters
+#
+# For rows of your own, upload two files on the left, one to train on and one to measure on, and uncomment the last lines. A
+# file has no test split: `TEST` must name rows that are not trained on.
 
 # %% tags=["parameters"]
 import os
@@ -56,6 +59,12 @@ OPTIONS = {
 }
 GRPO_STEPS = {"gpu": 100, "demo": 40, "test": 2}[SETTING]
 NEW_TOKENS = 320 if GPU else 56
+TEST = OPTIONS["dataset_name"]  # its test split
+
+# Your own rows (.jsonl, .json, .csv or .parquet) with the columns prompt and completion; for other columns "dataset_columns":
+# {"prompt": "your column", "completion": "your column"}. A verifier must be able to tell right answers from wrong ones.
+# OPTIONS |= {"dataset_name": "train.jsonl", "dataset_config": None, "dataset_columns": None}
+# TEST = "test.jsonl"
 
 # %% [markdown]
 # ## Cold start
@@ -93,16 +102,17 @@ model = PeftModel.from_pretrained(base, ADAPTER, is_trainable=True)
 # ## Prompts and a reward
 #
 # 1 for a right answer, 0 for a wrong one: the verifiers of `qpsft evaluate` give it. Prompts come from the training split; the
-# test rows are for the measurement at the end.
+# test rows are for the measurements before and after, and those that stand among the training rows too are counted.
 
 # %%
 from datasets import Dataset
 
-from qpsft.evaluation.evaluation_rows import load_evaluation_rows
+from qpsft.evaluation.evaluation_rows import duplicates, load_evaluation_rows
 from qpsft.evaluation.verifiers import find_verifier, text_of
 
 rows = load_evaluation_rows(OPTIONS["dataset_name"], recipe.data, "train").rows
-test = load_evaluation_rows(OPTIONS["dataset_name"], recipe.data, "test").rows
+test = load_evaluation_rows(TEST, recipe.data, "test").rows
+print(f"{len(test)} test rows:", duplicates(rows, test), "among the training rows")
 verifier, is_right = find_verifier("auto", rows, OPTIONS["dataset_name"])
 print("verifier:", verifier)
 prompts = Dataset.from_list(

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
+import yaml
 from transformers import TrainerControl, TrainerState
 
+from qpsft.config import PSFTConfig
+from qpsft.data import load_rows
 from qpsft.errors import QpsftError
 from qpsft.notebook import LivePlot
+from qpsft.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SAID = {  # what a reader must find in the outputs, and only a run that worked prints
-    "01_quickstart": ("adapter_model.safetensors", "kl_samples"),
+    "01_quickstart": ("adapter_model.safetensors", "kl_samples", "among the training rows"),
     "02_sft_vs_psft": ("psft_visits", "out of domain at the last epoch"),
     "03_merge_and_export": ("the same model", "FROM ", "vllm serve"),
     "04_grpo_from_psft": ("pass@8", "sample_entropy", "trained in {torch.float32}", "verifier: demo"),
@@ -79,6 +85,46 @@ def test_a_failing_command_fails_the_notebook(tmp_path, surroundings):
     nbformat.write(notebook, tmp_path / "broken.ipynb")
     command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--nbmake", "broken.ipynb"]
     assert subprocess.run(command, cwd=tmp_path, env=surroundings, capture_output=True).returncode == 1
+
+
+def cell_with(name: str, words: str) -> str:
+    cells = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells
+    return next(cell.source for cell in cells if cell.cell_type == "code" and words in cell.source)
+
+
+def test_a_question_reaches_chat_as_it_is(tmp_path, monkeypatch, capsys):
+    """Text of a row goes to no shell, which would expand it, or run it; and it is one turn."""
+    (tmp_path / "qpsft").write_text('#!/bin/sh\necho "$@"\ncat\n', encoding="utf-8")
+    (tmp_path / "qpsft").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    prompt = f'$2 off "a" `touch {tmp_path / "run"}`\n$(touch {tmp_path / "run"})'
+    after = SimpleNamespace(completions=[SimpleNamespace(prompt=prompt)])
+    exec(cell_with("01_quickstart", '"chat"'), {"after": after, "OUTPUT": "my run", "NEW_TOKENS": 5})
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == ["chat my run --temperature 0 --max_new_tokens 5", prompt.replace("\n", " ")]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_shell_lines_are_given_parameters_only(path):
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    for line in [line for source in cells for line in source.splitlines() if line.startswith("!")]:
+        assert re.sub(r'"\{[A-Z]+\}"', "", line).count("{") == 0, line
+
+
+@pytest.mark.parametrize("name", ["01_quickstart", "04_grpo_from_psft"])
+@pytest.mark.parametrize("setting", ["gpu", "demo"])
+def test_own_files_need_the_commented_lines_only(name, setting, tmp_path, monkeypatch):
+    monkeypatch.setenv("QPSFT_NOTEBOOK", setting)
+    monkeypatch.chdir(tmp_path)
+    for file in ("train", "test"):
+        Path(f"{file}.jsonl").write_text(json.dumps({"prompt": file, "completion": "b"}) + "\n", encoding="utf-8")
+    names: dict = {}
+    exec(re.sub(r"^# (?=OPTIONS|TEST)", "", cell_with(name, "TEST ="), flags=re.M), names)
+    Path("recipe.yaml").write_text(yaml.safe_dump(names["OPTIONS"]), encoding="utf-8")
+    data = load_recipe("recipe.yaml", [], PSFTConfig).data
+    assert data.dataset_config is None and data.dataset_columns is None
+    assert [load_rows(file, data).rows[0]["prompt"] for file in (data.dataset_name, names["TEST"])] == ["train", "test"]
 
 
 def test_every_notebook_is_tested():
