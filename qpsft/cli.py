@@ -49,7 +49,7 @@ def preview(argv: Sequence[str]) -> int:
     if recipe is None:
         return 0
     quiet_libraries()
-    from qpsft.continued_adapter import recipe_tokenizer
+    from qpsft.continued_adapter import recipe_tokenizer, warn_past_context
     from qpsft.data import load_dataset
     from qpsft.dataset.preview import render_preview
     from qpsft.errors import RecipeError
@@ -57,7 +57,9 @@ def preview(argv: Sequence[str]) -> int:
     if not recipe.model.model_name_or_path:
         raise RecipeError("model_name_or_path is missing.", "The tokenizer comes with the model: name it.")
     tokenizer = recipe_tokenizer(recipe)
-    print(render_preview(load_dataset(recipe.data, tokenizer, recipe.trainer.max_length), tokenizer), end="")
+    rows = load_dataset(recipe.data, tokenizer, recipe.trainer.max_length)
+    print(render_preview(rows, tokenizer), end="")
+    warn_past_context(recipe, rows)
     return 0
 
 
@@ -97,7 +99,7 @@ def demo(argv: Sequence[str]) -> int:
     parser = _parser(
         "demo",
         "Train the embedded base model with PSFT on built-in noisy demonstrations, in NF4, without any download, and "
-        "show what it learned and what it kept. About two minutes on two cores.",
+        "show what it learned and what it kept. One to two minutes on two cores.",
     )
     parser.add_argument("--output_dir", default="qpsft-demo", help="where the adapter goes (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier demo's adapter")
@@ -227,8 +229,8 @@ def chat(argv: Sequence[str]) -> int:
     parser.add_argument("model", help="folder of an adapter or of a model, a Hub id, or demo")
     _add_base(parser)
     parser.add_argument("--system", metavar="TEXT", help="a system turn before the conversation")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: always the likeliest token")
-    parser.add_argument("--top_p", type=float, metavar="P", help="draw among the tokens that make up this probability")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="(default: 0, the likeliest token)")
+    parser.add_argument("--top_p", type=float, metavar="P", help="draw among tokens of this total (default: 1, all)")
     parser.add_argument("--max_new_tokens", type=int, default=512, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, metavar="N", help="of the drawn tokens (default: 0)")
     parser.add_argument("--use_chat_template", choices=["auto", "always", "never"], help="(default: as in training)")

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from qpsft.adapter import POLICY, adapted_layers, check_dtypes, targeted_layers, train_copies_in_float32
 from qpsft.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_adapter, has_own_tokenizer, read_adapter_config
-from qpsft.base import load_tokenizer
+from qpsft.base import load_config, load_tokenizer
 from qpsft.base_record import RECORD_FILE, base_record, read_base_record
-from qpsft.checkpoint import one_line
+from qpsft.checkpoint import one_line, resolve_folder
+from qpsft.data import TokenizedRows
 from qpsft.errors import BaseModelError, RecipeError
 from qpsft.recipe import Recipe
 from qpsft.resume import checkpoints
@@ -172,3 +173,19 @@ def recipe_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return load_tokenizer(
         recipe.model.model_name_or_path, revision=recipe.model.model_revision, trust_remote_code=trust
     )
+
+
+def warn_past_context(recipe: Recipe, rows: TokenizedRows) -> None:
+    """Warns of rows that go on where the base's context ends. Raises BaseModelError as `load_base`."""
+    trust, name = recipe.trainer.trust_remote_code, recipe.model.model_name_or_path
+    folder = resolve_folder(name, revision=recipe.model.model_revision, weights=False, remote_code=trust)
+    context = getattr(load_config(folder, trust).get_text_config(), "max_position_embeddings", None)
+    longest = rows.counts.length_percentiles[100]
+    if rows.counts.max_length is not None:
+        longest = min(longest, rows.counts.max_length)
+    if context is not None and longest > context:
+        warnings.warn(
+            f"The model's context ends at {context} tokens: rows of up to {longest} would train it on positions that "
+            f"it has never seen. Set max_length: {context}.",
+            stacklevel=2,
+        )

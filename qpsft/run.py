@@ -22,7 +22,7 @@ from qpsft.base import load_base, set_pad_token
 from qpsft.base_record import RECORD_FILE, base_record, read_base_record, write_base_record
 from qpsft.config import PSFTConfig
 from qpsft.console import ConsoleCallback, MetricsCallback, read_metrics
-from qpsft.continued_adapter import check_start, continue_adapter, recipe_tokenizer
+from qpsft.continued_adapter import check_start, continue_adapter, recipe_tokenizer, warn_past_context
 from qpsft.data import TokenizedRows, load_dataset
 from qpsft.dataset.chat_date import find_chat_date, keep_chat_date
 from qpsft.errors import OutputError, QpsftError, RecipeError
@@ -109,6 +109,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
     train_rows, held_out = hold_out(rows, recipe.run.held_out_rows, arguments.seed)
     if is_main():
         print(data_line(rows, len(train_rows), len(held_out)), flush=True)
+        warn_past_context(recipe, rows)
         warn_if_short(recipe, train_rows)
     model, _ = load_base(
         recipe.model.model_name_or_path,

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -89,6 +90,21 @@ def test_the_help_of_train_fits_eighty_columns(capsys):
     for flag in ("--help", "--help_all"):
         cli.main(["train", flag])
         assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_the_help_of_chat_shows_the_defaults_of_drawing(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["chat", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "(default: 0, the likeliest token)" in out and "of this total (default: 1, all)" in out
+
+
+def test_the_demo_says_the_same_time_everywhere(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "--help"])
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    for text in (capsys.readouterr().out, readme):
+        assert "one to two minutes on two cores" in " ".join(text.split()).lower()
 
 
 def test_the_help_of_compare_asks_for_no_value_of_a_switch(capsys):

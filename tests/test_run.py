@@ -239,6 +239,21 @@ def test_preview_shows_rows_and_counts(capsys):
     assert "⟦" in out and "20" in out
 
 
+@pytest.mark.parametrize("verb", ["preview", "train"])
+def test_rows_past_the_end_of_the_model_s_context_are_warned_of(verb, tmp_path, capsys):
+    def said(words: int, *more: str) -> str:
+        row = {"prompt": "sort: 7", "completion": "7 " * words}
+        (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 4, encoding="utf-8")
+        flags = ["--model_name_or_path=demo", f"--dataset_name={tmp_path / 'rows.jsonl'}", "--use_cpu=true", *more]
+        if verb == "train":
+            flags += ["--max_steps=1", f"--output_dir={tmp_path / 'a'}", "--overwrite", "--loss_type=nll"]
+        assert cli.main([verb, *flags]) == 0
+        return " ".join(capsys.readouterr().err.split())
+
+    assert "The model's context ends at 512 tokens" in said(300) and "context ends" not in said(3)
+    assert "context ends" not in said(300, "--max_length=512")
+
+
 def test_resuming_a_finished_run_trains_no_further(trained, tmp_path):
     folder = tmp_path / "a"
     shutil.copytree(trained, folder)
