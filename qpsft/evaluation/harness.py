@@ -116,7 +116,7 @@ def _manager() -> Any:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise DataError(
-            "Benchmarks run through lm-evaluation-harness, which is not installed.", "pip install 'qpsft[eval]'"
+            "Benchmarks run through lm-evaluation-harness, which is not installed.", "pip install 'lm-eval[ifeval]'"
         ) from error
     with _quiet():
         return TaskManager()

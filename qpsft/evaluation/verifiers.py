@@ -47,9 +47,7 @@ def math_verify(row: dict, text: str) -> Verdict:
     try:
         from math_verify import parse, verify
     except ImportError as error:
-        raise DataError(
-            "The verifier math_verify needs the package math-verify.", "pip install 'qpsft[eval]'"
-        ) from error
+        raise DataError("The verifier math_verify needs the package math-verify.", "pip install math-verify") from error
     # Its own time limit uses signals, which only the main thread may set.
     answer = parse(text, parsing_timeout=None)
     if not answer:
