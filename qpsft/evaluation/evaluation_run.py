@@ -25,6 +25,7 @@ from qpsft.evaluation.harness import check_tasks, run_tasks
 from qpsft.evaluation.task_data import parse_task_data
 from qpsft.evaluation.verifiers import text_of
 from qpsft.recipe import DataArguments
+from qpsft.wrapping import wrap
 
 DEMO_IN_DOMAIN_ROWS = 200
 DEMO_ROWS_PER_SET = 100
@@ -80,7 +81,7 @@ class EvaluationReport:
             rows = f" · {task['rows']} rows" if task["rows"] else ""
             blocks.append("\n".join([f"{name}{rows} (lm-evaluation-harness)", *lines]))
         return "\n\n".join(
-            [*blocks, "[…]: 95 % bootstrap interval over rows. Every number is defined in docs/metrics.md."]
+            [*blocks, "[…]: 95 % bootstrap interval over rows. docs/metrics.md defines every number."]
         )
 
 
@@ -122,7 +123,7 @@ def run_evaluation(options: EvaluationOptions, *, verbose: bool = True) -> Evalu
         device=options.device,
     )
     if verbose:
-        print(f"evaluating {options.model} · {describe_evaluated(model)}", flush=True)
+        print(wrap(f"evaluating {options.model} · {describe_evaluated(model)}", "  "), flush=True)
     evaluations = []
     for rows in sets:
         built_in = "task" in rows.rows[0]
@@ -210,7 +211,7 @@ def _block(one: Evaluation) -> str:
         head.append(f"{counts['parsed']} of {counts['completions']} completions parsed")
     if settings.get("k"):
         head.append(f"{settings['k']} samples at temperature {settings['temperature']:g}")
-    lines = [" · ".join(head)]
+    lines = [wrap(" · ".join(head))]
     if "duplicate_rows" in counts:
         lines.append(
             f"  {counts['duplicate_rows']} of its rows are exact duplicates of training rows, "
