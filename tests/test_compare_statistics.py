@@ -130,7 +130,7 @@ def test_rows_that_were_cut_are_told():
     assert "training rows" not in " ".join(verdict(comparison))
     comparison.shortened = {"truncated": 12, "dropped": 3, "max_length": 256}
     assert verdict(comparison)[-2:] == [
-        "12 of 16 training rows were cut at 256 tokens; a larger --max_length shows them whole.",
+        "12 of 16 training rows were cut at 256 tokens (max_length).",
         "3 training rows had no supervised token within 256 tokens and were left out.",
     ]
     assert comparison.to_dict()["training_rows_shortened"]["truncated"] == 12

@@ -149,9 +149,7 @@ def _shortened_notes(comparison: Comparison) -> list[str]:
     notes = []
     if cut:
         rows = comparison.counts["train"]
-        notes.append(
-            f"{cut} of {rows} training rows were cut at {limit} tokens; a larger --max_length shows them whole."
-        )
+        notes.append(f"{cut} of {rows} training rows were cut at {limit} tokens (max_length).")
     if dropped:
         notes.append(f"{dropped} training rows had no supervised token within {limit} tokens and were left out.")
     return notes

@@ -80,9 +80,7 @@ class EvaluationReport:
                 lines.insert(0, f"  {task['duplicate_prompts']} of its rows have a training row's prompt")
             rows = f" · {task['rows']} rows" if task["rows"] else ""
             blocks.append("\n".join([f"{name}{rows} (lm-evaluation-harness)", *lines]))
-        return "\n\n".join(
-            [*blocks, "[…]: 95 % bootstrap interval over rows. docs/metrics.md defines every number."]
-        )
+        return "\n\n".join([*blocks, "[…]: 95 % bootstrap interval over rows. docs/metrics.md defines every number."])
 
 
 def run_evaluation(options: EvaluationOptions, *, verbose: bool = True) -> EvaluationReport:
