@@ -19,6 +19,7 @@ from qpsft.evaluate import greedy_completions, text_statistics
 from qpsft.merge import merge_adapter
 from qpsft.quiet import fill
 from qpsft.recipe import load_recipe
+from qpsft.wrapping import wrap
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
 IN_DOMAIN_ROWS = 200
@@ -142,9 +143,8 @@ def _samples(before: Measured, after: Measured) -> str:
     blocks = []
     for row, old, new in zip(tasks.in_domain("test", SAMPLES), before.samples, after.samples, strict=True):
         marks = ["right" if tasks.check(row, text) else "wrong" for text in (old, new)]
-        blocks.append(
-            f"  {row['prompt'][-1]['content']}\n    before ({marks[0]}): {old}\n    after  ({marks[1]}): {new}"
-        )
+        answers = [f"    before ({marks[0]}): {old}", f"    after  ({marks[1]}): {new}"]
+        blocks += [f"  {row['prompt'][-1]['content']}", *(wrap(answer, " " * 6) for answer in answers)]
     return "three of the in-domain problems:\n" + "\n".join(blocks)
 
 
