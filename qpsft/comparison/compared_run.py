@@ -36,6 +36,7 @@ from qpsft.console import ConsoleCallback, read_metrics
 from qpsft.errors import DivergedError, OutputError
 from qpsft.model_card import package_versions
 from qpsft.recipe import COMMON_TRAINER_OPTIONS, LoraArguments, ModelArguments, Recipe
+from qpsft.resume import write_atomically
 from qpsft.trainer import PSFTTrainer
 
 RESULT = "result.json"
@@ -225,9 +226,7 @@ def do_run(spec: RunSpec, setting: Setting, results: Path) -> dict[str, Any]:
 def keep_result(result: dict[str, Any], folder: Path) -> None:
     """Writes a result into a run's folder, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{RESULT}"
-    partial.write_text(json.dumps(result, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, folder / RESULT)
+    write_atomically(folder / RESULT, json.dumps(result, ensure_ascii=False) + "\n")
 
 
 def versions() -> dict[str, str]:

@@ -66,8 +66,9 @@ def keep_chat_date(chat_date: str | None, folder: Path) -> None:
     """Writes the day into the run's folder, for the next start. Raises OutputError if it cannot be written."""
     path = folder / CHAT_DATE
     try:
-        path.unlink(missing_ok=True)
-        if chat_date is not None:
+        if chat_date is None:
+            path.unlink(missing_ok=True)
+        else:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(path, chat_date + "\n")
     except OSError as error:
