@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-from qpsft.quiet import quiet_libraries
+from qpsft.terminal import quiet_libraries
 
 HERE = Path(__file__).resolve().parent
 SHELF = HERE.parent / "adapters"
@@ -81,10 +81,11 @@ def main() -> None:
 
 def do_part(part: str, output: Path, jobs: int) -> None:
     """Does what is left of a part, and writes its outcome."""
-    from qpsft.compare import compare_loaded
-    from qpsft.comparison.compare_options import load_comparison
-    from qpsft.comparison.noise_study import study_noise
-    from qpsft.comparison.verdict import render
+    from noise_study import study_noise
+
+    from qpsft.compare.comparison import compare_loaded
+    from qpsft.compare.options import load_comparison
+    from qpsft.compare.verdict import render
 
     recipe, given = PARTS[part]
     if part == "stories" and not (HERE.parents[1] / "shared").is_dir():

@@ -3,7 +3,7 @@
     python benchmarks/evidence_gpu.py                  at most 9 minutes; repeat it to go on where it stopped
     python benchmarks/evidence_gpu.py --device cpu --tiny      all of it at toy size, in half a minute
 
-First a Llama is pretrained from the generator that made the embedded base, with its tokenizer, by qpsft.demo.pretrain
+First a Llama is pretrained from the generator that made the embedded base, with its tokenizer, by embedded_base
 (Muon, bfloat16, the last steps through the NF4 rounding); rows come from worker processes. Then the arms of the
 comparison, several runs at a time because a small model leaves the device idle between kernels: learning rates are
 chosen on validation rows with one seed, and then seed after seed is done, so that whatever is there is a whole
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qpsft.quiet import quiet_libraries
+from qpsft.terminal import quiet_libraries
 
 HERE = Path(__file__).resolve().parent
 OUTPUT = HERE / "results" / "evidence_gpu"
@@ -83,10 +83,11 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def make_base(options: argparse.Namespace, scale: Scale, deadline: float) -> Path:
     """The base's folder, pretrained if it is not there. Raises TimeUp after saving what is done so far."""
+    import embedded_base as pretrain
     import torch
 
-    from qpsft.comparison.run_queue import TimeUp
-    from qpsft.demo import MODEL_DIR, pretrain
+    from qpsft.compare.queue import TimeUp
+    from qpsft.model.folder import MODEL_DIR
 
     folder = options.output / "base"
     if folder.is_dir():
@@ -122,13 +123,13 @@ def make_base(options: argparse.Namespace, scale: Scale, deadline: float) -> Pat
 
 def write_rows(folder: Path, scale: Scale) -> dict[str, Path]:
     """The rows of every set as JSON lines: set -> file."""
-    from qpsft.demo import tasks
+    from qpsft.data import built_in
 
     sets = {
-        "noisy": tasks.demonstrations("noisy", scale.demonstrations),
-        "validation": tasks.in_domain("validation", scale.eval_rows),
-        "in_domain": tasks.in_domain("test", scale.eval_rows),
-        **tasks.out_of_domain("test", scale.out_of_domain_rows),
+        "noisy": built_in.demonstrations("noisy", scale.demonstrations),
+        "validation": built_in.in_domain("validation", scale.eval_rows),
+        "in_domain": built_in.in_domain("test", scale.eval_rows),
+        **built_in.out_of_domain("test", scale.out_of_domain_rows),
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in sets.items():
@@ -140,8 +141,8 @@ def load(options: argparse.Namespace, scale: Scale, base: Path, files: dict[str,
     """The comparison's Recipe and CompareOptions."""
     import yaml
 
-    from qpsft.comparison.compare_options import load_comparison
-    from qpsft.demo import tasks
+    from qpsft.compare.options import load_comparison
+    from qpsft.data import built_in
 
     recipe = {
         "model_name_or_path": str(base.resolve()),
@@ -170,7 +171,7 @@ def load(options: argparse.Namespace, scale: Scale, base: Path, files: dict[str,
         "learning_rates": list(scale.rates),
         "in_domain": str(files["in_domain"]),
         "validation": str(files["validation"]),
-        "out_of_domain": [str(files[name]) for name in tasks.OUT_OF_DOMAIN],
+        "out_of_domain": [str(files[name]) for name in built_in.OUT_OF_DOMAIN],
         "eval_rows": scale.eval_rows,
         "out_of_domain_rows": scale.out_of_domain_rows,
         "sample_rows": scale.sample_rows,
@@ -183,9 +184,9 @@ def load(options: argparse.Namespace, scale: Scale, base: Path, files: dict[str,
 
 def compare_until(deadline: float, recipe: Any, compared: Any, seeds: int, output: Path, run_seconds: float) -> Any:
     """The Comparison of as many seeds as the time allows, written after each; None if not even one is whole."""
-    from qpsft.compare import gather, make_setting, run_arms, write
-    from qpsft.comparison.arms import find_arms
-    from qpsft.comparison.run_queue import RunQueue, TimeUp
+    from qpsft.compare.arms import find_arms
+    from qpsft.compare.comparison import gather, make_setting, run_arms, write
+    from qpsft.compare.queue import RunQueue, TimeUp
 
     arms = find_arms(compared.arms)
     setting = make_setting(recipe, compared, output)
@@ -236,7 +237,7 @@ def scale_record(name: str, folder: Path, record: dict[str, Any]) -> dict[str, A
 
 def render(scales: list[dict[str, Any]]) -> str:
     """Both scales in one table, and the differences at equal in-domain accuracy."""
-    from qpsft.comparison.results import SHARE, aligned, describe_metric, format_value
+    from qpsft.compare.results import SHARE, aligned, describe_metric, format_value
 
     names = [name for name in scales[-1]["arms"]["sft"] if name != "learning_rate"]
     metrics = [describe_metric(name) for name in names]
@@ -264,7 +265,7 @@ def render(scales: list[dict[str, Any]]) -> str:
 
 
 def _mean(found: dict[str, float | None] | None, unit: str) -> str:
-    from qpsft.comparison.results import format_value
+    from qpsft.compare.results import format_value
 
     if found is None:
         return "–"
@@ -279,8 +280,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
     from machine import environment
 
-    from qpsft.comparison.run_queue import TimeUp
-    from qpsft.demo import MODEL_DIR
+    from qpsft.compare.queue import TimeUp
+    from qpsft.model.folder import MODEL_DIR
 
     if options.device == "cuda" and not torch.cuda.is_available():
         print("error: there is no CUDA device here. --device cpu --tiny runs all of it at toy size.")

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from qpsft.planning.live_bytes import LiveBytes
+from qpsft.plan.live_bytes import LiveBytes
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "triton")

@@ -29,7 +29,7 @@ WAYS = ("copy", "qpsft", "qpsft original", "peft")
 
 def make_base(folder: Path, gigabytes: float) -> int:
     """Writes a random Llama of about `gigabytes`; returns its bytes."""
-    from qpsft.merging.safetensors_stream import ShardWriter, TensorSpec, plan_shards, shard_index
+    from qpsft.merge.safetensors_stream import ShardWriter, TensorSpec, plan_shards, shard_index
 
     def spec(name: str, *shape: int) -> TensorSpec:
         return TensorSpec(name, torch.bfloat16, shape)
@@ -83,8 +83,8 @@ def make_adapter(folder: Path, base: Path) -> None:
     from peft import LoraConfig
     from safetensors.torch import save_file
 
-    from qpsft.base_record import RECORD_FILE, BaseRecord
-    from qpsft.checkpoint import config_sha256, read_config
+    from qpsft.model.base_record import RECORD_FILE, BaseRecord
+    from qpsft.model.folder import config_sha256, read_config
 
     config = read_config(base)
     shapes = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (HIDDEN, HIDDEN))

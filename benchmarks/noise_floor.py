@@ -73,8 +73,8 @@ def windows(args: argparse.Namespace, tokenizer: Any, micro_batch: int, device: 
     """`args.windows` optimizer steps' data as micro-batches, on the device."""
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    from qpsft.data import load_dataset
-    from qpsft.recipe import DataArguments
+    from qpsft.data.tokenize import load_dataset
+    from qpsft.recipe.arguments import DataArguments
 
     count = args.rows * args.windows
     data = DataArguments(dataset_name=args.data, dataset_limit=count)
@@ -96,9 +96,9 @@ def ratios(
     import torch
 
     from qpsft import PSFTConfig
-    from qpsft.forward import policy_forward
-    from qpsft.reference import ReferencePolicy
-    from qpsft.scoring import as_in_training, token_budget
+    from qpsft.psft.forward import policy_forward
+    from qpsft.psft.reference import ReferencePolicy
+    from qpsft.psft.scoring import as_in_training, token_budget
 
     device = model.get_input_embeddings().weight.device
     config = PSFTConfig("unused", bf16=False, report_to=[], score_token_budget=args.score_token_budget)

@@ -61,8 +61,8 @@ def options() -> argparse.Namespace:
 
 
 def load_rows(args: argparse.Namespace, tokenizer: Any) -> Any:
-    from qpsft.data import load_dataset
-    from qpsft.recipe import DataArguments
+    from qpsft.data.tokenize import load_dataset
+    from qpsft.recipe.arguments import DataArguments
 
     data = DataArguments(
         dataset_name=args.data,

@@ -29,8 +29,9 @@ from step_goals import ARMS
 from step_grid import PEAK_STEPS, Cell, make_config, peak_memory
 from transformers import PreTrainedModel
 
-from qpsft.hardware import compute_dtype_for
-from qpsft.recipe import DataArguments, LoraArguments, ModelArguments, Recipe, RunArguments
+from qpsft.model.hardware import compute_dtype_for
+from qpsft.recipe.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments
+from qpsft.recipe.file import Recipe
 
 BAR = 0.10
 ARM = {"psft K=8": ARMS["psft K=8"]}
@@ -50,7 +51,7 @@ def grid(shapes: list[str], lengths: list[int], optimizers: list[str]) -> list[C
 def planned_bytes(cell: Cell, device: str) -> int:
     """The plan's peak for a cell on this machine, from the shape's config alone."""
     from qpsft.plan import make_plan
-    from qpsft.planning.cards import this_card
+    from qpsft.plan.cards import this_card
 
     card = this_card() if device == "cuda" else None
     dtype = compute_dtype_for(device)

@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qpsft.base_record import BaseSource, parameter_count, quantized_linears, stored_bytes
-from qpsft.checkpoint import config_sha256
-from qpsft.hardware import compute_dtype_for, pick_device
+from qpsft.model.base_record import BaseSource, parameter_count, quantized_linears, stored_bytes
+from qpsft.model.folder import config_sha256
+from qpsft.model.hardware import compute_dtype_for, pick_device
 
 if TYPE_CHECKING:
     from datasets import Dataset

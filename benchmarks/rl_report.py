@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qpsft.comparison.arms import ARMS, pairs
-from qpsft.comparison.paired import Difference, mean_and_sd, paired_difference
-from qpsft.comparison.results import NATS, SHARE, aligned, format_mean, format_value
+from qpsft.compare.arms import ARMS, pairs
+from qpsft.compare.paired import Difference, mean_and_sd, paired_difference
+from qpsft.compare.results import NATS, SHARE, aligned, format_mean, format_value
 
 LAST_STEPS = 5
 SMOOTHED = 5
@@ -197,7 +197,7 @@ class Outcome:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        from qpsft.comparison.comparison_figures import STYLES
+        from qpsft.compare.figures import STYLES
 
         k = self.plan["k"]
         columns = [

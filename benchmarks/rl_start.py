@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qpsft.quiet import quiet_libraries
+from qpsft.terminal import quiet_libraries
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE.parent / "adapters" / "demo-noisy"
@@ -106,10 +106,10 @@ def arm_rates(options: argparse.Namespace) -> dict[str, float]:
 
 def load_evidence(options: argparse.Namespace, rates: dict[str, float]) -> tuple[Any, dict[str, dict[int, Any]]]:
     """The evidence's Setting, and the RunSpec of every arm and seed."""
-    from qpsft.compare import make_setting
-    from qpsft.comparison.arms import find_arm
-    from qpsft.comparison.compare_options import load_comparison
-    from qpsft.comparison.compared_run import RunSpec
+    from qpsft.compare.arms import find_arm
+    from qpsft.compare.comparison import make_setting
+    from qpsft.compare.options import load_comparison
+    from qpsft.compare.run import RunSpec
 
     recipe, compared = load_comparison(RECIPE, [f"--output_dir={options.output}"])
     trainer = recipe.trainer
@@ -128,8 +128,8 @@ def load_evidence(options: argparse.Namespace, rates: dict[str, float]) -> tuple
 
 def trained_adapter(spec: Any, setting: Any, output: Path) -> Path:
     """The folder of the spec's adapter, trained if it is not there."""
-    from qpsft.adapter import save_adapter
-    from qpsft.comparison.compared_run import load_setting, make_run_trainer
+    from qpsft.compare.run import load_setting, make_run_trainer
+    from qpsft.model.adapter import save_adapter
 
     folder = output / "adapters" / f"{spec.label}-{spec.key(setting)}"
     if folder.is_dir():
@@ -145,10 +145,10 @@ def trained_adapter(spec: Any, setting: Any, output: Path) -> Path:
 
 def prompt_rows() -> list[dict]:
     """`{"prompt", "task"}`: problems like the demonstrations', of the training split, none of them demonstrated."""
-    from qpsft.demo import tasks
+    from qpsft.data import built_in
 
-    demonstrated = {row["prompt"][0]["content"] for row in tasks.demonstrations("noisy")}
-    rows = tasks.demonstrations("clean", PROMPT_ROWS, seed=PROMPTS_SEED)
+    demonstrated = {row["prompt"][0]["content"] for row in built_in.demonstrations("noisy")}
+    rows = built_in.demonstrations("clean", PROMPT_ROWS, seed=PROMPTS_SEED)
     return [
         {"prompt": row["prompt"], "task": row["task"]}
         for row in rows
@@ -158,7 +158,7 @@ def prompt_rows() -> list[dict]:
 
 def right(completions: list[list[dict]], task: list[dict], **other: Any) -> list[float]:
     """The reward: 1 for a right answer, else 0."""
-    from qpsft.evaluation.verifiers import demo
+    from qpsft.evaluate.verifiers import demo
 
     return [float(demo({"task": t}, c[-1]["content"]) is True) for c, t in zip(completions, task, strict=True)]
 
@@ -198,7 +198,7 @@ def rl_run(adapter: Path, setting: Any, plan: Plan, rate: float, seed: int, labe
     from trl import GRPOTrainer
 
     from qpsft import float32_adapter
-    from qpsft.comparison.compared_run import load_setting, machine_of, versions
+    from qpsft.compare.run import load_setting, machine_of, versions
 
     started = time.perf_counter()
     model, tokenizer = load_setting(setting)
@@ -230,7 +230,7 @@ def measure(model: Any, tokenizer: Any, setting: Any, plan: Plan, is_end: bool) 
 
     With `is_end` also greedy accuracy, as the evidence measures it: `in_domain`, and `out_of_domain`, the sets' mean.
     """
-    from qpsft.comparison.compared_evaluation import undisturbed
+    from qpsft.compare.measure import undisturbed
     from qpsft.evaluate import evaluate
 
     common = {"max_new_tokens": plan.max_new_tokens, "drift": False, "arguments": setting.how.arguments}
@@ -304,7 +304,7 @@ def identity(spec: Any, setting: Any, plan: Plan, rate: float) -> dict[str, Any]
 
 def kept_run(spec: Any, setting: Any, plan: Plan, rate: float, output: Path) -> tuple[Path, dict[str, Any] | None]:
     """Where a run is kept, and the run if it is there."""
-    from qpsft.comparison.compared_run import short_rate
+    from qpsft.compare.run import short_rate
 
     text = json.dumps(identity(spec, setting, plan, rate), sort_keys=True)
     key = hashlib.sha256(text.encode()).hexdigest()[:12]

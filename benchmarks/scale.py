@@ -26,7 +26,7 @@ from step_goals import ARMS, Arm
 from step_grid import Cell, measure_times, peak_memory
 from transformers import PreTrainedModel
 
-from qpsft.base_record import parameter_count
+from qpsft.model.base_record import parameter_count
 
 SMALL = {
     f"h{hidden}-l{layers}": llama_shape(hidden, layers) for hidden, layers in ((64, 2), (128, 4), (192, 6), (256, 8))

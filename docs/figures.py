@@ -5,7 +5,7 @@
     python docs/figures.py --runs /tmp/runs    keep the runs there, and draw from those that are there already
 
 A run is `qpsft train adapters/demo-noisy` with the flags of RUNS and STEPS, on one thread; `good` is the recipe's own.
-Nothing is drawn from a formula: the clip's curves come out of qpsft.losses by autograd, the others out of
+Nothing is drawn from a formula: the clip's curves come out of qpsft.psft.losses by autograd, the others out of
 metrics.jsonl.
 """
 
@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpsft.quiet import quiet_libraries
+from qpsft.terminal import quiet_libraries
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,7 +75,7 @@ def token_curve(loss: Callable[..., Any], ratios: Sequence[float], old_probabili
     """One token's loss and its push on the token's log-probability, −∂L/∂log π, at each ratio.
 
     Args:
-        loss: of `qpsft.losses`.
+        loss: of `qpsft.psft.losses`.
         ratios: the token's probability over its old one.
         old_probability: the token's, under the reference policy.
     """
@@ -95,7 +95,7 @@ def token_curve(loss: Callable[..., Any], ratios: Sequence[float], old_probabili
 
 def draw_clip(path: Path) -> None:
     """The three losses of one token, and their gradients, against its ratio."""
-    from qpsft.losses import EPSILON, dft_loss, nll_loss, psft_loss
+    from qpsft.psft.losses import EPSILON, dft_loss, nll_loss, psft_loss
 
     old_probability = 0.4
     ratios = [0.3 + 0.005 * i for i in range(341)]
@@ -133,7 +133,7 @@ def draw_clip(path: Path) -> None:
 def log_of(name: str, folder: Path, *, steps: int = STEPS, flags: Sequence[str] = ()) -> list[dict]:
     """The log lines of a run, which is done unless `folder` holds it already."""
     from qpsft import cli
-    from qpsft.console import read_metrics
+    from qpsft.train.progress import read_metrics
 
     metrics = folder / name / "metrics.jsonl"
     if not metrics.exists():

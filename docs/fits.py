@@ -34,8 +34,8 @@ def longest(model: str, card: str) -> int | None:
     """The longest rows that fit; None: not even the shortest."""
     from qpsft import PSFTConfig
     from qpsft.plan import make_plan
-    from qpsft.planning.cards import find_card
-    from qpsft.recipe import load_recipe
+    from qpsft.plan.cards import find_card
+    from qpsft.recipe.file import load_recipe
 
     flags = ["--model_name_or_path", model, "--per_device_train_batch_size", "1"]
     return make_plan(load_recipe(None, flags, PSFTConfig), card=find_card(card)).max_length

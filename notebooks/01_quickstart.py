@@ -110,9 +110,9 @@ print(Path("recipe.yaml").read_text())
 
 # %%
 from qpsft import PSFTConfig, load_base
-from qpsft.data import load_rows
-from qpsft.evaluation.evaluation_rows import duplicates, load_evaluation_rows
-from qpsft.recipe import load_recipe
+from qpsft.data.tokenize import load_rows
+from qpsft.evaluate.rows import duplicates, load_evaluation_rows
+from qpsft.recipe.file import load_recipe
 
 recipe = load_recipe("recipe.yaml", ["--overwrite"], PSFTConfig)
 rows = load_evaluation_rows(TEST, recipe.data, "test")
@@ -141,8 +141,8 @@ for row in before.completions[:3]:
 # - **KL** from the last snapshot to the policy: how far one block moves it.
 
 # %%
-from qpsft.notebook import LivePlot
-from qpsft.run import train
+from qpsft.train.notebook import LivePlot
+from qpsft.train.run import train
 
 summary = train(recipe, callbacks=[LivePlot("Proximal SFT")])
 

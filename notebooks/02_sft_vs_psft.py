@@ -127,7 +127,7 @@ found = compare("comparison.yaml", ["--output_dir", OUTPUT], **COMPARE)
 # Differences are paired by seed, with 95 % intervals. With few seeds these are wide, and the verdict says so.
 
 # %%
-from qpsft.comparison.verdict import render
+from qpsft.compare.verdict import render
 
 print(render(found))
 
@@ -150,8 +150,8 @@ for picture in sorted(Path(OUTPUT).glob("*.png")):
 # %%
 from dataclasses import replace
 
-from qpsft.comparison.results import describe_metric
-from qpsft.comparison.verdict import KEEPS, judge
+from qpsft.compare.results import describe_metric
+from qpsft.compare.verdict import KEEPS, judge
 
 arm = COMPARE["arms"][-1]
 difference = found.difference(arm, "sft", "out_of_domain")

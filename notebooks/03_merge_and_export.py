@@ -48,8 +48,8 @@ GGUF = "runs/to_export.gguf"
 from pathlib import Path
 
 from qpsft import PSFTConfig
-from qpsft.recipe import load_recipe
-from qpsft.run import train
+from qpsft.recipe.file import load_recipe
+from qpsft.train.run import train
 
 if not Path(ADAPTER, "adapter_model.safetensors").exists():
     Path("recipe.yaml").write_text("model_name_or_path: demo\ndataset_name: demo-noisy\nmax_length: 128\nlora_r: 8\n")

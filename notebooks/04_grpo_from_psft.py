@@ -77,9 +77,9 @@ from pathlib import Path
 import yaml
 
 from qpsft import PSFTConfig
-from qpsft.notebook import LivePlot
-from qpsft.recipe import load_recipe
-from qpsft.run import train
+from qpsft.train.notebook import LivePlot
+from qpsft.recipe.file import load_recipe
+from qpsft.train.run import train
 
 Path("recipe.yaml").write_text(yaml.safe_dump(OPTIONS | {"logging_steps": 8}, sort_keys=False))
 recipe = load_recipe("recipe.yaml", ["--overwrite"], PSFTConfig)
@@ -107,8 +107,8 @@ model = PeftModel.from_pretrained(base, ADAPTER, is_trainable=True)
 # %%
 from datasets import Dataset
 
-from qpsft.evaluation.evaluation_rows import duplicates, load_evaluation_rows
-from qpsft.evaluation.verifiers import find_verifier, text_of
+from qpsft.evaluate.rows import duplicates, load_evaluation_rows
+from qpsft.evaluate.verifiers import find_verifier, text_of
 
 rows = load_evaluation_rows(OPTIONS["dataset_name"], recipe.data, "train").rows
 test = load_evaluation_rows(TEST, recipe.data, "test").rows

@@ -6,23 +6,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qpsft.base import load_base
-    from qpsft.config import PSFTConfig
-    from qpsft.losses import psft_loss
-    from qpsft.policy import float32_adapter
-    from qpsft.reference import ReferencePolicy
-    from qpsft.trainer import PSFTTrainer
+    from qpsft.model.base import load_base
+    from qpsft.psft.config import PSFTConfig
+    from qpsft.psft.losses import psft_loss
+    from qpsft.psft.policy import float32_adapter
+    from qpsft.psft.reference import ReferencePolicy
+    from qpsft.psft.trainer import PSFTTrainer
 
 __version__ = "0.1.0"
 __all__ = ["PSFTConfig", "PSFTTrainer", "ReferencePolicy", "float32_adapter", "load_base", "psft_loss"]
 
 _HOME = {
-    "PSFTConfig": "qpsft.config",
-    "PSFTTrainer": "qpsft.trainer",
-    "ReferencePolicy": "qpsft.reference",
-    "float32_adapter": "qpsft.policy",
-    "load_base": "qpsft.base",
-    "psft_loss": "qpsft.losses",
+    "PSFTConfig": "qpsft.psft.config",
+    "PSFTTrainer": "qpsft.psft.trainer",
+    "ReferencePolicy": "qpsft.psft.reference",
+    "float32_adapter": "qpsft.psft.policy",
+    "load_base": "qpsft.model.base",
+    "psft_loss": "qpsft.psft.losses",
 }
 
 

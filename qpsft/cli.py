@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from qpsft import __version__
 from qpsft.errors import QpsftError
 from qpsft.processes import is_main, say_once, world_size
-from qpsft.quiet import fill, quiet_libraries, terminal_width
+from qpsft.terminal import fill, quiet_libraries, terminal_width
 
 INTERRUPTED = 130  # what shells use for Ctrl-C
 AFTER_INTERRUPT = {
@@ -30,7 +30,7 @@ def train(argv: Sequence[str]) -> int:
     if recipe is None:
         return 0
     quiet_libraries()
-    from qpsft import run
+    from qpsft.train import run
 
     summary = run.train(recipe)
     if is_main():
@@ -49,17 +49,17 @@ def preview(argv: Sequence[str]) -> int:
     if recipe is None:
         return 0
     quiet_libraries()
-    from qpsft.continued_adapter import recipe_tokenizer, warn_past_context
-    from qpsft.data import load_dataset
-    from qpsft.dataset.preview import render_preview
+    from qpsft.data.preview import render_preview
+    from qpsft.data.tokenize import load_dataset
     from qpsft.errors import RecipeError
+    from qpsft.model.continue_adapter import recipe_tokenizer, warn_past_context
 
     if not recipe.model.model_name_or_path:
         raise RecipeError("model_name_or_path is missing.", "The tokenizer comes with the model: name it.")
     tokenizer = recipe_tokenizer(recipe)
     rows = load_dataset(recipe.data, tokenizer, recipe.trainer.max_length)
     print(render_preview(rows, tokenizer), end="")
-    warn_past_context(recipe, rows)
+    warn_past_context(recipe, rows.counts.longest)
     return 0
 
 
@@ -81,10 +81,10 @@ def plan(argv: Sequence[str]) -> int:
 
     import torch
 
-    from qpsft.plan import make_plan
-    from qpsft.planning.cards import find_card
-    from qpsft.planning.planned_config import PlannedConfig
-    from qpsft.recipe import load_recipe
+    from qpsft.plan.cards import find_card
+    from qpsft.plan.memory_plan import make_plan
+    from qpsft.plan.planned_config import PlannedConfig
+    from qpsft.recipe.file import load_recipe
 
     path = flags.pop(0) if flags and not flags[0].startswith("-") else None
     recipe = load_recipe(path, flags, PlannedConfig)
@@ -131,7 +131,7 @@ def merge(argv: Sequence[str]) -> int:
     parser.add_argument("--no_verify", action="store_true", help="do not compare the result with the live model")
     options = parser.parse_args(argv)
     quiet_libraries()
-    from qpsft.merge import merge_adapter
+    from qpsft.merge.merging import merge_adapter
 
     report = merge_adapter(
         options.adapter,
@@ -158,7 +158,7 @@ def verify(argv: Sequence[str]) -> int:
     parser.add_argument("--prompts", help="prompts to compare on (default: the adapter's held-out rows)")
     options = parser.parse_args(argv)
     quiet_libraries()
-    from qpsft.verify import verify_export
+    from qpsft.verify.verification import verify_export
 
     report = verify_export(options.adapter, options.exported, base=options.base, prompts=options.prompts)
     print(report.summary())
@@ -167,7 +167,7 @@ def verify(argv: Sequence[str]) -> int:
 
 def compare(argv: Sequence[str]) -> int:
     """compare SFT, DFT and PSFT from the same start"""
-    from qpsft.comparison.compare_options import load_comparison, option_parser, read_flags
+    from qpsft.compare.options import load_comparison, option_parser, read_flags
     from qpsft.errors import RecipeError
 
     if "-h" in argv or "--help" in argv or not argv:
@@ -185,12 +185,12 @@ def compare(argv: Sequence[str]) -> int:
     quiet_libraries()
     recipe, options = load_comparison(argv[0], flags, given)
     if options.noise is None:
-        from qpsft.compare import compare_loaded
-        from qpsft.comparison.verdict import render
+        from qpsft.compare.comparison import compare_loaded
+        from qpsft.compare.verdict import render
 
         found = render(compare_loaded(recipe, options), terminal_width())
     else:
-        from qpsft.comparison.noise_study import study_noise
+        from noise_study import study_noise
 
         found = study_noise(recipe, options).render(terminal_width())
     print(f"\n{found}\n\nreport: {recipe.trainer.output_dir}/report.html")
@@ -199,7 +199,7 @@ def compare(argv: Sequence[str]) -> int:
 
 def evaluate(argv: Sequence[str]) -> int:
     """accuracy, pass@k, likelihood, drift; public benchmarks"""
-    from qpsft.evaluation.evaluation_options import parse_options
+    from qpsft.evaluate.options import parse_options
 
     options = parse_options(
         argv,
@@ -209,7 +209,7 @@ def evaluate(argv: Sequence[str]) -> int:
         "with 95 % intervals; docs/metrics.md defines every number.",
     )
     quiet_libraries()
-    from qpsft.evaluation.evaluation_run import run_evaluation
+    from qpsft.evaluate.run import run_evaluation
 
     report = run_evaluation(options)
     print(f"\n{report.table()}")
@@ -243,7 +243,7 @@ def chat(argv: Sequence[str]) -> int:
     parser.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, … (default: %(default)s)")
     options = vars(parser.parse_args(argv))
     quiet_libraries()
-    from qpsft.chat import chat as talk
+    from qpsft.chat.session import chat as talk
 
     return talk(options.pop("model"), **options)
 
@@ -300,7 +300,7 @@ def push(argv: Sequence[str]) -> int:
     parser.add_argument("--dry_run", action="store_true", help="list files and sizes; needs no network and no token")
     options = parser.parse_args(argv)
     quiet_libraries()
-    from qpsft.push import push as push_folder
+    from qpsft.export.push import push as push_folder
 
     print(push_folder(options.folder, options.repo_id, private=options.private, dry_run=options.dry_run).summary())
     return 0
@@ -385,16 +385,16 @@ def _recipe(verb: str, argv: Sequence[str], description: str, example: str):
     wants_all = "--help_all" in argv
     if wants_all or "-h" in argv or "--help" in argv:
         quiet_libraries()
-        from qpsft.config import PSFTConfig
-        from qpsft.recipe import option_help
+        from qpsft.psft.config import PSFTConfig
+        from qpsft.recipe.flags import option_help
 
         print(f"usage: qpsft {verb} [RECIPE.yaml] [--any_option value …]\n")
         print(f"{textwrap.fill(description, 80)}\n\n  {example}\n")
         print(option_help(PSFTConfig, everything=wants_all))
         return None
     quiet_libraries()
-    from qpsft.config import PSFTConfig
-    from qpsft.recipe import load_recipe
+    from qpsft.psft.config import PSFTConfig
+    from qpsft.recipe.file import load_recipe
 
     path = argv[0] if argv and not argv[0].startswith("-") else None
     return load_recipe(path, argv[1:] if path else argv, PSFTConfig)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qpsft.comparison.arms import ARMS, pairs
-from qpsft.comparison.compared_run import RunSpec, Setting, keep_result
-from qpsft.comparison.results import ArmResult, Comparison
+from qpsft.compare.arms import ARMS, pairs
+from qpsft.compare.results import ArmResult, Comparison
+from qpsft.compare.run import RunSpec, Setting, keep_result
 
 RECIPE = """\
 model_name_or_path: demo

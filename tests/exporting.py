@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qpsft.adapter import add_adapter, save_adapter
-from qpsft.base import load_base
-from qpsft.base_record import quantized_linears
-from qpsft.checkpoint import resolve_folder
-from qpsft.recipe import LoraArguments
+from qpsft.model.adapter import add_adapter, save_adapter
+from qpsft.model.base import load_base
+from qpsft.model.base_record import quantized_linears
+from qpsft.model.folder import resolve_folder
+from qpsft.recipe.arguments import LoraArguments
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qpsft.planning.live_bytes import LiveBytes
+from qpsft.plan.live_bytes import LiveBytes
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from qpsft.base import load_base
-from qpsft.base_record import write_base_record
+from qpsft.model.base import load_base
+from qpsft.model.base_record import write_base_record
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from qpsft.plan import MemoryPlan, make_plan
-from qpsft.planning.planned_config import PlannedConfig
-from qpsft.recipe import Recipe, load_recipe
+from qpsft.plan import make_plan
+from qpsft.plan.memory_plan import MemoryPlan
+from qpsft.plan.planned_config import PlannedConfig
+from qpsft.recipe.file import Recipe, load_recipe
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2,

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 
-from qpsft.base import load_base
-from qpsft.trainer import PSFTConfig, PSFTTrainer
+from qpsft.model.base import load_base
+from qpsft.psft.trainer import PSFTConfig, PSFTTrainer
 
 VOCABULARY = 128
 LOSS_SCALE = 2.0**10

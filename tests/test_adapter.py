@@ -9,10 +9,10 @@ from peft import PeftModel
 from tiny_models import save_tiny_model
 from trl.trainer.utils import add_fused_lm_head
 
-from qpsft.adapter import add_adapter, changes_base, save_adapter
-from qpsft.base import BaseRecord, base_record, load_base, read_base_record
 from qpsft.errors import BaseModelError, OutputError, QpsftError
-from qpsft.recipe import LoraArguments
+from qpsft.model.adapter import add_adapter, changes_base, save_adapter
+from qpsft.model.base import BaseRecord, base_record, load_base, read_base_record
+from qpsft.recipe.arguments import LoraArguments
 
 IDS = torch.tensor([[1, 5, 9, 17, 33, 65, 129, 7], [1, 3, 4, 5, 6, 7, 8, 9]])
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

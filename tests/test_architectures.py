@@ -17,13 +17,13 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from qpsft.adapter import add_adapter, save_adapter
-from qpsft.base import load_base
-from qpsft.base_record import quantized_linears
 from qpsft.errors import BaseModelError, RecipeError
 from qpsft.merge import merge_adapter
-from qpsft.recipe import LoraArguments
-from qpsft.trainer import PSFTTrainer
+from qpsft.model.adapter import add_adapter, save_adapter
+from qpsft.model.base import load_base
+from qpsft.model.base_record import quantized_linears
+from qpsft.psft.trainer import PSFTTrainer
+from qpsft.recipe.arguments import LoraArguments
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 LLAMA = ATTENTION | {"gate_proj", "up_proj", "down_proj"}

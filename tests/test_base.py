@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from tiny_models import VOCABULARY, load, refusal, save_tiny_model, save_tokenizer
 from torch import nn
 
-from qpsft import hardware
-from qpsft.adapter import add_adapter
-from qpsft.base import (
+from qpsft.errors import BaseModelError, OutputError
+from qpsft.model import hardware
+from qpsft.model.adapter import add_adapter
+from qpsft.model.base import (
     base_record,
     compute_dtype_for,
     load_base,
@@ -25,10 +26,9 @@ from qpsft.base import (
     read_base_record,
     write_base_record,
 )
-from qpsft.base_record import parameter_count, stored_bytes
-from qpsft.checkpoint import config_sha256, resolve_folder
-from qpsft.errors import BaseModelError, OutputError
-from qpsft.recipe import LoraArguments
+from qpsft.model.base_record import parameter_count, stored_bytes
+from qpsft.model.folder import config_sha256, resolve_folder
+from qpsft.recipe.arguments import LoraArguments
 
 IDS = torch.tensor([[1, 5, 9, 17, 33, 65, 129, 7], [1, 3, 4, 5, 6, 7, 8, 9]])
 
@@ -284,7 +284,7 @@ def test_counts_and_bytes_are_the_base_s_own_with_an_adapter_on_it_too(llama):
 
 
 def test_demo_is_the_embedded_base():
-    from qpsft.demo import MODEL_DIR
+    from qpsft.model.folder import MODEL_DIR
 
     assert resolve_folder("demo") == Path(MODEL_DIR)
     model, tokenizer = load("demo")

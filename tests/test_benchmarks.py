@@ -24,7 +24,7 @@ from tiny_models import save_tiny_model
 from turns import Turns, train_in_turns
 
 from qpsft import load_base
-from qpsft.base_record import quantized_linears, stored_bytes
+from qpsft.model.base_record import quantized_linears, stored_bytes
 
 CELL = Cell("tiny", 1, 16, rows=2, rank=4, steps=4, warmup=1)
 

@@ -18,11 +18,11 @@ import pytest
 import yaml
 
 from qpsft import cli
-from qpsft.base import load_base
-from qpsft.chat import side_by_side
-from qpsft.conversation import BASE, TUNED, Conversation
-from qpsft.evaluation.evaluated_model import load_evaluated
+from qpsft.chat.conversation import BASE, TUNED, Conversation
+from qpsft.chat.session import side_by_side
+from qpsft.evaluate.model import load_evaluated
 from qpsft.merge import merge_adapter
+from qpsft.model.base import load_base
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST, SECOND = "add one, then sort, then rotate, then swap halves: 0259", "reverse: 1234"

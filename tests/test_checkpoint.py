@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import edit_config, load, refusal, save_tiny_model
 
-from qpsft.base import base_record, load_tokenizer
+from qpsft.model.base import base_record, load_tokenizer
 
 IDS = torch.tensor([[1, 5, 9, 17, 33, 65, 129, 7]])
 

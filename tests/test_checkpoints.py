@@ -13,8 +13,8 @@ import torch
 from small_runs import Recorder, make_base, make_rows, make_trainer, policy, same
 from test_resume import trainer_of
 
-from qpsft import resume
 from qpsft.errors import OutputError, TrainingError
+from qpsft.psft import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +63,10 @@ def test_a_half_written_checkpoint_is_skipped_with_a_warning(saved, tmp_path, ho
     out = shutil.copytree(saved[0], tmp_path / "run")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert resume.newest_complete_checkpoint(out).name == "checkpoint-4"
+        assert checkpoint.newest_complete_checkpoint(out).name == "checkpoint-4"
     damage(out / "checkpoint-4", how)
     with pytest.warns(UserWarning, match="checkpoint-4 is half-written.*skipped"):
-        assert resume.newest_complete_checkpoint(out).name == "checkpoint-2"
+        assert checkpoint.newest_complete_checkpoint(out).name == "checkpoint-2"
 
 
 def test_training_resumes_from_the_newest_whole_one_and_repairs_the_other(base, saved, tmp_path):
@@ -77,7 +77,7 @@ def test_training_resumes_from_the_newest_whole_one_and_repairs_the_other(base, 
         trainer.train(resume_from_checkpoint=True)
     assert trainer._initial_global_step == 2
     assert same(policy(trainer.model), saved[1])
-    assert resume.is_complete(out / "checkpoint-4")
+    assert checkpoint.is_complete(out / "checkpoint-4")
 
 
 def test_without_a_whole_checkpoint_there_is_nothing_to_resume_from(base, saved, tmp_path):
@@ -101,17 +101,17 @@ def test_a_checkpoint_of_plain_sft_trainer_is_refused_by_name(base, saved, tmp_p
 def test_old_checkpoints_go_only_when_the_new_one_is_whole(base, tmp_path):
     trainer = trainer_of(base, tmp_path, max_steps=5, save_total_limit=2)
     there = []
-    mark = resume.mark_complete
+    mark = checkpoint.mark_complete
 
     def watching(folder):
         there.append(sorted(p.name for p in tmp_path.glob("checkpoint-*")))
         mark(folder)
 
-    resume.mark_complete, restore = watching, mark
+    checkpoint.mark_complete, restore = watching, mark
     try:
         trainer.train()
     finally:
-        resume.mark_complete = restore
+        checkpoint.mark_complete = restore
     assert there[3] == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
     assert trainer.args.save_total_limit == 2
@@ -122,8 +122,8 @@ def listing(folder):
 
 
 def assert_only_the_earlier_checkpoint_is_left(out, before):
-    assert listing(out / "checkpoint-2") == before and resume.is_complete(out / "checkpoint-2")
-    assert [p.name for p in resume.checkpoints(out)] == ["checkpoint-2"]
+    assert listing(out / "checkpoint-2") == before and checkpoint.is_complete(out / "checkpoint-2")
+    assert [p.name for p in checkpoint.checkpoints(out)] == ["checkpoint-2"]
     assert not list(out.rglob("*.tmp"))
 
 
@@ -140,13 +140,13 @@ def test_a_full_disk_while_saving_leaves_earlier_checkpoints_untouched(base, sav
         def full(*args, **kwargs):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr(resume, "write_atomically", full)
+        monkeypatch.setattr(checkpoint, "write_atomically", full)
     else:
         size = (out / "checkpoint-2" / largest).stat().st_size
         function = {"optimizer.pt": "_save_optimizer_and_scheduler", "psft_reference.safetensors": None}.get(
             largest, "save_model"
         )
-        owner = trainer if function else resume
+        owner = trainer if function else checkpoint
         original = getattr(owner, function or "save_psft_state")
 
         def limited(*args, **kwargs):
@@ -169,7 +169,7 @@ def test_a_full_disk_while_saving_leaves_earlier_checkpoints_untouched(base, sav
 
 
 def test_other_errors_while_saving_are_not_called_a_full_disk(tmp_path):
-    with pytest.raises(RuntimeError, match="CUDA error"), resume.whole_or_removed(tmp_path / "checkpoint-1"):
+    with pytest.raises(RuntimeError, match="CUDA error"), checkpoint.whole_or_removed(tmp_path / "checkpoint-1"):
         raise RuntimeError("CUDA error: device-side assert triggered")
 
 
@@ -197,8 +197,8 @@ def test_a_loss_that_is_nan_stops_the_run_with_step_and_rows(base, tmp_path, los
     assert f"stopped at optimizer step 4 on training rows {', '.join(map(str, rows))}: " in message
     assert "is NaN or infinite" in message and "Lower the learning rate" in message
     assert f"last good checkpoint is {tmp_path / 'checkpoint-2'}" in message
-    assert [p.name for p in resume.checkpoints(tmp_path)] == ["checkpoint-2"]
-    assert resume.is_complete(tmp_path / "checkpoint-2")
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert checkpoint.is_complete(tmp_path / "checkpoint-2")
 
 
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])

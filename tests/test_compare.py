@@ -10,15 +10,15 @@ from comparing import FakeRuns, write_recipe
 from datasets import Dataset
 
 from qpsft import cli
-from qpsft.compare import choose_rate, compare
-from qpsft.comparison import comparison_report, run_queue
-from qpsft.comparison.arms import ARMS, find_arms
-from qpsft.comparison.compare_options import load_comparison
-from qpsft.comparison.compared_run import RESULT
-from qpsft.comparison.comparison_figures import figures
-from qpsft.comparison.comparison_report import report_page
-from qpsft.comparison.row_coverage import unseen_share
-from qpsft.comparison.verdict import render
+from qpsft.compare import compare, queue, report
+from qpsft.compare.arms import ARMS, find_arms
+from qpsft.compare.comparison import choose_rate
+from qpsft.compare.coverage import unseen_share
+from qpsft.compare.figures import figures
+from qpsft.compare.options import load_comparison
+from qpsft.compare.report import report_page
+from qpsft.compare.run import RESULT
+from qpsft.compare.verdict import render
 from qpsft.errors import RecipeError, TrainingError
 
 
@@ -34,11 +34,11 @@ def scores(spec):
 
 @pytest.fixture
 def fake(monkeypatch):
-    monkeypatch.setattr(comparison_report, "write_report", lambda comparison, folder: None)  # drawing takes seconds
+    monkeypatch.setattr(report, "write_report", lambda comparison, folder: None)  # drawing takes seconds
 
     def use(**changes):
         runs = FakeRuns(**({"scores": scores} | changes))
-        monkeypatch.setattr(run_queue, "do_run", runs)
+        monkeypatch.setattr(queue, "do_run", runs)
         return runs
 
     return use
@@ -346,8 +346,8 @@ def test_the_time_left_counts_the_runs_that_are_left(tmp_path, fake, monkeypatch
 
     clock = [0.0]
     fake_runs = fake()
-    monkeypatch.setattr(run_queue, "do_run", slow)
-    monkeypatch.setattr(run_queue.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(queue, "do_run", slow)
+    monkeypatch.setattr(queue.time, "perf_counter", lambda: clock[0])
     compare(write_recipe(tmp_path), arms="sft", seeds=5)
     lines = capsys.readouterr().out.splitlines()
     assert "left" not in lines[0]  # the base is measured, not trained

@@ -8,11 +8,11 @@ from comparing import FakeRuns, write_recipe
 from safetensors.torch import load_file, save_file
 from small_runs import make_base
 
-from qpsft.compare import compare, make_setting, prepare
-from qpsft.comparison import comparison_report, run_queue
-from qpsft.comparison.arms import find_arms, pairs
-from qpsft.comparison.compare_options import load_comparison
-from qpsft.comparison.compared_run import base_key
+from qpsft.compare import compare, queue, report
+from qpsft.compare.arms import find_arms, pairs
+from qpsft.compare.comparison import make_setting, prepare
+from qpsft.compare.options import load_comparison
+from qpsft.compare.run import base_key
 from qpsft.errors import OutputError, RecipeError
 
 
@@ -20,8 +20,8 @@ from qpsft.errors import OutputError, RecipeError
 def runs(monkeypatch):
     """Stands in for the runs, and remembers which were asked for."""
     runs = FakeRuns(scores=lambda spec: ([(0.5, 0.5), (0.6, 0.4)], 0.5))
-    monkeypatch.setattr(comparison_report, "write_report", lambda comparison, folder: None)
-    monkeypatch.setattr(run_queue, "do_run", runs)
+    monkeypatch.setattr(report, "write_report", lambda comparison, folder: None)
+    monkeypatch.setattr(queue, "do_run", runs)
     return runs
 
 

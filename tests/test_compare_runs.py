@@ -4,26 +4,27 @@ import json
 import random
 from html.parser import HTMLParser
 
+import noise_study
 import numpy as np
 import pytest
 import torch
 from comparing import RECIPE, make_comparison, write_recipe
 from small_runs import policy, same
 
-from qpsft import run
-from qpsft.adapter import add_adapter
-from qpsft.base import load_base, load_tokenizer
-from qpsft.compare import compare, make_setting, prepare
-from qpsft.comparison import noise_study
-from qpsft.comparison.compare_options import load_comparison
-from qpsft.comparison.compared_data import load_data
-from qpsft.comparison.compared_evaluation import EpochEvaluation, undisturbed
-from qpsft.comparison.compared_run import RunSpec, do_run, read_result
-from qpsft.comparison.comparison_report import write_report
-from qpsft.config import PSFTConfig
-from qpsft.console import read_metrics
+from qpsft.compare import compare
+from qpsft.compare.comparison import make_setting, prepare
+from qpsft.compare.data import load_data
+from qpsft.compare.measure import EpochEvaluation, undisturbed
+from qpsft.compare.options import load_comparison
+from qpsft.compare.report import write_report
+from qpsft.compare.run import RunSpec, do_run, read_result
 from qpsft.errors import DataError, RecipeError
-from qpsft.evaluation.evaluation_rows import duplicates
+from qpsft.evaluate.rows import duplicates
+from qpsft.model.adapter import add_adapter
+from qpsft.model.base import load_base, load_tokenizer
+from qpsft.psft.config import PSFTConfig
+from qpsft.train import run
+from qpsft.train.progress import read_metrics
 
 ARMS = "sft,psft_visits,last_visit"
 

@@ -6,7 +6,7 @@ import re
 import pytest
 from comparing import make_comparison
 
-from qpsft.comparison.paired import (
+from qpsft.compare.paired import (
     Difference,
     frontier,
     interval,
@@ -17,8 +17,8 @@ from qpsft.comparison.paired import (
     paired_difference,
     t_quantile,
 )
-from qpsft.comparison.results import folded, format_mean
-from qpsft.comparison.verdict import KEEPS, difference_rows, judge, overlap_lines, render, table_rows, verdict
+from qpsft.compare.results import folded, format_mean
+from qpsft.compare.verdict import KEEPS, difference_rows, judge, overlap_lines, render, table_rows, verdict
 
 
 def test_mean_and_standard_deviation_by_hand():

@@ -6,15 +6,15 @@ import pytest
 from comparing import write_recipe
 from small_runs import make_base
 
-from qpsft.base import load_base, load_tokenizer
-from qpsft.compare import make_setting, prepare
-from qpsft.comparison import compared_data
-from qpsft.comparison.compare_options import load_comparison
-from qpsft.comparison.compared_data import sample_base
-from qpsft.comparison.compared_evaluation import Measurement, measure
-from qpsft.data import IGNORED
-from qpsft.evaluation.evaluation_rows import as_rows, duplicates, encode
-from qpsft.recipe import DataArguments
+from qpsft.compare import data
+from qpsft.compare.comparison import make_setting, prepare
+from qpsft.compare.data import sample_base
+from qpsft.compare.measure import Measurement, measure
+from qpsft.compare.options import load_comparison
+from qpsft.data.tokenize import IGNORED
+from qpsft.evaluate.rows import as_rows, duplicates, encode
+from qpsft.model.base import load_base, load_tokenizer
+from qpsft.recipe.arguments import DataArguments
 
 MODEL = "model_name_or_path: demo\nmax_length: 128\n"
 
@@ -116,15 +116,15 @@ def test_a_base_whose_tokenizer_begins_no_text_can_be_sampled(tmp_path, monkeypa
         starts.extend(prompts)
         return real(model, prompts, **options | {"max_new_tokens": 4})
 
-    real = compared_data.generate
-    monkeypatch.setattr(compared_data, "generate", generate)
+    real = data.generate
+    monkeypatch.setattr(data, "generate", generate)
     rows = sample_base(lambda: (model, NoBeginning(tokenizer)), tmp_path / "samples.jsonl")
     assert starts == [[first]] * 128 and len(rows) > 100  # else the end of a text, behind which another begins
 
 
 def test_a_text_that_the_cap_cut_off_has_no_end(tmp_path, monkeypatch):
     model, tokenizer = load_base(make_base(tmp_path / "base"), device="cpu")
-    monkeypatch.setattr(compared_data, "SAMPLED_LENGTH", 24)
+    monkeypatch.setattr(data, "SAMPLED_LENGTH", 24)
     path = tmp_path / "samples.jsonl"
     rows = sample_base(lambda: (model, tokenizer), path)
     assert sample_base(lambda: pytest.fail("they are kept"), path) == rows
@@ -146,10 +146,8 @@ def test_the_likelihood_of_what_the_base_wrote_is_about_its_entropy(tmp_path, st
     model, tokenizer = load_base(stories, device="cpu")
     rows = sample_base(lambda: (model, tokenizer), tmp_path / "samples.jsonl")[:48]
     how = Measurement(0, (), 1, 1, "auto", DataArguments())
-    data = compared_data.ComparedData(
-        "x", None, *[as_rows(rows[:2], "texts")] * 2, {"own": as_rows(rows, "own")}, "nll"
-    )
-    found = measure(model, tokenizer, data, how)["metrics"]
+    compared = data.ComparedData("x", None, *[as_rows(rows[:2], "texts")] * 2, {"own": as_rows(rows, "own")}, "nll")
+    found = measure(model, tokenizer, compared, how)["metrics"]
     assert abs(found["out_of_domain/own"] - found["out_of_domain/own_entropy"]) < 0.06
 
 

@@ -6,8 +6,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from qpsft.comparison.arms import ARMS
-from qpsft.comparison.comparison_figures import _legend
+from qpsft.compare.arms import ARMS
+from qpsft.compare.figures import _legend
 
 
 @pytest.mark.parametrize("inches", [4.6, 7.2, 13.8])

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from small_runs import MODULES, Recorder, log_lines, make_base, make_trainer, policy, same
 
 from qpsft import cli
-from qpsft.base import load_base, load_tokenizer
-from qpsft.base_record import write_base_record
-from qpsft.config import PSFTConfig
-from qpsft.continued_adapter import continue_adapter
 from qpsft.merge import merge_adapter
-from qpsft.recipe import load_recipe
+from qpsft.model.base import load_base, load_tokenizer
+from qpsft.model.base_record import write_base_record
+from qpsft.model.continue_adapter import continue_adapter
+from qpsft.psft.config import PSFTConfig
+from qpsft.recipe.file import load_recipe
 
 FLAGS = [
     "--max_length=32", "--learning_rate=5e-3", "--warmup_steps=0", "--reference_steps=2", "--max_steps=2",

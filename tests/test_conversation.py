@@ -7,14 +7,14 @@ from exporting import make_adapter
 from peft import PeftModel
 from transformers import GenerationConfig
 
-from qpsft.base import load_base
-from qpsft.conversation import BASE, TUNED, Conversation, _Stream
-from qpsft.data import encode_prompt, tokenize_rows
-from qpsft.dataset.shapes import Rows
+from qpsft.chat.conversation import BASE, TUNED, Conversation, _Stream
+from qpsft.data.shapes import Rows
+from qpsft.data.tokenize import encode_prompt, tokenize_rows
 from qpsft.errors import DataError
-from qpsft.evaluation.evaluated_model import load_evaluated
-from qpsft.evaluation.generation import generate
-from qpsft.recipe import DataArguments
+from qpsft.evaluate.model import load_evaluated
+from qpsft.model.base import load_base
+from qpsft.model.generation import generate
+from qpsft.recipe.arguments import DataArguments
 
 QUESTION = "add one, then sort, then rotate, then swap halves: 0259"
 

@@ -28,9 +28,9 @@ from trl.chat_template_utils import qwen2_5_chat_template, qwen2_5_training_chat
 from trl.data_utils import common_prefix_length
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from qpsft.data import load_dataset, load_rows, tokenize_rows
+from qpsft.data.tokenize import load_dataset, load_rows, tokenize_rows
 from qpsft.errors import DataError
-from qpsft.recipe import DataArguments
+from qpsft.recipe.arguments import DataArguments
 
 DEMO = Path(__file__).parents[1] / "qpsft" / "demo" / "model"
 
@@ -230,7 +230,7 @@ def test_a_bar_is_shown_on_stderr_for_many_rows_only(tmp_path, monkeypatch, caps
     rows = [{"text": "ab"}] * 3
     tokenized(tmp_path, rows, byte_tokenizer())
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("qpsft.data.ROWS_WORTH_A_BAR", 3)
+    monkeypatch.setattr("qpsft.data.tokenize.ROWS_WORTH_A_BAR", 3)
     tokenized(tmp_path, rows, byte_tokenizer())
     captured = capsys.readouterr()
     assert "3/3" in captured.err and captured.out == ""

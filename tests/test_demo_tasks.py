@@ -7,8 +7,9 @@ import random
 
 import pytest
 
-from qpsft.demo import MODEL_DIR, tasks
+from qpsft.data import built_in
 from qpsft.errors import DataError
+from qpsft.model.folder import MODEL_DIR
 
 ODD_TEXTS = [
     "",
@@ -32,16 +33,20 @@ def answer(row: dict) -> str:
 
 
 def held_out(split: str, n: int) -> list[dict]:
-    sets = tasks.out_of_domain(split, n)
-    return [*tasks.in_domain(split, n), *tasks.short_chains(split, n), *(row for rows in sets.values() for row in rows)]
+    sets = built_in.out_of_domain(split, n)
+    return [
+        *built_in.in_domain(split, n),
+        *built_in.short_chains(split, n),
+        *(row for rows in sets.values() for row in rows),
+    ]
 
 
 def test_same_seed_same_rows_other_seed_other_rows():
     makers = [
-        lambda seed: tasks.demonstrations("noisy", 50, seed),
-        lambda seed: tasks.in_domain("test", 50, seed),
-        lambda seed: tasks.out_of_domain("validation", 20, seed),
-        lambda seed: list(tasks.pretraining_rows(50, seed)),
+        lambda seed: built_in.demonstrations("noisy", 50, seed),
+        lambda seed: built_in.in_domain("test", 50, seed),
+        lambda seed: built_in.out_of_domain("validation", 20, seed),
+        lambda seed: list(built_in.pretraining_rows(50, seed)),
     ]
     for make in makers:
         assert make(3) == make(3)
@@ -49,13 +54,13 @@ def test_same_seed_same_rows_other_seed_other_rows():
 
 
 def test_rows_are_plain_json():
-    rows = [*tasks.demonstrations("noisy", 20), *held_out("test", 20), *tasks.pretraining_rows(20)]
+    rows = [*built_in.demonstrations("noisy", 20), *held_out("test", 20), *built_in.pretraining_rows(20)]
     assert json.loads(json.dumps(rows)) == rows
 
 
 def test_splits_share_no_problem():
-    train = {problem(r) for seed in range(3) for r in tasks.demonstrations("clean", 1024, seed)}
-    train |= {problem(r) for r in tasks.pretraining_rows(20_000)}
+    train = {problem(r) for seed in range(3) for r in built_in.demonstrations("clean", 1024, seed)}
+    train |= {problem(r) for r in built_in.pretraining_rows(20_000)}
     validation = {problem(r) for r in held_out("validation", 300)}
     test = {problem(r) for r in held_out("test", 300)}
     assert not train & validation
@@ -64,9 +69,9 @@ def test_splits_share_no_problem():
 
 
 def test_pretraining_has_no_chain_of_four_and_the_shares_it_says():
-    rows = list(tasks.pretraining_rows(20_000))
-    lengths = [0 if r["task"]["operations"] == [tasks.ANY_ORDER] else len(r["task"]["operations"]) for r in rows]
-    for length, share in tasks.CHAIN_SHARES.items():
+    rows = list(built_in.pretraining_rows(20_000))
+    lengths = [0 if r["task"]["operations"] == [built_in.ANY_ORDER] else len(r["task"]["operations"]) for r in rows]
+    for length, share in built_in.CHAIN_SHARES.items():
         assert lengths.count(length) / len(rows) == pytest.approx(share, abs=0.02)
     assert max(lengths) == 3
     assert sum(r["task"]["wrong_step"] is not None for r in rows) / len(rows) == pytest.approx(0.15, abs=0.01)
@@ -74,57 +79,57 @@ def test_pretraining_has_no_chain_of_four_and_the_shares_it_says():
 
 
 def test_demonstrations_are_different_chains_of_four_of_set_a():
-    rows = tasks.demonstrations("noisy")
+    rows = built_in.demonstrations("noisy")
     assert len(rows) == len({problem(r) for r in rows}) == 1024
     for row in rows:
         operations = row["task"]["operations"]
-        assert len(operations) == 4 and set(operations) <= set(tasks.SET_A)
+        assert len(operations) == 4 and set(operations) <= set(built_in.SET_A)
 
 
 @pytest.mark.parametrize(("kind", "noise", "wrong"), [("noisy", None, 0.3), ("noisy", 0.5, 0.5), ("noisy", 0.0, 0.0)])
 def test_noise_is_the_share_of_rows_with_a_wrong_step(kind, noise, wrong):
-    rows = tasks.demonstrations(kind, 2000, noise=noise)
+    rows = built_in.demonstrations(kind, 2000, noise=noise)
     assert sum(r["task"]["wrong_step"] is not None for r in rows) / len(rows) == pytest.approx(wrong, abs=0.03)
-    clean = [answer(r) for r in tasks.demonstrations("clean", 2000)]
+    clean = [answer(r) for r in built_in.demonstrations("clean", 2000)]
     right = [(answer(r), c) for r, c in zip(rows, clean, strict=True) if r["task"]["wrong_step"] is None]
     characters = [a == b for text, other in right for a, b in zip(text, other, strict=True)]
-    assert characters.count(False) / len(characters) == pytest.approx(tasks.NOISY_JUNK, abs=0.01)
+    assert characters.count(False) / len(characters) == pytest.approx(built_in.NOISY_JUNK, abs=0.01)
 
 
 def test_clean_demonstrations_are_the_same_questions_without_noise():
-    noisy, clean = tasks.demonstrations("noisy", 200), tasks.demonstrations("clean", 200)
+    noisy, clean = built_in.demonstrations("noisy", 200), built_in.demonstrations("clean", 200)
     assert [r["prompt"] for r in noisy] == [r["prompt"] for r in clean]
-    assert all(tasks.check(r, answer(r)) for r in clean)
-    assert not all(tasks.check(r, answer(r)) for r in noisy)
+    assert all(built_in.check(r, answer(r)) for r in clean)
+    assert not all(built_in.check(r, answer(r)) for r in noisy)
 
 
 def test_checker_takes_every_clean_completion_and_no_other_answer():
     rng = random.Random(0)
     for row in [*held_out("validation", 100), *held_out("test", 100)]:
         text = answer(row)
-        assert tasks.check(row, text), (row, text)
-        assert tasks.check(row, f" {text}\n")
-        assert not tasks.check(row, text[:-1])
-        assert not tasks.check(row, text + " 1")
-        assert not tasks.check(row, "")
+        assert built_in.check(row, text), (row, text)
+        assert built_in.check(row, f" {text}\n")
+        assert not built_in.check(row, text[:-1])
+        assert not built_in.check(row, text + " 1")
+        assert not built_in.check(row, "")
         digits = [i for i, c in enumerate(text) if c.isdigit() and text[i - 3 : i + 1].isdigit()]
         last = digits[-1]
         wrong = text[:last] + str((int(text[last]) + rng.randrange(1, 10)) % 10) + text[last + 1 :]
-        assert not tasks.check(row, wrong), (row, wrong)
+        assert not built_in.check(row, wrong), (row, wrong)
 
 
 def test_in_domain_wants_the_rare_style_with_every_step_right():
     row = {"task": {"operations": ["reverse", "sort", "rotate", "add one"], "digits": "4271", "style": "braces"}}
-    assert tasks.check(row, "{4271; reverse 1724; sort 1247; rotate 2471; add one 3582}")
-    assert not tasks.check(row, "{4271; reverse 1724; sort 1274; rotate 2471; add one 3582}")
-    assert not tasks.check(row, "4271 -> 1724 -> 1247 -> 2471 -> 3582")
+    assert built_in.check(row, "{4271; reverse 1724; sort 1247; rotate 2471; add one 3582}")
+    assert not built_in.check(row, "{4271; reverse 1724; sort 1274; rotate 2471; add one 3582}")
+    assert not built_in.check(row, "4271 -> 1724 -> 1247 -> 2471 -> 3582")
     any_style = {"task": {**row["task"], "style": None}}
-    assert tasks.check(any_style, "4271 -> 1724 -> 1247 -> 2471 -> 3582")
-    assert not tasks.check(any_style, "the answer is 3582")
+    assert built_in.check(any_style, "4271 -> 1724 -> 1247 -> 2471 -> 3582")
+    assert not built_in.check(any_style, "the answer is 3582")
 
 
 def test_operations_do_what_they_say():
-    done = {name: operation("4271") for name, operation in tasks.OPERATIONS.items()}
+    done = {name: operation("4271") for name, operation in built_in.OPERATIONS.items()}
     assert done == {
         "reverse": "1724",
         "sort": "1247",
@@ -136,19 +141,19 @@ def test_operations_do_what_they_say():
         "swap ends": "1274",
         "take one": "3160",
     }
-    assert not set(tasks.SET_A) & set(tasks.SET_B)
-    assert set(tasks.SET_A) | set(tasks.SET_B) == set(tasks.OPERATIONS)
+    assert not set(built_in.SET_A) & set(built_in.SET_B)
+    assert set(built_in.SET_A) | set(built_in.SET_B) == set(built_in.OPERATIONS)
 
 
 def test_mistakes_are_told():
     with pytest.raises(DataError, match="noisy"):
-        tasks.demonstrations("dirty")
+        built_in.demonstrations("dirty")
     with pytest.raises(DataError, match="0 to 1"):
-        tasks.demonstrations("noisy", noise=30)
+        built_in.demonstrations("noisy", noise=30)
     with pytest.raises(DataError, match="validation"):
-        tasks.in_domain("train", 3)
+        built_in.in_domain("train", 3)
     with pytest.raises(DataError, match="fewer"):
-        tasks.out_of_domain("test", 5000)
+        built_in.out_of_domain("test", 5000)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +163,7 @@ def tokenizer():
 
 
 def texts() -> list[str]:
-    rows = [*tasks.demonstrations("noisy", 300), *tasks.pretraining_rows(1000, seed=9)]
+    rows = [*built_in.demonstrations("noisy", 300), *built_in.pretraining_rows(1000, seed=9)]
     rng = random.Random(0)
     scrambled = ["".join(rng.choice("revstoadn mihl,:>-;{} 0123é") for _ in range(30)) for _ in range(1000)]
     return [*ODD_TEXTS, *scrambled, *(m["content"] for r in rows for m in r["prompt"] + r["completion"])]
@@ -179,7 +184,7 @@ def test_tokenizer_gives_the_text_back(tokenizer):
 
 
 def test_prompt_is_a_token_prefix_and_assistant_tokens_are_marked(tokenizer):
-    for row in [*tasks.demonstrations("noisy", 100), *tasks.pretraining_rows(200)]:
+    for row in [*built_in.demonstrations("noisy", 100), *built_in.pretraining_rows(200)]:
         prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
         full = tokenizer.apply_chat_template(
             row["prompt"] + row["completion"], return_dict=True, return_assistant_tokens_mask=True
@@ -195,7 +200,7 @@ def test_prompt_is_a_token_prefix_and_assistant_tokens_are_marked(tokenizer):
 
 
 def test_more_than_one_turn(tokenizer):
-    turns = [m for row in tasks.pretraining_rows(2) for m in row["prompt"] + row["completion"]]
+    turns = [m for row in built_in.pretraining_rows(2) for m in row["prompt"] + row["completion"]]
     first = tokenizer.apply_chat_template(turns[:2], return_dict=True)["input_ids"]
     both = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
     assert both[: len(first)] == first
@@ -219,7 +224,7 @@ def test_model_folder_is_small_and_its_layers_quantize_in_whole_blocks():
 
 def test_base_in_nf4_can_do_what_the_readme_says(tokenizer):
     pytest.importorskip("bitsandbytes")
-    from qpsft.demo import accuracy
+    import embedded_accuracy as accuracy
 
     shares = accuracy.accuracies(accuracy.load_nf4(MODEL_DIR), tokenizer, accuracy.evaluation_sets("test", 64))
     assert shares["one_to_three"] > 0.9

@@ -24,9 +24,11 @@ from markdown import (
 )
 
 from qpsft import cli
-from qpsft.config import PSFTConfig
-from qpsft.losses import EPSILON, dft_loss, nll_loss, psft_loss
-from qpsft.recipe import DataArguments, LoraArguments, ModelArguments, RunArguments, load_recipe, option_types
+from qpsft.psft.config import PSFTConfig
+from qpsft.psft.losses import EPSILON, dft_loss, nll_loss, psft_loss
+from qpsft.recipe.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments
+from qpsft.recipe.file import load_recipe
+from qpsft.recipe.flags import option_types
 
 OPTIONS = option_types((ModelArguments, LoraArguments, DataArguments, RunArguments, PSFTConfig))
 FOLDERS = "adapters|benchmarks|docs|notebooks|qpsft|tests"
@@ -85,13 +87,13 @@ def test_dead_links_are_seen():
     text = """
 # A *title*, with `code`
 [a](nowhere.md) [b](#nothing) [c](docs/metrics.md#measured-by-qpsft-evaluate) [d](#a-title-with-code)
-[e](qpsft/losses.py#L1-L99999) [`psft_loss`](nowhere.py) [f](https://arxiv.org/abs/1) [g](http:///x)
+[e](qpsft/psft/losses.py#L1-L99999) [`psft_loss`](nowhere.py) [f](https://arxiv.org/abs/1) [g](http:///x)
 ![h](docs/img/no.png) `[i](not_a_link.md)`
 ```
 [j](nor_this.md)
 ```
 """
-    dead = ["nowhere.md", "#nothing", "qpsft/losses.py#L1-L99999", "nowhere.py", "http:///x", "docs/img/no.png"]
+    dead = ["nowhere.md", "#nothing", "qpsft/psft/losses.py#L1-L99999", "nowhere.py", "http:///x", "docs/img/no.png"]
     assert dead_links(ROOT / "README.md", text) == dead
 
 

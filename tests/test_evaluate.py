@@ -7,16 +7,17 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 
-from qpsft.adapter import add_adapter
-from qpsft.base import load_base
-from qpsft.demo import tasks
+from qpsft.data import built_in
 from qpsft.errors import DataError
-from qpsft.evaluate import evaluate, text_statistics
-from qpsft.evaluation.evaluation_rows import duplicates
-from qpsft.evaluation.likelihood import adapter_off
-from qpsft.recipe import LoraArguments
+from qpsft.evaluate import evaluate
+from qpsft.evaluate.evaluation import text_statistics
+from qpsft.evaluate.likelihood import adapter_off
+from qpsft.evaluate.rows import duplicates
+from qpsft.model.adapter import add_adapter
+from qpsft.model.base import load_base
+from qpsft.recipe.arguments import LoraArguments
 
-ROWS = tasks.out_of_domain("test", 12)["shorter_a"]
+ROWS = built_in.out_of_domain("test", 12)["shorter_a"]
 QUICK = {"k": 4, "max_new_tokens": 40}
 
 
@@ -92,9 +93,9 @@ def test_accuracies_are_those_of_the_completions(adapted):
     model, tokenizer = adapted
     found = evaluate(model, tokenizer, ROWS, **QUICK)
     right = [
-        [tasks.check(row, text) for text, _ in one.samples] for row, one in zip(ROWS, found.completions, strict=True)
+        [built_in.check(row, text) for text, _ in one.samples] for row, one in zip(ROWS, found.completions, strict=True)
     ]
-    greedy = [tasks.check(row, one.greedy[0]) for row, one in zip(ROWS, found.completions, strict=True)]
+    greedy = [built_in.check(row, one.greedy[0]) for row, one in zip(ROWS, found.completions, strict=True)]
     assert found["accuracy"] == pytest.approx(np.mean(greedy)) and found.per_row["accuracy"] == greedy
     assert found["pass@1"] == pytest.approx(np.mean(right))
     assert found["pass@4"] == pytest.approx(np.mean([any(row) for row in right]))
@@ -277,7 +278,7 @@ def test_a_saved_adapter_measures_the_same(adapted, tmp_path):
 def test_every_number_is_defined_in_the_documentation(adapted):
     from pathlib import Path
 
-    from qpsft.losses import SUMS
+    from qpsft.psft.losses import SUMS
 
     text = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
     found = evaluate(*adapted, ROWS, limit=2, train_rows=[], **QUICK)

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from qpsft import cli
-from qpsft.adapter import add_adapter, save_adapter
-from qpsft.base import load_base
-from qpsft.demo import tasks
+from qpsft.data import built_in
 from qpsft.errors import DataError
 from qpsft.evaluate import evaluate
-from qpsft.evaluation.evaluation_options import parse_options
-from qpsft.recipe import LoraArguments
+from qpsft.evaluate.options import parse_options
+from qpsft.model.adapter import add_adapter, save_adapter
+from qpsft.model.base import load_base
+from qpsft.recipe.arguments import LoraArguments
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +44,12 @@ def test_an_adapter_is_measured_on_its_own_base(adapter, tmp_path, capsys):
     assert run(adapter, "--limit", 4, "--k", 2, "--json", target, "--completions") == 0
     out = capsys.readouterr().out
     record = json.loads(target.read_text(encoding="utf-8"))
-    assert list(record["data"]) == ["in_domain", *tasks.OUT_OF_DOMAIN]
+    assert list(record["data"]) == ["in_domain", *built_in.OUT_OF_DOMAIN]
     assert [path.name for path in tmp_path.iterdir()] == ["numbers.json"]
     model, tokenizer = load_base("demo", device="cpu", verbose=False)
     from peft import PeftModel
 
-    rows = tasks.out_of_domain("test", 100)["styles"]
+    rows = built_in.out_of_domain("test", 100)["styles"]
     alone = evaluate(PeftModel.from_pretrained(model, adapter), tokenizer, rows, k=2, limit=4, max_new_tokens=56)
     styles = record["data"]["styles"]
     for name, estimate in alone.metrics.items():
@@ -62,7 +62,7 @@ def test_an_adapter_is_measured_on_its_own_base(adapter, tmp_path, capsys):
 
 
 def test_rows_seen_in_training_are_reported(adapter, tmp_path, capsys):
-    rows = tasks.demonstrations("clean", 8)
+    rows = built_in.demonstrations("clean", 8)
     file = tmp_path / "seen.jsonl"
     rows[5]["completion"][0]["content"] += "!"
     file.write_text("".join(json.dumps({k: row[k] for k in ("prompt", "completion")}) + "\n" for row in rows))
@@ -159,7 +159,7 @@ def test_cut_references_are_told(adapter, tmp_path, capsys):
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     from qpsft.errors import OutputError
-    from qpsft.evaluation import evaluation_run
+    from qpsft.evaluate import run
 
     target = tmp_path / "a.json"
     target.write_text("old")
@@ -167,7 +167,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(evaluation_run.os, "replace", full)
+    monkeypatch.setattr(run.os, "replace", full)
     with pytest.raises(OutputError, match="No space left"):
-        evaluation_run.write_json(target, {"a": 1})
+        run.write_json(target, {"a": 1})
     assert target.read_text() == "old" and len(list(tmp_path.iterdir())) == 1

@@ -8,18 +8,19 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
+import embedded_base as pretrain
 import pytest
 import torch
 from comparing import FakeRuns, write_recipe
 from transformers import AutoTokenizer
 
-from qpsft.compare import make_setting, prepare
-from qpsft.comparison import run_queue
-from qpsft.comparison.compare_options import load_comparison
-from qpsft.comparison.compared_run import RunSpec
-from qpsft.comparison.run_queue import RunQueue, TimeUp
-from qpsft.demo import MODEL_DIR, pretrain
+from qpsft.compare import queue as run_queue
+from qpsft.compare.comparison import make_setting, prepare
+from qpsft.compare.options import load_comparison
+from qpsft.compare.queue import RunQueue, TimeUp
+from qpsft.compare.run import RunSpec
 from qpsft.errors import OutputError
+from qpsft.model.folder import MODEL_DIR
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 

@@ -9,8 +9,6 @@ import torch
 from exporting import copy_folder, edit_json, edit_weights, make_adapter, merge_by_hand
 from safetensors.torch import load_file, save_file
 
-from qpsft.base import load_tokenizer
-from qpsft.demo import MODEL_DIR
 from qpsft.errors import ExportError, OutputError
 from qpsft.export import gguf as gguf_module
 from qpsft.export import gguf_check, llama_cpp
@@ -19,9 +17,11 @@ from qpsft.export.gguf_check import BLOCK_ERROR, GgufFile, check_gguf, interleav
 from qpsft.export.gguf_lora import export_gguf_lora
 from qpsft.export.gguf_run import llama_cpp_python, run_gguf
 from qpsft.export.gguf_texts import COUNT, varied_texts
-from qpsft.merging.finished_folder import process_mark
-from qpsft.verification.verify_prompts import read_prompts
-from qpsft.verification.verify_text import stop_tokens
+from qpsft.files import process_mark
+from qpsft.model.base import load_tokenizer
+from qpsft.model.folder import MODEL_DIR
+from qpsft.verify.prompts import read_prompts
+from qpsft.verify.text import stop_tokens
 
 needs_llama_cpp_python = pytest.mark.skipif(llama_cpp_python() is None, reason="llama-cpp-python is not installed")
 

@@ -7,11 +7,11 @@ import pytest
 import trl
 from exporting import copy_folder, make_adapter, merge_by_hand
 
-from qpsft.base import load_tokenizer
 from qpsft.errors import ExportError, OutputError
 from qpsft.export import gguf as gguf_module
 from qpsft.export import llama_cpp
 from qpsft.export.ollama import ChatPieces, derive_template, export_ollama, modelfile
+from qpsft.model.base import load_tokenizer
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 BRANCH = re.compile(r"\{\{ (?:else )?if eq \.Role \"(\w+)\" \}\}")

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from exporting import copy_folder, edit_json, make_adapter
 
-from qpsft.demo import MODEL_DIR
 from qpsft.errors import BaseModelError, ExportError
 from qpsft.export.vllm import check_vllm, export_vllm
+from qpsft.model.folder import MODEL_DIR
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import pytest
 import torch
 from tiny_models import VOCABULARY, save_tiny_model
 
-from qpsft.base import load_base
-from qpsft.evaluation.generation import generate
-from qpsft.evaluation.likelihood import row_sums
+from qpsft.evaluate.likelihood import row_sums
+from qpsft.model.base import load_base
+from qpsft.model.generation import generate
 
 STOP = 7
 

@@ -6,15 +6,15 @@ from small_runs import make_base, make_rows, make_trainer
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations import sdpa_attention
 
-from qpsft import grouped_queries
-from qpsft.base import load_base
+from qpsft.model import attention
+from qpsft.model.base import load_base
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 
 
 @pytest.fixture(autouse=True)
 def transformers_as_it_comes(monkeypatch):
-    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", grouped_queries._asked_by_transformers)
+    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", attention._asked_by_transformers)
 
 
 def on_a_card(monkeypatch, capability, hip=None):
@@ -46,13 +46,13 @@ def test_only_where_a_fused_kernel_does(monkeypatch, capability, dtype, autocast
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: autocast)
     key = on_a_card(monkeypatch, capability)(dtype)
     assert sdpa_attention.use_gqa_in_sdpa(None, key, key)  # what is mended; if this fails, transformers has mended it
-    grouped_queries.repeat_keys_where_no_kernel_groups()
+    attention.repeat_keys_where_no_kernel_groups()
     assert sdpa_attention.use_gqa_in_sdpa(None, key, key) is grouped
     assert not sdpa_attention.use_gqa_in_sdpa(torch.ones(1, 1, 8, 8), key, key)
 
 
 def test_other_devices_keep_what_transformers_says(monkeypatch):
-    grouped_queries.repeat_keys_where_no_kernel_groups()
+    attention.repeat_keys_where_no_kernel_groups()
     assert sdpa_attention.use_gqa_in_sdpa(None, torch.zeros(1, 2, 8, 16), torch.zeros(1, 2, 8, 16))
     key = on_a_card(monkeypatch, (9, 0), hip="6.4")(F32)
     assert sdpa_attention.use_gqa_in_sdpa(None, key, key)
@@ -61,10 +61,10 @@ def test_other_devices_keep_what_transformers_says(monkeypatch):
 def test_loading_a_base_and_making_a_trainer_see_to_it(tmp_path):
     base = make_base(tmp_path / "base")
     load_base(base, device="cpu")
-    assert sdpa_attention.use_gqa_in_sdpa is grouped_queries._use_gqa
-    sdpa_attention.use_gqa_in_sdpa = grouped_queries._asked_by_transformers
+    assert sdpa_attention.use_gqa_in_sdpa is attention._use_gqa
+    sdpa_attention.use_gqa_in_sdpa = attention._asked_by_transformers
     make_trainer(base, tmp_path / "out", rows=make_rows(4))
-    assert sdpa_attention.use_gqa_in_sdpa is grouped_queries._use_gqa
+    assert sdpa_attention.use_gqa_in_sdpa is attention._use_gqa
 
 
 def test_repeated_keys_give_the_same_numbers(tmp_path, monkeypatch):
@@ -77,7 +77,7 @@ def test_repeated_keys_give_the_same_numbers(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     grouped = model(tokens).logits
-    monkeypatch.setattr(grouped_queries, "kernel_groups", lambda key: False)
+    monkeypatch.setattr(attention, "kernel_groups", lambda key: False)
     repeated = model(tokens).logits
     assert asked == [(True, 2)] * 2 + [(False, 4)] * 2
     assert torch.allclose(grouped, repeated, atol=1e-5, rtol=0)

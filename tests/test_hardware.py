@@ -8,11 +8,21 @@ import transformers.training_args
 from small_runs import make_base, make_config, make_lora, make_rows
 from tiny_models import save_tiny_model
 
-from qpsft import PSFTConfig, PSFTTrainer, config
-from qpsft.base import load_base
+from qpsft import PSFTConfig, PSFTTrainer
 from qpsft.errors import BaseModelError, RecipeError
-from qpsft.hardware import check_attention, check_optimizer, check_quantization, hardware, hardware_of, has_kernels
-from qpsft.precision import base_dtype, overflowing_type, settle_precision
+from qpsft.model.base import load_base
+from qpsft.model.hardware import (
+    base_dtype,
+    check_attention,
+    check_optimizer,
+    check_quantization,
+    hardware,
+    hardware_of,
+    has_kernels,
+    overflowing_type,
+    settle_precision,
+)
+from qpsft.psft import config
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 BUILD_CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]

@@ -9,15 +9,15 @@ import pytest
 import torch
 from conftest import shared_path
 
-from qpsft.adapter import add_adapter
-from qpsft.base import load_base
 from qpsft.errors import DataError
-from qpsft.evaluation.task_data import BENCHMARKS, parse_task_data
-from qpsft.recipe import LoraArguments
+from qpsft.evaluate.task_data import BENCHMARKS, parse_task_data
+from qpsft.model.adapter import add_adapter
+from qpsft.model.base import load_base
+from qpsft.recipe.arguments import LoraArguments
 
 pytest.importorskip("lm_eval")
 
-from qpsft.evaluation.harness import check_tasks, run_tasks  # noqa: E402
+from qpsft.evaluate.harness import check_tasks, run_tasks  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ from transformers import BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from qpsft import cli
-from qpsft.adapter import save_adapter
-from qpsft.base import load_base, load_tokenizer
-from qpsft.base_record import quantized_linears, write_base_record
 from qpsft.merge import merge_adapter
+from qpsft.model.adapter import save_adapter
+from qpsft.model.base import load_base, load_tokenizer
+from qpsft.model.base_record import quantized_linears, write_base_record
 
 TRL = dict(
     per_device_train_batch_size=4, learning_rate=1e-2, max_steps=1, report_to=[], save_strategy="no", use_cpu=True,

@@ -1,10 +1,10 @@
 """reference: last_visit. Each row's old log-probabilities are the policy's at that row's own last visit."""
 
 import pytest
+import qpsft.trainer
 import torch
 from small_runs import largest_difference, log_lines, make_base, make_rows, make_trainer, policy, same
 
-import qpsft.trainer
 from qpsft.errors import RecipeError
 
 ROWS, STEPS_PER_EPOCH = 12, 3  # mini-batches of 4
@@ -21,13 +21,13 @@ def trainer_of(base, out, **changes):
 
 
 def test_old_logprobs_are_those_of_the_row_s_last_visit(base, tmp_path, monkeypatch):
-    seen, real = [], qpsft.trainer.psft_loss
+    seen, real = [], qpsft.psft.trainer.psft_loss
 
     def spy(logprobs, old_logprobs, mask, **kwargs):
         seen.append((logprobs.detach().clone(), old_logprobs.clone(), mask))
         return real(logprobs, old_logprobs, mask, **kwargs)
 
-    monkeypatch.setattr(qpsft.trainer, "psft_loss", spy)
+    monkeypatch.setattr(qpsft.psft.trainer, "psft_loss", spy)
     trainer = trainer_of(base, tmp_path)
     trainer.train()
     schedule, last, visits = trainer._get_schedule(), {}, 0

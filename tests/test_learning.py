@@ -8,11 +8,11 @@ import torch
 from peft import PeftModel
 
 from qpsft import cli
-from qpsft.base import load_base, load_tokenizer
-from qpsft.config import PSFTConfig
-from qpsft.data import load_rows, tokenize_rows
-from qpsft.evaluate import greedy_completions, text_statistics
-from qpsft.recipe import load_recipe
+from qpsft.data.tokenize import load_rows, tokenize_rows
+from qpsft.evaluate.evaluation import greedy_completions, text_statistics
+from qpsft.model.base import load_base, load_tokenizer
+from qpsft.psft.config import PSFTConfig
+from qpsft.recipe.file import load_recipe
 
 RECIPE = Path(__file__).with_name("recipes") / "stories260k_gsm8k.yaml"
 
@@ -79,10 +79,10 @@ def test_text_statistics_equal_a_computation_row_by_row(stories):
 
 
 def test_greedy_completions_do_not_depend_on_the_batch():
-    from qpsft.demo import tasks
+    from qpsft.data import built_in
 
     model, tokenizer = load_base("demo", verbose=False)
-    prompts = [row["prompt"] for row in tasks.in_domain("test", 3) + tasks.out_of_domain("test", 3)["shorter_a"]]
+    prompts = [row["prompt"] for row in built_in.in_domain("test", 3) + built_in.out_of_domain("test", 3)["shorter_a"]]
     one_by_one = [greedy_completions(model, tokenizer, [prompt], max_new_tokens=40)[0] for prompt in prompts]
     assert greedy_completions(model, tokenizer, prompts, max_new_tokens=40, batch_size=4) == one_by_one
     assert len(set(one_by_one)) > 1 and all(text.strip() for text in one_by_one)

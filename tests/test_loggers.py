@@ -10,8 +10,8 @@ import pytest
 from small_runs import log_lines, make_base, make_trainer
 
 from qpsft import cli
-from qpsft.config import PSFTConfig
 from qpsft.errors import RecipeError
+from qpsft.psft.config import PSFTConfig
 
 STEPS = 4
 METRICS = (
@@ -134,7 +134,7 @@ def test_trackio_on_this_machine(base, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio", "mlflow", "comet_ml"])
 def test_a_logger_that_is_not_installed_is_named(tmp_path, monkeypatch, name):
     others = [one for one in ("tensorboard", "wandb", "trackio", "mlflow") if one != name]
-    monkeypatch.setattr("qpsft.config.get_available_reporting_integrations", lambda: others)
+    monkeypatch.setattr("qpsft.psft.config.get_available_reporting_integrations", lambda: others)
     with pytest.raises(RecipeError, match=f"report_to {name}: that logger is not installed") as caught:
         PSFTConfig(str(tmp_path), report_to=[others[0], name])
     assert f"pip install {name.replace('_', '-')}" in caught.value.todo

@@ -24,10 +24,11 @@ from small_runs import (
 )
 from test_resume import contents
 
-from qpsft import PSFTTrainer, loss_scaling, trainer
-from qpsft.base import load_base
+from qpsft import PSFTTrainer
 from qpsft.errors import TrainingError
-from qpsft.reference import ReferencePolicy
+from qpsft.model.base import load_base
+from qpsft.psft import float16, trainer
+from qpsft.psft.reference import ReferencePolicy
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +143,7 @@ def test_a_model_that_always_overflows_is_named(base, tmp_path):
     assert "The gradients of optimizer step 2 overflow in float16, 21 times on end" in caught.value.what
     assert "down to a loss scale of 0.0625 (llama, " in caught.value.what
     assert "Use dtype float32 (slower), a card with bfloat16" in caught.value.todo
-    assert len([step for step, _ in made.seen if step == 1]) == 2 * (1 + loss_scaling.MOST_REPEATS)
+    assert len([step for step, _ in made.seen if step == 1]) == 2 * (1 + float16.MOST_REPEATS)
 
 
 def test_a_forward_pass_that_overflows_says_so(base, tmp_path):

@@ -7,14 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qpsft.losses import (
-    NotFiniteError,
-    dft_loss,
-    loss_statistics,
-    mean_statistics,
-    nll_loss,
-    psft_loss,
-)
+from qpsft.psft.losses import NotFiniteError, dft_loss, loss_statistics, mean_statistics, nll_loss, psft_loss
 
 LOSSES = {"nll": nll_loss, "dft": dft_loss, "psft": psft_loss}
 

@@ -11,7 +11,7 @@ from real_shapes import build_model
 from step_grid import Cell
 
 from qpsft import PSFTConfig
-from qpsft.base_record import stored_bytes
+from qpsft.model.base_record import stored_bytes
 
 CELL = Cell("tiny", 1, 16, rows=2, rank=4, steps=4, warmup=1)
 

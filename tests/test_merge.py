@@ -9,11 +9,11 @@ import torch
 from merging import ALL, largest, live_logprobs, load_strictly, logprobs, save_peft_adapter, shake, tokens
 from tiny_models import save_tiny_model
 
-from qpsft.adapter import add_adapter, save_adapter
-from qpsft.base import load_base
 from qpsft.errors import ExportError
 from qpsft.merge import merge_adapter
-from qpsft.recipe import LoraArguments
+from qpsft.model.adapter import add_adapter, save_adapter
+from qpsft.model.base import load_base
+from qpsft.recipe.arguments import LoraArguments
 
 NO_QUANTIZATION = {"quantization": "none"}
 QKV = ["q_proj", "k_proj", "v_proj"]

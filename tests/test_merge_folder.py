@@ -20,9 +20,9 @@ from tiny_models import save_tiny_model
 from transformers import AutoTokenizer
 
 from qpsft.errors import ExportError, OutputError
+from qpsft.files import finished_folder, process_mark
 from qpsft.merge import merge_adapter
-from qpsft.merging.finished_folder import finished_folder, process_mark
-from qpsft.merging.safetensors_stream import ShardWriter, TensorFile, TensorSpec, plan_shards
+from qpsft.merge.safetensors_stream import ShardWriter, TensorFile, TensorSpec, plan_shards
 
 SMALL_FILES = ["README.md", "config.json", "generation_config.json", "merge_report.json", "tokenizer.json"]
 SMALL_FILES += ["tokenizer_config.json"]
@@ -91,7 +91,7 @@ def test_config_and_tokenizer(tmp_path, base, adapter, dtype):
 
 
 def test_nothing_is_said_of_quantization(tmp_path, base, adapter):
-    from qpsft.base import load_base
+    from qpsft.model.base import load_base
 
     model, tokenizer = load_base(base, verbose=False)
     model.save_pretrained(tmp_path / "rounded")
@@ -173,7 +173,7 @@ def test_an_output_that_exists(tmp_path, base, adapter):
 @pytest.mark.parametrize("in_one_step", [True, False])
 def test_replacing_keeps_the_old_one_until_the_new_one_is_there(tmp_path, monkeypatch, in_one_step):
     if not in_one_step:
-        monkeypatch.setattr("qpsft.merging.finished_folder._exchange", lambda one, other: False)
+        monkeypatch.setattr("qpsft.files._exchange", lambda one, other: False)
     for text in ("old", "new"):
         with finished_folder(tmp_path / "out", overwrite=True) as folder:
             assert text == "old" or (tmp_path / "out" / "text").read_text() == "old"
@@ -208,7 +208,7 @@ def test_another_process_that_writes_there(tmp_path):
 def test_too_little_space_is_found_before_the_first_byte(tmp_path, monkeypatch, adapter):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda folder: usage(10**9, 10**9 - 1000, 1000))
-    monkeypatch.setattr("qpsft.merge.ShardWriter", None)
+    monkeypatch.setattr("qpsft.merge.merging.ShardWriter", None)
     with pytest.raises(OutputError, match=r"needs 0\.05 GB and .* has 0\.00 GB free"):
         merge(adapter)
     assert not (tmp_path / "adapter-merged").exists() and hidden(tmp_path) == []

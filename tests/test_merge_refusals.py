@@ -11,9 +11,10 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import edit_config, save_tiny_model
 
-from qpsft.base import load_base
 from qpsft.errors import BaseModelError, ExportError, NotTheSameModelError, QpsftError
-from qpsft.merge import merge_adapter, parse_size
+from qpsft.merge import merge_adapter
+from qpsft.merge.merging import parse_size
+from qpsft.model.base import load_base
 
 MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
@@ -241,7 +242,7 @@ def test_the_original_weights_of_a_base_quantized_on_disk(tmp_path, base):
 def test_tied_weights_that_differ_on_disk(base, adapter):
     edit_config(base, tie_word_embeddings=True)
     record = json.loads((adapter / "base_quantization.json").read_text())
-    from qpsft.checkpoint import config_sha256, read_config
+    from qpsft.model.folder import config_sha256, read_config
 
     record["config_sha256"] = config_sha256(read_config(base))
     (adapter / "base_quantization.json").write_text(json.dumps(record))
@@ -250,7 +251,7 @@ def test_tied_weights_that_differ_on_disk(base, adapter):
 
 def test_a_wrong_merge_is_found_and_removed(monkeypatch, adapter):
     monkeypatch.setattr(
-        "qpsft.merging.adapter_file.LowRank.factors", lambda self: (self.left.read(), self.right.read() * 3)
+        "qpsft.merge.adapter_file.LowRank.factors", lambda self: (self.left.read(), self.right.read() * 3)
     )
     error = refused(NotTheSameModelError, "merged model is not the model that was trained", adapter, verify=True)
     assert error.exit_code == 1 and "q_proj" in str(error)

@@ -9,11 +9,11 @@ from merging import save_peft_adapter, tokens
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_model
 
-from qpsft.base import load_base
-from qpsft.base_record import quantized_linears
 from qpsft.errors import ExportError
 from qpsft.merge import merge_adapter
-from qpsft.merging.rounding import RoundedWeight, Rounding, dequantize, double_quantize, quantize
+from qpsft.merge.rounding import RoundedWeight, Rounding, dequantize, double_quantize, quantize
+from qpsft.model.base import load_base
+from qpsft.model.base_record import quantized_linears
 
 FLOAT = torch.float32
 
@@ -52,7 +52,7 @@ def test_an_odd_count_dequantizes_as_its_even_part():
 @pytest.mark.parametrize("shape", [(96, 172), (1000, 64), (7, 1024)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_double_quantization_in_pieces_is_that_of_the_whole(monkeypatch, shape, dtype):
-    monkeypatch.setattr("qpsft.merging.rounding.PIECE", 2048)
+    monkeypatch.setattr("qpsft.merge.rounding.PIECE", 2048)
     weight = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
     packed, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
     expected = bnb.dequantize_4bit(packed, state).float().view(-1)
@@ -183,9 +183,9 @@ def test_what_an_architecture_keeps_in_float32_stays_float32(tmp_path, monkeypat
 
 def test_integers_are_copied(tmp_path):
     """A stored buffer, such as a table of positions, has no dtype to be merged to."""
-    from qpsft.merging.base_tensors import BaseTensor
-    from qpsft.merging.merged_tensor import MergedTensor
-    from qpsft.merging.safetensors_stream import TensorFile
+    from qpsft.merge.base_tensors import BaseTensor
+    from qpsft.merge.safetensors_stream import TensorFile
+    from qpsft.merge.tensor import MergedTensor
 
     ids = tokens()
     save_file({"ids": ids}, tmp_path / "ids.safetensors")

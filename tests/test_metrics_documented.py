@@ -7,13 +7,13 @@ import pytest
 from comparing import write_recipe
 from exporting import make_adapter
 from markdown import ROOT, code_names, section, text_of
+from noise_study import NoiseStudy
 from small_runs import in_float16, make_base, make_rows, make_trainer
 
 from qpsft import cli
 from qpsft.compare import compare
-from qpsft.comparison.noise_study import NoiseStudy
-from qpsft.console import MetricsCallback, read_metrics
-from qpsft.demo import tasks
+from qpsft.data import built_in
+from qpsft.train.progress import MetricsCallback, read_metrics
 
 METRICS = text_of(ROOT / "docs" / "metrics.md")
 
@@ -57,7 +57,7 @@ def test_every_logged_number_is_defined_and_no_other(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_everything_that_evaluate_writes_is_defined(tmp_path):
-    rows = [{name: row[name] for name in ("prompt", "completion")} for row in tasks.demonstrations("clean", 3)]
+    rows = [{name: row[name] for name in ("prompt", "completion")} for row in built_in.demonstrations("clean", 3)]
     choices = [{"prompt": "reverse: 0123", "completion": "3210", "choices": ["3210", "0123"]}] * 3
     for name, part in (("rows", rows), ("choices", choices)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))

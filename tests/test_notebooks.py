@@ -16,11 +16,11 @@ import pytest
 import yaml
 from transformers import TrainerControl, TrainerState
 
-from qpsft.config import PSFTConfig
-from qpsft.data import load_rows
+from qpsft.data.tokenize import load_rows
 from qpsft.errors import QpsftError
-from qpsft.notebook import LivePlot
-from qpsft.recipe import load_recipe
+from qpsft.psft.config import PSFTConfig
+from qpsft.recipe.file import load_recipe
+from qpsft.train.notebook import LivePlot
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -7,7 +7,7 @@ import torch
 from small_runs import largest_difference, make_base, make_config, make_lora, make_trainer, policy, same
 
 from qpsft.errors import RecipeError
-from qpsft.resume import remove_folder
+from qpsft.psft.checkpoint import remove_folder
 
 
 @pytest.fixture(scope="module")

@@ -22,13 +22,13 @@ from tiny_models import save_tiny_model
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
-from qpsft.base import load_base
 from qpsft.errors import RecipeError
-from qpsft.forward import policy_forward
-from qpsft.packing import PackedRows, check_packing, packed_collator
-from qpsft.piece_attention import attention_by_piece, fits
-from qpsft.reference import ReferencePolicy
-from qpsft.scoring import real_tokens
+from qpsft.model.attention import attention_by_piece, fits
+from qpsft.model.base import load_base
+from qpsft.psft.forward import policy_forward
+from qpsft.psft.packing import PackedRows, check_packing, packed_collator
+from qpsft.psft.reference import ReferencePolicy
+from qpsft.psft.scoring import real_tokens
 
 BY_MASK = PackedRows(pad_token_id=0)
 BY_PIECE = PackedRows(pad_token_id=0, by_piece=True)

@@ -4,11 +4,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qpsft import cli, run
-from qpsft.base import load_tokenizer
-from qpsft.config import PSFTConfig
-from qpsft.console import read_metrics
-from qpsft.recipe import load_recipe
+from qpsft import cli
+from qpsft.model.base import load_tokenizer
+from qpsft.psft.config import PSFTConfig
+from qpsft.recipe.file import load_recipe
+from qpsft.train import run
+from qpsft.train.progress import read_metrics
 
 FLAGS = [
     "--model_name_or_path=demo", "--dataset_name=demo-noisy", "--dataset_limit=64", "--max_length=128", "--lora_r=4",

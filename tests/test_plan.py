@@ -3,27 +3,27 @@
 from pathlib import Path
 
 import pytest
+import qpsft.planning.lm_head as lm_head
 import torch
 from bitsandbytes import functional
 from datasets import Dataset
 from small_runs import Recorder, make_config, policy
 from tiny_models import save_tiny_model
 
-import qpsft.planning.lm_head as lm_head
-from qpsft.adapter import add_adapter
-from qpsft.base import load_base, load_config
-from qpsft.base_record import quantized_linears
 from qpsft.errors import BaseModelError
-from qpsft.planning.kernels import Target, dequantizes, kernel_workspace
-from qpsft.planning.live_bytes import LiveBytes, cuda_block
-from qpsft.planning.optimizers import optimizer_bytes
-from qpsft.planning.passes import Passes, shortened
-from qpsft.planning.planned_config import PlannedConfig
-from qpsft.planning.shapes import known_shapes, read_shape, smaller_models
-from qpsft.planning.skeleton import build_skeleton, weight_bytes
-from qpsft.planning.step import Batch, training_bytes
-from qpsft.recipe import LoraArguments, ModelArguments
-from qpsft.trainer import PSFTTrainer
+from qpsft.model.adapter import add_adapter
+from qpsft.model.base import load_base, load_config
+from qpsft.model.base_record import quantized_linears
+from qpsft.plan.kernels import Target, dequantizes, kernel_workspace
+from qpsft.plan.live_bytes import LiveBytes, cuda_block
+from qpsft.plan.optimizers import optimizer_bytes
+from qpsft.plan.passes import Passes, shortened
+from qpsft.plan.planned_config import PlannedConfig
+from qpsft.plan.shapes import known_shapes, read_shape, smaller_models
+from qpsft.plan.step import Batch, training_bytes
+from qpsft.plan.weights import build_skeleton, weight_bytes
+from qpsft.psft.trainer import PSFTTrainer
+from qpsft.recipe.arguments import LoraArguments, ModelArguments
 
 WIDE = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, head_dim=32, num_attention_heads=4)
 
@@ -290,7 +290,7 @@ def cuda_step(batch: Batch, capability=(8, 6), offloading=False, tiled=False, **
 @pytest.mark.parametrize("capability", [(8, 6), (7, 5)])
 @pytest.mark.parametrize("key_heads", [2, 4])
 def test_attention_without_a_mask_needs_no_memory_of_length_squared(capability, key_heads):
-    # torch's memory-efficient kernel takes no grouped queries: qpsft.grouped_queries
+    # torch's memory-efficient kernel takes no grouped queries: qpsft.model.attention
     def needed(length):
         return cuda_step(Batch(1, length, False), capability, num_key_value_heads=key_heads).layers_backward
 

@@ -9,16 +9,18 @@ import torch
 from planned_runs import LLAMA, planned, recipe_of
 from tiny_models import edit_config, save_tiny_model
 
-from qpsft import cli, plan, run
-from qpsft.config import PSFTConfig
+from qpsft import cli
 from qpsft.errors import BaseModelError, RecipeError
-from qpsft.hardware import hardware_of
-from qpsft.plan import make_plan, warn_if_short
-from qpsft.planning.cards import GIB, USABLE, find_card
-from qpsft.planning.memory import OF_ACTIVATIONS
-from qpsft.planning.planned_config import PlannedConfig
-from qpsft.planning.shapes import find_shape
-from qpsft.recipe import load_recipe
+from qpsft.model.hardware import hardware_of
+from qpsft.plan import make_plan, memory_plan
+from qpsft.plan.cards import GIB, USABLE, find_card
+from qpsft.plan.memory import OF_ACTIVATIONS
+from qpsft.plan.memory_plan import warn_if_short
+from qpsft.plan.planned_config import PlannedConfig
+from qpsft.plan.shapes import find_shape
+from qpsft.psft.config import PSFTConfig
+from qpsft.recipe.file import load_recipe
+from qpsft.train import run
 
 # --- cards ---
 
@@ -279,7 +281,7 @@ def test_training_on_the_cpu_warns_only_when_memory_is_short(monkeypatch, no_war
     rows = {"input_ids": [[1] * 50]}
     recipe = recipe_of(*TRAIN, model="demo", trainer=PSFTConfig)
     assert warn_if_short(recipe, rows) is None  # far from short: not even planned
-    monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=2**20))
+    monkeypatch.setattr(memory_plan.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=2**20))
     with pytest.warns(UserWarning, match="are free, so it will probably run out"):
         short = warn_if_short(recipe, rows)
     assert short.parts["CUDA context"] == 0 and not short.fits
@@ -291,7 +293,7 @@ def test_a_sharded_run_is_not_said_to_run_out_of_memory(monkeypatch, no_warning)
     assert make_plan(recipe, device="cpu").notes == []
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert "FSDP's sharding is not planned: these are the numbers of DDP" in make_plan(recipe, device="cpu").notes
-    monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=2**20))
+    monkeypatch.setattr(memory_plan.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=2**20))
     assert warn_if_short(recipe, {"input_ids": [[1] * 50]}) is None
 
 
@@ -299,7 +301,7 @@ def test_a_run_without_a_plan_goes_on(monkeypatch):
     def fails(*args, **kwargs):
         raise BaseModelError("Its activations cannot be planned.")
 
-    monkeypatch.setattr(plan, "make_plan", fails)
+    monkeypatch.setattr(memory_plan, "make_plan", fails)
     recipe = recipe_of(*TRAIN, model="demo", trainer=PSFTConfig)
     recipe.trainer.use_cpu = False
     fake_cuda(monkeypatch, 24 * GIB)

@@ -7,7 +7,7 @@ from planned_runs import LLAMA, planned, recipe_of
 from qpsft import cli
 from qpsft.errors import BaseModelError, RecipeError
 from qpsft.plan import make_plan
-from qpsft.planning.cards import find_card
+from qpsft.plan.cards import find_card
 
 GEMMA = LLAMA | {"model_type": "gemma2", "head_dim": 64}
 

@@ -5,9 +5,9 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from qpsft.data import load_dataset
-from qpsft.dataset.preview import GREEN, RESET, render_preview
-from qpsft.recipe import DataArguments
+from qpsft.data.preview import GREEN, RESET, render_preview
+from qpsft.data.tokenize import load_dataset
+from qpsft.recipe.arguments import DataArguments
 
 FORMAT = "Q: {prompt}\nA:"
 

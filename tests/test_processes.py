@@ -17,9 +17,9 @@ from small_runs import largest_difference, make_base, make_rows, make_trainer, p
 from two_processes import FLAGS, PACKED, SETTINGS, SIX_STEPS, STOP
 
 from qpsft import cli, processes
-from qpsft.console import read_metrics
 from qpsft.errors import RecipeError
-from qpsft.sharding import check_sharding
+from qpsft.psft.sharding import check_sharding
+from qpsft.train.progress import read_metrics
 
 HERE = Path(__file__).resolve().parent
 
@@ -243,11 +243,12 @@ def test_accelerate_launch_gives_the_adapter_of_torchrun(base, rows, found, tmp_
 
 FAILING = """
 import os, sys
-from qpsft import base, cli, errors
+from qpsft.model import base
+from qpsft import cli, errors
 if os.environ["RANK"] == "1":
     def load_base(*arguments, **options):
         raise errors.BaseModelError("The disk of this process cannot be read.", "Look at it.")
-    from qpsft import run
+    from qpsft.train import run
     run.load_base = load_base
 sys.exit(cli.main(sys.argv[1:]))
 """

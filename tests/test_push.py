@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from qpsft.errors import ExportError
-from qpsft.push import push
+from qpsft.export.push import push
 
 WANTED = {
     "adapter_model.safetensors", "adapter_config.json", "README.md", "tokenizer.json", "tokenizer.model",

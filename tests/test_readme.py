@@ -12,11 +12,12 @@ import torch
 from markdown import ROOT, Block, blocks, command_lines, commands, text_of
 
 from qpsft import cli
-from qpsft.config import PSFTConfig
-from qpsft.demo import tasks
+from qpsft.data import built_in
 from qpsft.errors import ExportError
 from qpsft.export.llama_cpp import find_llama_cpp
-from qpsft.recipe import DataArguments, LoraArguments, ModelArguments, RunArguments, option_types
+from qpsft.psft.config import PSFTConfig
+from qpsft.recipe.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments
+from qpsft.recipe.flags import option_types
 
 README = text_of(ROOT / "README.md")
 OPTIONS = option_types((ModelArguments, LoraArguments, DataArguments, RunArguments, PSFTConfig))
@@ -66,7 +67,7 @@ def workshop(tmp_path_factory):
     (folder / "my").mkdir()
     mine = re.sub(r"(?<=model_name_or_path: )\S+", "demo", recipe)
     (folder / "my" / "recipe.yaml").write_text(mine, encoding="utf-8")
-    rows = [{name: row[name] for name in ("prompt", "completion")} for row in tasks.demonstrations("clean", 48)]
+    rows = [{name: row[name] for name in ("prompt", "completion")} for row in built_in.demonstrations("clean", 48)]
     for name, part in (("my/rows.jsonl", rows[:40]), ("test.jsonl", rows[40:])):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
     return folder

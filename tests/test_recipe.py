@@ -2,9 +2,10 @@
 
 import pytest
 
-from qpsft.config import PSFTConfig
 from qpsft.errors import RecipeError
-from qpsft.recipe import load_recipe, option_types
+from qpsft.psft.config import PSFTConfig
+from qpsft.recipe.file import load_recipe
+from qpsft.recipe.flags import option_types
 
 
 def read(*flags, path=None):
@@ -64,7 +65,7 @@ def test_the_resolved_values_read_back_to_the_same_recipe(tmp_path):
 def test_no_option_is_declared_twice():
     from dataclasses import fields
 
-    from qpsft.recipe import DataArguments, LoraArguments, ModelArguments, RunArguments
+    from qpsft.recipe.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments
 
     classes = (ModelArguments, LoraArguments, DataArguments, RunArguments, PSFTConfig)
     names = [option.name for cls in classes for option in fields(cls) if option.init]

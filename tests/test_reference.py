@@ -6,9 +6,9 @@ from peft import PeftModel, get_peft_model
 from small_runs import MODULES, make_base, make_lora, make_rows, policy, same
 from torch.nn.utils.rnn import pad_sequence
 
-from qpsft.base import load_base
 from qpsft.errors import TrainingError
-from qpsft.reference import ReferencePolicy
+from qpsft.model.base import load_base
+from qpsft.psft.reference import ReferencePolicy
 
 ADAPTERS = {
     "lora": {},

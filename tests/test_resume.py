@@ -13,8 +13,8 @@ import torch
 from small_runs import log_lines, make_base, make_lora, make_rows, make_trainer, policy, same
 from transformers import TrainerCallback
 
-from qpsft import resume
 from qpsft.errors import TrainingError
+from qpsft.psft import checkpoint
 
 # 10 rows in mini-batches of 4: three steps an epoch. Steps from 0:
 #   V=2, W=2: 0 1 warm-up | 2..7 a block (3 mini-batches, twice) | 8..11 a block (2 mini-batches, twice)
@@ -100,11 +100,11 @@ def test_saving_does_not_disturb_a_run_and_the_checks_can_tell_runs_apart(base, 
 def test_a_checkpoint_in_mid_block_holds_the_reference_and_the_block_s_scores(uninterrupted):
     whole = uninterrupted("visits")
     assert not (whole / "checkpoint-2" / "psft_reference.safetensors").exists()  # warm-up: no snapshot yet
-    reference, scores = resume.load_psft_state(whole / "checkpoint-2", 0)
+    reference, scores = checkpoint.load_psft_state(whole / "checkpoint-2", 0)
     assert reference is None and scores == {}
-    _, scores = resume.load_psft_state(whole / "checkpoint-4", 0)
+    _, scores = checkpoint.load_psft_state(whole / "checkpoint-4", 0)
     assert sorted(scores) == [2, 3] and all(len(micro_batches) == 2 for micro_batches in scores.values())
-    _, scores = resume.load_psft_state(whole / "checkpoint-7", 0)
+    _, scores = checkpoint.load_psft_state(whole / "checkpoint-7", 0)
     assert sorted(scores) == [2, 3, 4]
     names = {(whole / f"checkpoint-{step}" / "psft_reference.safetensors").read_bytes() for step in range(3, 9)}
     assert len(names) == 1  # one block, one reference
@@ -130,7 +130,7 @@ def test_a_run_stopped_between_checkpoints_goes_back_to_the_last_one(base, unint
     settings = dict(save_steps=3, logging_steps=4, **PLANS["visits"])
     with pytest.raises(KeyboardInterrupt):
         trainer_of(base, tmp_path, callbacks=[StopAt(8, before_saving=True)], **settings).train()
-    assert [p.name for p in resume.checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-3"]
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-3"]
     resumed = trainer_of(base, tmp_path, **settings)
     resumed.train(resume_from_checkpoint=True)
     whole = contents(uninterrupted("visits") / "checkpoint-12")
@@ -245,7 +245,7 @@ def test_kill_9_and_a_new_process_give_the_same_bytes(base, uninterrupted, tmp_p
 
     code, _ = run(kill_at=7)
     assert code == -signal.SIGKILL
-    assert resume.checkpoints(tmp_path / "out")[0].name == "checkpoint-6"  # mid-block, in the second visit
+    assert checkpoint.checkpoints(tmp_path / "out")[0].name == "checkpoint-6"  # mid-block, in the second visit
     code, stderr = run(kill_at=-1)
     assert code == 0, stderr
     got = contents(tmp_path / "out" / "checkpoint-12")

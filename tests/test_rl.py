@@ -13,10 +13,10 @@ from peft import PeftModel
 from small_runs import make_base, make_trainer, policy, same
 
 from qpsft import float32_adapter
-from qpsft.adapter import add_adapter, save_adapter
-from qpsft.base import load_base
-from qpsft.demo import tasks
-from qpsft.recipe import LoraArguments
+from qpsft.data import built_in
+from qpsft.model.adapter import add_adapter, save_adapter
+from qpsft.model.base import load_base
+from qpsft.recipe.arguments import LoraArguments
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -146,9 +146,13 @@ def test_the_reward_is_the_verifier_s_and_the_prompts_are_neither_demonstrated_n
     rows = rl_start.prompt_rows()
     texts = {row["prompt"][0]["content"] for row in rows}
     assert len(texts) == len(rows) > 1000
-    other = [*tasks.demonstrations("noisy"), *tasks.in_domain("test", 300), *tasks.in_domain("validation", 300)]
+    other = [
+        *built_in.demonstrations("noisy"),
+        *built_in.in_domain("test", 300),
+        *built_in.in_domain("validation", 300),
+    ]
     assert texts.isdisjoint(row["prompt"][0]["content"] for row in other)
-    row = tasks.demonstrations("clean", 1, seed=rl_start.PROMPTS_SEED)[0]
+    row = built_in.demonstrations("clean", 1, seed=rl_start.PROMPTS_SEED)[0]
     answer = row["completion"][0]["content"]
     completions = [[{"role": "assistant", "content": text}] for text in (answer, answer[:-1], answer[::-1], "")]
     assert rl_start.right(completions, [row["task"]] * 4) == [1.0, 0.0, 0.0, 0.0]

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qpsft.data import load_dataset, load_rows
+from qpsft.data.tokenize import load_dataset, load_rows
 from qpsft.errors import DataError, QpsftError
-from qpsft.recipe import DataArguments
+from qpsft.recipe.arguments import DataArguments
 
 GOOD = [{"prompt": f"{n}+1?", "completion": str(n + 1)} for n in range(60)]
 LINES = [json.dumps(row) for row in GOOD]

@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qpsft.schedule import BlockSampler, BlockSchedule
+from qpsft.psft.schedule import BlockSampler, BlockSchedule
 
 
 def schedule(**changes):

@@ -13,13 +13,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
-from qpsft import kernels, reference, scoring
-from qpsft.base import load_base
-from qpsft.forward import needs_mask, policy_forward
-from qpsft.planning.live_bytes import LiveBytes
-from qpsft.reference import ReferencePolicy
-from qpsft.resume import remove_folder
-from qpsft.scoring import default_token_budget, groups, mixes_rows, real_tokens, row_lengths
+from qpsft.model.base import load_base
+from qpsft.plan.live_bytes import LiveBytes
+from qpsft.psft import reference, scoring
+from qpsft.psft.checkpoint import remove_folder
+from qpsft.psft.forward import needs_mask, policy_forward
+from qpsft.psft.reference import ReferencePolicy
+from qpsft.psft.scoring import default_token_budget, groups, mixes_rows, real_tokens, row_lengths
 
 COLLATE = DataCollatorForLanguageModeling(pad_token_id=0)
 
@@ -161,7 +161,7 @@ def test_groups_hold_every_row_once_within_the_budget_and_on_its_own_batch_s_ker
         assert list(group) == sorted(group)
         tokens = len(group) * group[-1].length
         for row in group:
-            least, most = kernels.same_kernels(batches[row.batch]["input_ids"].numel(), limits)
+            least, most = scoring.same_kernels(batches[row.batch]["input_ids"].numel(), limits)
             assert least <= tokens and (most is None or tokens <= most)
         assert tokens <= budget or len(set(group)) == 1 or tokens - group[-1].length < least
         seen += dict.fromkeys(group)
@@ -181,19 +181,19 @@ def test_scores_do_not_depend_on_the_kernels_thresholds(base, monkeypatch):
     kept = ReferencePolicy(model).score(batches, token_budget=60)
     assert all((a - b).abs().max() < 1e-5 for a, b in zip(plain, kept, strict=True))
     own = [batch["input_ids"].numel() for batch in batches]
-    assert {kernels.same_kernels(n, [16, 30]) for n in shapes} == {kernels.same_kernels(n, [16, 30]) for n in own}
+    assert {scoring.same_kernels(n, [16, 30]) for n in shapes} == {scoring.same_kernels(n, [16, 30]) for n in own}
 
 
 def test_bounds_of_the_same_kernels():
-    assert kernels.same_kernels(50, []) == (1, None)
-    bounds = {tokens: kernels.same_kernels(tokens, [8, 128]) for tokens in (1, 8, 9, 128, 129, 5000)}
+    assert scoring.same_kernels(50, []) == (1, None)
+    bounds = {tokens: scoring.same_kernels(tokens, [8, 128]) for tokens in (1, 8, 9, 128, 129, 5000)}
     assert bounds == {1: (1, 8), 8: (1, 8), 9: (9, 128), 128: (9, 128), 129: (129, None), 5000: (129, None)}
-    assert kernels.fused_limit(lambda *shape: shape[2] <= 37, 1536, 0, torch.bfloat16, 64, 64) == 37
-    assert kernels.fused_limit(lambda *shape: False, 1536, 0, torch.bfloat16, 64, 64) == 0
+    assert scoring.fused_limit(lambda *shape: shape[2] <= 37, 1536, 0, torch.bfloat16, 64, 64) == 37
+    assert scoring.fused_limit(lambda *shape: False, 1536, 0, torch.bfloat16, 64, 64) == 0
 
 
 def test_on_the_cpu_there_is_one_kernel(base):
-    assert kernels.fused_limits(load_base(base, verbose=False)[0]) == []
+    assert scoring.fused_limits(load_base(base, verbose=False)[0]) == []
 
 
 CARDS = {
@@ -218,13 +218,13 @@ def test_the_thresholds_of_bitsandbytes_are_those_in_the_table(monkeypatch, card
     monkeypatch.setattr(ops, "_gpu_dispatch_props", lambda device: properties)
     ops._gemm_4bit_use_custom_fn.cache_clear()
     limits = {
-        kernels.fused_limit(ops._gemm_4bit_use_custom_fn, ops._gemm_4bit_custom_max_m, 0, dtype, *shape)
+        scoring.fused_limit(ops._gemm_4bit_use_custom_fn, ops._gemm_4bit_custom_max_m, 0, dtype, *shape)
         for shape in SHAPES
     }
     ops._gemm_4bit_use_custom_fn.cache_clear()
     assert max(limits) == largest
-    assert f"{largest}" in kernels.__doc__ and card in kernels.__doc__
-    assert ops._gemm_4bit_custom_max_m == kernels.MAX_FUSED_TOKENS
+    assert f"{largest}" in scoring.__doc__ and card in scoring.__doc__
+    assert ops._gemm_4bit_custom_max_m == scoring.MAX_FUSED_TOKENS
 
 
 def test_rows_that_change_each_other_s_numbers_are_scored_as_they_are_trained(base, monkeypatch):

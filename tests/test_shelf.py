@@ -15,14 +15,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from qpsft import cli
-from qpsft.base import load_base
-from qpsft.comparison.compare_options import load_comparison
-from qpsft.config import PSFTConfig
-from qpsft.console import read_metrics
+from qpsft.compare.options import load_comparison
 from qpsft.merge import merge_adapter
+from qpsft.model.base import load_base
 from qpsft.plan import make_plan
-from qpsft.planning.cards import find_card
-from qpsft.recipe import load_recipe
+from qpsft.plan.cards import find_card
+from qpsft.psft.config import PSFTConfig
+from qpsft.recipe.file import load_recipe
+from qpsft.train.progress import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 SHELF = ROOT / "adapters"

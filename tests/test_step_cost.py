@@ -21,7 +21,7 @@ from torch.autograd import DeviceType
 from trl import SFTConfig
 from turns import Step
 
-from qpsft.base_record import stored_bytes
+from qpsft.model.base_record import stored_bytes
 
 CELL = Cell("tiny", 1, 16, rows=2, rank=4, steps=4, warmup=1)
 

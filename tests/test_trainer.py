@@ -18,10 +18,10 @@ from small_runs import (
     same,
 )
 
-from qpsft import trainer as trainer_module
-from qpsft.base import quantized_linears
-from qpsft.forward import policy_forward
-from qpsft.reference import ReferencePolicy
+from qpsft.model.base import quantized_linears
+from qpsft.psft import trainer as trainer_module
+from qpsft.psft.forward import policy_forward
+from qpsft.psft.reference import ReferencePolicy
 
 
 @pytest.fixture(scope="module")

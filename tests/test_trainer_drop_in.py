@@ -20,8 +20,8 @@ from test_trainer import frozen, nll_by_hand
 from transformers import BitsAndBytesConfig, set_seed
 
 from qpsft import PSFTConfig, PSFTTrainer
-from qpsft.base import load_base
 from qpsft.errors import RecipeError
+from qpsft.model.base import load_base
 
 PEFT_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 

@@ -10,8 +10,8 @@ from small_runs import make_base, make_config, make_lora, make_rows, make_traine
 from trl import SFTConfig
 
 from qpsft import PSFTConfig, PSFTTrainer
-from qpsft.base import load_base
 from qpsft.errors import QpsftError, RecipeError
+from qpsft.model.base import load_base
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,10 @@ from small_runs import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from qpsft import statistics
-from qpsft.base import load_base
-from qpsft.reference import ReferencePolicy
-from qpsft.statistics import RunStatistics
+from qpsft.model.base import load_base
+from qpsft.psft import metrics
+from qpsft.psft.metrics import RunStatistics
+from qpsft.psft.reference import ReferencePolicy
 
 
 @pytest.fixture(scope="module")
@@ -217,9 +217,9 @@ def test_log_lines_carry_the_numbers_of_the_steps_since_the_last_line(base, tmp_
 
 def test_tokens_per_second_leaves_out_what_is_paused(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(statistics.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
     run = RunStatistics()
-    part = {name: torch.tensor(2.0) for name in ("num_items", "ratio_max", *statistics.SUMS)}
+    part = {name: torch.tensor(2.0) for name in ("num_items", "ratio_max", *metrics.SUMS)}
     run.add(part, torch.tensor(30))
     now[0] += 4.0
     with run.paused():  # an evaluation

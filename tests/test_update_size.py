@@ -12,10 +12,10 @@ from merging import save_peft_adapter
 from safetensors.torch import load_file
 from tiny_models import save_tiny_model
 
-from qpsft.base import load_base
 from qpsft.merge import merge_adapter
-from qpsft.merging.rounding import Rounding
-from qpsft.merging.update_size import LayerUpdate, UpdateMeter, update_verdict
+from qpsft.merge.rounding import Rounding
+from qpsft.merge.update_size import LayerUpdate, UpdateMeter, update_verdict
+from qpsft.model.base import load_base
 
 NF4 = Rounding("nf4", False, 64, torch.float32, torch.float32)
 

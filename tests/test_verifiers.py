@@ -6,10 +6,10 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from qpsft.demo import tasks
+from qpsft.data import built_in
 from qpsft.errors import DataError
-from qpsft.evaluation.estimates import RESAMPLES, bootstrap_weights, pass_at_k, ratio
-from qpsft.evaluation.verifiers import VERIFIERS, find_verifier, warn_if_nothing_parsed
+from qpsft.evaluate.estimates import RESAMPLES, bootstrap_weights, pass_at_k, ratio
+from qpsft.evaluate.verifiers import VERIFIERS, find_verifier, warn_if_nothing_parsed
 
 
 def row(reference, prompt="?", **extra):
@@ -51,7 +51,7 @@ def test_math_verify_knows_equal_expressions():
 
 
 def test_the_demo_check_tells_wrong_from_unreadable():
-    one = tasks.in_domain("test", 1)[0]
+    one = built_in.in_domain("test", 1)[0]
     right = one["completion"][0]["content"]
     assert VERIFIERS["demo"](one, right) is True
     assert VERIFIERS["demo"](one, "1234 -> 4321") is False
@@ -59,7 +59,7 @@ def test_the_demo_check_tells_wrong_from_unreadable():
 
 
 def test_the_verifier_is_found_from_the_rows():
-    assert find_verifier("auto", tasks.in_domain("test", 2), "x")[0] == "demo"
+    assert find_verifier("auto", built_in.in_domain("test", 2), "x")[0] == "demo"
     assert find_verifier("auto", [row("a\n#### 3"), row("b\n#### 4")], "x")[0] == "gsm8k"
     assert find_verifier("auto", [row("a\n#### 3"), row("four")], "x")[0] == "exact"
     assert find_verifier("auto", [row("b", choices=["a", "b"])], "x") == ("choice", None)

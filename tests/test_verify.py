@@ -9,14 +9,15 @@ import torch
 from exporting import DTYPES, copy_folder, edit_json, edit_weights, make_adapter, merge_by_hand
 from small_runs import make_base
 
-from qpsft.base import load_base
-from qpsft.demo import MODEL_DIR
 from qpsft.errors import BaseModelError, DataError, NotTheSameModelError
 from qpsft.merge import merge_adapter
-from qpsft.verification.exported import ExportedWeights, load_exported, load_whole
-from qpsft.verification.live import load_live
-from qpsft.verification.measure import Measurement, Sequence, continue_greedily, distance, measure
-from qpsft.verify import VerifyReport, verify_export
+from qpsft.model.base import load_base
+from qpsft.model.folder import MODEL_DIR
+from qpsft.verify import verify_export
+from qpsft.verify.exported import ExportedWeights, load_exported, load_whole
+from qpsft.verify.live import load_live
+from qpsft.verify.measure import Measurement, Sequence, continue_greedily, distance, measure
+from qpsft.verify.verification import VerifyReport
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +226,7 @@ def test_a_card_that_is_too_small_leaves_it_to_the_cpu(adapter, merged, monkeypa
             raise torch.OutOfMemoryError
         return load_live(*args, device=device, **options)
 
-    monkeypatch.setattr("qpsft.verify.load_live", small_card)
+    monkeypatch.setattr("qpsft.verify.verification.load_live", small_card)
     assert verify(adapter, merged, max_prompts=1).same_model and devices == ["auto", "cpu"]
 
 

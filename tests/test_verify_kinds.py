@@ -14,9 +14,9 @@ from merging import ALL, load_strictly, save_peft_adapter
 from safetensors.torch import load_file
 from tiny_models import save_tiny_model
 
-from qpsft.base import load_base
 from qpsft.errors import BaseModelError, NotTheSameModelError
 from qpsft.merge import merge_adapter
+from qpsft.model.base import load_base
 from qpsft.verify import verify_export
 
 PLAIN = {"quantization": "none"}

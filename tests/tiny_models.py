@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from qpsft.base import load_base
 from qpsft.errors import BaseModelError
+from qpsft.model.base import load_base
 
 VOCABULARY = 200
 SIZES = {

@@ -10,6 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import qpsft.trainer
 import torch
 import torch.distributed as dist
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -23,10 +24,11 @@ from test_resume import contents
 from torch.distributed.fsdp import FSDPModule
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-import qpsft.trainer
-from qpsft import base, cli, processes, sharding
-from qpsft.config import PSFTConfig
+from qpsft import cli, processes
 from qpsft.errors import DataError, QpsftError
+from qpsft.model import base
+from qpsft.psft import sharding
+from qpsft.psft.config import PSFTConfig
 
 SETTINGS = dict(
     rows=make_rows(50),
@@ -118,7 +120,7 @@ def sharded() -> dict:
         base.storage_dtype = storage
         refused[name] = refusal(model=model, lora=make_lora())
 
-    qpsft.trainer.free_device_bytes = lambda device: 1  # a full card, where "auto" is the host's memory
+    qpsft.psft.trainer.free_device_bytes = lambda device: 1  # a full card, where "auto" is the host's memory
     trainer = make_trainer(BASE, OUT / "fsdp", **SETTINGS, **SAVING)
     trainer.train()
     policy = sharding.whole_policy(trainer.model)

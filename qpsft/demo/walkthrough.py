@@ -9,17 +9,16 @@ from pathlib import Path
 
 import torch
 
-from qpsft import run as runs
-from qpsft.base import load_base, load_tokenizer
-from qpsft.config import PSFTConfig
-from qpsft.data import load_rows, tokenize_rows
-from qpsft.demo import tasks
+from qpsft.data import built_in
+from qpsft.data.tokenize import load_rows, tokenize_rows
 from qpsft.errors import OutputError
-from qpsft.evaluate import greedy_completions, text_statistics
-from qpsft.merge import merge_adapter
-from qpsft.quiet import fill
-from qpsft.recipe import load_recipe
-from qpsft.wrapping import wrap
+from qpsft.evaluate.evaluation import greedy_completions, text_statistics
+from qpsft.merge.merging import merge_adapter
+from qpsft.model.base import load_base, load_tokenizer
+from qpsft.psft.config import PSFTConfig
+from qpsft.recipe.file import load_recipe
+from qpsft.terminal import fill, wrap
+from qpsft.train import run as runs
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
 IN_DOMAIN_ROWS = 200
@@ -48,7 +47,7 @@ class Measured:
     @property
     def out_of_domain(self) -> float:
         """Mean accuracy over the out-of-domain sets."""
-        return sum(self.accuracy[name] for name in tasks.OUT_OF_DOMAIN) / len(tasks.OUT_OF_DOMAIN)
+        return sum(self.accuracy[name] for name in built_in.OUT_OF_DOMAIN) / len(built_in.OUT_OF_DOMAIN)
 
 
 def run(output_dir: str, *, overwrite: bool = False, limit: int | None = None) -> tuple[Measured, Measured]:
@@ -110,8 +109,8 @@ def _load_adapter(folder: str):
 def measure(model, tokenizer, limit: int | None = None) -> Measured:
     """Greedy accuracy on every test set, NLL and entropy on the in-domain test rows."""
     sets = {
-        "in_domain": tasks.in_domain("test", limit or IN_DOMAIN_ROWS),
-        **tasks.out_of_domain("test", limit or ROWS_PER_SET),
+        "in_domain": built_in.in_domain("test", limit or IN_DOMAIN_ROWS),
+        **built_in.out_of_domain("test", limit or ROWS_PER_SET),
     }
     accuracy, samples = {}, []
     for name, rows in sets.items():
@@ -119,7 +118,7 @@ def measure(model, tokenizer, limit: int | None = None) -> Measured:
         answers = greedy_completions(
             model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=100, description=name
         )
-        accuracy[name] = sum(map(tasks.check, rows, answers)) / len(rows)
+        accuracy[name] = sum(map(built_in.check, rows, answers)) / len(rows)
         if name == "in_domain":
             samples = answers[:SAMPLES]
     recipe = load_recipe(RECIPE, [], PSFTConfig)
@@ -141,8 +140,8 @@ def _table(before: Measured, after: Measured) -> str:
 
 def _samples(before: Measured, after: Measured) -> str:
     blocks = []
-    for row, old, new in zip(tasks.in_domain("test", SAMPLES), before.samples, after.samples, strict=True):
-        marks = ["right" if tasks.check(row, text) else "wrong" for text in (old, new)]
+    for row, old, new in zip(built_in.in_domain("test", SAMPLES), before.samples, after.samples, strict=True):
+        marks = ["right" if built_in.check(row, text) else "wrong" for text in (old, new)]
         answers = [f"    before ({marks[0]}): {old}", f"    after  ({marks[1]}): {new}"]
         blocks += [f"  {row['prompt'][-1]['content']}", *(wrap(answer, " " * 6) for answer in answers)]
     return "three of the in-domain problems:\n" + "\n".join(blocks)

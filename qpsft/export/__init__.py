@@ -1,0 +1,1 @@
+"""`qpsft export` and `qpsft push`: GGUF, Ollama, vLLM, the Hub."""

@@ -13,24 +13,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from qpsft.adapter_folder import find_base
-from qpsft.base import load_tokenizer
-from qpsft.checkpoint import check_folder
 from qpsft.errors import ExportError, OutputError
 from qpsft.export.gguf_check import GgufCheck, check_gguf
 from qpsft.export.gguf_run import PROMPTS, GgufRun, llama_cpp_python, run_gguf
 from qpsft.export.llama_cpp import CONVERTER, find_llama_cpp, last_lines, load_gguf, run_converter, run_process
-from qpsft.export.work_folder import is_adapter, put_in_place, work_folder
-from qpsft.merging.finished_folder import check_space
-from qpsft.verification.exported import ExportedWeights, read_text_config
-from qpsft.verification.verify_prompts import read_prompts
-from qpsft.verification.verify_text import stop_tokens
-from qpsft.wrapping import wrap
+from qpsft.files import check_space, is_adapter, put_in_place, work_folder
+from qpsft.model.adapter_folder import find_base
+from qpsft.model.base import load_tokenizer
+from qpsft.model.folder import check_folder
+from qpsft.terminal import wrap
+from qpsft.verify.exported import ExportedWeights, read_text_config
+from qpsft.verify.prompts import read_prompts
+from qpsft.verify.text import stop_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from qpsft.merge import MergeReport
+    from qpsft.merge.merging import MergeReport
 
 CONVERTED = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 1.07}
 """Types the converter writes, and bytes a weight."""
@@ -114,7 +113,7 @@ def export_gguf(
         llama_cpp: see `qpsft.export.llama_cpp.find_llama_cpp`.
         overwrite: replace an existing `output`.
         run: run the file too, if llama-cpp-python is installed.
-        prompts: for that; see `qpsft.verification.verify_prompts.read_prompts`.
+        prompts: for that; see `qpsft.verify.prompts.read_prompts`.
         show_progress: show progress bars.
 
     Raises:
@@ -144,7 +143,7 @@ def export_gguf(
         gguf = load_gguf(tools)
         merge, folder = None, source
         if from_adapter:
-            from qpsft.merge import merge_adapter
+            from qpsft.merge.merging import merge_adapter
 
             dtype = MERGE_DTYPE.get(first, "float16")
             merge = merge_adapter(

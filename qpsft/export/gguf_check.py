@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qpsft.errors import ExportError
-from qpsft.verification.exported import ExportedWeights, read_text_config
+from qpsft.verify.exported import ExportedWeights, read_text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,14 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qpsft.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_folder, find_base
 from qpsft.errors import ExportError, OutputError
 from qpsft.export.gguf_check import GgufFile, layout_of, rounding_error
 from qpsft.export.llama_cpp import LORA_CONVERTER, find_llama_cpp, load_gguf, run_converter
-from qpsft.export.work_folder import put_in_place, work_folder
-from qpsft.merging.finished_folder import check_space
-from qpsft.verification.exported import read_text_config
-from qpsft.wrapping import wrap
+from qpsft.files import check_space, put_in_place, work_folder
+from qpsft.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_folder, find_base
+from qpsft.terminal import wrap
+from qpsft.verify.exported import read_text_config
 
 if TYPE_CHECKING:
     from peft import LoraConfig

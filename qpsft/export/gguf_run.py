@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from qpsft.errors import ExportError
 from qpsft.export.gguf_check import GgufFile, sources_of
 from qpsft.export.gguf_texts import varied_texts
-from qpsft.hardware import pick_device
-from qpsft.verification.exported import ExportedWeights, load_exported, read_text_config
-from qpsft.verification.measure import Sequence, measure
-from qpsft.verification.verify_prompts import Prompt
+from qpsft.model.hardware import pick_device
+from qpsft.verify.exported import ExportedWeights, load_exported, read_text_config
+from qpsft.verify.measure import Sequence, measure
+from qpsft.verify.prompts import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from qpsft.verification.verify_text import CONVERSATIONS
+from qpsft.verify.text import CONVERSATIONS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from qpsft.adapter_folder import find_base, trained_tokenizer
-from qpsft.base import load_tokenizer
-from qpsft.checkpoint import resolve_folder
 from qpsft.errors import ExportError, OutputError
 from qpsft.export.gguf import ExportReport, export_gguf
-from qpsft.export.work_folder import is_adapter
-from qpsft.verification.exported import read_text_config
-from qpsft.wrapping import wrap
+from qpsft.files import is_adapter
+from qpsft.model.adapter_folder import find_base, trained_tokenizer
+from qpsft.model.base import load_tokenizer
+from qpsft.model.folder import resolve_folder
+from qpsft.terminal import wrap
+from qpsft.verify.exported import read_text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

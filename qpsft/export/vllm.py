@@ -8,16 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpsft.adapter_folder import ADAPTER_CONFIG, check_adapter_folder
-from qpsft.base_record import BaseRecord, read_base_record
-from qpsft.checkpoint import DEMO, check_folder
-from qpsft.demo import MODEL_DIR
 from qpsft.errors import ExportError
-from qpsft.export.work_folder import is_adapter
-from qpsft.wrapping import wrap
+from qpsft.files import is_adapter
+from qpsft.model.adapter_folder import ADAPTER_CONFIG, check_adapter_folder
+from qpsft.model.base_record import BaseRecord, read_base_record
+from qpsft.model.folder import DEMO, MODEL_DIR, check_folder
+from qpsft.terminal import wrap
 
 if TYPE_CHECKING:
-    from qpsft.merge import MergeReport
+    from qpsft.merge.merging import MergeReport
 
 DEFAULT_RANK = 16
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -106,7 +105,7 @@ def export_vllm(
         return VllmReport(source, True, [], shlex.join(["vllm", "serve", str(source.resolve())]), is_adapter=False)
     report = check_vllm(source, base=base)
     if not report.servable and output is not None:
-        from qpsft.merge import merge_adapter
+        from qpsft.merge.merging import merge_adapter
 
         report.merge = merge_adapter(source, output, base=base, **options)
         report.command = shlex.join(["vllm", "serve", report.merge.output])

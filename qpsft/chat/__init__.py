@@ -1,0 +1,1 @@
+"""`qpsft chat`: talk to an adapter, its base, or a merged model."""

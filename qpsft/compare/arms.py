@@ -1,0 +1,136 @@
+"""What is compared: each arm is a method.
+
+Every arm starts from the same base, is offered the same rows, shuffled alike, and takes as many optimizer steps. Arms
+with several visits go through the rows in another order, and may see fewer of them (`qpsft.compare.coverage`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qpsft.errors import RecipeError
+
+VISITS = 4
+METHOD_OPTIONS = frozenset(
+    {"loss_type", "epsilon", "reference_steps", "num_iterations", "sft_warmup_steps", "block_order", "reference"}
+)
+"""Options that belong to an arm; the other options of a recipe are the same for all arms."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side of a comparison.
+
+    Attributes:
+        name: what users call it.
+        what: one line for tables.
+        loss_type: of PSFTConfig.
+        visits: whether it goes through each block several times, after one block of plain SFT.
+        block_order: whether it takes PSFT's order of the rows though its loss needs none.
+        last_visit: whether a row's reference is the policy at that row's own last visit.
+        rate_of: arms whose learning rate it takes, the first that takes part; none: it has its own.
+        control: the arm that differs from it in the loss alone.
+    """
+
+    name: str
+    what: str
+    loss_type: str
+    visits: bool = False
+    block_order: bool = False
+    last_visit: bool = False
+    rate_of: tuple[str, ...] = ()
+    control: str | None = None
+
+    def options(self, reference_steps: int, epsilon: float, num_iterations: int) -> dict[str, Any]:
+        """The arm's options of PSFTConfig, all that its steps depend on and no other.
+
+        Args:
+            reference_steps, epsilon: the recipe's.
+            num_iterations: the recipe's; `VISITS` where it has one visit only.
+        """
+        found: dict[str, Any] = {"loss_type": self.loss_type}
+        if self.loss_type == "psft":
+            found["epsilon"] = epsilon
+        if self.last_visit:
+            return found | {"reference": "last_visit"}
+        if self.block_order:
+            found["block_order"] = True
+        if self.loss_type == "psft" or self.block_order:
+            found["reference_steps"] = reference_steps
+            found["num_iterations"] = (num_iterations if num_iterations > 1 else VISITS) if self.visits else 1
+            found["sft_warmup_steps"] = reference_steps if self.visits else 0
+        return found
+
+
+ARMS: dict[str, Arm] = {
+    arm.name: arm
+    for arm in (
+        Arm("sft", "plain SFT at its own learning rate", "nll"),
+        Arm("sft_matched", "plain SFT at PSFT's learning rate", "nll", rate_of=("psft", "psft_visits", "last_visit")),
+        Arm(
+            "sft_blocks",
+            "plain SFT at PSFT's learning rate, in its order of blocks and visits",
+            "nll",
+            visits=True,
+            block_order=True,
+            rate_of=("psft_visits", "psft", "last_visit"),
+        ),
+        Arm("dft", "DFT", "dft"),
+        Arm("psft", "PSFT, one visit (the paper)", "psft", control="sft_matched"),
+        Arm("psft_visits", "PSFT, several visits, one block of SFT first", "psft", visits=True, control="sft_blocks"),
+        Arm("last_visit", "PSFT against each row's own last visit", "psft", last_visit=True, control="sft_matched"),
+    )
+}
+DEFAULT_ARMS = ("sft", "sft_matched", "dft", "psft", "psft_visits")
+NOISE_ARMS = ("sft", "psft_visits")
+
+
+def find_arm(name: str) -> Arm:
+    """The arm of this name. Raises RecipeError with the nearest one."""
+    if name not in ARMS:
+        near = difflib.get_close_matches(name, ARMS, n=1, cutoff=0.5)
+        todo = f"Did you mean {near[0]}? " if near else ""
+        raise RecipeError(f"There is no arm {name!r}.", f"{todo}Arms: {', '.join(ARMS)}.")
+    return ARMS[name]
+
+
+def find_arms(names: Sequence[str]) -> list[Arm]:
+    """The arms of these names, in the order of `ARMS`.
+
+    Raises:
+        RecipeError: no such arm, or an arm that takes another's learning rate without that other one.
+    """
+    wanted = {find_arm(name).name for name in names}
+    if not wanted:
+        raise RecipeError("There is no arm to compare.", f"Arms: {', '.join(ARMS)}.")
+    chosen = [arm for name, arm in ARMS.items() if name in wanted]
+    for arm in chosen:
+        if arm.rate_of and rate_source(arm, chosen) is None:
+            raise RecipeError(
+                f"The arm {arm.name} takes the learning rate of {' or '.join(arm.rate_of)}, and none takes part.",
+                f"Add {arm.rate_of[0]} to --arms.",
+            )
+    return chosen
+
+
+def rate_source(arm: Arm, chosen: Sequence[Arm]) -> str | None:
+    """The arm whose learning rate `arm` takes; itself if it has its own, None if that arm does not take part."""
+    if not arm.rate_of:
+        return arm.name
+    names = {other.name for other in chosen}
+    return next((name for name in arm.rate_of if name in names), None)
+
+
+def pairs(chosen: Sequence[Arm], rates: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Which arms are compared with which: every arm with `sft`, and each PSFT arm with its matched control.
+
+    Args:
+        rates: arm -> learning rate. A control with another one differs in more than the loss and is none.
+    """
+    names = [arm.name for arm in chosen]
+    found = [(name, "sft") for name in names if name != "sft" and "sft" in names]
+    controlled = [arm for arm in chosen if arm.control in names and rates[arm.name] == rates[arm.control]]
+    return found + [(arm.name, arm.control) for arm in controlled]

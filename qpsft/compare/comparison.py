@@ -1,0 +1,307 @@
+"""SFT, DFT and PSFT from the same start with the same budget: which runs that takes, and what comes out.
+
+    base ── tuning runs ── learning rate of each arm ── runs of all arms ── Comparison ── table, verdict, report
+            (rates × tune_seeds)   (validation rows only)   (arms × seeds)
+
+Every run is kept as soon as it is done (`qpsft.compare.run`), so whatever is asked for again is read,
+not run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qpsft.compare.arms import DEFAULT_ARMS, Arm, find_arms, pairs, rate_source
+from qpsft.compare.coverage import coverage_notes, unseen_share
+from qpsft.compare.data import BASE_SAMPLES, load_data, sample_base
+from qpsft.compare.measure import Measurement
+from qpsft.compare.options import CompareOptions, load_comparison, rate_grid
+from qpsft.compare.queue import RunQueue
+from qpsft.compare.results import ArmResult, Comparison, is_accuracy
+from qpsft.compare.run import RunSpec, Setting, base_key, decisive_options, load_setting
+from qpsft.data.template import find_chat_date, keep_chat_date
+from qpsft.errors import DivergedError, OutputError, RecipeError
+from qpsft.files import write_atomically
+from qpsft.model.base import load_tokenizer
+from qpsft.recipe.file import Recipe
+
+RECORD = "comparison.json"
+
+
+def compare(recipe: str | Path, flags: Sequence[str] = (), **options: Any) -> Comparison:
+    """Compares arms as a recipe says and writes `comparison.json`, `report.html` and figures to its `output_dir`.
+
+    ```python
+    found = compare("adapters/mine", in_domain="test.jsonl", out_of_domain=["old_skills.jsonl"], seeds=3)
+    print(found.difference("psft", "sft", "out_of_domain"))
+    ```
+
+    Args:
+        recipe: a recipe file or its folder. Its loss_type, visits and blocks are the arms'; everything else is shared.
+        flags: options of the recipe, as on the command line.
+        **options: of `CompareOptions`, but for `noise` (see `noise_study`).
+
+    Raises:
+        QpsftError: a mistake in the recipe, the options or the rows; a run that fails.
+    """
+    loaded, chosen = load_comparison(recipe, flags, options)
+    if chosen.noise is not None:
+        raise RecipeError("noise asks for several comparisons.", "Use noise_study.study_noise.")
+    return compare_loaded(loaded, chosen)
+
+
+def compare_loaded(
+    recipe: Recipe, options: CompareOptions, *, noise: float | None = None, folder: Path | None = None
+) -> Comparison:
+    """`compare` with the recipe read.
+
+    Args:
+        noise: replaces the built-in demonstrations' own share of wrong rows.
+        folder: replaces the recipe's `output_dir`.
+    """
+    arms = find_arms(options.arms or DEFAULT_ARMS)
+    folder = prepare(recipe, folder)
+    _make_folder(results_folder(options, folder), "results_dir")
+    setting = make_setting(recipe, options, folder, noise)
+    with RunQueue(setting, results_folder(options, folder), options.jobs) as runs:
+        found = run_arms(arms, recipe, options, runs)
+    comparison = gather(found, arms, recipe, options, runs)
+    write(comparison, folder)
+    return comparison
+
+
+def prepare(recipe: Recipe, folder: Path | None = None) -> Path:
+    """Makes the output folder.
+
+    Raises:
+        OutputError: it cannot be written to. RecipeError: no base is the start, or the recipe says `resume`.
+    """
+    if recipe.run.resume:
+        raise RecipeError("A comparison needs no --resume: finished runs are found again.", "Leave it out.")
+    if not recipe.model.model_name_or_path:
+        raise RecipeError("model_name_or_path is missing.", "Write `model_name_or_path: …` in the recipe.")
+    if recipe.lora.adapter_name_or_path:
+        raise RecipeError(
+            "adapter_name_or_path: a comparison's methods start from the bare base.",
+            "Leave it out.",
+        )
+    folder = folder or Path(recipe.trainer.output_dir)
+    _make_folder(folder, "output_dir")
+    return folder
+
+
+def _make_folder(folder: Path, option: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"{option} {folder} cannot be written to: {error.strerror}.", f"Choose another with --{option}."
+        ) from None
+
+
+def results_folder(options: CompareOptions, folder: Path) -> Path:
+    """Where the runs' results are kept."""
+    return Path(options.results_dir) if options.results_dir else folder / "results"
+
+
+def make_setting(recipe: Recipe, options: CompareOptions, folder: Path, noise: float | None = None) -> Setting:
+    """What all runs share: the base, the rows, the options of training and of measurement."""
+    model = recipe.model
+    tokenizer = load_tokenizer(
+        model.model_name_or_path, revision=model.model_revision, trust_remote_code=recipe.trainer.trust_remote_code
+    )
+    results = results_folder(options, folder)
+    recipe.data.chat_date = find_chat_date(recipe.data.chat_date, tokenizer, results)
+    keep_chat_date(recipe.data.chat_date, results)
+    how = Measurement(
+        k=options.k,
+        temperatures=tuple(options.temperatures),
+        sample_rows=options.sample_rows,
+        max_new_tokens=options.max_new_tokens,
+        verifier=options.verifier,
+        arguments=recipe.data,
+    )
+    key = base_key(model.model_name_or_path, model.model_revision)
+    setting = Setting(model, recipe.lora, decisive_options(recipe), recipe.trainer.logging_steps, key, None, how)
+    samples = None
+    if BASE_SAMPLES in (options.out_of_domain or ()):
+        samples = sample_base(lambda: load_setting(setting), folder / f"{BASE_SAMPLES}-{setting.rounded_key}.jsonl")
+    setting.data = load_data(recipe, options, tokenizer, noise=noise, base_samples=samples)
+    return setting
+
+
+@dataclass
+class Found:
+    """The results of a comparison's runs: the base's, and by arm and learning rate and seed; and what was never seen.
+
+    `unseen`: arm -> share of the training rows that its runs never reach.
+    """
+
+    base: dict[str, Any]
+    rates: dict[str, float]
+    unseen: dict[str, float]
+    runs: dict[str, dict[float, dict[int, dict[str, Any]]]] = field(default_factory=dict)
+
+
+def run_arms(arms: Sequence[Arm], recipe: Recipe, options: CompareOptions, runs: RunQueue) -> Found:
+    """Does what has to be done: base, tuning grid, then every arm at its learning rate on every seed."""
+    seeds = [recipe.trainer.seed + index for index in range(options.seeds)]
+    epochs = options.epochs or recipe.trainer.num_train_epochs
+    methods = {arm.name: _method(arm, recipe) for arm in arms}
+    own = [arm for arm in arms if rate_source(arm, arms) == arm.name]
+    rows = runs.setting.data.train
+    unseen = {name: unseen_share(method, recipe.trainer, epochs, rows) for name, method in methods.items()}
+    _warn_of_unseen_rows(unseen, methods, recipe)
+    base = RunSpec({})
+    grid = rate_grid(options, recipe)
+    tuned = [arm for arm in own if options.tune and arm.name not in (options.arm_rates or {})]
+
+    def spec(arm: str, rate: float, seed: int) -> RunSpec:
+        return RunSpec(methods[arm], rate, seed, epochs)
+
+    tuning = {
+        arm.name: {rate: {seed: spec(arm.name, rate, seed) for seed in seeds[: options.tune_seeds]} for rate in grid}
+        for arm in tuned
+    }
+    first = [s for by_rate in tuning.values() for by_seed in by_rate.values() for s in by_seed.values()]
+    later = max(0, len(seeds) - options.tune_seeds) * len(tuned) + (len(arms) - len(tuned)) * len(seeds)
+    runs.expect(1 + len(first) + later)
+    done = runs.do([base, *first], may_diverge=True)
+    sign = 1 if is_accuracy("validation", runs.setting.data.metric) else -1
+    rates = {arm.name: (options.arm_rates or {}).get(arm.name, recipe.trainer.learning_rate) for arm in own}
+    for name, by_rate in tuning.items():
+        scores = {rate: [_validation(done[s]) for s in by_seed.values()] for rate, by_seed in by_rate.items()}
+        rates[name] = choose_rate(scores, sign)
+        _refuse_if_diverged(name, rates[name], by_rate, done)
+    rates |= {arm.name: rates[rate_source(arm, arms)] for arm in arms if arm not in own}
+    last = {arm.name: {seed: spec(arm.name, rates[arm.name], seed) for seed in seeds} for arm in arms}
+    needed = [s for by_seed in last.values() for s in by_seed.values()]
+    taken_over = [s for s in needed if s in done and "diverged" in done[s]]  # of another arm's grid
+    done |= runs.do(taken_over + [s for s in needed if s not in done])
+    found = Found(done[base], {arm.name: rates[arm.name] for arm in arms}, unseen)
+    for arm in arms:
+        specs = {rate: dict(by_seed) for rate, by_seed in tuning.get(arm.name, {}).items()}
+        specs[rates[arm.name]] = specs.get(rates[arm.name], {}) | last[arm.name]
+        found.runs[arm.name] = {rate: {seed: done[s] for seed, s in by_seed.items()} for rate, by_seed in specs.items()}
+    return found
+
+
+def _method(arm: Arm, recipe: Recipe) -> dict[str, Any]:
+    trainer = recipe.trainer
+    return arm.options(trainer.reference_steps, trainer.epsilon, trainer.num_iterations)
+
+
+def _warn_of_unseen_rows(unseen: dict[str, float], methods: dict[str, dict[str, Any]], recipe: Recipe) -> None:
+    visits = {name: method.get("num_iterations", 1) for name, method in methods.items()}
+    for note in coverage_notes(unseen, visits, max_steps=recipe.trainer.max_steps):
+        warnings.warn(note, stacklevel=1)  # by this module's name it is let through
+
+
+def _validation(result: dict[str, Any]) -> float:
+    return math.nan if "diverged" in result else result["points"][-1]["metrics"]["validation"]
+
+
+def _refuse_if_diverged(arm: str, chosen: float, by_rate: dict[float, dict[int, RunSpec]], done: dict) -> None:
+    """Raises DivergedError if even the chosen learning rate has a run that diverged."""
+    found = next((done[s]["diverged"] for s in by_rate[chosen].values() if "diverged" in done[s]), None)
+    if found is not None:
+        raise DivergedError(
+            f"{arm} diverged at every learning rate of the grid ({', '.join(f'{rate:g}' for rate in by_rate)}); at the "
+            f"lowest: {found['error']}",
+            "Give lower ones with --learning_rates. If the lowest should work, look at the rows named.",
+            found["step"],
+        )
+
+
+def choose_rate(scores: dict[float, list[float]], sign: int) -> float:
+    """The learning rate with the best mean validation score; of equal ones the lowest.
+
+    Args:
+        scores: learning rate -> validation scores at the last epoch, by seed; NaN where training diverged. A rate with
+            a score that is not finite is worse than any other.
+        sign: 1 if a higher score is better, else -1.
+    """
+
+    def rank(rate: float) -> float:
+        mean = sign * sum(scores[rate]) / len(scores[rate])
+        return mean if math.isfinite(mean) else -math.inf
+
+    return max(sorted(scores), key=rank)
+
+
+def gather(found: Found, arms: Sequence[Arm], recipe: Recipe, options: CompareOptions, runs: RunQueue) -> Comparison:
+    """The runs' results as a `Comparison`."""
+    setting = runs.setting
+    every = [
+        found.base,
+        *(r for by_rate in found.runs.values() for by_seed in by_rate.values() for r in by_seed.values()),
+    ]
+    return Comparison(
+        name=setting.data.name,
+        metric=setting.data.metric,
+        base=found.base["points"][0]["metrics"],
+        base_completions=found.base["completions"],
+        arms={
+            arm.name: ArmResult(
+                arm.name,
+                arm.what,
+                found.rates[arm.name],
+                rate_source(arm, arms) == arm.name,
+                found.runs[arm.name][found.rates[arm.name]],
+                found.runs[arm.name] if len(found.runs[arm.name]) > 1 else {},
+                round(found.unseen[arm.name], 4),
+            )
+            for arm in arms
+        },
+        pairs=pairs(arms, found.rates),
+        overlap=setting.data.overlap,
+        counts=setting.data.counts,
+        shortened=setting.data.shortened,
+        settings={
+            "comparison": asdict(options),
+            "methods": {arm.name: _method(arm, recipe) for arm in arms},
+            "base": asdict(setting.model) | {"weights": setting.base_key},
+            "adapter": asdict(setting.lora),
+            "training": setting.options,
+            "versions": _distinct(result["versions"] for result in every),
+            "machines": sorted({result["machine"] for result in every}),
+        },
+        reused=runs.reused,
+        done=runs.done,
+    )
+
+
+def _distinct(versions: Iterator[dict[str, str]]) -> dict[str, str]:
+    """Package -> version, or all versions that took part."""
+    found: dict[str, set[str]] = {}
+    for one in versions:
+        for name, version in one.items():
+            found.setdefault(name, set()).add(version)
+    return {name: ", ".join(sorted(values)) for name, values in found.items()}
+
+
+def write(comparison: Comparison, folder: Path) -> None:
+    """Writes the record, the page and its figures.
+
+    Raises:
+        OutputError: they cannot be written.
+    """
+    from qpsft.compare.report import write_report
+
+    try:
+        text = json.dumps(comparison.to_dict(), indent=1, ensure_ascii=False)
+        write_atomically(folder / RECORD, text + "\n")
+        write_report(comparison, folder)
+    except OSError as error:
+        raise OutputError(
+            f"The report could not be written to {folder}: {error.strerror}.", "Mend it and repeat: the runs are kept."
+        ) from error

@@ -1,0 +1,60 @@
+"""Which share of the rows an arm never sees: visits to the same rows take the place of steps on new ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import datasets
+
+from qpsft.psft.schedule import BlockSchedule
+
+
+def unseen_share(method: Mapping[str, Any], trainer: Any, epochs: float, rows: datasets.Dataset) -> float:
+    """Share of the training rows that a run of this length never reaches, in [0, 1).
+
+    Args:
+        method: options of PSFTConfig that make the arm.
+        trainer: the recipe's PSFTConfig; its batch size, `max_steps` and `packing` count.
+        epochs: of the run.
+        rows: tokenized. Packed ones are reckoned as full pieces of `max_length` tokens.
+    """
+    count = len(rows)
+    if trainer.packing:
+        count = max(1, math.ceil(sum(map(len, rows["input_ids"])) / trainer.max_length))
+    mini_batch = trainer.train_batch_size * trainer.gradient_accumulation_steps
+    steps = trainer.max_steps if trainer.max_steps > 0 else math.ceil(epochs * math.ceil(count / mini_batch))
+    schedule = BlockSchedule(
+        count,
+        mini_batch,
+        reference_steps=method.get("reference_steps", 1),
+        num_iterations=method.get("num_iterations", 1),
+        warmup_steps=method.get("sft_warmup_steps", 0),
+        total_steps=steps,
+    )
+    return schedule.unseen_share()
+
+
+def coverage_notes(unseen: Mapping[str, float], visits: Mapping[str, int], *, max_steps: int = -1) -> list[str]:
+    """One sentence for arms that never see all rows, those with the same share together.
+
+    Args:
+        unseen: arm -> `unseen_share`.
+        visits: arm -> how often it visits a row.
+        max_steps: the recipe's, which overrides epochs where it is above 0.
+    """
+    together: dict[tuple[float, int], list[str]] = {}
+    for name, share in unseen.items():
+        if share > 0:
+            together.setdefault((share, visits[name]), []).append(name)
+    notes = []
+    for (share, times), names in together.items():
+        why = f", since each is visited {times} times" if times > 1 else ""
+        todo = "a larger --max_steps" if max_steps > 0 else f"--epochs {times}"
+        notes.append(f"{_listed(names)} saw {1 - share:.0%} of the rows{why}: {todo} shows them all.")
+    return notes
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -1,0 +1,271 @@
+"""The rows of a comparison: to train on, to choose on (validation), to judge on (in-domain and out-of-domain)."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import random
+from collections.abc import Callable, Container
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from qpsft.compare.options import CompareOptions
+from qpsft.data.read import BUILT_IN, Records, read_records
+from qpsft.data.shapes import Rows, to_rows
+from qpsft.data.tokenize import tokenize_rows
+from qpsft.errors import DataError, RecipeError
+from qpsft.evaluate.rows import as_records, as_rows, duplicates, with_references
+from qpsft.evaluate.verifiers import find_verifier
+from qpsft.files import write_atomically
+from qpsft.model.generation import generate, stop_tokens
+from qpsft.recipe.arguments import DataArguments
+from qpsft.recipe.file import Recipe
+
+BASE_SAMPLES = "base_samples"
+SAMPLED_TEXTS = 128
+SAMPLED_LENGTH = 192
+SPLIT_SHARE = 0.1
+OWN_SETS = ("train", "validation", "in_domain")
+
+
+@dataclass
+class ComparedData:
+    """What every run of one data set trains and is evaluated on.
+
+    Attributes:
+        name: the demonstrations.
+        train: tokenized rows.
+        validation: rows that learning rates are chosen on.
+        in_domain: test rows like the demonstrations.
+        out_of_domain: test rows of other kinds, by set.
+        metric: what is compared; as in `qpsft.compare.results.is_accuracy`.
+        overlap: set -> `duplicate_rows` and `duplicate_prompts` that stand word for word among the training rows;
+            `in_domain in validation` counts test rows among the validation rows.
+        counts: rows by set.
+        shortened: training rows that were `truncated` at max_length, and `dropped` for want of a supervised token.
+        key: hash of all rows and of what their sets are called.
+    """
+
+    name: str
+    train: datasets.Dataset
+    validation: Rows
+    in_domain: Rows
+    out_of_domain: dict[str, Rows]
+    metric: str
+    overlap: dict[str, dict[str, int]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    shortened: dict[str, int] = field(default_factory=dict)
+    key: str = ""
+
+    def sets(self) -> dict[str, Rows]:
+        """Every evaluation set by name."""
+        return {"validation": self.validation, "in_domain": self.in_domain, **self.out_of_domain}
+
+
+def load_data(
+    recipe: Recipe,
+    options: CompareOptions,
+    tokenizer: Any,
+    *,
+    noise: float | None = None,
+    base_samples: list[dict] | None = None,
+) -> ComparedData:
+    """Reads, splits and tokenizes the rows of a comparison.
+
+    Args:
+        noise: share of wrong demonstrations of a built-in set, instead of its own.
+        base_samples: what `sample_base` returned, if `out_of_domain` names it.
+
+    Raises:
+        DataError: as `load_rows`; too few rows to split. RecipeError: `noise` for other rows than the built-in ones,
+            or a metric that a set cannot give.
+    """
+    name = recipe.data.dataset_name
+    if not name:
+        raise RecipeError("dataset_name is missing.", "Write `dataset_name: …` in the recipe or give --dataset_name.")
+    built_in = BUILT_IN.get(name)
+    if noise is not None and built_in is None:
+        raise RecipeError(f"noise cannot be varied in {name}.", f"Use one of {', '.join(BUILT_IN)}.")
+    if noise is None:
+        records = read_records(name, recipe.data, recipe.data.dataset_train_split)
+    else:
+        made = built_in.demonstrations(built_in, noise=noise)[: recipe.data.dataset_limit]
+        records = as_records(made, f"{name}, {noise:.0%} wrong")
+    test, validation, out_of_domain = _own_sets(built_in, options)
+    neutral = replace(recipe.data, dataset_columns=None, dataset_shape="auto", dataset_limit=None)
+    if options.in_domain:
+        test = _read(options.in_domain, recipe.data, neutral, options.eval_rows)
+    if options.validation:
+        validation = _read(options.validation, recipe.data, neutral, options.eval_rows)
+    if test is None:
+        records, test = _split_off(records, recipe.data, options.eval_rows, "in-domain test")
+    if validation is None:
+        records, validation = _split_off(records, recipe.data, options.eval_rows, "validation")
+    rows = to_rows(records, recipe.data)
+    if options.out_of_domain is not None:
+        out_of_domain = {}
+        for one in options.out_of_domain:
+            label = _free_name(Path(one).stem, {*OWN_SETS, *out_of_domain})
+            if one == BASE_SAMPLES:
+                out_of_domain[label] = as_rows(base_samples[: options.out_of_domain_rows], BASE_SAMPLES, neutral)
+            else:
+                out_of_domain[label] = _read(one, recipe.data, neutral, options.out_of_domain_rows)
+    tokenized = tokenize_rows(rows, tokenizer, recipe.data, recipe.trainer.max_length)
+    data = ComparedData(rows.name, tokenized.dataset, validation, test, out_of_domain, "")
+    data.metric = _metric(options, data)
+    data.counts = {"train": len(tokenized.dataset), **{label: len(one.rows) for label, one in data.sets().items()}}
+    data.shortened = {
+        "truncated": tokenized.counts.truncated,
+        "dropped": sum(tokenized.counts.dropped.values()),
+        "max_length": recipe.trainer.max_length,
+    }
+    data.overlap = {label: duplicates(rows.rows, one.rows) for label, one in data.sets().items()}
+    data.overlap["in_domain in validation"] = duplicates(validation.rows, test.rows)
+    data.key = _digest(
+        [tokenized.dataset["input_ids"][:], tokenized.dataset["labels"][:]],
+        *([label, one.rows] for label, one in data.sets().items()),
+    )
+    return data
+
+
+def _own_sets(built_in: str | None, options: CompareOptions) -> tuple[Rows | None, Rows | None, dict[str, Rows]]:
+    """The built-in world's test and validation rows and its out-of-domain sets, for its own demonstrations."""
+    if built_in is None:
+        return None, None, {}
+    test = as_rows(built_in.in_domain("test", options.eval_rows), "in_domain")
+    validation = as_rows(built_in.in_domain("validation", options.eval_rows), "validation")
+    others = built_in.out_of_domain("test", options.out_of_domain_rows)
+    return test, validation, {label: as_rows(rows, label) for label, rows in others.items()}
+
+
+def _read(name: str, arguments: DataArguments, neutral: DataArguments, limit: int) -> Rows:
+    """An evaluation set; the training rows' column names apply where it has such columns."""
+    records = read_records(name, neutral, "test")
+    columns = set((arguments.dataset_columns or {}).values())
+    alike = bool(columns) and columns <= set(records.records[0])
+    return as_rows(records.records[:limit], Path(name).name, arguments if alike else neutral)
+
+
+def _split_off(records: Records, arguments: DataArguments, limit: int, what: str) -> tuple[Records, Rows]:
+    """The records to train on, and rows to evaluate on, which keep the columns that verifiers need."""
+    total = len(records.records)
+    count = min(limit, int(total * SPLIT_SHARE))
+    if not count:
+        raise DataError(
+            f"{records.name} has {total} rows, too few to set a tenth aside as {what} rows.",
+            "Name a file with --in_domain and one with --validation.",
+        )
+    order = random.Random(f"qpsft compare: {what}").sample(range(total), total)
+    aside = _select(records, sorted(order[:count]))
+    return _select(records, sorted(order[count:])), with_references(aside, arguments)
+
+
+def _select(records: Records, indices: list[int]) -> Records:
+    return replace(
+        records,
+        numbers=[records.numbers[i] for i in indices],
+        records=[records.records[i] for i in indices],
+    )
+
+
+def _free_name(name: str, taken: Container[str]) -> str:
+    number = 2
+    free = name
+    while free in taken:
+        free, number = f"{name}-{number}", number + 1
+    return free
+
+
+def _metric(options: CompareOptions, data: ComparedData) -> str:
+    """What to compare. Accuracy needs answers that can be checked: an exact match of free text says nothing."""
+    if options.metric in ("accuracy", "mixed"):
+        accurate = {"in-domain": data.in_domain, **(data.out_of_domain if options.metric == "accuracy" else {})}
+        plain = [label for label, rows in accurate.items() if "text" in rows.rows[0]]
+        if plain:
+            other = "nll" if "in-domain" in plain else "mixed"
+            raise RecipeError(f"{plain[0]} is plain text, which has no accuracy.", f"Use --metric {other}.")
+    if options.metric != "auto":
+        return options.metric
+    if not _is_checkable(data.in_domain, options.verifier):
+        return "nll"
+    others = data.out_of_domain.values()
+    return "accuracy" if all(_is_checkable(rows, set_verifier(options.verifier, rows)) for rows in others) else "mixed"
+
+
+def _is_checkable(rows: Rows, verifier: str) -> bool:
+    if "text" in rows.rows[0]:
+        return False
+    found, _ = find_verifier(verifier, rows.rows, rows.name)
+    return verifier != "auto" or found != "exact"
+
+
+def set_verifier(asked: str, rows: Rows) -> str:
+    """An out-of-domain set's verifier: the comparison's, unless it can read none of the set's references."""
+    if asked != "auto" and "text" not in rows.rows[0]:
+        try:
+            find_verifier(asked, rows.rows, rows.name)
+        except DataError:
+            return "auto"
+    return asked
+
+
+def sample_base(load: Callable[[], tuple[Any, Any]], path: Path) -> list[dict]:
+    """Texts sampled from the base itself at temperature 1, made once and kept in `path` (JSON lines).
+
+    Args:
+        load: returns the base and its tokenizer; called if `path` is not there yet.
+
+    Returns:
+        Rows with `text`, and `cut_off` where the length cap ended it, so that no end is evaluated that the base never
+        wrote.
+
+    Raises:
+        RecipeError: the base has no token that begins or ends a text.
+    """
+    if path.is_file():
+        with contextlib.suppress(ValueError):  # half a line: made anew
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    model, tokenizer = load()
+    start = _first_token(model, tokenizer)
+    if start is None:
+        raise RecipeError(
+            f"{BASE_SAMPLES} needs a base with a token that begins or ends a text, to start from.",
+            "Name a file of texts as --out_of_domain instead.",
+        )
+    written = generate(
+        model,
+        [[start]] * SAMPLED_TEXTS,
+        stop_ids=stop_tokens(model, tokenizer),
+        greedy=False,
+        samples=1,
+        max_new_tokens=SAMPLED_LENGTH,
+        description=BASE_SAMPLES,
+    )
+    samples = [one.samples[0] for one in written]
+    texts = tokenizer.batch_decode([sample.token_ids for sample in samples], skip_special_tokens=True)
+    rows = [
+        {"text": text.strip()} | ({} if sample.stopped else {"cut_off": True})
+        for text, sample in zip(texts, samples, strict=True)
+        if text.strip()
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return rows
+
+
+def _first_token(model: Any, tokenizer: Any) -> int | None:
+    """What a text begins with. Qwen's tokenizers name no such token, their models' settings do (`<|endoftext|>`)."""
+    settings = (model.generation_config, model.config.get_text_config(), model.config)
+    named = [tokenizer.bos_token_id, *(getattr(one, "bos_token_id", None) for one in settings), tokenizer.eos_token_id]
+    return next((token for token in named if token is not None), None)
+
+
+def _digest(*parts: Any) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(json.dumps(part, sort_keys=True, ensure_ascii=False).encode())
+    return found.hexdigest()[:16]

@@ -1,0 +1,197 @@
+"""The options of `qpsft compare`: flags, or the mapping `compare:` of a recipe. Every other flag is the recipe's."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from qpsft.compare.arms import DEFAULT_ARMS, NOISE_ARMS, find_arm
+from qpsft.errors import RecipeError
+from qpsft.recipe.file import Recipe, load_recipe
+from qpsft.recipe.flags import coerce, option_types
+
+DEFAULT_EPOCHS = 4
+RATE_FACTORS = (0.25, 0.5, 1.0, 2.0)
+
+
+def _option(default: Any, help: str) -> Any:
+    factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(**factory, metadata={"help": help})
+
+
+@dataclass
+class CompareOptions:
+    """How arms are compared."""
+
+    arms: list[str] | None = _option(
+        None, f"Arms, separated by commas. Unset: {','.join(DEFAULT_ARMS)}; with --noise {','.join(NOISE_ARMS)}."
+    )
+    seeds: int = _option(5, "Runs per arm. Seed i of each arm has the same initial adapter and shuffled rows.")
+    epochs: float | None = _option(
+        None, f"Epochs of every run. Unset: the recipe's num_train_epochs, or {DEFAULT_EPOCHS} if it has none."
+    )
+    tune: bool = _option(False, "Choose each arm's learning rate on the validation rows, from the same grid.")
+    learning_rates: list[float] | None = _option(
+        None, "The grid. Unset: the recipe's learning_rate times 1/4, 1/2, 1 and 2."
+    )
+    tune_seeds: int = _option(2, "Seeds the choice is made on; these runs count as runs of the chosen rate too.")
+    arm_rates: dict | None = _option(
+        None, "Learning rates that are known already, such as {sft: 2e-3}; without --tune, others take the recipe's."
+    )
+    in_domain: str | None = _option(
+        None, "Rows like the demonstrations: a file, Hub id or built-in set. Unset: a tenth of them, never trained on."
+    )
+    validation: str | None = _option(
+        None, "Other rows like them, to choose learning rates on. Unset: a tenth of the demonstrations."
+    )
+    out_of_domain: list[str] | None = _option(
+        None,
+        "What the base could do before: any number of files or Hub ids, or base_samples, text sampled from the base "
+        "itself. Unset: the built-in world's sets for its demonstrations, else none.",
+    )
+    eval_rows: int = _option(200, "At most so many rows of the in-domain and of the validation set.")
+    out_of_domain_rows: int = _option(64, "At most so many rows of each out-of-domain set.")
+    metric: Literal["auto", "accuracy", "nll", "mixed"] = _option(
+        "auto", "What is compared: greedy accuracy by the verifier, nll, the references' negative log-likelihood, or "
+        "mixed: accuracy in-domain and nll out of domain. auto: accuracy where every answer can be checked; plain text "
+        "and free answers have none."
+    )  # fmt: skip
+    verifier: str = _option(
+        "auto",
+        "Whether a completion is right, as in qpsft evaluate. Out-of-domain sets whose references it cannot read get "
+        "their own.",
+    )
+    k: int = _option(8, "Completions sampled per prompt for pass@k.")
+    sample_rows: int = _option(32, "Sample for so many in-domain rows.")
+    temperatures: list[float] = _option([1.0, 0.6], "Of the samples.")
+    max_new_tokens: int = _option(256, "Length cap of completions.")
+    noise: list[float] | None = _option(
+        None, "Built-in demonstrations only: compare at each of these shares of wrong rows, and plot the gain."
+    )
+    jobs: int = _option(1, "Runs at a time, each in a process of its own with one thread.")
+    results_dir: str | None = _option(
+        None, "Where finished runs are kept and looked for. Unset: results/ in output_dir."
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "tune_seeds", "eval_rows", "out_of_domain_rows", "sample_rows", "max_new_tokens", "jobs"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.k < 0:
+            raise RecipeError(f"k is {self.k}; it must not be negative.", "0 draws no samples.")
+        for name in self.arm_rates or {}:
+            find_arm(name)
+        self.arm_rates = {  # YAML reads 2e-3 as a text
+            name: coerce(rate, float, f"arm_rates: {name}") for name, rate in (self.arm_rates or {}).items()
+        }
+        positive = {
+            "temperatures": self.temperatures,
+            "learning_rates": self.learning_rates or [],
+            "arm_rates": self.arm_rates.values(),
+        }
+        for name, values in positive.items():
+            if any(not value > 0 for value in values):
+                raise RecipeError(f"{name} has a value that is not above 0.", "Give positive numbers.")
+        if self.epochs is not None and not self.epochs > 0:
+            raise RecipeError(f"epochs is {self.epochs}; it must be above 0.")
+        if self.tune and self.tune_seeds > self.seeds:
+            raise RecipeError(
+                f"tune_seeds is {self.tune_seeds}, more than the {self.seeds} seeds.", "Lower it, or raise seeds."
+            )
+        if any(not 0 <= share <= 1 for share in self.noise or []):
+            raise RecipeError("noise has a value outside 0 to 1.", "It is the share of rows with a wrong step.")
+
+
+NAMES = tuple(option.name for option in dataclasses.fields(CompareOptions))
+
+
+def read_flags(argv: Sequence[str]) -> tuple[dict[str, str | bool], list[str]]:
+    """Splits a command line into the comparison's own options, as texts, and the recipe's flags."""
+    own, rest = option_parser().parse_known_args(list(argv))
+    return {name: ",".join(words) if words else True for name, words in vars(own).items()}, rest
+
+
+def option_parser(usage: str | None = None, description: str | None = None) -> argparse.ArgumentParser:
+    """The flags of `CompareOptions`, with their help."""
+    parser = argparse.ArgumentParser(
+        "qpsft compare", usage=usage, description=description, add_help=False, allow_abbrev=False
+    )
+    hints = option_types([CompareOptions])
+    for option in dataclasses.fields(CompareOptions):
+        default = option.default if option.default is not dataclasses.MISSING else option.default_factory()
+        shown = "" if default is None else f" (default: {_shown(default)})"
+        parser.add_argument(
+            f"--{option.name}",
+            default=argparse.SUPPRESS,
+            **(
+                {"action": "store_true"} if usage and hints[option.name] is bool else {"nargs": "*", "metavar": "VALUE"}
+            ),
+            help=(option.metadata["help"] + shown).replace("%", "%%"),
+        )
+    return parser
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, list):
+        return ",".join(f"{value:g}" for value in default)
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def load_comparison(path: str | Path, flags: Sequence[str], given: dict[str, Any] | None = None):
+    """A recipe and the options of its comparison.
+
+    Args:
+        path: the recipe; its own `compare:` mapping is read, flags win over it.
+        flags: the recipe's flags, without those of `CompareOptions`.
+        given: the comparison's options from the command line or Python, as texts or values.
+
+    Returns:
+        (Recipe, CompareOptions). The recipe's `output_dir` is the comparison's: `comparison/` beside the recipe unless
+        a flag says otherwise.
+
+    Raises:
+        RecipeError: as `load_recipe`; a comparison option that does not exist, is of another type, or out of range.
+    """
+    from qpsft.psft.config import PSFTConfig
+
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    if not any(flag.partition("=")[0] in ("--output_dir", "--output-dir") for flag in flags):
+        flags = [*flags, f"--output_dir={folder / 'comparison'}"]
+    recipe = load_recipe(path, flags, PSFTConfig)
+    written = recipe.run.compare or {}
+    where = {name: f"{path}: compare: {name}" for name in written} | {name: f"--{name}" for name in given or {}}
+    hints = option_types([CompareOptions])
+    values = {}
+    for name, value in (written | (given or {})).items():
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, n=1, cutoff=0.6)
+            todo = f"Did you mean {near[0]}?" if near else f"Options: {', '.join(hints)}."
+            raise RecipeError(f"{where[name]}: there is no such option.", todo)
+        values[name] = coerce(value, hints[name], where[name])
+    if values.get("epochs") is None and "num_train_epochs" not in recipe.given:
+        values["epochs"] = DEFAULT_EPOCHS
+    options = CompareOptions(**values)
+    for name in ("in_domain", "validation"):
+        setattr(options, name, _beside(getattr(options, name), folder))
+    if options.out_of_domain is not None:
+        options.out_of_domain = [_beside(name, folder) for name in options.out_of_domain]
+    return recipe, options
+
+
+def _beside(name: str | None, folder: Path) -> str | None:
+    """A relative path is looked up from where the command runs, then beside the recipe."""
+    if name is not None and not Path(name).exists() and (folder / name).exists():
+        return str(folder / name)
+    return name
+
+
+def rate_grid(options: CompareOptions, recipe: Recipe) -> list[float]:
+    """The learning rates to choose from, ascending."""
+    own = recipe.trainer.learning_rate
+    return sorted(set(options.learning_rates or [float(f"{own * factor:.6g}") for factor in RATE_FACTORS]))

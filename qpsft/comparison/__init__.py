@@ -1,1 +1,0 @@
-"""The parts of a comparison of methods. Entry: `qpsft.compare`."""

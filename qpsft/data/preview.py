@@ -1,0 +1,85 @@
+"""Rows as the model will see them, with what it learns marked, and the counts."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from itertools import groupby
+from typing import Any
+
+from qpsft.data.tokenize import IGNORED, DataCounts, TokenizedRows
+from qpsft.terminal import takes_color, visible
+
+GREEN, RESET = "\x1b[32m", "\x1b[0m"
+MARKS = ("⟦", "⟧")
+
+
+def render_preview(
+    tokenized: TokenizedRows, tokenizer: Any, n: int = 3, color: bool | None = None, width: int | None = None
+) -> str:
+    """The first `n` rows decoded token by token, special tokens included, and the table of counts.
+
+    Args:
+        tokenized: what `qpsft.data.tokenize.tokenize_rows` returned.
+        tokenizer: the tokenizer that was used for it.
+        n: how many rows to show.
+        color: True shows supervised tokens in green, False between ⟦ and ⟧. None: colour on a terminal, unless the
+            environment says NO_COLOR or TERM=dumb.
+        width: length of the rules between rows, in characters; the terminal's if None. Rows are never shortened.
+    """
+    if color is None:
+        color = takes_color(sys.stdout)
+    width = width or min(shutil.get_terminal_size().columns, 120)
+    before, after = (GREEN, RESET) if color else MARKS
+    blocks = [f"{before}Supervised tokens{after} look like this; all others are context."]
+    for index in range(min(n, len(tokenized.dataset))):
+        row = tokenized.dataset[index]
+        supervised = sum(label != IGNORED for label in row["labels"])
+        title = f"── {tokenized.places[index]}: {len(row['input_ids'])} tokens, {supervised} supervised "
+        runs = _runs(tokenizer, row["input_ids"], row["labels"])
+        body = "".join(f"{before}{text}{after}" if learned else text for learned, text in runs)
+        blocks.append(f"{title.ljust(width, '─')}\n{body}")
+    blocks.append("─" * width + "\n" + _table(tokenized))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _runs(tokenizer: Any, ids: list[int], labels: list[int]) -> list[tuple[bool, str]]:
+    """Stretches of equally treated tokens: whether they are supervised, and their text."""
+    runs, done, end = [], "", 0
+    for learned, group in groupby(labels, key=lambda label: label != IGNORED):
+        start, end = end, end + len(list(group))
+        # Decoded with all that precedes it, or the first word would lose its space (SentencePiece); by itself only
+        # where the cut falls inside a character.
+        whole = _decode(tokenizer, ids[:end])
+        text = whole[len(done) :] if whole.startswith(done) else _decode(tokenizer, ids[start:end])
+        done = whole
+        runs.append((learned, visible(text)))
+    return runs
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _table(tokenized: TokenizedRows) -> str:
+    counts: DataCounts = tokenized.counts
+    limit = "no limit" if counts.max_length is None else f"max_length {counts.max_length}"
+    share = counts.supervised_tokens / counts.tokens
+    names = {50: "median", 100: "longest"}
+    lengths = ", ".join(f"{names.get(p, f'{p} %')} {length:,}" for p, length in counts.length_percentiles.items())
+    lines = [
+        ("dataset", f"{tokenized.name} ({tokenized.shape})"),
+        ("rows", f"{counts.rows:,}, of which {counts.kept:,} are trained on"),
+        *(("dropped", f"{number:,} ({reason})") for reason, number in counts.dropped.items()),
+        ("truncated", f"{counts.truncated:,} ({limit})"),
+        ("tokens", f"{counts.tokens:,}"),
+        ("supervised tokens", f"{counts.supervised_tokens:,} ({share:.1%})"),
+        ("length in tokens, uncut", lengths),
+    ]
+    if counts.shared_tokens:
+        what = "in which prompt and completion share a token: the prompt alone gives another context"
+        lines.append(("shared tokens", f"{counts.shared_tokens:,} rows {what}"))
+    if counts.unused_columns:
+        lines.append(("columns not used", ", ".join(map(str, counts.unused_columns))))
+    column = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name.ljust(column)}  {value}" for name, value in lines)

@@ -1,0 +1,334 @@
+"""Demonstrations -> token ids and labels, ready for the trainer: which tokens the model sees, which it learns.
+
+Every row becomes one text and the character spans of it that are supervised; the text is tokenized once, and a token is
+supervised when it overlaps a span. So masking goes by position: an end-of-sequence token that belongs to an answer is
+supervised even if the same id pads the batch later.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow
+from jinja2 import TemplateError
+from tqdm import tqdm
+
+from qpsft.data.read import read_records
+from qpsft.data.shapes import Rows, to_rows
+from qpsft.data.template import ChatRenderer, Span, dated_template, refused
+from qpsft.errors import DataError
+from qpsft.recipe.arguments import DataArguments
+
+__all__ = [
+    "DataCounts",
+    "Rows",
+    "TokenizedRows",
+    "encode_prompt",
+    "load_dataset",
+    "load_rows",
+    "tokenize_rows",
+    "writes_chat",
+]
+
+IGNORED = -100
+"""The label of a token that is not supervised."""
+PERCENTILES = (50, 90, 99, 100)
+ROWS_WORTH_A_BAR = 3000
+
+
+@dataclass
+class DataCounts:
+    """What became of the rows.
+
+    Attributes:
+        rows: rows read.
+        dropped: reason -> rows left out for it.
+        truncated: rows kept whose end was cut off at `max_length`.
+        tokens: tokens of the kept rows, after truncation.
+        supervised_tokens: those of them the loss is taken on; never the first of a row, which nothing predicts.
+        length_percentiles: percentile -> row length in tokens, of all rows read, before truncation (nearest rank).
+        shared_tokens: rows in which the end of the prompt and the start of the completion share a token, so that the
+            model is trained on another context than the prompt alone gives it.
+        max_length: the limit that was applied, in tokens; None for none.
+        unused_columns: columns of the source that nothing was made of.
+    """
+
+    rows: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    truncated: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    length_percentiles: dict[int, int] = field(default_factory=dict)
+    shared_tokens: int = 0
+    max_length: int | None = None
+    unused_columns: list[str] = field(default_factory=list)
+
+    @property
+    def kept(self) -> int:
+        """Rows that are trained on."""
+        return self.rows - sum(self.dropped.values())
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row, after truncation."""
+        longest = self.length_percentiles[100]
+        return longest if self.max_length is None else min(longest, self.max_length)
+
+
+@dataclass
+class TokenizedRows:
+    """A tokenized dataset.
+
+    Attributes:
+        name: the file or dataset, as the user wrote it.
+        shape: the shape its rows had.
+        dataset: one row per kept demonstration, in the source's order: `input_ids` (list of int, unpadded) and
+            `labels` (as long; the token's own id where it is supervised, else -100). SFTTrainer takes it as it is.
+        counts: what became of the rows.
+        places: where each kept row came from, such as "data.jsonl, line 57".
+    """
+
+    name: str
+    shape: str
+    dataset: datasets.Dataset
+    counts: DataCounts
+    places: list[str]
+
+
+def load_rows(name: str, arguments: DataArguments, split: str = "train") -> Rows:
+    """Read `name` (a local file, a Hub id, demo-noisy or demo-clean) and bring its rows to one shape.
+
+    Raises:
+        DataError: see `qpsft.data.read.read_records` and `qpsft.data.shapes.to_rows`.
+    """
+    return to_rows(read_records(name, arguments, split), arguments)
+
+
+def load_dataset(
+    arguments: DataArguments,
+    tokenizer: Any,
+    max_length: int | None,
+    split: str | None = None,
+    show_progress: bool = True,
+) -> TokenizedRows:
+    """Read and tokenize `arguments.dataset_name`: `load_rows`, then `tokenize_rows`.
+
+    Args:
+        split: split of a Hub or built-in set; `arguments.dataset_train_split` if None.
+    """
+    if not arguments.dataset_name:
+        raise DataError(
+            "dataset_name is missing: there is nothing to train on.", "Name a file, a Hub id or demo-noisy."
+        )
+    rows = load_rows(arguments.dataset_name, arguments, split or arguments.dataset_train_split)
+    return tokenize_rows(rows, tokenizer, arguments, max_length, show_progress)
+
+
+def tokenize_rows(
+    rows: Rows, tokenizer: Any, arguments: DataArguments, max_length: int | None, show_progress: bool = True
+) -> TokenizedRows:
+    """Tokenize every row, label its supervised tokens and cut it at `max_length`, keeping the start.
+
+    Args:
+        rows: what `load_rows` returned.
+        tokenizer: a fast tokenizer (one with a tokenizer.json), with a chat template if `rows` has messages.
+        arguments: `use_chat_template`, `prompt_format`, `supervise_prompt` and `chat_date` are used.
+        max_length: tokens a row may have; None for no limit.
+        show_progress: show a bar on standard error when there are more than a few thousand rows.
+
+    Raises:
+        DataError: a row the chat template cannot render, messages without a chat template, or no supervised token in
+            any row.
+    """
+    encode = _Encoder(tokenizer, arguments, rows)
+    counts = DataCounts(rows=len(rows.rows), max_length=max_length, unused_columns=rows.unused_columns)
+    columns: dict[str, list[np.ndarray]] = {"input_ids": [], "labels": []}
+    dropped: Counter[str] = Counter()
+    lengths, places = [], []
+    bar = tqdm(
+        zip(rows.rows, rows.places, strict=True),
+        total=len(rows.rows),
+        desc=f"Tokenizing {rows.name}",
+        unit=" rows",
+        file=sys.stderr,
+        disable=not show_progress or len(rows.rows) < ROWS_WORTH_A_BAR,
+    )
+    for row, place in bar:
+        ids, labels, shared = encode(row, place)
+        lengths.append(len(ids))
+        was_cut = max_length is not None and len(ids) > max_length
+        ids, labels = ids[:max_length], labels[:max_length]
+        supervised = int((labels != IGNORED).sum())
+        if not supervised:
+            dropped[f"no supervised token within max_length={max_length}" if was_cut else "no supervised token"] += 1
+            continue
+        columns["input_ids"].append(ids)
+        columns["labels"].append(labels)
+        places.append(place)
+        counts.truncated += was_cut
+        counts.tokens += len(ids)
+        counts.supervised_tokens += supervised
+        counts.shared_tokens += shared
+    lengths.sort()
+    counts.length_percentiles = {p: lengths[math.ceil(p / 100 * len(lengths)) - 1] for p in PERCENTILES}
+    counts.dropped = dict(dropped)
+    if not places:
+        reasons = ", ".join(f"{reason}: {n} rows" for reason, n in dropped.items())
+        raise NothingSupervised(
+            f"{rows.name}: not one supervised token is left to train on ({reasons}; half of the rows are longer than "
+            f"{counts.length_percentiles[50] - 1} tokens).",
+            "Raise max_length, or shorten the prompts.",
+        )
+    return TokenizedRows(rows.name, rows.shape, _as_dataset(columns), counts, places)
+
+
+def _as_dataset(columns: dict[str, list[np.ndarray]]) -> datasets.Dataset:
+    """Columns of int32 arrays, one per row, in memory. `Dataset.from_dict` takes ten times as long to see that."""
+    arrays = {}
+    for name, rows in columns.items():
+        ends = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int32)
+        arrays[name] = pyarrow.ListArray.from_arrays(ends, np.concatenate(rows))
+    return datasets.Dataset(pyarrow.table(arrays))
+
+
+def writes_chat(tokenizer: Any, arguments: DataArguments) -> bool:
+    """Whether plain-string prompts go through the chat template. Raises DataError if they must and there is none."""
+    if arguments.use_chat_template == "always" and not tokenizer.chat_template:
+        raise DataError(
+            "use_chat_template is always, but the tokenizer has no chat template.",
+            "Use an instruct model's tokenizer, or use_chat_template: auto with a prompt_format.",
+        )
+    return bool(tokenizer.chat_template) and arguments.use_chat_template != "never"
+
+
+def encode_prompt(messages: list[dict], tokenizer: Any, arguments: DataArguments) -> list[int]:
+    """The ids after which a model answers, written as training writes prompts.
+
+    Args:
+        messages: a conversation that ends with a user's turn. Without a chat template only that turn counts: training
+            has shown the model single prompts.
+        arguments: `use_chat_template`, `prompt_format` and `chat_date` are used.
+
+    Raises:
+        DataError: the chat template refuses the conversation.
+    """
+
+    def written(content: str) -> str:
+        return arguments.prompt_format.replace("{prompt}", content)
+
+    if not writes_chat(tokenizer, arguments):
+        text = written(messages[-1]["content"])
+        ids = list(tokenizer(text, verbose=False)["input_ids"])
+        if ids[:2] == [tokenizer.bos_token_id] * 2:
+            ids = ids[1:]
+        added = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)
+        return ids[:-1] if added else ids
+    messages = [m | {"content": written(m["content"])} if m["role"] == "user" else m for m in messages]
+    try:
+        text = tokenizer.apply_chat_template(
+            messages,
+            chat_template=dated_template(tokenizer, None, arguments.chat_date),
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        raise refused("The prompt", error) from None
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+class NothingSupervised(DataError):
+    """No row has a supervised token within the length limit."""
+
+
+class _Encoder:
+    """One row -> its ids and labels, by the tokenizer's rules and the user's choices."""
+
+    def __init__(self, tokenizer: Any, arguments: DataArguments, rows: Rows):
+        if not getattr(tokenizer, "is_fast", False):
+            raise DataError(
+                f"{type(tokenizer).__name__} cannot say which characters a token covers, which the labels need.",
+                "Use a base model whose folder has a tokenizer.json.",
+            )
+        self.tokenizer = tokenizer
+        self.arguments = arguments
+        self.strings_as_chat = writes_chat(tokenizer, arguments)
+        self._has_template = bool(tokenizer.chat_template)
+        self._chat: ChatRenderer | None = None
+
+    def __call__(self, row: dict, place: str) -> tuple[np.ndarray, np.ndarray, bool]:
+        """One of `Rows.rows` -> ids, labels (int32, equally long), whether prompt and completion share a token."""
+        ids, labels, shared = self._encode(row, place)
+        # Nothing comes before the first token to predict it from; in a packed batch the row before would.
+        labels[:1] = IGNORED
+        return ids, labels, shared
+
+    def _encode(self, row: dict, place: str) -> tuple[np.ndarray, np.ndarray, bool]:
+        if "text" in row:
+            return self._plain(row["text"], 0)
+        if "messages" in row:
+            text, spans = self._renderer(place).conversation(row["messages"], row.get("tools"), place)
+            return self._label(text, spans)
+        prompt, completion = row["prompt"], row["completion"]
+        if isinstance(prompt, str):
+            prompt = self.arguments.prompt_format.replace("{prompt}", prompt)
+            if not self.strings_as_chat:
+                return self._plain(prompt + completion, len(prompt))
+            prompt = [{"role": "user", "content": prompt}]
+            completion = [{"role": "assistant", "content": completion}]
+        text, spans = self._renderer(place).completion(prompt, completion, row.get("tools"), place)
+        return self._label(text, spans)
+
+    def _renderer(self, place: str) -> ChatRenderer:
+        if not self._has_template:
+            raise DataError(
+                f"{place}: the row is made of messages, but the tokenizer has no chat template to write them with.",
+                "Use an instruct model (or its tokenizer), or turn the rows into prompt and completion strings.",
+            )
+        if self._chat is None:
+            self._chat = ChatRenderer(self.tokenizer, self.arguments.chat_date)
+        return self._chat
+
+    def _plain(self, text: str, prompt_length: int) -> tuple[np.ndarray, np.ndarray, bool]:
+        """Text outside a chat: the tokenizer's own special tokens around it, and one end-of-sequence token behind."""
+        eos, bos = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
+        if eos is None:
+            raise DataError(
+                "The tokenizer has no end-of-sequence token, so the model would never learn to stop.",
+                "Set eos_token in the base model's tokenizer_config.json.",
+            )
+        ids, labels, shared = self._label(text, [(prompt_length, len(text))], add_special_tokens=True)
+        if bos is not None and ids[:2].tolist() == [bos, bos]:
+            ids, labels = ids[1:], labels[1:]
+        if not len(ids) or ids[-1] != eos:
+            ids, labels = np.append(ids, eos).astype(np.int32), np.append(labels, eos).astype(np.int32)
+        labels[-1] = eos
+        return ids, labels, shared
+
+    def _label(
+        self, text: str, spans: list[Span], add_special_tokens: bool = False
+    ) -> tuple[np.ndarray, np.ndarray, bool]:
+        """Tokenize `text`; a token is supervised when one of its characters is in one of `spans`."""
+        encoding = self.tokenizer(
+            text,
+            add_special_tokens=add_special_tokens,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        ids = np.asarray(encoding["input_ids"], dtype=np.int32)
+        starts, ends = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+        supervised = np.zeros(len(ids), dtype=bool)
+        shared = False
+        for start, end in spans:
+            inside = (ends > start) & (starts < end)
+            supervised |= inside
+            shared |= bool((inside & (starts < start)).any())
+        if self.arguments.supervise_prompt:
+            supervised[:] = True
+        return ids, np.where(supervised, ids, np.int32(IGNORED)), shared

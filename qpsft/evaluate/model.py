@@ -1,0 +1,104 @@
+"""What is evaluated or talked to: an adapter on its base, rounded as in training, or a model by itself."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qpsft.errors import BaseModelError
+from qpsft.files import MARK
+from qpsft.model.adapter_folder import ADAPTER_CONFIG, check_adapter_folder, find_base, put_adapter, trained_tokenizer
+from qpsft.model.base import describe, load_base
+from qpsft.recipe.arguments import DataArguments
+
+RECIPES = ("recipe.resolved.yaml", "recipe.yaml")
+PROMPT_OPTIONS = ("use_chat_template", "prompt_format")
+
+
+def load_evaluated(
+    name: str,
+    *,
+    base: str | None = None,
+    quantization: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> tuple[Any, Any]:
+    """An adapter on its base, rounded as in training, or a model by itself; and the tokenizer.
+
+    Args:
+        name: folder of an adapter, or what `load_base` takes.
+        base: where an adapter's base is now, if it is no longer where its record says.
+        quantization, dtype: of a model without adapter; None: nf4, and none for a merged model.
+        device: as in `load_base`.
+
+    Raises:
+        BaseModelError: as `load_base`, or the adapter does not fit its base.
+    """
+    folder = Path(name).expanduser()
+    if not (folder / ADAPTER_CONFIG).exists():
+        if base is not None:
+            raise BaseModelError(f"--base is given, but {folder} is not an adapter's folder.", "Leave --base out.")
+        quantization = quantization or ("none" if is_merged(folder) else "nf4")
+        return load_base(name, quantization=quantization, dtype=dtype, device=device, verbose=False)
+    if quantization is not None:
+        raise BaseModelError(
+            f"--quantization is given, but {folder} is an adapter: its base is rounded as it was in training.",
+            "Leave --quantization out.",
+        )
+    check_adapter_folder(folder)
+    record, base_folder = find_base(folder, base)
+    model, _ = load_base(
+        base_folder,
+        quantization="none" if record.prequantized else record.quantization,
+        double_quant=record.double_quant,
+        dtype=record.weights_dtype,
+        device=device,
+        verbose=False,
+    )
+    # A Hub id says more than the snapshot's folder it was loaded from.
+    model.qpsft_source = replace(model.qpsft_source, name=record.base_model_name_or_path)
+    return put_adapter(model, folder, base_folder).eval(), trained_tokenizer(folder, base_folder)
+
+
+def describe_evaluated(model: Any) -> str:
+    """One line about what is evaluated."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return describe(base, base.device, base.dtype)
+
+
+def is_merged(folder: Path) -> bool:
+    """Whether `qpsft merge` wrote the folder."""
+    return (folder / MARK).exists()
+
+
+def trained_options(folder: Path) -> dict[str, Any]:
+    """The options an adapter was trained with, as far as its folder knows; a merged folder knows its adapter's.
+
+    Raises:
+        BaseModelError: the recipe there is not valid YAML.
+    """
+    for name in RECIPES:
+        path = folder / name
+        if path.is_file():
+            try:
+                values = yaml.safe_load(path.read_text(encoding="utf-8"))
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise BaseModelError(f"{path} is not valid YAML: {error}.", "Copy it again, or remove it.") from error
+            return values if isinstance(values, dict) else {}
+    if is_merged(folder):
+        try:
+            adapter = Path(json.loads((folder / MARK).read_text(encoding="utf-8"))["adapter"])
+        except (ValueError, KeyError, TypeError):
+            return {}
+        return {} if is_merged(adapter) else trained_options(adapter)
+    return {}
+
+
+def prompt_arguments(folder: Path, **given: Any) -> DataArguments:
+    """How prompts are written: as in training, unless an option given here (and not None) says otherwise."""
+    trained = {name: value for name, value in trained_options(folder).items() if name in PROMPT_OPTIONS}
+    return DataArguments(**trained | {name: value for name, value in given.items() if value is not None})

@@ -1,0 +1,255 @@
+"""`qpsft evaluate`: a model or an adapter, loaded once, on data sets and public benchmarks; a table and a JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from qpsft import __version__
+from qpsft.data import built_in
+from qpsft.data.read import BUILT_IN
+from qpsft.data.shapes import Rows
+from qpsft.errors import DataError, OutputError
+from qpsft.evaluate.estimates import Estimate
+from qpsft.evaluate.evaluation import MAX_NEW_TOKENS, Evaluation, evaluate
+from qpsft.evaluate.harness import check_tasks, run_tasks
+from qpsft.evaluate.model import describe_evaluated, load_evaluated, prompt_arguments, trained_options
+from qpsft.evaluate.options import EvaluationOptions
+from qpsft.evaluate.rows import as_rows, load_evaluation_rows
+from qpsft.evaluate.task_data import parse_task_data
+from qpsft.evaluate.verifiers import text_of
+from qpsft.recipe.arguments import DataArguments
+from qpsft.terminal import wrap
+
+DEMO_IN_DOMAIN_ROWS = 200
+DEMO_ROWS_PER_SET = 100
+DEMO_MAX_NEW_TOKENS = 56
+SHOWN = (
+    ("nll", "NLL of the reference, nats per token", ".3f"),
+    ("mean_token_accuracy", "its tokens that are the most likely one", ".1%"),
+    ("entropy", "entropy along the reference, nats per token", ".3f"),
+    ("accuracy", "right, greedy", ".1%"),
+    ("accuracy_per_token", "right, by likelihood per token", ".1%"),
+    ("pass@1", "samples right (pass@1)", ".1%"),
+    ("pass@k", "at least one of {k} samples right", ".1%"),
+    ("sample_entropy", "entropy along the samples, nats per token", ".3f"),
+    ("length", "length of a sample, tokens", ".1f"),
+    ("length_capped", "samples cut off at {max_new_tokens} tokens", ".1%"),
+    ("greedy_length_capped", "greedy completions cut off there", ".1%"),
+    ("kl_samples", "KL from the base on samples, nats per token", ".3f"),
+    ("kl_text", "KL from the base on the reference, nats per token", ".3f"),
+)
+
+
+@dataclass
+class EvaluationReport:
+    """What `run_evaluation` found: an `Evaluation` per data set and the harness's results per task."""
+
+    model: str
+    evaluations: list[Evaluation]
+    tasks: dict[str, dict[str, Any]]
+    settings: dict[str, Any]
+    seconds: float
+
+    def to_dict(self, *, completions: bool = False) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "qpsft_version": __version__,
+            "model": self.model,
+            "settings": self.settings,
+            "data": {one.name: one.to_dict(completions=completions) for one in self.evaluations},
+            "tasks": {
+                name: {**task, "metrics": {metric: asdict(value) for metric, value in task["metrics"].items()}}
+                for name, task in self.tasks.items()
+            },
+            "seconds": self.seconds,
+        }
+
+    def table(self) -> str:
+        """For the terminal: a block per data set, one line per metric, each with its 95 % interval."""
+        blocks = [_block(one) for one in self.evaluations]
+        for name, task in self.tasks.items():
+            lines = [_line(metric, estimate, ".4g") for metric, estimate in task["metrics"].items()]
+            if "duplicate_prompts" in task:
+                lines.insert(0, f"  {task['duplicate_prompts']} of its rows have a training row's prompt")
+            rows = f" · {task['rows']} rows" if task["rows"] else ""
+            blocks.append("\n".join([f"{name}{rows} (lm-evaluation-harness)", *lines]))
+        return "\n\n".join([*blocks, "[…]: 95 % bootstrap interval over rows. docs/metrics.md defines every number."])
+
+
+def run_evaluation(options: EvaluationOptions, *, verbose: bool = True) -> EvaluationReport:
+    """Loads the model once and evaluates it on everything asked for.
+
+    Args:
+        verbose: print a line about the model, and progress bars on a terminal.
+
+    Raises:
+        QpsftError: the model, the data or the tasks cannot be used; the JSON file cannot be written.
+    """
+    started = time.perf_counter()
+    folder = Path(options.model).expanduser()
+    recipe = trained_options(folder)
+    arguments = prompt_arguments(
+        folder,
+        use_chat_template=options.use_chat_template,
+        prompt_format=options.prompt_format,
+        dataset_config=options.dataset_config,
+        dataset_columns=options.dataset_columns,
+    )
+    names = options.data or [name for name in [recipe.get("dataset_name")] if name in BUILT_IN]
+    if not names and not options.tasks:
+        raise DataError("There is nothing to evaluate on.", "Give --data FILE or --tasks NAME.")
+    task_data = parse_task_data(options.task_data)
+    if options.tasks:
+        check_tasks(options.tasks, task_data)
+    sets = list(_data_sets(names, arguments, options))
+    train_rows = _train_rows(options, recipe, arguments)
+    if options.json is not None:
+        _check_writable(Path(options.json))
+
+    model, tokenizer = load_evaluated(
+        options.model,
+        base=options.base,
+        quantization=options.quantization,
+        dtype=options.dtype,
+        device=options.device,
+    )
+    if verbose:
+        print(wrap(f"evaluating {options.model} · {describe_evaluated(model)}", "  "), flush=True)
+    evaluations = []
+    for rows in sets:
+        built_in = "task" in rows.rows[0]
+        cap = DEMO_MAX_NEW_TOKENS if built_in else MAX_NEW_TOKENS
+        evaluations.append(
+            evaluate(
+                model,
+                tokenizer,
+                rows,
+                k=options.k,
+                temperature=options.temperature,
+                max_new_tokens=options.max_new_tokens or cap,
+                verifier=options.verifier,
+                seed=options.seed,
+                limit=options.limit,
+                drift=not options.no_drift,
+                drift_samples=options.drift_samples,
+                train_rows=train_rows,
+                arguments=arguments,
+                batch_size=options.batch_size,
+                progress=verbose,
+            )
+        )
+    results = {}
+    if options.tasks:
+        results = run_tasks(
+            model,
+            tokenizer,
+            options.tasks,
+            task_data=task_data,
+            limit=options.limit,
+            num_fewshot=options.num_fewshot,
+            apply_chat_template=options.apply_chat_template,
+            max_new_tokens=options.max_new_tokens,
+            batch_size=options.batch_size or 8,
+            seed=options.seed,
+            train_prompts={text_of(row["prompt"]).strip() for row in train_rows or () if "prompt" in row},
+        )
+    report = EvaluationReport(
+        options.model, evaluations, results, asdict(options), seconds=time.perf_counter() - started
+    )
+    if options.json is not None:
+        write_json(Path(options.json), report.to_dict(completions=options.completions))
+    return report
+
+
+def _data_sets(names: Sequence[str], arguments: DataArguments, options: EvaluationOptions) -> Iterator[Rows]:
+    if any(name in BUILT_IN for name in names):
+        split = options.split
+        if split not in ("test", "validation"):
+            raise DataError(f"The built-in sets have no split {split!r}.", "Use --split test or --split validation.")
+        yield as_rows(built_in.in_domain(split, DEMO_IN_DOMAIN_ROWS), "in_domain")
+        for name, rows in built_in.out_of_domain(split, DEMO_ROWS_PER_SET).items():
+            yield as_rows(rows, name)
+    for name in names:
+        if name not in BUILT_IN:
+            yield load_evaluation_rows(name, arguments, options.split)
+
+
+def _train_rows(options: EvaluationOptions, recipe: dict[str, Any], arguments: DataArguments) -> list[dict] | None:
+    """The rows the adapter was trained on, if they are still where its recipe says, or where a flag says."""
+    known = {one.name for one in fields(DataArguments)}
+    trained = {name: value for name, value in recipe.items() if name in known}
+    name = options.train_data or trained.get("dataset_name")
+    if name is None:
+        return None
+    if options.train_data is not None:
+        return load_evaluation_rows(name, replace(arguments, dataset_name=name), "train").rows
+    if name not in BUILT_IN and not Path(name).expanduser().exists():
+        print(f"note: the training rows ({name}) are not here, so duplicates are not counted; --train_data FILE does.")
+        return None
+    return load_evaluation_rows(name, DataArguments(**trained), trained.get("dataset_train_split", "train")).rows
+
+
+def _block(one: Evaluation) -> str:
+    counts, settings = one.counts, one.settings
+    head = [f"{one.name} · {one.rows} rows"]
+    if counts["dropped"]:
+        head.append(f"{counts['dropped']} dropped (longer than the model)")
+    if counts["truncated"]:
+        head.append(f"{counts['truncated']} references cut where the model's context ends")
+    if settings["verifier"]:
+        head.append(f"verifier {settings['verifier']}")
+    if "parsed" in counts:
+        head.append(f"{counts['parsed']} of {counts['completions']} completions parsed")
+    if settings.get("k"):
+        head.append(f"{settings['k']} samples at temperature {settings['temperature']:g}")
+    lines = [wrap(" · ".join(head))]
+    if "duplicate_rows" in counts:
+        lines.append(
+            f"  {counts['duplicate_rows']} of its rows are exact duplicates of training rows, "
+            f"{counts['duplicate_prompts']} of its prompts"
+        )
+    for metric, label, style in SHOWN:
+        name = f"pass@{settings.get('k')}" if metric == "pass@k" else metric
+        if name in one.metrics and not (metric == "pass@k" and settings["k"] == 1):
+            if metric == "accuracy" and "accuracy_per_token" in one.metrics:
+                label = "right, by likelihood"
+            lines.append(_line(label.format(**settings), one.metrics[name], style))
+    return "\n".join(lines)
+
+
+def _line(label: str, estimate: Estimate, style: str) -> str:
+    interval = "" if estimate.low is None else f"  [{estimate.low:{style}}, {estimate.high:{style}}]"
+    return f"  {label:<50}{estimate.value:>9{style}}{interval}"
+
+
+def _check_writable(path: Path) -> None:
+    if path.is_dir() or not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise OutputError(f"{path} cannot be written.", "Give --json a file name in a folder that exists.")
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Writes a JSON file whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written; what was there before is then untouched.
+    """
+    text = json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n"
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}.", "Check the disk.") from error

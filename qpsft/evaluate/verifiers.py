@@ -1,0 +1,174 @@
+"""Whether a completion is right: what each verifier reads out of a text, and how a data set's own one is found."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from decimal import Decimal, InvalidOperation
+
+from qpsft.data import built_in
+from qpsft.errors import DataError
+
+Verdict = bool | None
+"""Right or wrong; None when the completion holds nothing of the kind the verifier looks for (counted as wrong)."""
+Verifier = Callable[[dict, str], Verdict]
+"""(row, completion text) -> verdict. A row has `prompt` and `completion`, and what the verifier needs beside them."""
+
+CHOICE = "choice"
+"""Not a verifier of texts: the row's `choices` are compared by their likelihood."""
+GSM8K_ANSWER = re.compile(r"####\s*([-+$]{0,2}[\d,]*\.?\d+)")
+NUMBER = re.compile(r"(?:(?<![\w)])[-+])?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+
+
+def text_of(answer: str | list[dict]) -> str:
+    """The text of a prompt or completion: itself, or its last message's content."""
+    return answer if isinstance(answer, str) else answer[-1].get("content") or ""
+
+
+def exact(row: dict, text: str) -> Verdict:
+    """The completion is the reference, spaces around it aside."""
+    return text.strip() == text_of(row["completion"]).strip() if text.strip() else None
+
+
+def last_number(row: dict, text: str) -> Verdict:
+    """The last number in the completion is the last number in the reference."""
+    return _same(_last_number(text), _last_number(text_of(row["completion"])))
+
+
+def gsm8k(row: dict, text: str) -> Verdict:
+    """The number behind the first `####` is the reference's, as GSM8K's authors grade."""
+    return _same(_gsm8k_number(text), _gsm8k_number(text_of(row["completion"])))
+
+
+def math_verify(row: dict, text: str) -> Verdict:
+    """The completion's last mathematical expression equals the reference's, by the package math-verify."""
+    try:
+        from math_verify import parse, verify
+    except ImportError as error:
+        raise DataError("The verifier math_verify needs the package math-verify.", "pip install math-verify") from error
+    # Its own time limit uses signals, which only the main thread may set.
+    answer = parse(text, parsing_timeout=None)
+    if not answer:
+        return None
+    return bool(verify(parse(text_of(row["completion"]), parsing_timeout=None), answer, timeout_seconds=None))
+
+
+def demo(row: dict, text: str) -> Verdict:
+    """`qpsft.data.built_in.check`, for rows of the built-in sets."""
+    if "task" not in row:
+        raise DataError("The verifier demo is for the built-in sets only.", "Choose another with --verifier.")
+    right = built_in.check(row, text)
+    return right if right or built_in.final_answer(text) is not None else None
+
+
+VERIFIERS: dict[str, Verifier] = {
+    "exact": exact,
+    "last_number": last_number,
+    "gsm8k": gsm8k,
+    "math_verify": math_verify,
+    "demo": demo,
+}
+NAMES = ("auto", *VERIFIERS, CHOICE)
+
+
+def find_verifier(name: str | Verifier, rows: Sequence[dict], source: str) -> tuple[str, Verifier | None]:
+    """A verifier's name and function; the function is None for multiple choice.
+
+    Args:
+        name: one of `NAMES`, or a function. "auto": the demo's own check for its rows, multiple choice for rows with
+            `choices`, `####` where every reference has one, else exact match.
+        rows: the evaluated rows.
+        source: what to call the rows in errors.
+
+    Raises:
+        DataError: no such verifier, or not one reference holds what it looks for.
+    """
+    if callable(name):
+        return getattr(name, "__name__", "own"), name
+    if name == "auto":
+        name = _detect(rows)
+    if name == CHOICE:
+        _check_choices(rows, source)
+        return CHOICE, None
+    if name not in VERIFIERS:
+        near = difflib.get_close_matches(name, NAMES, n=1)
+        todo = f"Did you mean {near[0]}?" if near else f"Use one of {', '.join(NAMES)}."
+        raise DataError(f"There is no verifier {name!r}.", todo)
+    if name != "demo":  # which looks at the row's task, not at its reference
+        _check_references(name, rows, source)
+    return name, VERIFIERS[name]
+
+
+def warn_if_nothing_parsed(name: str, source: str, parsed: int, completions: int) -> None:
+    """One warning when a verifier found an answer in none of the completions."""
+    if completions and not parsed:
+        warnings.warn(
+            f"{source}: the verifier {name} parsed 0 of {completions} completions, so every accuracy is 0. Look at a "
+            "few completions; perhaps another verifier fits, or the length cap cuts the answers off.",
+            stacklevel=3,
+        )
+
+
+def _detect(rows: Sequence[dict]) -> str:
+    if all("task" in row for row in rows):
+        return "demo"
+    if all("choices" in row for row in rows):
+        return CHOICE
+    if all(_gsm8k_number(text_of(row["completion"])) is not None for row in rows):
+        return "gsm8k"
+    return "exact"
+
+
+def _check_references(name: str, rows: Sequence[dict], source: str) -> None:
+    unusable = sum(VERIFIERS[name](row, text_of(row["completion"])) is None for row in rows)
+    if unusable == len(rows):
+        raise DataError(
+            f"{source}: the verifier {name} finds no answer in any of the {len(rows)} references.",
+            f"Choose another with --verifier: {', '.join(NAMES)}.",
+        )
+    if unusable:
+        warnings.warn(
+            f"{source}: the verifier {name} finds no answer in {unusable} of {len(rows)} references; completions of "
+            "those rows count as wrong.",
+            stacklevel=3,
+        )
+
+
+def _check_choices(rows: Sequence[dict], source: str) -> None:
+    for number, row in enumerate(rows, start=1):
+        choices = row.get("choices")
+        if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+            raise DataError(
+                f"{source}, row {number}: multiple choice needs a column `choices`, a list of two texts or more.",
+                "Add it, or choose another verifier.",
+            )
+        if text_of(row["completion"]) not in choices:
+            raise DataError(
+                f"{source}, row {number}: the completion is none of the row's choices.",
+                "Write the right choice, word for word, as the completion.",
+            )
+
+
+def _same(found: Decimal | None, wanted: Decimal | None) -> Verdict:
+    if found is None:
+        return None
+    return wanted is not None and found == wanted
+
+
+def _gsm8k_number(text: str) -> Decimal | None:
+    match = GSM8K_ANSWER.search(text)
+    return _number(match[1]) if match else None
+
+
+def _last_number(text: str) -> Decimal | None:
+    found = NUMBER.findall(text)
+    return _number(found[-1]) if found else None
+
+
+def _number(text: str) -> Decimal | None:
+    try:
+        return Decimal(re.sub(r"[$,]", "", text))
+    except InvalidOperation:
+        return None

@@ -1,0 +1,249 @@
+"""The base model's tensors on disk, and what each of them is in the live model: without loading the model.
+
+The architecture is built without memory (torch's meta device) and names are mapped by transformers' own rules, so what
+is said here about a tensor is what loading it would do.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from qpsft.errors import BaseModelError, ExportError
+from qpsft.merge.rounding import quant_state
+from qpsft.merge.safetensors_stream import StoredTensor, TensorFile
+from qpsft.model.base_record import BaseRecord
+from qpsft.model.folder import WEIGHTS, WEIGHTS_INDEX
+from qpsft.model.skeleton import build_skeleton, is_part
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class BaseTensor:
+    """One tensor of the merged checkpoint, and where it comes from.
+
+    Attributes:
+        name: in the merged checkpoint, and in the base's (but see `open_base` on tied embeddings).
+        parameter: the parameter of the live model it is; None where transformers fuses or splits it while loading.
+        fused_into: the parameter it then goes into. With neither, it is another part's of the model, carried along.
+        shape: of the values it stands for.
+        rounded: the live model holds it in 4 or 8 bits.
+        transposed: stored as (in, out), the layer being a Conv1D; the live model quantizes the transpose.
+        state: what is stored beside a weight that is quantized on disk, by the ends of the names.
+    """
+
+    name: str
+    stored: StoredTensor
+    parameter: str | None
+    fused_into: str | None
+    shape: tuple[int, ...]
+    rounded: bool
+    transposed: bool
+    state: dict[str, StoredTensor] = field(default_factory=dict)
+
+    @property
+    def carried(self) -> bool:
+        """Whether the live model does not read it: a vision tower's beside a language model that is loaded alone."""
+        return self.parameter is None and self.fused_into is None
+
+
+@dataclass
+class BaseTensors:
+    """A base model's folder, opened.
+
+    Attributes:
+        skeleton: the live model's architecture on the meta device, untied from any memory.
+        tensors: in the order they lie on the disk.
+        left_out: names in the folder that the live model does not read.
+        tied: names of parameters that are another parameter, by that parameter's.
+    """
+
+    folder: Path
+    skeleton: PreTrainedModel
+    tensors: list[BaseTensor]
+    left_out: list[str]
+    tied: dict[str, str]
+
+    def dtype_of(self, parameter: str, dtype: torch.dtype) -> torch.dtype:
+        """What a model in `dtype` holds a parameter in: some architectures keep some of them in float32."""
+        from transformers.core_model_loading import build_glob_alternation
+
+        kept: set[str] = set()
+        if dtype == torch.float16:
+            kept |= set(self.skeleton._keep_in_fp32_modules or ())
+        if dtype in (torch.float16, torch.bfloat16):
+            kept |= set(self.skeleton._keep_in_fp32_modules_strict or ())
+        if kept and build_glob_alternation(sorted(kept))[0].search(parameter):
+            return torch.float32
+        return dtype
+
+
+@contextmanager
+def open_base(folder: Path, record: BaseRecord | None) -> Iterator[BaseTensors]:
+    """Opens a folder that `checkpoint.check_folder` has passed.
+
+    Args:
+        folder: the base model's.
+        record: how the live model rounds it; None if that does not matter (merging onto the original weights).
+
+    Yields:
+        The tensors. Of tied embeddings there is one, under the embedding's name, whatever the folder calls it.
+
+    Raises:
+        BaseModelError: a file is broken, or the weights are not those of the architecture in config.json.
+        ExportError: a rounded weight is fused or split while loading, or tied weights differ.
+    """
+    files = [TensorFile(folder / name) for name in _weight_files(folder)]
+    try:
+        stored = {name: tensor for file in files for name, tensor in file.tensors.items()}
+        yield _Mapping(folder, record, stored).result()
+    finally:
+        for file in files:
+            file.close()
+
+
+def _weight_files(folder: Path) -> list[str]:
+    if (folder / WEIGHTS).is_file():
+        return [WEIGHTS]
+    index = json.loads((folder / WEIGHTS_INDEX).read_text(encoding="utf-8"))
+    return sorted(set(index["weight_map"].values()))
+
+
+class _Mapping:
+    """Works out `BaseTensors` from what is stored."""
+
+    def __init__(self, folder: Path, record: BaseRecord | None, stored: dict[str, StoredTensor]):
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+        from transformers.pytorch_utils import Conv1D
+
+        self.folder, self.record, self.stored = folder, record, stored
+        self.skeleton = build_skeleton(folder)
+        self.parameters = self.skeleton.state_dict()
+        rules = get_model_conversion_mapping(self.skeleton)
+        self.renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        self.converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        modules = dict(self.skeleton.named_modules())
+        self.conv1d = {name for name, module in modules.items() if isinstance(module, Conv1D)}
+        linear = {name for name, module in modules.items() if type(module) is nn.Linear}
+        quantizing = record is not None and record.quantization != "none"
+        self.rounded = (linear | self.conv1d) - set(record.unquantized_modules) if quantizing else set()
+
+    def result(self) -> BaseTensors:
+        states = self._quantization_states()
+        beside = {tensor.name for state in states.values() for tensor in state.values()}
+        tensors, left_out, part = [], [], is_part(self.skeleton, self.folder)
+        for name, stored in self.stored.items():
+            if name in beside:
+                continue
+            tensor = self._tensor(stored, states.get(name, {}))
+            if tensor is None and part:
+                tensors.append(BaseTensor(name, stored, None, None, stored.shape, False, False))
+            elif tensor is None:
+                left_out.append(name)
+            else:
+                tensors.append(tensor)
+        tied = dict(self.skeleton.all_tied_weights_keys)
+        tensors = self._tie(tensors, tied)
+        self._check_complete(tensors, tied)
+        return BaseTensors(self.folder, self.skeleton, tensors, left_out, tied)
+
+    def _quantization_states(self) -> dict[str, dict[str, StoredTensor]]:
+        """What bitsandbytes stores beside a quantized weight, by the weight's name."""
+        states: dict[str, dict[str, StoredTensor]] = {}
+        for key, tensor in self.stored.items():
+            module, dot, end = key.rpartition(".weight.")
+            if dot:
+                states.setdefault(f"{module}.weight", {})[end] = tensor
+            elif key.endswith(".SCB"):
+                states.setdefault(f"{key.removesuffix('SCB')}weight", {})["SCB"] = tensor
+            elif key.endswith(".weight_format"):
+                states.setdefault(f"{key.removesuffix('_format')}", {})["weight_format"] = tensor
+        return {name: state for name, state in states.items() if name in self.stored}
+
+    def _tensor(self, stored: StoredTensor, state: dict[str, StoredTensor]) -> BaseTensor | None:
+        parameter, fused = self._rename(stored.name)
+        if parameter not in self.parameters:
+            return None
+        module, _, kind = parameter.rpartition(".")
+        rounded = bool(state) or (module in self.rounded and kind == "weight")
+        if fused:
+            if rounded:
+                raise ExportError(
+                    f"transformers fuses or splits {stored.name} of {self.folder} while loading, and the live model "
+                    f"rounds the result ({parameter}) to {self.record.quantization}: that rounding cannot be repeated "
+                    "tensor by tensor.",
+                    "Merge onto the original weights, or load and save the base once with this transformers.",
+                )
+            return BaseTensor(stored.name, stored, None, parameter, stored.shape, False, False)
+        transposed = module in self.conv1d
+        shape = stored.shape
+        if "absmax" in state:
+            shape = tuple(quant_state(state).shape)
+        if transposed and state:
+            shape = shape[::-1]
+        if shape != tuple(self.parameters[parameter].shape):
+            raise BaseModelError(
+                f"{stored.file.path} holds {stored.name} with shape {shape}; the architecture in config.json has "
+                f"{tuple(self.parameters[parameter].shape)} there.",
+                "config.json and the weights belong to different models: download both again.",
+            )
+        return BaseTensor(stored.name, stored, parameter, None, shape, rounded, transposed, state)
+
+    def _rename(self, name: str) -> tuple[str, bool]:
+        """A stored tensor's parameter as transformers loads it, and whether it is fused or split on the way."""
+        from transformers.core_model_loading import rename_source_key
+
+        prefix = self.skeleton.base_model_prefix
+        renamed, pattern = rename_source_key(name, self.renamings, self.converters, prefix, self.parameters)
+        if renamed not in self.parameters and name in self.parameters:
+            renamed, pattern = rename_source_key(name, [], [], prefix, self.parameters)
+        return renamed, pattern is not None
+
+    def _tie(self, tensors: list[BaseTensor], tied: dict[str, str]) -> list[BaseTensor]:
+        by_parameter = {tensor.parameter: tensor for tensor in tensors}
+        for target, source in tied.items():
+            if target not in by_parameter:
+                continue
+            extra = by_parameter[target]
+            position = tensors.index(extra)
+            if source not in by_parameter:
+                tensors[position] = BaseTensor(source, extra.stored, source, None, extra.shape, False, False)
+                by_parameter[source] = tensors[position]
+                continue
+            if not same_values(extra.stored, by_parameter[source].stored):
+                raise ExportError(
+                    f"config.json of {self.folder} ties {target} to {source}, and the folder holds both, with "
+                    "different values.",
+                    "Set tie_word_embeddings to false in its config.json and train again, or remove the wrong one.",
+                )
+            del tensors[position]
+        return tensors
+
+    def _check_complete(self, tensors: list[BaseTensor], tied: dict[str, str]) -> None:
+        if any(tensor.fused_into for tensor in tensors):
+            return  # one stored tensor can become several parameters, and only loading tells which
+        missing = set(self.parameters) - {tensor.parameter for tensor in tensors} - set(tied)
+        if missing:
+            raise BaseModelError(
+                f"{self.folder} lacks {len(missing)} of the model's {len(self.parameters)} tensors, such as "
+                f"{min(missing)}.",
+                "Copy or download its weights again.",
+            )
+
+
+def same_values(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two stored tensors have the same shape and the same values."""
+    if one.shape != other.shape:
+        return False
+    pieces = zip(one.pieces(1 << 20), other.pieces(1 << 20), strict=True)
+    return all(torch.equal(first, second) for first, second in pieces)

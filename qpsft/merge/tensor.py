@@ -1,0 +1,154 @@
+"""One tensor of the merged model, from the base's file and the adapter's, in pieces small enough for any memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from qpsft.errors import ExportError
+from qpsft.merge.adapter_file import Change
+from qpsft.merge.base_tensors import BaseTensor
+from qpsft.merge.rounding import (
+    PIECE,
+    Int8Weight,
+    PlainWeight,
+    RoundedWeight,
+    Rounding,
+    StoredInt8Weight,
+    StoredRoundedWeight,
+    Weight,
+)
+from qpsft.merge.update_size import UpdateMeter
+
+Read = Callable[[int, int], Tensor]
+
+
+class MergedTensor:
+    """What is merged onto, and what the adapter does to it; `pieces` are the result.
+
+    Args:
+        tensor: the base's.
+        change: the adapter's, or None.
+        rounding: how the live model rounds; None merges onto the original weights.
+        plain_dtype: what the live model holds this tensor in if it does not round it; None leaves it as stored.
+        dtype: of the result.
+        meter: measures a low-rank change, or None.
+    """
+
+    def __init__(
+        self,
+        tensor: BaseTensor,
+        change: Change | None,
+        *,
+        rounding: Rounding | None,
+        plain_dtype: torch.dtype | None,
+        dtype: torch.dtype,
+        meter: UpdateMeter | None = None,
+    ):
+        self.tensor, self.change, self.dtype, self.meter = tensor, change or Change(), dtype, meter
+        self._rounding, self._plain_dtype = rounding, plain_dtype
+        shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
+        self.rows, self.columns = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
+
+    def pieces(self) -> Iterator[Tensor]:
+        """The values in `dtype`, flattened, in order.
+
+        Raises:
+            ExportError: a value is not finite, or too large for `dtype`.
+        """
+        if not self.tensor.stored.dtype.is_floating_point and not self.tensor.state:
+            yield from self.tensor.stored.pieces(PIECE)
+        elif (
+            self.change == Change()
+            and not self.tensor.rounded
+            and self._plain_dtype in (None, self.dtype)
+            and (self.tensor.stored.dtype == self.dtype)
+        ):
+            yield from self.tensor.stored.pieces(PIECE)
+        elif self.tensor.transposed:
+            values = torch.cat(list(self._computed()))
+            yield values.view(self.rows, self.columns).T.contiguous().view(-1)
+        else:
+            yield from self._computed()
+
+    def _computed(self) -> Iterator[Tensor]:
+        weight = self._weight()
+        low_rank = self.change.low_rank
+        factors = low_rank.factors() if low_rank else None
+        magnitude = low_rank.magnitude.read().float().view(-1) if low_rank and low_rank.magnitude else None
+        rows = self._rows_per_piece()
+        for first in range(0, self.rows, rows):
+            last = min(first + rows, self.rows)
+            start, stop = first * self.columns, last * self.columns
+            before = weight.values(start, stop)
+            after = before
+            if factors is not None:
+                after = before + (factors[0][first:last] @ factors[1]).view(-1)
+            if magnitude is not None:
+                matrix = after.view(last - first, self.columns)
+                matrix *= (magnitude[first:last] / torch.linalg.vector_norm(matrix, dim=1)).unsqueeze(1)
+            if factors is not None and self.meter is not None:
+                self.meter.add(before, after, weight.codes(start, stop) if isinstance(weight, RoundedWeight) else None)
+            self._change_values(after.view(last - first, self.columns), first)
+            yield self._to_dtype(after)
+        if isinstance(weight, RoundedWeight) and self.meter is not None:
+            self.meter.add_step(weight.rounding_error)
+
+    def _weight(self) -> Weight:
+        tensor, rounding, replacement = self.tensor, self._rounding, self.change.replacement
+        if replacement is not None:
+            return PlainWeight(self._flat(replacement), None)
+        if rounding is None or not tensor.rounded:
+            return PlainWeight(self._flat(tensor.stored), self._plain_dtype)
+        if "absmax" in tensor.state:
+            return StoredRoundedWeight(tensor.stored, tensor.state, rounding.compute_dtype)
+        if tensor.state:
+            return StoredInt8Weight(tensor.stored, tensor.state["SCB"])
+        read = self._flat(tensor.stored)
+        if rounding.kind == "int8":
+            return Int8Weight(read, self.columns, rounding)
+        return RoundedWeight(read, self.rows * self.columns, rounding)
+
+    def _flat(self, stored) -> Read:
+        """Reads by flat position; of a transposed tensor, in its transpose, which is then held as a whole."""
+        if not self.tensor.transposed:
+            return stored.read
+        values = stored.read().T.contiguous().view(-1)
+        return lambda start, stop: values[start:stop]
+
+    def _rows_per_piece(self) -> int:
+        """So many that a piece starts on a block (of an even number of weights, so on a byte of codes too)."""
+        rounding = self.meter.rounding if self.meter else self._rounding
+        block = rounding.block_size if rounding else 0
+        together = block // math.gcd(self.columns, block) if block else 1
+        return max(PIECE // self.columns // together, 1) * together
+
+    def _change_values(self, values: Tensor, first: int) -> None:
+        """Writes trained rows into `values` (rows from `first` on, columns), and adds a bias's shift to it."""
+        if self.change.rows is not None:
+            positions, trained = self.change.rows
+            for number, position in enumerate(positions):
+                if first <= position < first + values.shape[0]:
+                    values[position - first] = trained.read(number * self.columns, (number + 1) * self.columns)
+        if self.change.shift is not None:
+            shift, scale = self.change.shift
+            values += shift.read().float() * scale
+
+    def _to_dtype(self, values: Tensor) -> Tensor:
+        least, greatest = torch.aminmax(values)
+        largest = max(-float(least), float(greatest))
+        if math.isnan(largest) or largest > torch.finfo(self.dtype).max:
+            name = self.tensor.name
+            if math.isfinite(largest):
+                raise ExportError(
+                    f"{name} has a value of {largest:.4g} after merging, too large for {self.dtype}.",
+                    "Merge to bfloat16 or float32.",
+                )
+            raise ExportError(
+                f"{name} has values that are not finite (NaN or infinity) after merging; the adapter's are finite.",
+                f"The base in {self.tensor.stored.file.path} has them, or they overflow: use an undamaged copy.",
+            )
+        return values.to(self.dtype)

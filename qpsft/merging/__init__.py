@@ -1,1 +1,0 @@
-"""The parts of a streamed merge. Entry: `qpsft.merge`."""

@@ -1,0 +1,1 @@
+"""The 4-bit base and the adapter on it."""

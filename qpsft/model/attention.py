@@ -1,0 +1,128 @@
+"""SDPA for packed rows, one call per piece: causal attention inside it, and nothing else is computed.
+
+A block-diagonal mask over a row of L tokens costs L x L products and bytes, most of them for blocks that are masked
+out, and keeps SDPA from its causal kernels. Piece by piece neither is needed, a packed token gets the very kernel that
+the row alone would get, and no FlashAttention package is needed, which old cards (T4) and Windows do not have.
+
+It is an attention implementation of transformers, `sdpa_by_piece`, that is SDPA in all but forwards which bring
+`seq_lengths`; a model has it while it is trained on packed rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations import sdpa_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "sdpa_by_piece"
+_without_mask = False
+
+
+def fits(config: Any, max_length: int) -> bool:
+    """Whether plain causal attention per piece is what a model with this config computes for rows of `max_length`."""
+    text = config.get_text_config()
+    layers = set(getattr(text, "layer_types", None) or ["full_attention"])
+    window = getattr(text, "sliding_window", None)
+    plain = layers <= {"full_attention", "sliding_attention"} and getattr(text, "attention_chunk_size", None) is None
+    return config._attn_implementation in ("sdpa", NAME) and plain and (window is None or window >= max_length)
+
+
+@contextlib.contextmanager
+def attention_by_piece(causal_lm: nn.Module) -> Iterator[None]:
+    """The model has `sdpa_by_piece` inside, its own implementation again outside."""
+    before = causal_lm.config._attn_implementation
+    causal_lm.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        causal_lm.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def no_mask() -> Iterator[None]:
+    """A model with `sdpa_by_piece` makes no mask inside: the forward's `seq_lengths` say what attends to what."""
+    global _without_mask
+    before, _without_mask = _without_mask, True
+    try:
+        yield
+    finally:
+        _without_mask = before
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    return None if _without_mask else sdpa_mask(*args, **kwargs)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    seq_lengths: Sequence[Sequence[int]] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`sdpa_attention_forward`, per piece where `attention_mask` is None and `seq_lengths` are given.
+
+    Args:
+        query, key, value: (batch, heads, sequence, head size), as in transformers.
+        seq_lengths: for every row the lengths of its pieces, in order; what is left of a row is padding.
+
+    Returns: (batch, sequence, heads, head size), 0 in padding; and None.
+    """
+    if seq_lengths is None or attention_mask is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    rows = []
+    for row, lengths in enumerate(seq_lengths):
+        here, pieces = slice(row, row + 1), []
+        start = 0
+        for length in lengths:
+            inside = slice(start, start + length)
+            q, k, v = (states[here, :, inside] for states in (query, key, value))
+            pieces.append(sdpa_attention_forward(module, q, k, v, None, **kwargs)[0])
+            start += length
+        padding = query.shape[2] - start
+        pieces.append(pieces[0].new_zeros(1, padding, *pieces[0].shape[2:]))
+        rows.append(torch.cat(pieces, dim=1))
+    return torch.cat(rows), None
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _mask)
+
+
+# Attention with fewer key heads than query heads, where torch has no fused kernel for it.
+#
+# Without a mask, transformers asks SDPA to group the queries itself (`enable_gqa`). Of torch's CUDA kernels only
+# FlashAttention and cuDNN do, from sm_80 on and in 16 bits; elsewhere (a T4; float32 anywhere) torch silently falls
+# back to plain products and a softmax, whose memory grows with the square of the length. With the keys repeated, as
+# transformers does beside a mask, its memory-efficient kernel serves. See transformers' issue #48633 and its pull
+# request #45776.
+
+HALF = (torch.bfloat16, torch.float16)
+_asked_by_transformers = sdpa_attention.use_gqa_in_sdpa
+
+
+def repeat_keys_where_no_kernel_groups() -> None:
+    """Makes transformers ask SDPA to group queries only where a fused kernel does, and repeat the keys elsewhere."""
+    sdpa_attention.use_gqa_in_sdpa = _use_gqa
+
+
+def _use_gqa(attention_mask: Tensor | None, key: Tensor, value: Tensor) -> bool:
+    return _asked_by_transformers(attention_mask, key, value) and kernel_groups(key)
+
+
+def kernel_groups(key: Tensor) -> bool:
+    """Whether SDPA's kernel for a key's device and dtype (autocast's inside it) takes fewer key than query heads."""
+    if key.device.type != "cuda" or torch.version.hip:
+        return True  # transformers' answer is left as it is
+    autocast = torch.is_autocast_enabled("cuda")
+    dtype = torch.get_autocast_dtype("cuda") if autocast else key.dtype
+    return dtype in HALF and torch.cuda.get_device_capability(key.device) >= (8, 0)

@@ -1,0 +1,409 @@
+"""The base model and its tokenizer: loaded once, rounded to 4 bits, frozen, in the dtype the hardware is good at.
+
+What is loaded is always a local folder of safetensors (`qpsft.model.folder` finds and checks it). Linear layers are
+quantized by bitsandbytes; the LM head, the embeddings and the norms keep an ordinary dtype. What the folder of an
+adapter must know about all this is in `qpsft.model.base_record`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from qpsft.errors import BaseModelError
+from qpsft.model.base_record import (
+    BaseRecord,
+    BaseSource,
+    base_record,
+    check_read_back,
+    parameter_count,
+    quantized_linears,
+    read_base_record,
+    stored_bytes,
+    write_base_record,
+)
+from qpsft.model.folder import DEMO, check_folder, config_sha256, one_line, resolve_folder
+from qpsft.model.hardware import (
+    base_dtype,
+    check_attention,
+    check_quantization,
+    compute_dtype_for,
+    hardware_of,
+    pick_device,
+    pick_dtype,
+)
+from qpsft.terminal import wrap
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "BaseRecord",
+    "base_record",
+    "compute_dtype_for",
+    "describe",
+    "load_base",
+    "load_tokenizer",
+    "pick_device",
+    "pick_dtype",
+    "read_base_record",
+    "write_base_record",
+]
+
+QUANTIZATIONS = ("nf4", "fp4", "int8", "none")
+
+# Tokens that models reserve for padding, or that no text of theirs is made of, best first.
+PAD_TOKENS = (
+    "<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<PAD>", "<|padding|>", "<|PAD_TOKEN|>", "<pad_id>",
+    "<unk>", "[UNK]",
+)  # fmt: skip
+
+
+def load_base(
+    name_or_path: str | os.PathLike,
+    *,
+    quantization: str = "nf4",
+    double_quant: bool = True,
+    dtype: str = "auto",
+    device: torch.device | str = "auto",
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    verbose: bool = True,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a causal LM, quantized and frozen, and its tokenizer with a pad token.
+
+    Args:
+        name_or_path: `demo` (the embedded base), a folder, or a Hub id. Only a Hub id may use the network.
+        quantization: storage of the linear layers: "nf4", "fp4", "int8", or "none". The LM head and the embeddings
+            are never quantized. A folder that bitsandbytes has already quantized keeps its own settings.
+        double_quant: quantize the quantization constants of nf4 and fp4 too.
+        dtype: compute dtype, and dtype of everything unquantized; "auto" fits the device and the model.
+        device: "auto", or a torch device. The whole model goes to this one device.
+        revision: branch, tag or commit of a Hub id.
+        attn_implementation: as in transformers.
+        trust_remote_code: run Python code that comes with the model.
+        verbose: print what was loaded.
+
+    Returns:
+        (model in eval mode with no parameter requiring gradients, tokenizer). A quantized Linear of shape (out, in)
+        holds out·in/2 bytes of uint8 (nf4, fp4) or out × in int8. The forward of a `Linear4bit` never repacks its
+        weight, so eval and training mode compute the same numbers.
+
+    Raises:
+        BaseModelError: no such model; its folder is incomplete, truncated, pickle only, not a causal LM, or quantized
+            by another method; its tokenizer has ids the embedding lacks; the hardware cannot do what is asked, or a
+            layer's width on it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from qpsft.model.attention import repeat_keys_where_no_kernel_groups
+
+    repeat_keys_where_no_kernel_groups()
+    if quantization not in QUANTIZATIONS:
+        raise BaseModelError(f"quantization {quantization!r} is not known.", f"Use {', '.join(QUANTIZATIONS)}.")
+    device = pick_device(device)
+    folder = resolve_folder(name_or_path, revision=revision, remote_code=trust_remote_code)
+    config_dict = check_folder(folder, trust_remote_code=trust_remote_code)
+    compute_dtype = base_dtype(device, dtype, config_dict)
+    on_disk = config_dict.get("quantization_config")
+    prequantized = on_disk is not None
+    if quantization != "none" or prequantized:
+        _require_bitsandbytes(device)
+    found = hardware_of(device)
+    check_quantization("int8" if prequantized and on_disk.get("load_in_8bit") else quantization, found)
+    check_attention(attn_implementation, found, compute_dtype)
+
+    config = load_config(folder, trust_remote_code)
+    kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    if quantization != "none" and not prequantized:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        skip = modules_to_skip(skeleton)
+        kwargs["quantization_config"] = bitsandbytes_config(quantization, double_quant, compute_dtype, skip)
+    model = _load_model(folder, config, compute_dtype, device, trust_remote_code, kwargs)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+
+    _keep_one_kernel(model, compute_dtype)
+    if device.type == "cpu":
+        check_read_back(model)
+    _check_unquantized(model, folder)
+    set_pad_token(model, tokenizer)
+    model.requires_grad_(False)
+
+    name = _public_name(name_or_path, folder)
+    # PEFT writes this name into adapter_config.json: a Hub id there works on any machine, a cache path does not.
+    if name != DEMO:
+        model.name_or_path = model.config._name_or_path = name
+    model.qpsft_source = BaseSource(
+        name=name,
+        revision=_revision_of(folder, revision),
+        config_sha256=config_sha256(config_dict),
+        prequantized=prequantized,
+    )
+    if verbose:
+        print(wrap(describe(model, device, compute_dtype), "      "), flush=True)
+    return model, tokenizer
+
+
+def load_tokenizer(
+    name_or_path: str | os.PathLike, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base model, with a pad token, without loading the model.
+
+    A missing pad token becomes a reserved token of the vocabulary (`PAD_TOKENS`), else the end-of-sequence token: the
+    vocabulary never grows, so the embeddings keep their size. Padding is masked by position, so pad = eos is safe.
+
+    Raises:
+        BaseModelError: no such model, no tokenizer in it, or neither a pad nor an end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    folder = resolve_folder(name_or_path, revision=revision, weights=False, remote_code=trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        raise BaseModelError(
+            f"The tokenizer in {folder} cannot be loaded: {one_line(error)}",
+            "Copy or download tokenizer.json and tokenizer_config.json (or tokenizer.model) of this model again.",
+        ) from error
+    if tokenizer.pad_token_id is None:
+        vocabulary = tokenizer.get_vocab()
+        reserved = next((token for token in PAD_TOKENS if token in vocabulary), None)
+        if reserved is None and tokenizer.eos_token_id is None:
+            raise BaseModelError(
+                f"The tokenizer in {folder} has neither a pad nor an end-of-sequence token.",
+                "Set eos_token in its tokenizer_config.json to the token that ends a text.",
+            )
+        tokenizer.pad_token = reserved or tokenizer.eos_token
+    return tokenizer
+
+
+def describe(model: PreTrainedModel, device: torch.device, compute_dtype: torch.dtype) -> str:
+    """One line: name, parameters, storage, compute dtype and device, bytes held."""
+    linears = quantized_linears(model)
+    storage = "not quantized"
+    if linears:
+        weight = next(iter(linears.values())).weight
+        kind = getattr(weight, "quant_type", "int8")
+        storage = kind + (" + double quantization" if getattr(weight, "compress_statistics", False) else "")
+    parts = [
+        f"base: {Path(model.qpsft_source.name).name}",
+        f"{_short(parameter_count(model), 'K', 'M', 'B')} parameters",
+        storage,
+        f"{str(compute_dtype).removeprefix('torch.')} compute on {device}",
+        f"{_short(stored_bytes(model), 'KB', 'MB', 'GB')}",
+    ]
+    return " · ".join(parts)
+
+
+def _short(number: int, thousand: str, million: str, billion: str) -> str:
+    for size, unit in ((10**9, billion), (10**6, million)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number / 1000:.3g} {thousand}"
+
+
+def _require_bitsandbytes(device: torch.device) -> None:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise BaseModelError("Quantization needs bitsandbytes.", "pip install bitsandbytes") from error
+    if device.type not in bitsandbytes.supported_torch_devices:
+        raise BaseModelError(
+            f"bitsandbytes {bitsandbytes.__version__} does not work on {device.type}.", "Use quantization none."
+        )
+
+
+def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+    """config.json of a folder as transformers reads it. Raises BaseModelError when it cannot."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except (StrictDataclassError, OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        raise BaseModelError(
+            f"{folder / 'config.json'} cannot be read by transformers: {one_line(error)}", "Download it again."
+        ) from error
+
+
+def modules_to_skip(model: PreTrainedModel) -> list[str]:
+    """Names of the LM head and the input embeddings: what bitsandbytes must not quantize."""
+    kept = {id(module) for module in (model.get_output_embeddings(), model.get_input_embeddings())}
+    return [name for name, module in model.named_modules() if id(module) in kept]
+
+
+def bitsandbytes_config(
+    quantization: str, double_quant: bool, compute_dtype: torch.dtype, skip: list[str]
+) -> BitsAndBytesConfig:
+    """How linear layers are rounded, for one of `QUANTIZATIONS` but "none"."""
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "int8":
+        # No outlier columns: which columns are outliers depends on all tokens of a batch, so a token's log-probability
+        # would depend on its neighbours, and scoring and training (batched differently) would disagree.
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, llm_int8_skip_modules=skip)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_storage=storage_dtype(compute_dtype),
+        llm_int8_skip_modules=skip,
+    )
+
+
+def _load_model(
+    folder: Path,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool,
+    kwargs: dict,
+) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # raised below, by name
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **kwargs,
+        )
+    except torch.OutOfMemoryError as error:
+        raise BaseModelError(
+            f"{folder} does not fit on {device}: {one_line(error)}", "Use nf4, a smaller model, or free the card."
+        ) from error
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise BaseModelError(
+            f"{folder} cannot be loaded: {one_line(error)}",
+            "Check that config.json belongs to these weights, and that transformers is new enough for the model.",
+        ) from error
+    broken = sorted(info["missing_keys"]) + sorted(key[0] for key in info["mismatched_keys"])
+    broken += [name for name, module in quantized_linears(model).items() if not _has_its_shape(module)]
+    if broken:
+        raise BaseModelError(
+            f"The weights in {folder} are not those of a {type(model).__name__}: {len(broken)} tensors are missing "
+            f"or have another shape, such as {broken[0]}.",
+            "Get config.json and weights from one source; in place of a classifier or a bare encoder, use the causal "
+            "LM it was made from.",
+        )
+    return model
+
+
+def _has_its_shape(module: nn.Module) -> bool:
+    # transformers compares the shapes of ordinary weights only.
+    state = getattr(module.weight, "quant_state", None)
+    shape = module.weight.shape if state is None else state.shape
+    return tuple(shape) == (module.out_features, module.in_features)
+
+
+def _keep_one_kernel(model: nn.Module, compute_dtype: torch.dtype) -> None:
+    """One kernel in one dtype for training and evaluation, so that a ratio of the two measures the policy only.
+
+    4-bit: on CPUs with AVX512-BF16 the first eval forward of a Linear4bit would repack its weight in place for a
+    bfloat16 kernel, and log-probabilities would differ from training's by up to 0.1 nats. A folder quantized on disk
+    brings its own compute dtype along, which may not suit this hardware.
+
+    int8: off CUDA, bitsandbytes multiplies by the dequantized weight in training mode and rounds the activations to
+    int8 as well in eval mode (0.3 nats apart on stories260K); such layers stay in training mode.
+    """
+    for module in quantized_linears(model).values():
+        if hasattr(module, "compute_dtype"):
+            module.support_avx512bf16_for_cpu = False
+            module.compute_dtype = compute_dtype
+            module.compute_type_is_set = True
+        elif module.weight.device.type != "cuda":
+            module.__class__ = _linear_always_training(type(module))
+            module.train()
+
+
+@functools.cache
+def _linear_always_training(int8_linear: type[nn.Module]) -> type[nn.Module]:
+    class AlwaysTraining(int8_linear):
+        """Linear8bitLt whose eval forward is its training forward; it has neither dropout nor statistics."""
+
+        def train(self, mode: bool = True) -> nn.Module:
+            return super().train(True)
+
+    return AlwaysTraining
+
+
+def _check_unquantized(model: PreTrainedModel, folder: Path) -> None:
+    quantized = quantized_linears(model)
+    if not quantized:
+        return
+    head = model.get_output_embeddings()
+    if any(module is head for module in quantized.values()):
+        raise BaseModelError(
+            f"The LM head in {folder} is quantized on disk; training reads its weight directly.",
+            "Use the 16-bit model it was made from, or one quantized without its LM head.",
+        )
+    ordinary = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1 and name.rpartition(".")[0] not in quantized and not _is_embedding(model, name)
+    )
+    share = ordinary / parameter_count(model)
+    if share > 0.05:
+        warnings.warn(
+            f"{share:.0%} of this model's weights are not in linear layers that bitsandbytes can quantize (experts of "
+            f"a mixture, for instance) and stay in {model.dtype}.",
+            stacklevel=3,
+        )
+
+
+def _is_embedding(model: PreTrainedModel, parameter_name: str) -> bool:
+    module = model.get_submodule(parameter_name.rpartition(".")[0])
+    return isinstance(module, nn.Embedding) or module is model.get_output_embeddings()
+
+
+def set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gives the model the tokenizer's pad token. Raises BaseModelError when the two do not fit."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= rows:
+        raise BaseModelError(
+            f"The tokenizer in {tokenizer.name_or_path} goes up to id {largest} ({token!r}), and the embedding matrix "
+            f"has {rows} rows.",
+            "They belong to different models; use the tokenizer that came with the weights.",
+        )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def _public_name(name_or_path: str | os.PathLike, folder: Path) -> str:
+    """What to call the base in records: `demo`, the Hub id, or the folder's absolute path."""
+    name = os.fspath(name_or_path)
+    if name == DEMO:
+        return DEMO
+    return str(folder.resolve()) if Path(name).expanduser().is_dir() else name
+
+
+def _revision_of(folder: Path, revision: str | None) -> str | None:
+    # A Hub snapshot lives in …/snapshots/<commit>, and the commit says more than a branch name.
+    return folder.name if folder.parent.name == "snapshots" else revision
+
+
+def fsdp_is_on() -> bool:
+    """Whether `accelerate launch` started this process for FSDP. transformers' own check asks the environment too."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def storage_dtype(compute_dtype: torch.dtype) -> torch.dtype:
+    """The dtype that 4-bit weights are stored as: uint8, or with FSDP the dtype of the base's other weights."""
+    return compute_dtype if fsdp_is_on() else torch.uint8

@@ -1,0 +1,269 @@
+"""What an adapter's folder must know about the base it was trained on: `base_quantization.json`.
+
+An adapter trained on rounded weights corrects *those* weights, so merging must round the checkpoint the same way:
+cast each tensor to `weights_dtype`, quantize with `quantization`, `block_size`, `double_quant` and `quant_storage`,
+dequantize. That gives the trained base's bytes again, and its dequantized weights, exactly.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from qpsft import __version__
+from qpsft.errors import BaseModelError, OutputError
+from qpsft.model.folder import config_sha256, read_config, resolve_folder
+
+RECORD_FILE = "base_quantization.json"
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """Where a base model came from. `load_base` leaves it on the model as `model.qpsft_source`."""
+
+    name: str
+    revision: str | None
+    config_sha256: str
+    prequantized: bool
+
+
+@dataclass(frozen=True)
+class BaseRecord:
+    """The base of an adapter: where it came from and how its weights were rounded.
+
+    Attributes:
+        qpsft_version: version that wrote the record.
+        base_model_name_or_path: `demo`, a Hub id, or an absolute folder.
+        revision: the Hub commit, if known.
+        config_sha256: `qpsft.model.folder.config_sha256` of the base's config.json.
+        quantization: "nf4", "fp4", "int8" or "none".
+        double_quant: whether the quantization constants are quantized too.
+        block_size: weights per quantization constant (nf4, fp4), else None.
+        quant_storage: dtype the packed weights are stored in, such as "uint8"; None if not quantized.
+        compute_dtype: dtype of the matrix products and of all unquantized weights, such as "bfloat16".
+        weights_dtype: dtype the checkpoint's tensors were cast to before they were quantized.
+        prequantized: the base was quantized on disk; its own bytes are the trained ones.
+        unquantized_modules: names of linear modules that were not quantized (the LM head).
+        init_lora_weights: the adapter's initialisation; None without an adapter.
+    """
+
+    qpsft_version: str
+    base_model_name_or_path: str
+    revision: str | None
+    config_sha256: str
+    quantization: str
+    double_quant: bool
+    block_size: int | None
+    quant_storage: str | None
+    compute_dtype: str
+    weights_dtype: str
+    prequantized: bool
+    unquantized_modules: list[str]
+    init_lora_weights: bool | str | None
+
+
+def quantized_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """The bitsandbytes linear layers of `model` by name; with adapters, the base layers under them."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params")
+        and isinstance(module, nn.Linear)
+    }
+
+
+def check_read_back(model: nn.Module) -> None:
+    """Makes sure that bitsandbytes reads 4-bit weights back as it stored them.
+
+    Its CPU kernel (0.50.2) goes row by row, and where rows end within a block it takes another block's scale, for
+    widths that are a multiple of 16 and not of the block size: errors of the weights' own size, silently.
+
+    Raises:
+        BaseModelError: it does not, naming the layer.
+    """
+    import bitsandbytes
+
+    widths = set()
+    for name, module in quantized_linears(model).items():
+        state = getattr(module.weight, "quant_state", None)
+        if state is None or state.shape[-1] % state.blocksize == 0 or state.shape[-1] in widths:
+            continue
+        widths.add(state.shape[-1])
+        in_one_row = copy.copy(state)
+        in_one_row.shape = (1, state.shape.numel())
+        read, right = (bitsandbytes.functional.dequantize_4bit(module.weight, how) for how in (state, in_one_row))
+        if not torch.equal(read.flatten(), right.flatten()):
+            raise BaseModelError(
+                f"{name} has {state.shape[-1]} inputs, no multiple of the block size {state.blocksize}, and "
+                f"bitsandbytes {bitsandbytes.__version__} reads such a weight back wrongly on this CPU.",
+                "Use quantization none, or a GPU.",
+            )
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of the base's weights, shared ones once, 4-bit ones by the shape they stand for."""
+    return sum(_logical_numel(parameter) for name, parameter in model.named_parameters() if _is_base(name))
+
+
+def _is_base(name: str) -> bool:
+    """Whether a module or tensor is the base's own, by its name: neither an adapter's nor a copy trained in full."""
+    return ".lora_" not in name and ".modules_to_save." not in name
+
+
+def _logical_numel(parameter: nn.Parameter) -> int:
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of all weights, buffers and quantization constants of the base, whatever adapter is on it."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    total = sum(tensor.nbytes for name, tensor in tensors if _is_base(name))
+    for module in quantized_linears(model).values():
+        state = getattr(module.weight, "quant_state", None)
+        if state is None:
+            total += module.weight.SCB.nbytes if getattr(module.weight, "SCB", None) is not None else 0
+            continue
+        for part in (state, state.state2):
+            total += part.absmax.nbytes if part is not None else 0
+    return total
+
+
+def base_record(model: nn.Module, name_or_path: str | None = None) -> dict:
+    """The settings of the base under `model`, read off the live weights, as `BaseRecord`'s dict.
+
+    Args:
+        model: what `load_base` or `add_adapter` returned, or any transformers causal LM, PEFT-wrapped or not.
+        name_or_path: where it came from, for a model that `load_base` did not load and whose `name_or_path` is wrong.
+
+    Raises:
+        BaseModelError: the source's config.json is not on this machine.
+    """
+    peft_config = getattr(model, "peft_config", None)
+    adapter = next(iter(peft_config.values())) if peft_config else None
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    source = getattr(base, "qpsft_source", None)
+    if source is None or name_or_path is not None:
+        source = _find_source(name_or_path or base.name_or_path)
+    return dataclasses.asdict(
+        BaseRecord(
+            qpsft_version=__version__,
+            base_model_name_or_path=source.name,
+            revision=source.revision,
+            config_sha256=source.config_sha256,
+            prequantized=source.prequantized,
+            init_lora_weights=None if adapter is None else adapter.init_lora_weights,
+            **_settings(base),
+        )
+    )
+
+
+def _settings(base: nn.Module) -> dict:
+    """Quantization settings, read off the weights themselves."""
+    linears = quantized_linears(base)
+    quantized = {id(module) for module in linears.values()}
+    settings = {
+        "quantization": "none",
+        "double_quant": False,
+        "block_size": None,
+        "quant_storage": None,
+        "compute_dtype": _name(base.dtype),
+        "weights_dtype": _name(base.dtype),
+        "unquantized_modules": [
+            _base_name(name)
+            for name, module in base.named_modules()
+            if isinstance(module, nn.Linear) and id(module) not in quantized and _is_base(name)
+        ],
+    }
+    if not linears:
+        return settings
+    first = next(iter(linears.values()))
+    state = getattr(first.weight, "quant_state", None)
+    if state is None:
+        return settings | {"quantization": "int8", "quant_storage": _name(first.weight.dtype)}
+    return settings | {
+        "quantization": state.quant_type,
+        "double_quant": state.nested,
+        "block_size": state.blocksize,
+        "quant_storage": _name(first.weight.dtype),
+        "compute_dtype": _name(first.compute_dtype or base.dtype),
+        "weights_dtype": _name(state.dtype),
+    }
+
+
+def _base_name(name: str) -> str:
+    """A module's name in the plain base model, without what PEFT put around it."""
+    return name.replace(".base_layer", "").replace(".original_module", "")
+
+
+def _find_source(name_or_path: str) -> BaseSource:
+    folder = resolve_folder(name_or_path, weights=False, local_files_only=True)
+    config = read_config(folder)
+    return BaseSource(name_or_path, None, config_sha256(config), config.get("quantization_config") is not None)
+
+
+def write_base_record(model: nn.Module, folder: str | os.PathLike, name_or_path: str | None = None) -> Path:
+    """Writes `base_record(model, name_or_path)` as `base_quantization.json` into an adapter's folder, atomically.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    text = json.dumps(base_record(model, name_or_path), indent=2, ensure_ascii=False) + "\n"
+    target = folder / RECORD_FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{RECORD_FILE}.")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, target)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise OutputError(
+            f"{target} cannot be written: {error.strerror or error}.", "Check the disk and its permissions."
+        ) from error
+    return target
+
+
+def read_base_record(folder: str | os.PathLike) -> BaseRecord:
+    """The record in an adapter's folder.
+
+    Raises:
+        BaseModelError: it is missing, not JSON, or lacks a key; the message names the file.
+    """
+    path = Path(folder) / RECORD_FILE
+    advice = (
+        "It says how the base was rounded in training. Copy it from the folder the training wrote, or merge onto the "
+        "original weights instead."
+    )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BaseModelError(f"The adapter folder {folder} has no {RECORD_FILE}.", advice) from error
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"{path} cannot be read: {error}.", advice) from error
+    if not isinstance(content, dict):
+        raise BaseModelError(f"{path} is not a JSON object.", advice)
+    names = [field.name for field in dataclasses.fields(BaseRecord)]
+    missing = [name for name in names if name not in content]
+    if missing:
+        raise BaseModelError(f"{path} lacks {', '.join(missing)}.", advice)
+    return BaseRecord(**{name: content[name] for name in names})
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

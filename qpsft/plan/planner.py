@@ -1,0 +1,285 @@
+"""A plan for one recipe: its model built on the meta device once, its passes measured for any batch and option."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+
+from qpsft.errors import BaseModelError, RecipeError
+from qpsft.model.adapter_folder import find_adapter, read_adapter_config
+from qpsft.model.attention import fits
+from qpsft.model.continue_adapter import SAME_OPTIONS
+from qpsft.model.folder import one_line
+from qpsft.model.hardware import (
+    DTYPES,
+    OPTIONS,
+    Hardware,
+    check_attention,
+    check_mixed_precision,
+    check_optimizer,
+    check_quantization,
+    hardware_for,
+    overflowing_type,
+)
+from qpsft.model.tiled_mlp import TILE, is_tiled
+from qpsft.plan.kernels import HALF, STAND_IN, Target
+from qpsft.plan.memory import Memory, Settings, add_up
+from qpsft.plan.optimizers import OptimizerBytes, optimizer_bytes
+from qpsft.plan.passes import Activations, Passes
+from qpsft.plan.shapes import Shape
+from qpsft.plan.step import Batch
+from qpsft.plan.weights import WeightBytes, build_skeleton, weight_bytes
+from qpsft.psft.forward import needs_mask
+from qpsft.psft.reference import choose_placement
+from qpsft.psft.scoring import default_token_budget
+from qpsft.psft.sharding import fsdp_is_asked
+from qpsft.recipe.arguments import LoraArguments
+from qpsft.recipe.file import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What `Planner.measure` found for one recipe."""
+
+    memory: Memory
+    activations: Activations
+    optimizer: OptimizerBytes
+    notes: list[str]
+
+
+class Planner:
+    """Plans recipes that differ in the trainer's options only.
+
+    Args:
+        recipe: for the base, its quantization and the adapter.
+        shape: of the base.
+        device: "cuda" or "cpu".
+        capability: CUDA's (major, minor), or ROCm's architecture name.
+        processes: of DDP; all numbers are one process's.
+
+    Raises:
+        BaseModelError: the model cannot be built from its config, or the adapter's options do not fit it; the card is
+            too old for bitsandbytes; card or model have no kernels for the quantization or the attention asked for.
+        RecipeError: training would refuse the optimizer or the mixed precision there.
+    """
+
+    def __init__(
+        self, recipe: Recipe, shape: Shape, *, device: str, capability: tuple[int, int] | str, processes: int = 1
+    ):
+        self.shape, self.device, self.capability, self.processes = shape, device, capability, processes
+        self.dtype = _compute_dtype(recipe, shape, device, capability)
+        autocast = _autocast(recipe, self.dtype)
+        _check_card(recipe, shape, hardware_for(device, capability), self.dtype, autocast)
+        self._flash = (recipe.model.attn_implementation or "").startswith("flash")
+        self._model = dataclasses.replace(recipe.model, attn_implementation=STAND_IN) if self._flash else recipe.model
+        self.lora, self._trust = _adapter_options(recipe), recipe.trainer.trust_remote_code
+        skeleton = self._build(shape.config, tiled=False)
+        if self._flash and not skeleton.get_base_model()._supports_flash_attn:
+            raise BaseModelError(
+                f"{shape.config.model_type} models have no {recipe.model.attn_implementation} in transformers.",
+                "Leave attn_implementation out.",
+            )
+        self.weights: WeightBytes = weight_bytes(skeleton)
+        self._base_config = skeleton.get_base_model().config  # which knows its attention implementation
+        self.context_length = getattr(shape.config.get_text_config(), "max_position_embeddings", None) or 2**20
+        target = Target(device, capability, autocast)
+        self._passes = {
+            tiled: Passes(shape.config, functools.partial(self._build, tiled=tiled), self.lora, target)
+            for tiled in (False, True)
+        }
+        self._optimizers: dict[tuple, OptimizerBytes] = {}
+        self._measured: dict[tuple, Activations] = {}
+        self._why_unknown = ""
+
+    def _build(self, config: Any, tiled: bool) -> Any:
+        return build_skeleton(
+            config, self._model, self.lora, self.dtype, tiled_mlp=tiled, trust_remote_code=self._trust
+        )
+
+    def of_another(self, recipe: Recipe, shape: Shape) -> Planner:
+        """The same for another base."""
+        return Planner(recipe, shape, device=self.device, capability=self.capability, processes=self.processes)
+
+    def measure(self, recipe: Recipe, free_bytes: int | None) -> Measured:
+        """The memory of `recipe`, whose base and adapter are those the planner was made for.
+
+        Args:
+            recipe: the run.
+            free_bytes: of the card before anything is loaded, by which the reference is placed; None: not known.
+
+        Raises:
+            RecipeError: there is no longest row.
+        """
+        args = recipe.trainer
+        placement = self._placement(args, free_bytes)
+        batch = self._batch(args)
+        score_batch = self._score_batch(args, batch, placement) if _scores(args) else None
+        every, notes = _checkpointing(args)
+        tiled = args.tiled_mlp and is_tiled(batch.length)
+        activations = self._activations(batch, score_batch, tiled, every, args.activation_offloading)
+        if tiled:  # the longest rows that are not, 4,095 tokens, may need more
+            length = min(batch.length, 2 * TILE - 1)
+            batches = (of and dataclasses.replace(of, length=length) for of in (batch, score_batch))
+            shorter = self._activations(*batches, False, every, args.activation_offloading)
+            training = max(activations.training, shorter.training, key=lambda training: training.peak)
+            scoring = max(activations.scoring, shorter.scoring)
+            activations = dataclasses.replace(activations, training=training, scoring=scoring)
+        if not activations.known:
+            notes.append(
+                f"what activations of a {self.shape.config.model_type} model need is not known here "
+                f"({self._why_unknown}): train a few steps with --max_steps and watch the memory"
+            )
+        optimizer = self._optimizer(args)
+        if not optimizer.known:
+            notes.append(f"{_name(args.optim)} is not known here: two float32 numbers per trained weight are assumed")
+        if fsdp_is_asked(args):
+            notes.append("FSDP's sharding is not planned: these are the numbers of DDP")
+        if batch.length > self.context_length and not args.packing:
+            notes.append(
+                f"rows of {batch.length:,} tokens are longer than the model's context, {self.context_length:,}: "
+                "it was not trained on such positions"
+            )
+        settings = Settings(
+            cuda=self.device == "cuda",
+            capability=self.capability,
+            reference=placement,
+            accumulates=args.gradient_accumulation_steps > 1,
+            processes=self.processes,
+            window_bytes=_window_bytes(args, batch),
+            layers=self._passes[tiled].layers,
+        )
+        return Measured(add_up(self.weights, optimizer, activations, settings), activations, optimizer, notes)
+
+    def _activations(
+        self, batch: Batch, score_batch: Batch | None, tiled: bool, every: int | None, offloading: bool
+    ) -> Activations:
+        key = (batch, score_batch, tiled, every, offloading)
+        if key not in self._measured:
+            try:
+                self._measured[key] = self._passes[tiled].measure(
+                    batch, score_batch, checkpointing=every, offloading=offloading
+                )
+            except Exception as error:  # any architecture's own code runs here, and all else is counted exactly
+                self._why_unknown = one_line(error)
+                self._measured[key] = Activations.unknown(batch, score_batch)
+        return self._measured[key]
+
+    def _optimizer(self, args: Any) -> OptimizerBytes:
+        key = (str(args.optim), args.optim_args)
+        if key not in self._optimizers:
+            found = optimizer_bytes(args, self.weights.trainable)
+            if self.device == "cpu":  # there is nothing to page from
+                found = dataclasses.replace(found, device=found.device + found.host, host=0)
+            self._optimizers[key] = found
+        return self._optimizers[key]
+
+    def _batch(self, args: Any) -> Batch:
+        """The largest micro-batch, as `qpsft.psft.forward` and `qpsft.psft.packing` make it."""
+        if args.max_length is None:
+            raise RecipeError("max_length is none, so the longest row is not known.", "Give --max_length.")
+        rows, length = args.per_device_train_batch_size, args.max_length
+        if not args.packing:
+            return Batch(rows, length, masked=not self._flash and needs_mask(self._base_config))
+        if self._flash:
+            return Batch(1, rows * length, masked=False)  # laid end to end
+        return Batch(rows, length, masked=not fits(self._base_config, length))
+
+    def _score_batch(self, args: Any, batch: Batch, placement: str) -> Batch:
+        """The largest batch of the reference pass, as `qpsft.psft.scoring` makes it."""
+        budget = args.score_token_budget
+        if budget is None:
+            budget = default_token_budget(
+                batch.rows * batch.length,
+                self.shape.config,
+                bits=8 * self.dtype.itemsize,
+                checkpointing=args.gradient_checkpointing,
+                offloading=args.activation_offloading,
+                tiled=args.tiled_mlp and is_tiled(batch.length),
+                spare_bytes=0 if placement == "host" else self.weights.adapter,
+            )
+        if budget == 0 or (args.packing and self._flash):
+            return batch
+        rows = max(1, min(args.per_device_train_batch_size * args.gradient_accumulation_steps, budget // batch.length))
+        return dataclasses.replace(batch, rows=rows)
+
+    def _placement(self, args: Any, free_bytes: int | None) -> str:
+        if args.loss_type != "psft" or args.reference != "snapshot":
+            return "none"
+        if args.reference_placement != "auto" or self.device == "cpu" or free_bytes is None:
+            return "host" if args.reference_placement == "host" and self.device == "cuda" else "device"
+        weights = self.weights
+        loaded = weights.quantized + weights.constants + weights.unquantized + weights.adapter
+        return choose_placement(free_bytes - loaded, weights.adapter)
+
+
+def _scores(args: Any) -> bool:
+    blocks = args.loss_type == "psft" and args.reference == "snapshot"
+    return blocks and (args.reference_steps > 1 or args.num_iterations > 1)
+
+
+def _checkpointing(args: Any) -> tuple[int | None, list[str]]:
+    if not args.gradient_checkpointing:
+        return None, []
+    settings = dict(args.gradient_checkpointing_kwargs or {})
+    if settings.get("selective"):
+        return None, ["selective checkpointing is planned as none: an upper bound"]
+    return settings.get("every_n_layers", 1), []
+
+
+def _window_bytes(args: Any, batch: Batch) -> int:
+    """Three int64 tensors per row of the window, and its old log-probabilities: a block's, where they are kept."""
+    tokens = batch.rows * batch.length * args.gradient_accumulation_steps
+    kept = args.reference_steps if args.num_iterations > 1 else 1
+    return 3 * 8 * tokens + (4 * tokens * kept if args.loss_type == "psft" else 0)
+
+
+def _compute_dtype(recipe: Recipe, shape: Shape, device: str, capability: tuple[int, int] | str) -> torch.dtype:
+    """As `qpsft.model.hardware.base_dtype`, for a card that need not be here."""
+    asked = recipe.model.dtype
+    dtype = hardware_for(device, capability).compute_dtype if asked == "auto" else DTYPES[asked]
+    model_type = overflowing_type(shape.config.to_dict())
+    if dtype != torch.float16 or model_type is None:
+        return dtype
+    if asked != "auto":
+        raise BaseModelError(f"{model_type} models overflow in float16.", OPTIONS)
+    return torch.float32
+
+
+def _check_card(
+    recipe: Recipe, shape: Shape, found: Hardware, dtype: torch.dtype, autocast: torch.dtype | None
+) -> None:
+    """Raises what `load_base`, PSFTConfig and PSFTTrainer would on that card."""
+    on_disk = shape.config.to_dict().get("quantization_config") or {}
+    check_quantization("int8" if on_disk.get("load_in_8bit") else recipe.model.quantization, found)
+    check_attention(recipe.model.attn_implementation, found, dtype)
+    check_optimizer(_name(recipe.trainer.optim), found)
+    check_mixed_precision(autocast, dtype, overflowing_type(shape.config.to_dict()))
+
+
+def _adapter_options(recipe: Recipe) -> LoraArguments:
+    """The recipe's, or those of the adapter that it goes on from."""
+    if not recipe.lora.adapter_name_or_path:
+        return recipe.lora
+    config = read_adapter_config(find_adapter(recipe.lora.adapter_name_or_path))
+    targets = config.target_modules
+    return dataclasses.replace(
+        recipe.lora,
+        lora_target_modules=targets if isinstance(targets, str) else sorted(targets),
+        lora_modules_to_save=sorted(config.modules_to_save or []) or None,
+        **{name: getattr(config, own) for name, own in SAME_OPTIONS.items()},
+    )
+
+
+def _name(optim: Any) -> str:
+    return str(getattr(optim, "value", optim))
+
+
+def _autocast(recipe: Recipe, dtype: torch.dtype) -> torch.dtype | None:
+    """Mixed precision: as given, else by the compute dtype as `PSFTConfig` would on that device."""
+    if {"bf16", "fp16"} & set(recipe.given):
+        args = recipe.trainer
+        return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    return dtype if dtype in HALF else None

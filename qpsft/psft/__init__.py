@@ -1,0 +1,1 @@
+"""The method: losses, reference policy, scoring, schedule, trainer."""

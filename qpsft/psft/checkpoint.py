@@ -1,0 +1,177 @@
+"""Checkpoints that are either whole or not used: a list of files and sizes, written last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qpsft.errors import OutputError, TrainingError
+from qpsft.files import write_atomically
+
+COMPLETE = "complete.json"
+RUN = "psft_run.json"
+REFERENCE = "psft_reference.safetensors"
+SCORES = "psft_scores_{process}.safetensors"
+
+# what torch.save says on a full disk: RuntimeErrors of its own, not an OSError
+_TORCH_WRITE_ERRORS = ("inline_container", "PytorchStreamWriter", "iostream", "File too large", "No space left")
+
+
+def mark_complete(folder: Path) -> None:
+    """Declares a checkpoint whole: records every file with its size. Call when all files are written."""
+    files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    write_atomically(folder / COMPLETE, json.dumps({"files": files}, indent=1))
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether every file that `mark_complete` recorded is there with its size."""
+    try:
+        files = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["files"]
+        return all((folder / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+    """The `checkpoint-N` folders of a run, newest first, whole or not."""
+    folder = Path(output_dir)
+    if not folder.is_dir():
+        return []
+    found = [(int(m[1]), p) for p in folder.iterdir() if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def newest_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
+    """The newest whole checkpoint; warns about each newer one that is not."""
+    for path in checkpoints(output_dir):
+        if is_complete(path):
+            return path
+        warnings.warn(f"{path} is half-written (the run was cut off while saving); it is skipped.", stacklevel=2)
+    return None
+
+
+@contextmanager
+def whole_or_removed(folder: Path) -> Iterator[None]:
+    """A write that fails inside removes `folder` and becomes an OutputError; its neighbours stay as they are."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not any(text in str(error) for text in _TORCH_WRITE_ERRORS):
+            raise
+        remove_folder(folder)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OutputError(
+            f"The checkpoint {folder} could not be written: {reason}.",
+            "The disk may be full: free some space or choose another output_dir. Earlier checkpoints are untouched; "
+            "resume from the last one.",
+        ) from error
+
+
+def save_run(folder: Path, settings: Mapping[str, Any], num_tokens: int) -> None:
+    """Saves the settings that fix which rows a step sees, and the tokens trained on so far."""
+    (folder / RUN).write_text(json.dumps({"num_tokens": num_tokens, "settings": settings}, indent=1), encoding="utf-8")
+
+
+def load_run(folder: Path, settings: Mapping[str, Any]) -> int:
+    """The tokens trained on so far; 0 for a checkpoint of another trainer.
+
+    Raises:
+        TrainingError: a setting differs, so that the kept log-probabilities would belong to other rows.
+    """
+    if not (folder / RUN).is_file():
+        return 0
+    run = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    for name, saved in run["settings"].items():
+        if settings.get(name) != saved:
+            raise TrainingError(
+                f"{folder} was made with {name} = {saved}, this run has {settings.get(name)}: steps see other rows.",
+                "Resume with the settings the checkpoint was made with.",
+            )
+    return run["num_tokens"]
+
+
+def rows_sha256(rows: Sequence[Mapping[str, Any]], sample: int = 256) -> str:
+    """A digest of tokenized rows: of `sample` of them at even distances, which is enough to tell two files apart."""
+    numbers = sorted({round(i * (len(rows) - 1) / max(1, sample - 1)) for i in range(min(sample, len(rows)))})
+    text = json.dumps([[rows[n].get("input_ids"), rows[n].get("labels")] for n in numbers])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_adapter(folder: Path, config: Any) -> None:
+    """Compares a checkpoint's `adapter_config.json` with the adapter that is to go on.
+
+    Raises:
+        TrainingError: they differ in what decides the adapter's shape or scale; names the setting.
+    """
+    path = folder / "adapter_config.json"
+    if not path.is_file():  # an adapter of another name has a folder of its own, and PEFT checks its shapes
+        return
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("r", "lora_alpha", "target_modules", "modules_to_save", "use_dora", "use_rslora", "bias"):
+        here = getattr(config, name, None)
+        before, now = (sorted(v) if isinstance(v, (list, set)) else v for v in (saved.get(name), here))
+        if before != now:
+            raise TrainingError(
+                f"{folder} was made with {name} = {before}, this run has {now}.",
+                "Resume with the adapter settings the checkpoint was made with.",
+            )
+
+
+def save_psft_state(
+    folder: Path, process: int, reference: dict[str, Tensor] | None, scores: dict[int, list[Tensor]]
+) -> None:
+    """Saves what a run must remember in the middle of a block.
+
+    Args:
+        folder: the checkpoint's folder.
+        process: rank of this process; each keeps the scores of its own micro-batches.
+        reference: the reference policy's tensors (process 0), or None.
+        scores: old log-probabilities of the block's mini-batches, one (batch, sequence - 1) tensor per micro-batch.
+    """
+    if reference is not None:
+        save_file({k: v.detach().contiguous().cpu() for k, v in reference.items()}, folder / REFERENCE)
+    flat = {f"{m}.{i}": t.contiguous().cpu() for m, tensors in scores.items() for i, t in enumerate(tensors)}
+    save_file(flat, folder / SCORES.format(process=process))
+
+
+def load_psft_state(folder: Path, process: int) -> tuple[dict[str, Tensor] | None, dict[int, list[Tensor]]]:
+    """Loads what `save_psft_state` saved: the reference (None before the first snapshot) and the block's scores.
+
+    Raises:
+        TrainingError: the scores of this process are missing (another trainer made the checkpoint).
+    """
+    scores_file = folder / SCORES.format(process=process)
+    if not scores_file.is_file():
+        raise TrainingError(
+            f"{folder} holds no old log-probabilities for process {process}.",
+            "Resume from a checkpoint that qpsft made with loss_type psft.",
+        )
+    scores: dict[int, list[tuple[int, Tensor]]] = {}
+    for key, tensor in load_file(scores_file).items():
+        mini_batch, micro_batch = map(int, key.split("."))
+        scores.setdefault(mini_batch, []).append((micro_batch, tensor))
+    reference = load_file(folder / REFERENCE) if (folder / REFERENCE).is_file() else None
+    return reference, {m: [t for _, t in sorted(pairs, key=lambda pair: pair[0])] for m, pairs in scores.items()}
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a checkpoint folder; its completeness mark goes first, so that a cut-off removal leaves no doubt."""
+    (folder / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def to_device(scores: dict[int, list[Tensor]], device: torch.device) -> dict[int, list[Tensor]]:
+    return {m: [t.to(device) for t in tensors] for m, tensors in scores.items()}

@@ -1,0 +1,250 @@
+"""PSFTConfig: trl.SFTConfig with the options of Proximal SFT and defaults that suit LoRA on a 4-bit base."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from transformers import get_scheduler
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from trl import SFTConfig
+
+from qpsft.errors import RecipeError
+from qpsft.model.hardware import check_optimizer, compute_dtype_for, hardware_of, pick_device
+from qpsft.psft.losses import EPSILON
+
+LOSS_TYPES = ("psft", "nll", "dft")
+REFERENCES = ("snapshot", "last_visit")
+# Values of `report_to` that `get_available_reporting_integrations` does not tell.
+_NOT_TOLD = ("all", "none", "azure_ml", "flyte", "kubeflow")
+PLACEMENTS = ("auto", "device", "host")
+
+
+def _option(default: Any, help: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class PSFTConfig(SFTConfig):
+    """Arguments of `PSFTTrainer`: everything of `trl.SFTConfig`, and the options below.
+
+    Defaults that differ from SFTConfig's, each with its reason in its help: `loss_type`, `learning_rate`,
+    `lr_scheduler_type`, `warmup_steps`, `per_device_train_batch_size`, `gradient_accumulation_steps`, `save_steps`,
+    `save_total_limit`, `bf16`/`fp16` (by hardware; off on the CPU).
+
+    Raises:
+        RecipeError: a value out of range.
+    """
+
+    loss_type: str = _option(
+        "psft",
+        "psft (Proximal SFT, arXiv 2508.17784), nll (plain SFT) or dft (arXiv 2508.05629).",
+        choices=list(LOSS_TYPES),
+    )
+    epsilon: float = _option(
+        EPSILON,
+        "Trust region: a token gets no gradient once it is (1 + epsilon) times as likely as at the last snapshot. "
+        "0.28 as in the paper; 0.1 to 0.5 work.",
+    )
+    reference_steps: int = _option(
+        8,
+        "K: optimizer steps' worth of data in a block; the reference policy is renewed at each block's start. 8 as in "
+        "the paper (64/8 and 256/32); 4 when the data fill few blocks; 1 with one visit is plain SFT.",
+    )
+    reference: Literal["snapshot", "last_visit"] = _option(
+        "snapshot",
+        "The reference policy. snapshot: a copy of the adapter, renewed every block. last_visit: for each row the "
+        "policy at that row's own last visit, recorded in training at no cost; the first epoch is its warm-up.",
+    )
+    num_iterations: int = _option(
+        1,
+        "How often each block is gone through before the next snapshot (PPO epochs). Visits count as epochs. 1 as in "
+        "the paper; 4 with one block of warm-up for noisy or model-written demonstrations.",
+    )
+    sft_warmup_steps: float = _option(
+        0,
+        "Optimizer steps of plain SFT before the first snapshot: a number of steps, or below 1 a fraction of the run. "
+        "0 as in the paper; one block (reference_steps) with num_iterations > 1, where visits otherwise learn late.",
+    )
+    score_token_budget: int | None = _option(
+        None,
+        "Tokens per batch, padding included, in the reference pass. Unset: as many as take no more memory than "
+        "training on the step's largest micro-batch. 0: the micro-batches as they are trained, which is slower and "
+        "free of rounding noise: without a change of the weights the ratio is 1 to the bit.",
+    )
+    reference_placement: Literal["auto", "device", "host"] = _option(
+        "auto",
+        "Where the snapshot is kept between scoring passes; the results are the same. host: in host memory, which "
+        "frees one adapter's bytes on the device. auto: host where device memory is short.",
+    )
+    block_order: bool = _option(
+        False, "nll and dft go through the data in PSFT's order (blocks and visits), as a control. psft always does."
+    )
+
+    packing: bool = _option(
+        False,
+        "Lay several rows end to end, up to max_length tokens, each seeing itself only; on any attention "
+        "implementation. Batch sizes and reference_steps then count packed rows.",
+    )
+    tiled_mlp: bool = _option(
+        True,
+        "Run the MLPs of rows of 4,096 tokens and more in tiles, which takes much less memory. Exact; shorter rows "
+        "are not concerned.",
+    )
+    learning_rate: float = _option(
+        2e-4, "Initial learning rate of AdamW. 2e-4 is QLoRA's usual one; PSFT takes 1 to 2 times the best for SFT."
+    )
+    lr_scheduler_type: str = _option(
+        "constant_with_warmup", "Constant after a warm-up: a decaying rate undertrains when blocks are revisited."
+    )
+    warmup_steps: float = _option(
+        10, "Learning-rate warm-up: steps, or below 1 a fraction of the run. 10 as in the paper."
+    )
+    max_grad_norm: float = _option(1.0, "Gradient clipping, as in the paper; 0 turns it off.")
+    per_device_train_batch_size: int = _option(
+        2, "Rows per micro-batch. Small, to fit small cards; the reference pass is batched larger by itself."
+    )
+    gradient_accumulation_steps: int = _option(
+        8, "Micro-batches per optimizer step; 2 x 8 = 16 rows, between the paper's mini-batches of 8 and 32."
+    )
+    save_steps: float = _option(
+        100, "Save a checkpoint every so many steps: adapters are small, runs at home are cut off."
+    )
+    save_total_limit: int | None = _option(2, "Checkpoints kept; two, so that one is whole while the next is written.")
+
+    def __post_init__(self) -> None:
+        self._check()
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # transformers refuses bf16 on the CPU unless it is said
+        device = "cpu" if self.use_cpu else pick_device()
+        self.automatic_precision = self.bf16 is None and not self.fp16
+        if self.automatic_precision:
+            dtype = compute_dtype_for(device)
+            self.bf16, self.fp16 = dtype == torch.bfloat16, dtype == torch.float16
+        if self.fp16 and not hardware_of(device).loss_scaling:
+            raise RecipeError(
+                f"fp16 needs loss scaling, which torch does not have on {device}.",
+                "Use dtype float32 or bfloat16 there.",
+            )
+        check_optimizer(self.optim, hardware_of(device))
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # the adapter's are all used; looking for others costs each step
+        super().__post_init__()
+        # several cards need several processes: torch's DataParallel ruins 4-bit weights
+        self._n_gpu = min(1, self.n_gpu)
+        self._check_scheduler()
+        if self.world_size > 1 and not self.average_tokens_across_devices:
+            raise RecipeError(
+                "average_tokens_across_devices: false is not supported: N counts the tokens of all processes."
+            )
+        if self.torch_compile:
+            raise RecipeError(
+                "torch_compile is not supported: compiling takes longer than it saves (benchmarks/README.md).",
+                "Leave torch_compile, torch_compile_backend and torch_compile_mode out.",
+            )
+        if self.activation_offloading and not torch.accelerator.is_available():
+            raise RecipeError(
+                "activation_offloading needs a GPU: activations on the CPU are in host memory already.", "Leave it out."
+            )
+        self._check_texts()
+        if self.accelerator_config.split_batches:
+            raise RecipeError("split_batches is not supported.", "Give per_device_train_batch_size per process.")
+
+    def _check(self) -> None:
+        if self.loss_type not in LOSS_TYPES:
+            raise RecipeError(f"loss_type {self.loss_type!r} is not known.", f"Use one of {', '.join(LOSS_TYPES)}.")
+        if self.reference not in REFERENCES:
+            raise RecipeError(f"reference {self.reference!r} is not known.", f"Use {' or '.join(REFERENCES)}.")
+        if self.packing and self.packing_strategy == "wrapped":
+            raise RecipeError(
+                "packing_strategy wrapped cuts rows in two and lets them see each other.",
+                "Use bfd, which cuts none, or bfd_split.",
+            )
+        if self.packing and self.max_length is None:
+            raise RecipeError("packing needs max_length, the length of a packed row.", "Set max_length, such as 2048.")
+        if self.reference_placement not in PLACEMENTS:
+            known = ", ".join(PLACEMENTS)
+            raise RecipeError(f"reference_placement {self.reference_placement!r} is not known.", f"Use {known}.")
+        if self.reference == "last_visit" and (self.packing or self.padding_free):
+            raise RecipeError("reference: last_visit needs rows that are not packed.", "Turn packing off.")
+        at_least_one = (
+            "reference_steps",
+            "num_iterations",
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+        )
+        for name in at_least_one:
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("epsilon", "learning_rate", "num_train_epochs"):
+            if not getattr(self, name) > 0:
+                raise RecipeError(f"{name} is {getattr(self, name)}; it must be above 0.")
+        for name in ("sft_warmup_steps", "warmup_steps", "max_grad_norm", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise RecipeError(f"{name} is {getattr(self, name)}; it must not be negative.")
+        for name, least in (("score_token_budget", 0), ("max_length", 2)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise RecipeError(f"{name} is {value}; it must be at least {least}, or left out.")
+        for name in ("seed", "data_seed"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 2**32:
+                raise RecipeError(f"{name} is {value}; it must be from 0 to {2**32 - 1}.")
+        for kind in ("logging", "save"):
+            value = getattr(self, f"{kind}_steps")
+            if getattr(self, f"{kind}_strategy") == "steps" and not value > 0:
+                todo = f"To turn it off, set {kind}_strategy: 'no'."
+                raise RecipeError(f"{kind}_steps is {value}; it must be above 0.", todo)
+        known = [*INTEGRATION_TO_CALLBACK, "all", "none"]
+        for name in [self.report_to] if isinstance(self.report_to, str) else self.report_to or []:
+            if name not in known:
+                raise RecipeError(f"report_to {name!r} is not known.", f"Use one of {', '.join(sorted(known))}.")
+            if name not in _NOT_TOLD and name not in get_available_reporting_integrations():
+                todo = f"pip install {name.replace('_', '-')}, or leave it out."
+                raise RecipeError(f"report_to {name}: that logger is not installed.", todo)
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise RecipeError(f"max_steps is {self.max_steps}; it must be at least 1, or left out to train by epochs.")
+        refused = {
+            "auto_find_batch_size": "It changes the rows of a step under way; set per_device_train_batch_size.",
+            "ignore_data_skip": "A resumed run must go on in the same block.",
+            "label_smoothing_factor": "The losses are those of the papers; use trl.SFTTrainer.",
+        }
+        for name, why in refused.items():
+            if getattr(self, name):
+                raise RecipeError(f"{name} is not supported.", why)
+        blocks = self.loss_type == "psft" and self.reference == "snapshot"
+        if blocks and self.reference_steps == 1 and self.num_iterations == 1:
+            warnings.warn(
+                "reference_steps = 1 with one visit is plain SFT: the ratio is 1 at every step and nothing is ever "
+                "clipped. Use reference_steps 4 to 8 for PSFT.",
+                stacklevel=4,
+            )
+
+    def _check_texts(self) -> None:
+        """Options that transformers reads only when it builds the optimizer or turns checkpointing on."""
+        if self.optim_args and any(part.count("=") != 1 for part in self.optim_args.split(",")):
+            raise RecipeError(f"optim_args {self.optim_args!r} cannot be read.", "Write name=value, name=value, ….")
+        every = (self.gradient_checkpointing_kwargs or {}).get("every_n_layers", 1)
+        if type(every) is not int or every < 1:
+            raise RecipeError(
+                f"gradient_checkpointing_kwargs: every_n_layers is {every}; it must be a whole number, at least 1."
+            )
+
+    def _check_scheduler(self) -> None:
+        """Some schedules need arguments of their own, which is otherwise found out when training starts."""
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
+        try:
+            get_scheduler(self.lr_scheduler_type, optimizer, 1, 2, self.lr_scheduler_kwargs)
+        except (ValueError, TypeError) as error:
+            raise RecipeError(
+                f"lr_scheduler_type {getattr(self.lr_scheduler_type, 'value', self.lr_scheduler_type)!r}: {error}",
+                "Set lr_scheduler_kwargs, or another.",
+            ) from None
+
+    def sft_warmup_steps_of(self, total_steps: int) -> int:
+        """`sft_warmup_steps` as a number of optimizer steps, for a run of `total_steps`."""
+        steps = self.sft_warmup_steps
+        return round(steps * total_steps) if 0 < steps < 1 else int(steps)

@@ -1,0 +1,91 @@
+"""The forward that training and scoring share, so that both run the same kernels and neither does needless work.
+
+What is left out, exactly (up to float rounding):
+- the attention mask of rows padded on the right: with causal attention no real token sees a pad, so PyTorch's SDPA can
+  take its causal kernel, which needs no (sequence, sequence) mask, for full and for ragged batches alike; and that of
+  packed rows where attention goes piece by piece (`qpsft.model.attention`);
+- the LM head on tokens that are not supervised. TRL's tiled head skips them only where Triton runs (Linux with CUDA,
+  ROCm or XPU); on Windows, MPS and the CPU they are taken out before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+from transformers.utils import is_triton_available
+from trl.trainer.utils import FusedCausalLMOutput
+
+from qpsft.model.attention import no_mask
+
+PER_TOKEN = ("log_probs", "entropy", "is_top1")
+
+
+def policy_forward(model: nn.Module, inputs: Mapping[str, Any], *, right_padded: bool) -> FusedCausalLMOutput:
+    """Log-probabilities of the labels, by a model with TRL's tiled LM head.
+
+    Args:
+        model: as the trainer calls it: a causal LM, with or without a PEFT adapter, or that wrapped for several
+            processes; patched by `trl.trainer.utils.add_fused_lm_head`.
+        inputs: `input_ids` and `labels` (-100: not supervised), (batch, sequence), and whatever else the model takes;
+            `seq_lengths` (see `qpsft.model.attention`) only if it attends by piece.
+        right_padded: every pad of the batch stands right of its row's real tokens.
+
+    Returns:
+        `log_probs` and `entropy` (nats, float), `is_top1` and `label_mask` (bool), all (batch, sequence - 1) and 0
+        where the label is -100.
+    """
+    inputs = {**inputs, "use_cache": False}
+    bare = unwrap(model)
+    causal_lm = bare.get_base_model() if is_peft_model(bare) else bare
+    if right_padded and not needs_mask(causal_lm.config):
+        inputs.pop("attention_mask", None)
+    on_triton = is_triton_available() and inputs["labels"].device.type in ("cuda", "xpu")
+    with no_mask() if "seq_lengths" in inputs else contextlib.nullcontext():
+        if on_triton or _is_prompt_learning(bare):
+            return model(**inputs, fused_lm_head=True)
+        return _supervised_only(model, causal_lm, inputs)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel and the like."""
+    return model.module if isinstance(getattr(model, "module", None), nn.Module) else model
+
+
+def needs_mask(config: Any) -> bool:
+    """Whether the attention mask of rows padded on the right changes what a model with this config computes."""
+    config = config.get_text_config()
+    sees_ahead = not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False)
+    # a mixture's load-balancing loss counts the tokens that the mask lets through
+    return bool(sees_ahead or getattr(config, "output_router_logits", False))
+
+
+def _is_prompt_learning(model: nn.Module) -> bool:
+    # virtual tokens stand before the row's own, so positions of the labels are not those of the hidden states
+    return is_peft_model(model) and any(config.is_prompt_learning for config in model.peft_config.values())
+
+
+def _supervised_only(model: nn.Module, causal_lm: nn.Module, inputs: dict[str, Any]) -> FusedCausalLMOutput:
+    labels = inputs.pop("labels")[:, 1:]
+    mask = labels != -100
+
+    def keep_supervised(module: nn.Module, args: tuple, outputs: Any) -> Any:
+        outputs.last_hidden_state = outputs.last_hidden_state[:, :-1][mask].unsqueeze(0)
+        return outputs
+
+    # `shift_labels` is TRL's way to give labels that already stand where their prediction does
+    handle = causal_lm.base_model.register_forward_hook(keep_supervised)
+    try:
+        outputs = model(**inputs, shift_labels=labels[mask].unsqueeze(0), fused_lm_head=True)
+    finally:
+        handle.remove()
+    spread = {name: _spread(getattr(outputs, name), mask) for name in PER_TOKEN}
+    return dataclasses.replace(outputs, **spread, label_mask=mask)
+
+
+def _spread(values: Tensor | None, mask: Tensor) -> Tensor | None:
+    return None if values is None else values.new_zeros(mask.shape).masked_scatter(mask, values)

@@ -1,0 +1,181 @@
+"""The reference policy: a frozen copy of the trained parameters, and the log-probabilities under it.
+
+    base model (4-bit, shared)  ──┬── policy     lora_A, lora_B, …   trained
+                                  └── reference  lora_A, lora_B, …   the policy as it was at the last snapshot
+
+The copy is a set of plain tensors, not a second PEFT adapter: `with reference.active():` exchanges the storage of the
+policy's parameters with the copy's, and back. The same modules then compute both, so at a snapshot the two agree bit
+for bit; nothing about the model changes that could be saved, optimized or forgotten to switch back (no second set of
+parameters, no `requires_grad` toggling as in `peft.set_adapter`); and whatever is trained is covered: LoRA A and B,
+DoRA magnitudes, biases, `modules_to_save`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from qpsft.errors import TrainingError
+from qpsft.psft.forward import policy_forward
+from qpsft.psft.scoring import Batch, fused_limits, gather, groups, mixes_rows, row_lengths
+from qpsft.psft.sharding import as_sharded, exchanged, is_sharded, whole
+
+LARGE_SHARE = 1 / 20
+
+
+def choose_placement(free_bytes: int | None, copy_bytes: int) -> str:
+    """Where the reference is kept: "host" where a copy on the device would take a good part of what training needs.
+
+    Args:
+        free_bytes: device memory left after the base and the policy were loaded; None: not a CUDA device.
+        copy_bytes: size of the copy, which is that of the policy.
+
+    Returns:
+        "host" when the copy is more than a twentieth of what gradients and AdamW's two moments leave for activations:
+        moving it for every scoring pass takes milliseconds, and the activations get that much more. Else "device".
+    """
+    if free_bytes is None:
+        return "device"
+    return "host" if copy_bytes > LARGE_SHARE * (free_bytes - 3 * copy_bytes) else "device"
+
+
+def free_device_bytes(device: torch.device) -> int | None:
+    """Memory that a CUDA device has left, what torch holds in reserve included; None for other devices."""
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+class ReferencePolicy:
+    """A frozen copy of a model's trainable parameters.
+
+    Args:
+        model: a PEFT model (any adapter name, freshly made or already trained), or any module; what has
+            `requires_grad` is the policy, the rest is the base that both share.
+        fused_lm_head: the model has TRL's fused LM head (`trl.trainer.utils.add_fused_lm_head`), which returns
+            log-probabilities without building (batch, sequence, vocabulary) logits.
+        park: keep the copy in host memory (pinned where there is a GPU) and bring it to the device only to score.
+
+    Raises:
+        TrainingError: the model has no trainable parameter.
+    """
+
+    def __init__(self, model: nn.Module, *, fused_lm_head: bool = False, park: bool = False):
+        self.model = model
+        self.fused_lm_head = fused_lm_head
+        self.sharded = is_sharded(model)
+        self.park = park and not self.sharded
+        self._policy = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not self._policy:
+            raise TrainingError(
+                "The model has no trainable parameter, so there is nothing to take a snapshot of.",
+                "Add an adapter (`peft_config=LoraConfig(...)`), or load yours with `is_trainable=True`.",
+            )
+        self._copy = {name: self._empty_like(p) for name, p in self._policy.items()}
+        self._mixes_rows, self._limits = mixes_rows(model), fused_limits(model)
+        self.snapshot()
+
+    def _empty_like(self, parameter: Tensor) -> Tensor:
+        if not self.park:
+            return torch.empty_like(parameter, requires_grad=False)
+        pin = parameter.device.type == "cuda"
+        return torch.empty_like(parameter, device="cpu", requires_grad=False, pin_memory=pin)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the copy holds: those of the policy's parameters, no more."""
+        return sum(t.untyped_storage().nbytes() for t in self._copy.values())
+
+    @torch.no_grad()
+    def snapshot(self) -> None:
+        """Reference := copy of the policy as it is now."""
+        for name, parameter in self._policy.items():
+            self._copy[name].copy_(parameter)
+
+    @contextmanager
+    def active(self) -> Iterator[nn.Module]:
+        """The model computes with the reference's parameters inside, without gradients.
+
+        No backward pass may be pending: recomputation under gradient checkpointing would see the other parameters.
+        """
+        if self.sharded:
+            with torch.no_grad(), exchanged(self._policy, self._copy):
+                yield self.model
+            return
+        policy = {name: p.data for name, p in self._policy.items()}
+        with torch.no_grad():
+            try:
+                for name, p in self._policy.items():
+                    p.data = self._copy[name].to(p.device, non_blocking=True)
+                yield self.model
+            finally:
+                for name, p in self._policy.items():
+                    p.data = policy[name]
+
+    def score(self, batches: Sequence[Batch], *, token_budget: int | None = None) -> list[Tensor]:
+        """Log-probabilities of the labels under the reference policy.
+
+        Rows of all batches are sorted by length and run in batches of at most `token_budget` tokens (padding
+        included; one row at least), in the mode (train or eval) the model is in, on the kernels of their own batch.
+
+        Args:
+            batches: each with `input_ids`, `labels` (-100: not supervised) and `attention_mask` or, for packed rows,
+                `position_ids`, all (batch, sequence). Batches with anything else in them (images, rows end to end) or
+                with padding on the left are run as they are, and so is everything where rows change each other's
+                numbers (`qpsft.psft.scoring.mixes_rows`) or the model is sharded.
+            token_budget: None: each batch is run as it is.
+
+        Returns:
+            One tensor per batch: (batch, sequence - 1), float32, 0 where the label is -100; on the model's device.
+        """
+        lengths = [row_lengths(batch) for batch in batches]
+        with self.active():
+            if token_budget is None or self.sharded or self._mixes_rows or None in lengths:
+                return [self._logprobs(b, of_batch is not None) for b, of_batch in zip(batches, lengths, strict=True)]
+            return self._score_regrouped(batches, lengths, token_budget)
+
+    def _logprobs(self, batch: Batch, right_padded: bool = True) -> Tensor:
+        device = next(iter(self._policy.values())).device
+        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        if self.fused_lm_head:
+            return policy_forward(self.model, inputs, right_padded=right_padded).log_probs.float()
+        labels = inputs.pop("labels")[:, 1:]
+        logits = self.model(**inputs, use_cache=False).logits[:, :-1].float()
+        picked = logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return picked.masked_fill(labels == -100, 0.0)
+
+    def _score_regrouped(self, batches: Sequence[Batch], lengths: list[list[int]], token_budget: int) -> list[Tensor]:
+        device = next(iter(self._policy.values())).device
+        scores = [torch.zeros(len(b["labels"]), b["labels"].shape[1] - 1, device=device) for b in batches]
+        for group in groups(batches, lengths, token_budget, self._limits):
+            logprobs = self._logprobs(gather(batches, group))
+            for i, (length, b, r) in enumerate(group):
+                scores[b][r, : length - 1] = logprobs[i, : length - 1]
+        return scores
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The copy, by parameter name (not a clone). Of a sharded model it is gathered: every process must call it."""
+        return {name: whole(tensor) for name, tensor in self._copy.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restores `state_dict()`. Raises TrainingError when names or shapes differ from the policy's."""
+        if set(state) != set(self._copy):
+            odd = sorted(set(state) ^ set(self._copy))
+            raise TrainingError(
+                f"The saved reference policy does not fit this adapter: {len(odd)} names differ, such as {odd[0]}.",
+                "Resume with the recipe the checkpoint was made with.",
+            )
+        for name, tensor in self._copy.items():
+            if tensor.shape != state[name].shape:
+                raise TrainingError(
+                    f"The saved reference policy has shape {tuple(state[name].shape)} for {name}, "
+                    f"the adapter {tuple(tensor.shape)}.",
+                    "Resume with the recipe the checkpoint was made with.",
+                )
+        with torch.no_grad():
+            for name, tensor in self._copy.items():
+                tensor.copy_(as_sharded(state[name], tensor))

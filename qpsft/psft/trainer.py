@@ -1,0 +1,399 @@
+"""PSFTTrainer: trl.SFTTrainer with a reference policy and the PSFT loss. A drop-in: two names change."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from peft import PeftConfig, PeftModel
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedModel, set_seed
+from transformers.trainer_utils import has_length, rotate_checkpoints
+from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from qpsft.errors import DivergedError, RecipeError, TrainingError
+from qpsft.model.attention import attention_by_piece, repeat_keys_where_no_kernel_groups
+from qpsft.model.hardware import OPTIONS, settle_precision
+from qpsft.model.tiled_mlp import tile_mlps
+from qpsft.psft import checkpoint
+from qpsft.psft.config import PSFTConfig
+from qpsft.psft.float16 import repeat_until_finite
+from qpsft.psft.forward import policy_forward
+from qpsft.psft.last_visit import LastVisit
+from qpsft.psft.losses import NotFiniteError, dft_loss, loss_statistics, nll_loss, psft_loss
+from qpsft.psft.metrics import RunStatistics
+from qpsft.psft.packing import check_packing, packed_collator
+from qpsft.psft.policy import default_config, float32_adapter, prepare_policy, warn_of_noise
+from qpsft.psft.reference import ReferencePolicy, choose_placement, free_device_bytes
+from qpsft.psft.schedule import BlockSampler, BlockSchedule, StepPosition, row_order
+from qpsft.psft.scoring import as_in_training, real_tokens, token_budget
+from qpsft.psft.sharding import check_sharding
+
+__all__ = ["PSFTConfig", "PSFTTrainer"]
+
+
+class PSFTTrainer(SFTTrainer):
+    """Trains with Proximal SFT (arXiv 2508.17784), plain SFT or DFT; everything else is `trl.SFTTrainer`'s.
+
+    ```python
+    trainer = PSFTTrainer(model, args=PSFTConfig("runs/a"), train_dataset=rows, peft_config=LoraConfig(r=16))
+    trainer.train()
+    ```
+
+    Once per optimizer step, before the first micro-batch, the whole accumulation window is scored under the reference
+    policy; the micro-batches then train, each carrying its `old_logprobs`. What has been scored in a block is kept
+    until the block ends. The first step after a snapshot needs no scoring: its own log-probabilities are the old ones.
+
+    Args:
+        model: as in SFTTrainer: a name or path, a model, or a PEFT model (any adapter name, trained before or not).
+            A model without an adapter is trained in full, and the reference is then a second copy of it.
+        args: PSFTConfig.
+        peft_config: LoRA and the like; `lora_dropout` above 0 warns. The adapter stays float32.
+        **kwargs: train_dataset, eval_dataset, processing_class, callbacks, … of SFTTrainer.
+
+    Raises:
+        RecipeError: settings that cannot work together. DivergedError, while training: a loss or gradient that is not
+        finite, with step and rows; OutputError: a checkpoint that cannot be written.
+    """
+
+    _tag_names = ["trl", "sft", "psft", "qpsft"]
+    _name = "PSFT"
+    _paper = {
+        "title": "Proximal Supervised Fine-Tuning",
+        "id": "2508.17784",
+    }
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: PSFTConfig | None = None,
+        *,
+        peft_config: PeftConfig | None = None,
+        quantization_config: Any = None,
+        **kwargs: Any,
+    ):
+        args = default_config(model) if args is None else args
+        if not isinstance(args, PSFTConfig):
+            raise RecipeError(f"args is a {type(args).__name__}.", "Pass a qpsft.PSFTConfig.")
+        if kwargs.get("compute_loss_func") is not None:
+            raise RecipeError("compute_loss_func is not supported: the loss is loss_type's.", "Use trl.SFTTrainer.")
+        set_seed(args.seed)  # the adapter's initial values are random
+        model = prepare_policy(model, args, peft_config, quantization_config)
+        settle_precision(model, args)
+        repeat_keys_where_no_kernel_groups()
+        loss_type, args.loss_type = args.loss_type, "nll" if args.loss_type == "psft" else args.loss_type
+        try:
+            with float32_adapter(model):
+                super().__init__(model, args, **kwargs)
+        finally:
+            args.loss_type = loss_type
+
+        check_sharding(self)
+        if self.args.packing:
+            self.data_collator = packed_collator(
+                self.data_collator,
+                self.model.config,
+                self.args.max_length,
+                tensors_only=self.args.world_size > 1 and not has_length(self.train_dataset),
+            )
+        if self.args.tiled_mlp:
+            tile_mlps(self.model)
+        self.policy_bytes = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+        self.reference_placement = self.args.reference_placement
+        if self.reference_placement == "auto":
+            # the copy of a sharded policy stays on the device: it is exchanged with its shards
+            free = None if self.is_fsdp_enabled else free_device_bytes(self.args.device)
+            self.reference_placement = choose_placement(free, self.policy_bytes)
+        if self._visits() > 1 and not has_length(self.train_dataset):
+            raise RecipeError(
+                "num_iterations above 1 needs a data set of known length, not a stream.",
+                "Load it without streaming, or set num_iterations to 1.",
+            )
+        if self.args.reference == "last_visit" and (not has_length(self.train_dataset) or self.args.world_size > 1):
+            raise RecipeError(
+                "reference: last_visit needs a data set of known length and one process.", "Use reference: snapshot."
+            )
+        self._start_over()
+        warn_of_noise(self.model, self.args)
+
+    def _start_over(self) -> None:
+        self.reference: ReferencePolicy | None = None
+        self._schedule: BlockSchedule | None = None
+        self._position: StepPosition | None = None
+        self._scores: dict[int, list[Tensor]] = {}  # old log-probabilities of the block, by mini-batch
+        self._last_visit = LastVisit()
+        self._resumed: tuple | None = None
+        self._statistics = RunStatistics()
+
+    def _send_telemetry(self) -> None:
+        """Nothing is sent anywhere unless the user names a Hub id."""
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        try:
+            return super().create_optimizer(*args, **kwargs)
+        except (ImportError, ValueError, RuntimeError) as error:
+            what = f"optim {getattr(self.args.optim, 'value', self.args.optim)} cannot be used here: "
+            todo = "Use adamw_torch_fused, adamw_8bit or paged_adamw_8bit."
+            raise RecipeError(what + str(error).splitlines()[0], todo) from error
+
+    # ---- the order of the data ----
+
+    def rows_per_step(self) -> int:
+        """Rows of a mini-batch: one optimizer step's data, all processes together."""
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        train_dataset = self.train_dataset if train_dataset is None else train_dataset
+        return BlockSampler(
+            self._get_schedule, len(train_dataset), self.rows_per_step(), step=lambda: self.state.global_step
+        )
+
+    def _visits(self) -> int:
+        blocks = (self.args.loss_type == "psft" and self.args.reference == "snapshot") or self.args.block_order
+        return self.args.num_iterations if blocks else 1
+
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def _get_schedule(self) -> BlockSchedule:
+        if self._schedule is None:
+            rows = len(self.train_dataset) if has_length(self.train_dataset) else self.rows_per_step()
+            self._schedule = BlockSchedule(
+                rows,
+                self.rows_per_step(),
+                reference_steps=self.args.reference_steps,
+                num_iterations=self._visits(),
+                warmup_steps=self.args.sft_warmup_steps_of(self.state.max_steps),
+                total_steps=self.state.max_steps,
+                seed=self._data_seed(),
+                permute=row_order(self.args.train_sampling_strategy, self.train_dataset, self.rows_per_step()),
+            )
+            self._schedule.check(psft=self.args.loss_type == "psft" and self.args.reference == "snapshot")
+        return self._schedule
+
+    # ---- one optimizer step ----
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+        """The step's micro-batches, each with its `old_logprobs` unless they are the step's own."""
+        if self.state.global_step >= self.state.max_steps:
+            # a finished run that is resumed: transformers would take one step more before it looks
+            self.control.should_training_stop = True
+            return [], None
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, num_items
+        if num_items is None:
+            counts = sum(batch["labels"][..., 1:].ne(-100).sum() for batch in batches).to(device)
+            num_items = self.accelerator.gather(counts).sum()
+        self._window = batches, num_items
+        self._position = self._get_schedule().position(self.state.global_step)
+        if self.args.loss_type == "psft" and not self._position.is_warmup:
+            if self.args.reference == "last_visit":
+                self._last_visit.attach(batches, self._schedule.rows(self.state.global_step))
+            else:
+                self._attach_old_logprobs(batches)
+        return batches, num_items
+
+    def _attach_old_logprobs(self, batches: list[dict[str, Tensor]]) -> None:
+        if self.reference is None:
+            self.reference = ReferencePolicy(self.model, fused_lm_head=True, park=self.reference_placement == "host")
+            if self._resumed is not None:
+                state, scores = self._resumed
+                if state is not None:
+                    self.reference.load_state_dict(state)
+                self._scores = checkpoint.to_device(scores, self.args.device)
+                self._resumed = None
+        if self._position.is_snapshot:
+            self.reference.snapshot()
+            if self._visits() > 1:
+                self._scores = {self._position.mini_batch: [None] * len(batches)}  # filled by the training forward
+            for i, batch in enumerate(batches):
+                batch["micro_batch"] = i
+            return
+        old_logprobs = self._scores.get(self._position.mini_batch)
+        if old_logprobs is None:
+            old_logprobs = self._score(batches)
+            if self._visits() > 1:
+                self._scores[self._position.mini_batch] = old_logprobs
+        for batch, old in zip(batches, old_logprobs, strict=True):
+            batch["old_logprobs"] = old
+
+    def _score(self, batches: list[dict[str, Tensor]]) -> list[Tensor]:
+        # training holds gradients; scoring holds none, but a parked reference is then on the device too
+        spare = 0 if self.reference.park else self.policy_bytes
+        budget = token_budget(self.args, self.model, batches, spare)
+        with as_in_training(self.model, self.args.device, self.args.seed + self.state.global_step):
+            return self.reference.score(batches, token_budget=budget)
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        """The loss of one micro-batch, divided by the supervised tokens of the whole optimizer step.
+
+        In evaluation, and where the outputs are asked for, it is SFTTrainer's: the negative log-likelihood.
+        """
+        if return_outputs or not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        names = ("old_logprobs", "micro_batch", "seen", "row_numbers")
+        old_logprobs, micro_batch, seen, rows = (inputs.pop(name, None) for name in names)
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        right_padded = isinstance(self.data_collator, DataCollatorForLanguageModeling)
+        outputs = policy_forward(model, inputs, right_padded=right_padded)
+        logprobs, mask = outputs.log_probs, outputs.label_mask
+        if micro_batch is not None:
+            old_logprobs = logprobs.detach().float()
+            if self._visits() > 1:
+                self._scores[self._position.mini_batch][micro_batch] = old_logprobs
+        if rows is not None:
+            old_logprobs = self._last_visit.visit(logprobs.detach().float(), old_logprobs, seen, rows)
+        try:
+            loss = self._loss(logprobs, old_logprobs, mask, num_items_in_batch)
+        except NotFiniteError as error:
+            raise self._not_finite(f"{error.name} is NaN or infinite") from error
+        if self.args.average_tokens_across_devices:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())  # DDP averages gradients
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps
+        part = loss_statistics(
+            logprobs.detach(),
+            old_logprobs,
+            mask,
+            epsilon=self.args.epsilon,
+            entropy=outputs.entropy.detach(),
+            is_top1=outputs.is_top1,
+        )
+        self._statistics.add(part, real_tokens(inputs))
+        return loss
+
+    def _loss(self, logprobs: Tensor, old_logprobs: Tensor | None, mask: Tensor, num_items) -> Tensor:
+        if self.args.loss_type == "dft":
+            return dft_loss(logprobs, None, mask, num_items=num_items)
+        if self.args.loss_type == "nll" or self._position.is_warmup:
+            return nll_loss(logprobs, None, mask, num_items=num_items)
+        return psft_loss(logprobs, old_logprobs, mask, epsilon=self.args.epsilon, num_items=num_items)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is not None:
+            forget = partial(self._statistics.forget, len(self._window[0]))
+            return repeat_until_finite(self, model, norm, self._window, forget)
+        if not torch.isfinite(torch.as_tensor(norm)):
+            raise self._not_finite("the gradient is NaN or infinite")
+        return norm
+
+    def _not_finite(self, what: str) -> DivergedError:
+        rows = ""
+        if has_length(self.train_dataset):
+            numbers = sorted(set(self._get_schedule().rows(self.state.global_step)))
+            rows = f" on training rows {', '.join(map(str, numbers[:32]))}{', …' if len(numbers) > 32 else ''}"
+        last = checkpoint.newest_complete_checkpoint(self.args.output_dir)
+        step = self.state.global_step + 1
+        return DivergedError(
+            f"Training stopped at optimizer step {step}{rows}: {what}.",
+            (f"In float16, activations may overflow. {OPTIONS} " if self.args.fp16 else "")
+            + "Lower the learning rate, or look at these rows (counted from 0, in the prepared data). "
+            + (f"The last good checkpoint is {last}." if last else "No checkpoint had been saved yet."),
+            step,
+        )
+
+    # ---- logging ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the numbers of DESIGN §2 as token means over the steps since the last log, all processes together."""
+        if self.model.training:
+            numbers = self._statistics.read(self.accelerator)
+            if numbers and self.accelerator.scaler is not None:
+                numbers["loss_scale"] = self.accelerator.scaler.get_scale()
+            self._metrics["train"].update({name: [value] for name, value in numbers.items()})
+            self._total_train_tokens = self._statistics.num_tokens  # SFTTrainer logs it with evaluations
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in SFTTrainer; its time does not count in `tokens_per_second`."""
+        with self._statistics.paused(), self._attention():
+            return super().evaluate(*args, **kwargs)
+
+    def _attention(self):
+        if not getattr(self.data_collator, "by_piece", False):
+            return nullcontext()
+        return attention_by_piece(self.model.get_base_model() if is_peft_model(self.model) else self.model)
+
+    # ---- saving and resuming ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
+        """As in transformers; `True` resumes from the newest whole checkpoint, skipping half-written ones."""
+        if resume_from_checkpoint is True:
+            found = checkpoint.newest_complete_checkpoint(self.args.output_dir)
+            if found is None:
+                raise TrainingError(f"{self.args.output_dir} holds no whole checkpoint to resume from.")
+            resume_from_checkpoint = str(found)
+        self._start_over()
+        with self._attention():
+            if self.args.packing and self.model.device.type == self.args.device.type:  # FSDP moves others later
+                check_packing(self.model, self.data_collator, next(iter(self.train_dataset))["input_ids"])
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # the old ones go when this one is whole
+        try:
+            with checkpoint.whole_or_removed(folder):
+                self._write_checkpoint(folder, model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(
+                str(folder.parent),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _write_checkpoint(self, folder: Path, model, trial) -> None:
+        if self.args.should_save:
+            checkpoint.remove_folder(folder)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        if self.args.loss_type == "psft":
+            reference = self.reference.state_dict() if self.reference else None
+            scores = self._scores if self.args.reference == "snapshot" else self._last_visit.state_dict()
+            reference = reference if self.args.should_save else None
+            checkpoint.save_psft_state(folder, self.args.process_index, reference, scores)
+        num_tokens = self._statistics.tokens_so_far(self.accelerator)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoint.save_run(folder, self._order_settings(), num_tokens)
+            checkpoint.mark_complete(folder)
+
+    def _order_settings(self) -> dict[str, Any]:
+        """What decides which rows a step sees."""
+        return {
+            "loss_type": self.args.loss_type,
+            "reference": self.args.reference,
+            "rows": len(self.train_dataset) if has_length(self.train_dataset) else None,
+            "rows_sha256": checkpoint.rows_sha256(self.train_dataset) if has_length(self.train_dataset) else None,
+            "processes": self.args.world_size,
+            "per_device_train_batch_size": self.args.train_batch_size,
+            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+            "reference_steps": self.args.reference_steps,
+            "num_iterations": self._visits(),
+            "seed": self._data_seed(),
+            "train_sampling_strategy": str(self.args.train_sampling_strategy),
+        }
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if is_peft_model(self.model):
+            checkpoint.check_adapter(folder, self.model.peft_config[self.model.active_adapter])
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._statistics.num_tokens = checkpoint.load_run(folder, self._order_settings())
+        if self.args.loss_type == "psft":
+            self._resumed = checkpoint.load_psft_state(folder, self.args.process_index)
+            if self.args.reference == "last_visit":
+                self._last_visit.load_state_dict(self._resumed[1])

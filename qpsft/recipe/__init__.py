@@ -1,0 +1,1 @@
+"""What a run is: argument dataclasses, their YAML file and their flags."""

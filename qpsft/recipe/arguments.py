@@ -1,0 +1,153 @@
+"""What a run is: argument dataclasses, read strictly from YAML and flags, one definition per option.
+
+An option is declared once, as a dataclass field; its name is the YAML key, the flag (`--name value`) and the Python
+argument, its metadata the help text. The trainer's own dataclass (`PSFTConfig`) lives a floor higher and is handed in
+by the caller, so this module needs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from qpsft.errors import RecipeError
+
+Quantization = Literal["nf4", "fp4", "int8", "none"]
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelArguments:
+    """The base model: what `qpsft.model.base.load_base` takes."""
+
+    model_name_or_path: str | None = _option(
+        None, "Base model: a local folder, a Hub id, or `demo` for the embedded one. Names follow TRL's ModelConfig."
+    )
+    model_revision: str | None = _option(None, "Branch, tag or commit of a base model from the Hub.")
+    quantization: Quantization = _option("nf4", "Storage of the base model's linear layers. nf4 is QLoRA's format.")
+    double_quant: bool = _option(True, "Quantize the quantization constants too: 0.37 bits per weight less.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "auto",
+        "Compute dtype. auto: bfloat16 on CUDA sm >= 80; on older cards float16, or float32 for models that "
+        "overflow in it (Gemma 2 and newer, …); float32 on the CPU.",
+    )
+    attn_implementation: str | None = _option(None, "sdpa, eager, flash_attention_2, …; transformers chooses if unset.")
+
+    def __post_init__(self) -> None:
+        if self.model_name_or_path is not None and not self.model_name_or_path.strip():
+            raise RecipeError("model_name_or_path is empty.", "Give a local folder, a Hub id, or `demo`.")
+
+
+@dataclass
+class LoraArguments:
+    """The adapter: what becomes a `peft.LoraConfig`. Names follow TRL's ModelConfig where it has one."""
+
+    adapter_name_or_path: str | None = _option(
+        None,
+        "Go on training this adapter, a folder or Hub id, from qpsft, TRL, Unsloth or PEFT. It brings its own rank, "
+        "scale, targets and tokenizer; options beside it that say otherwise are refused.",
+    )
+    lora_r: int = _option(16, "Rank of the adapter.")
+    lora_alpha: float | None = _option(
+        None,
+        "Scale of the adapter: its output is multiplied by alpha / r (alpha / sqrt(r) for rsLoRA). Unset: 2 x lora_r.",
+    )
+    lora_dropout: float = _option(
+        0.0, "Dropout on the adapter's input. 0, because dropout makes the ratio differ from 1 right after a snapshot."
+    )
+    lora_target_modules: str | list[str] = _option(
+        "all-linear", "Module names to adapt. all-linear: every linear layer of the language model but its LM head."
+    )
+    lora_modules_to_save: list[str] | None = _option(None, "Modules trained in full and saved with the adapter.")
+    lora_bias: Literal["none", "all", "lora_only"] = _option("none", "Which biases are trained.")
+    use_rslora: bool = _option(False, "Rank-stabilised scaling: alpha / sqrt(r).")
+    use_dora: bool = _option(False, "Weight-decomposed LoRA: a trained magnitude per output feature.")
+    init_lora_weights: bool | str = _option(
+        True, "true (A random, B zero), gaussian, or with quantization: none also pissa, pissa_niter_4 and olora."
+    )
+
+    def __post_init__(self) -> None:
+        if self.adapter_name_or_path is not None and not self.adapter_name_or_path.strip():
+            raise RecipeError("adapter_name_or_path is empty.", "Give a folder or a Hub id, or leave it out.")
+        if self.lora_r <= 0:
+            raise RecipeError(f"lora_r is {self.lora_r}; a rank must be at least 1.", "Usual values are 8 to 64.")
+        if self.lora_alpha is None:
+            self.lora_alpha = 2 * self.lora_r  # a fixed number would double the scale when the rank alone is halved
+        if self.lora_alpha <= 0:
+            raise RecipeError(f"lora_alpha is {self.lora_alpha}; it must be above 0.", "Usual: once or twice lora_r.")
+        if not 0 <= self.lora_dropout < 1:
+            raise RecipeError(f"lora_dropout is {self.lora_dropout}; it must be in [0, 1).", "Leave it at 0 for PSFT.")
+
+
+@dataclass
+class DataArguments:
+    """The demonstrations: what `qpsft.data.tokenize.load_dataset` takes."""
+
+    dataset_name: str | None = _option(
+        None,
+        "A .jsonl, .json, .csv or .parquet file, a Hub id, or one of the built-in sets demo-noisy and demo-clean.",
+    )
+    dataset_config: str | None = _option(None, "Configuration of a Hub dataset (GSM8K's `main`).")
+    dataset_revision: str | None = _option(None, "Branch, tag or commit of a Hub dataset.")
+    dataset_train_split: str = _option("train", "Split of a Hub dataset to train on.")
+    dataset_limit: int | None = _option(None, "Use only the first N rows.")
+    dataset_shape: Literal["auto", "prompt_completion", "messages", "sharegpt", "alpaca", "text"] = _option(
+        "auto", "Shape of the rows; auto detects it from the columns."
+    )
+    dataset_columns: dict | None = _option(
+        None, "Mapping from a known column to yours, such as {prompt: question, completion: answer}."
+    )
+    use_chat_template: Literal["auto", "always", "never"] = _option(
+        "auto",
+        "Render plain-string prompt/completion and Alpaca rows through the chat template. auto: if there is one.",
+    )
+    prompt_format: str = _option(
+        "{prompt}",
+        "Text around a plain-string prompt, such as 'Question: {prompt}\\nAnswer:\\n'. End it where a token ends, "
+        "not in a space.",
+    )
+    supervise_prompt: bool = _option(False, "Train on the prompt's tokens too (continued pretraining).")
+    chat_date: str | None = _option(
+        None,
+        "YYYY-MM-DD: the day for chat templates that print today's date (Llama 3.2, SmolLM3). Unset: the day the run "
+        "starts, also when it is resumed later.",
+    )
+
+    def __post_init__(self) -> None:
+        if self.dataset_limit is not None and self.dataset_limit <= 0:
+            raise RecipeError(
+                f"dataset_limit is {self.dataset_limit}; it must be at least 1.", "Leave it out for all rows."
+            )
+        if "{prompt}" not in self.prompt_format:
+            raise RecipeError(f"prompt_format {self.prompt_format!r} lacks {{prompt}}.", "Put {prompt} where it goes.")
+        if self.chat_date is not None:
+            try:
+                datetime.date.fromisoformat(self.chat_date)
+            except ValueError:
+                raise RecipeError(
+                    f"chat_date is {self.chat_date!r}, which is no day.", "Write it as 2026-11-23, or leave it out."
+                ) from None
+
+
+@dataclass
+class RunArguments:
+    """What happens around training."""
+
+    resume: bool = _option(False, "Continue the run in output_dir from its newest whole checkpoint.")
+    overwrite: bool = _option(False, "Replace the run that output_dir holds.")
+    held_out_rows: int = _option(
+        16, "Rows kept from training, at most a tenth of them, to verify merged and exported models on."
+    )
+    compare: dict | None = _option(
+        None, "Options of `qpsft compare` on this recipe, such as {in_domain: test.jsonl}; training ignores them."
+    )
+
+    def __post_init__(self) -> None:
+        if self.held_out_rows < 0:
+            raise RecipeError(f"held_out_rows is {self.held_out_rows}; it must not be negative.", "0 keeps none.")
+        if self.resume and self.overwrite:
+            raise RecipeError("resume and overwrite contradict each other.", "Give one of them.")

@@ -1,0 +1,237 @@
+"""A recipe's YAML file: a flat mapping of options, strictly read, that may begin with another recipe's.
+
+extends: recipe.yaml    # a file or folder, looked up beside this file; what follows replaces its options
+loss_type: nll
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import os
+import re
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qpsft.errors import RecipeError
+from qpsft.recipe.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments
+from qpsft.recipe.flags import COMMON_TRAINER_OPTIONS, coerce, option_types, refuse_without_effect
+
+EXTENDS = "extends"
+
+
+def read_recipe_file(path: Path, readers: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
+    """The options of a file, and for each where it stands, as errors call it.
+
+    Args:
+        path: the file, or a folder with a `recipe.yaml`.
+        readers: files that extend this one.
+
+    Raises:
+        RecipeError: the file, or one it extends, is missing, not a mapping, gives a key twice, or extends itself.
+    """
+    content = _read_yaml(path)
+    where = {name: f"{path}: {name}" for name in content}
+    parent = content.pop(EXTENDS, None)
+    if parent is None:
+        return content, where
+    if not isinstance(parent, str) or not parent:
+        raise RecipeError(f"{where[EXTENDS]} is {parent!r}.", "Give the path of one other recipe.")
+    source = Path(os.path.normpath(_folder(path) / parent))
+    readers = (*readers, _file(path).resolve())
+    if _file(source).resolve() in readers:
+        raise RecipeError(f"{where[EXTENDS]}: {source} extends this recipe in turn.", "Take one of the two out.")
+    inherited, inherited_where = read_recipe_file(source, readers)
+    find_beside(inherited, source)
+    return inherited | content, inherited_where | where
+
+
+def find_beside(given: dict[str, Any], path: Path | None) -> None:
+    """Relative paths among the options are looked up from where the command runs, then beside the recipe."""
+    if path is None:
+        return
+    for name in ("dataset_name", "model_name_or_path", "adapter_name_or_path"):
+        value = given.get(name)
+        if isinstance(value, str) and not Path(value).exists() and (_folder(path) / value).exists():
+            given[name] = os.path.normpath(_folder(path) / value)
+
+
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
+def _file(path: Path) -> Path:
+    return path / "recipe.yaml" if path.is_dir() and (path / "recipe.yaml").is_file() else path
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    path = _file(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in _siblings(path)], n=1)
+        hint = f"Did you mean {path.with_name(near[0])}?" if near else "Check the path; recipes are YAML files."
+        raise RecipeError(f"There is no recipe {path}.", hint) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"The recipe {path} cannot be read: {error}.", "A recipe is a YAML file in UTF-8.") from None
+    try:
+        content = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise RecipeError(
+            f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)}).", "Write one `name: value` a line."
+        ) from None
+    if content is None:
+        raise RecipeError(f"The recipe {path} is empty.", "Give at least model_name_or_path and dataset_name.")
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise RecipeError(
+            f"The recipe {path} is a {type(content).__name__}, not a mapping of option names.",
+            "Write one `name: value` a line, such as `learning_rate: 2e-4`.",
+        )
+    return content
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, where PyYAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", key_node.start_mark)
+            if isinstance(key, str):
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _siblings(path: Path) -> list[Path]:
+    return list(path.parent.iterdir()) if path.parent.is_dir() else []
+
+
+@dataclass
+class Recipe:
+    """A run, resolved.
+
+    Attributes:
+        path: the YAML file, if there was one.
+        given: the options that YAML and flags set, flags winning.
+        trainer: an instance of the trainer class handed to `load_recipe`.
+    """
+
+    path: Path | None
+    given: dict[str, Any]
+    model: ModelArguments
+    lora: LoraArguments
+    data: DataArguments
+    run: RunArguments
+    trainer: Any
+
+    def values(self) -> dict[str, Any]:
+        """The resolved options, those of the trainer that are common, its own or given; enough to repeat the run."""
+        values = {}
+        for part in (self.model, self.data, self.lora):
+            values |= dataclasses.asdict(part)
+        if self.lora.adapter_name_or_path:  # which brings along what is not given here
+            kept = {*self.given, "adapter_name_or_path", "lora_dropout"}
+            values = {n: v for n, v in values.items() if n in kept or not hasattr(self.lora, n)}
+        own = set(getattr(type(self.trainer), "__annotations__", ())) | set(COMMON_TRAINER_OPTIONS) | set(self.given)
+        for option in dataclasses.fields(self.trainer):
+            if option.name in own:
+                value = getattr(self.trainer, option.name)
+                values[option.name] = value.value if isinstance(value, enum.Enum) else value
+        return values
+
+
+def load_recipe(path: str | Path | None, flags: Sequence[str], trainer_class: type) -> Recipe:
+    """Reads a YAML file and command-line flags into a `Recipe`.
+
+    Args:
+        path: YAML file with a flat mapping (`qpsft.recipe.file`), or None.
+        flags: `--name value`, `--name=value`, `--name` (true), `--name a b` (a list).
+        trainer_class: dataclass of the trainer's options (`PSFTConfig`).
+
+    Raises:
+        RecipeError: the file is missing or no mapping, an option is unknown (with the nearest right name), a value is
+            of the wrong type or out of range.
+    """
+    path = None if path is None else Path(path)
+    classes = (ModelArguments, LoraArguments, DataArguments, RunArguments, trainer_class)
+    hints = option_types(classes)
+    given, where = ({}, {}) if path is None else read_recipe_file(path)
+    for name, text in _read_flags(flags).items():
+        given[name], where[name] = text, f"--{name}"
+    refuse_without_effect(given, where)
+    for name in given:
+        if name not in hints:
+            likely = {*option_types(classes[:-1]), *trainer_class.__annotations__, *COMMON_TRAINER_OPTIONS}
+            raise RecipeError(f"{where[name]}: there is no such option.", _suggestion(name, hints, likely))
+        given[name] = coerce(given[name], hints[name], where[name])
+    _default_output_dir(given, path)
+    find_beside(given, path)
+    if given.get("dtype", "auto") != "auto" and not {"bf16", "fp16"} & set(given):
+        # the trainer's mixed precision follows the base's compute dtype
+        given |= {"bf16": given["dtype"] == "bfloat16", "fp16": given["dtype"] == "float16"}
+    parts = [_build(cls, given, where) for cls in classes]
+    return Recipe(path, given, parts[0], parts[1], parts[2], parts[3], parts[4])
+
+
+def _read_flags(flags: Sequence[str]) -> dict[str, str | list[str] | bool]:
+    read: dict[str, str | list[str]] = {}
+    name = None
+    for flag in flags:
+        if flag.startswith("--"):
+            name, equals, value = flag[2:].partition("=")
+            name = name.replace("-", "_")
+            read[name] = value if equals else []
+            if equals:
+                name = None
+        elif name is None:
+            raise RecipeError(f"{flag!r} belongs to no option.", "Flags are written --name value.")
+        else:
+            read[name] = [*read[name], flag]
+    return {n: v if isinstance(v, str) else True if not v else v[0] if len(v) == 1 else v for n, v in read.items()}
+
+
+def _suggestion(name: str, known: typing.Iterable[str], likely: set[str]) -> str:
+    def nearness(option: str) -> float:
+        return difflib.SequenceMatcher(None, option, name).ratio() + 0.1 * (option in likely)
+
+    near = sorted(difflib.get_close_matches(name, list(known), n=9, cutoff=0.6), key=nearness, reverse=True)
+    return f"Did you mean {' or '.join(near[:3])}?" if near else "`qpsft train --help_all` lists all options."
+
+
+def _default_output_dir(given: dict[str, Any], path: Path | None) -> None:
+    if given.get("output_dir") is None:
+        folder = "runs/qpsft" if path is None else path if path.is_dir() else path.parent
+        given["output_dir"] = str(folder)
+
+
+def _build(cls: type, given: dict[str, Any], where: dict[str, str]) -> Any:
+    names = {option.name for option in dataclasses.fields(cls) if option.init}
+    try:
+        return cls(**{name: value for name, value in given.items() if name in names})
+    except RecipeError:
+        raise
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
+        about = _blamed(str(error), {name: given[name] for name in where if name in names})
+        start = where[about] if about else "The options do not fit together"
+        raise RecipeError(f"{start}: {str(error).rstrip(' .')}", "Change or leave out that option.") from error
+
+
+def _blamed(message: str, given: dict[str, Any]) -> str | None:
+    """The option that a library's message names, or whose value it names first."""
+    places = {}
+    for name, value in given.items():
+        for word in (name, *([value] if isinstance(value, str) and value else [])):
+            found = re.search(rf"(?<!\w){re.escape(word)}(?!\w)", message)
+            if found:
+                places[name] = min(places.get(name, len(message)), found.start())
+    return min(places, key=places.get) if places else None

@@ -1,0 +1,80 @@
+"""Sentences in a terminal."""
+
+import logging
+import os
+import re
+import shutil
+import signal
+import sys
+import textwrap
+import warnings
+from typing import TextIO
+
+from qpsft.processes import is_main
+
+# All but tab and line feed: a row or an answer must not be able to steer the terminal it is shown on.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def wrap(text: str, indent: str = "  ") -> str:
+    """The text in lines of at most 80 columns, all but the first indented; names and paths stay whole."""
+    return textwrap.fill(text, 80, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def visible(text: str) -> str:
+    """Control characters other than tab and line feed as \\xNN."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+def takes_color(stream: TextIO) -> bool:
+    """Whether `stream` is a terminal and the environment says neither NO_COLOR nor TERM=dumb."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+# What libraries say that a user can do nothing about, kept off the terminal. Called before they are imported.
+
+
+def quiet_libraries() -> None:
+    """Libraries' notes that a user can do nothing about stay out of the way; our own warnings are one clear line."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # no line per retry
+    if not sys.stderr.isatty() or not is_main():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("bitsandbytes", "transformers", "accelerate", "trl"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("default", module=r"qpsft(\.|$)")
+    warnings.showwarning = _show_warning
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    if is_main():  # of several processes
+        print(fill(f"warning: {message}"), file=sys.stderr)
+
+
+def fill(text: str) -> str:
+    """A paragraph as wide as the terminal, at most 100 columns; paths and flags stay whole."""
+    return textwrap.fill(text, min(100, terminal_width()), break_long_words=False, break_on_hyphens=False)
+
+
+def terminal_width() -> int:
+    """Columns; 80 where nobody watches, unless COLUMNS says otherwise."""
+    return shutil.get_terminal_size().columns
+
+
+def quiet_worker() -> None:
+    """The same in a process that works beside others, with one thread; Ctrl-C ends it without a word."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of a process in the background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    quiet_libraries()
+
+
+def short_number(number: float) -> str:
+    """1234567 as 1.2M."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.{1 if number < 100 * size else 0}f}{unit}"
+    return f"{number:.0f}"

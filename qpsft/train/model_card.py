@@ -1,0 +1,112 @@
+"""What an adapter folder says of its run: the model card, and the options as a recipe that repeats it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import yaml
+
+from qpsft import __version__
+from qpsft.recipe.file import Recipe
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+WRITTEN = "# Written by qpsft train."
+PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
+
+
+def resolved_recipe(recipe: Recipe) -> str:
+    """The run's options as YAML that `qpsft train` reads again, with the versions in comments."""
+    values = recipe.values()
+    values.pop("output_dir", None)  # the folder may be moved
+    values["held_out_rows"] = recipe.run.held_out_rows
+    versions = [f"# {line}" for line in _versions()]
+    header = [f"{WRITTEN} The options of this run; `qpsft train` on this file repeats it.", *versions]
+    return "\n".join(header) + "\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def model_card(recipe: Recipe, folder: Path, n: dict[str, float], config: LoraConfig, options: str) -> str:
+    """README.md of the adapter folder: a model card that the Hub understands.
+
+    Args:
+        n: the run's last log line.
+        config: of the adapter.
+        options: name of the file with the resolved recipe.
+    """
+    arguments = recipe.trainer
+    base = recipe.model.model_name_or_path
+    on_hub = not Path(base).exists() and base != "demo"
+    front = {
+        **({"base_model": base} if on_hub else {}),
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["qpsft", arguments.loss_type, "lora", "trl"],
+    }
+    found, machine = _versions()
+    blocks = f", {arguments.num_iterations} visits" if arguments.num_iterations > 1 else ""
+    method = {
+        "psft": f"Proximal SFT (arXiv 2508.17784), ε = {arguments.epsilon}, K = {arguments.reference_steps}{blocks}",
+        "nll": "plain SFT (negative log-likelihood)",
+        "dft": "DFT (arXiv 2508.05629)",
+    }[arguments.loss_type]
+    start = recipe.lora.adapter_name_or_path
+    start = f" Training went on from the adapter `{start}`." if start else ""
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False).strip()}
+---
+
+# {folder.resolve().name}
+
+A LoRA adapter for `{base}` ({recipe.model.quantization}), trained with qpsft on `{recipe.data.dataset_name}`
+by {method}.{start}
+
+| | |
+| --- | --- |
+| optimizer steps | {int(n["step"])} |
+| learning rate | {arguments.learning_rate:g} |
+| rank, alpha | {config.r}, {config.lora_alpha:g} |
+| NLL at the end | {n["nll"]:.4f} nats per token |
+| entropy at the end | {n["entropy"]:.4f} nats per token |
+| clip fraction at the end | {n["clip_fraction"]:.1%} |
+
+![training curves](training.png)
+
+```python
+from peft import PeftModel
+from qpsft import load_base
+
+model, tokenizer = load_base("{base}", quantization="{recipe.model.quantization}")
+model = PeftModel.from_pretrained(model, "{folder.name}")
+```
+
+The adapter was trained on the rounded base that `base_quantization.json` describes. All options: `{options}`.
+
+Made with {found}; {machine}.
+"""
+
+
+def package_versions() -> dict[str, str]:
+    """Of qpsft and the packages that results depend on."""
+    return {"qpsft": __version__} | {name: version(name) for name in PACKAGES}
+
+
+def _versions() -> list[str]:
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_cpu()}, {os.cpu_count()} cores"
+    return [
+        ", ".join(f"{name} {version}" for name, version in package_versions().items()),
+        f"Python {platform.python_version()} on {platform.system()} {platform.machine()}, {machine}",
+    ]
+
+
+def _cpu() -> str:
+    """The CPU and the instructions that torch uses on it: another one rounds otherwise."""
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"^model name\s*: (.+)$", info.read_text(), flags=re.M) if info.exists() else []
+    return f"{(models or ['CPU'])[0]} ({torch.backends.cpu.get_cpu_capability()})"

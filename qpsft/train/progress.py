@@ -1,0 +1,80 @@
+"""What a person sees while a run trains, and the lines kept of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from qpsft.terminal import short_number
+
+
+class ConsoleCallback(TrainerCallback):
+    """A progress bar on a terminal, and one short line per log entry."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            # disable=None: no bar where nobody watches, so that logs stay readable
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=None, leave=False)
+
+    def on_step_end(self, args, state, control, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def on_log(self, args, state, control, logs: dict | None = None, **kwargs: Any) -> None:
+        if self._bar is not None and logs and "nll" in logs:
+            tqdm.write(log_line(state.global_step, state.max_steps, logs))
+
+    def on_train_end(self, args, state, control, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def log_line(step: int, total: int, logs: dict[str, float]) -> str:
+    """One log entry in at most 80 columns."""
+    kl = logs["approx_kl"]
+    return (
+        f"step {step:>{len(str(total))}}/{total}  nll {logs['nll']:.3f}  entropy {logs['entropy']:.2f}  "
+        f"clip {logs['clip_fraction']:4.0%}  kl {f'{kl:.2g}' if kl < 100 else short_number(kl)}  "
+        f"{short_number(logs['tokens_per_second'])} tok/s"
+    )
+
+
+class MetricsCallback(TrainerCallback):
+    """Appends every log entry to `metrics.jsonl`; a resumed run drops the lines past its checkpoint first."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+    def on_step_end(self, args, state, control, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:  # also a run shorter than logging_steps ends with its numbers
+            control.should_log = True
+
+    def on_log(self, args, state, control, logs: dict | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The entries of a `metrics.jsonl`; a last line that was cut off while it was written is left out."""
+    if not path.is_file():
+        return []
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return entries

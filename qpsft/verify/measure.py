@@ -1,0 +1,206 @@
+"""What a causal LM says on given tokens: the numbers by which two models are compared.
+
+Everything is computed in float32 and kept on the CPU, so that one model can be freed before the next one is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qpsft.model.generation import neutral_settings
+
+LOGITS_BYTES = 256 * 2**20
+"""Logits (rows, length, vocabulary) of one batch, in float32."""
+
+KEPT_BYTES = 128 * 2**20
+"""Distributions over the whole vocabulary that are kept for the KL divergence, in float32."""
+
+HIDDEN_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Token ids, and the index of the first that the live model wrote itself (`len(ids)` when it wrote none)."""
+
+    ids: list[int]
+    written_from: int
+
+
+@dataclass
+class Measurement:
+    """A model's numbers at all N positions of the sequences that have a next token, in order.
+
+    Attributes:
+        chosen: log-probability of the next token, nats (N,), float32.
+        best: the likeliest next token (N,), int64.
+        lead: log-probability of the likeliest minus that of the second (N,), float32.
+        full: log-probabilities of the whole vocabulary at `kept_positions` (P, V), float32.
+        hidden: hidden states of the first sequence after the embedding and after each layer, (L + 1, T, width).
+    """
+
+    chosen: Tensor
+    best: Tensor
+    lead: Tensor
+    full: Tensor
+    hidden: Tensor
+
+
+def kept_positions(total: int, vocabulary: int) -> Tensor:
+    """Evenly spaced positions, as many as `KEPT_BYTES` of float32 distributions allow, (P,) int64."""
+    count = max(1, min(total, KEPT_BYTES // (4 * vocabulary)))
+    return torch.linspace(0, total - 1, count).round().long()
+
+
+def measure(model: Any, sequences: list[Sequence], vocabulary: int, device: torch.device) -> Measurement:
+    """Runs `model` over the sequences, in batches whose logits stay under `LOGITS_BYTES`.
+
+    Args:
+        model: a transformers causal LM, PEFT-wrapped or not, in eval mode.
+        sequences: each of at least two tokens.
+        vocabulary: width of the logits, V.
+        device: where it computes.
+    """
+    offsets = torch.tensor([0] + [len(sequence.ids) - 1 for sequence in sequences]).cumsum(0)
+    total = int(offsets[-1])
+    keep = kept_positions(total, vocabulary)
+    place_in_full = torch.full((total,), -1)
+    place_in_full[keep] = torch.arange(len(keep))
+    out = Measurement(
+        chosen=torch.empty(total),
+        best=torch.empty(total, dtype=torch.int64),
+        lead=torch.empty(total),
+        full=torch.empty(len(keep), vocabulary),
+        hidden=torch.empty(0),
+    )
+    with torch.inference_mode():
+        for batch in _batches(sequences, vocabulary):
+            rows = [sequences[index].ids for index in batch]
+            logits, hidden = _forward(model, rows, device, wants_hidden=0 in batch)
+            if hidden is not None:
+                out.hidden = _first_row(hidden, batch.index(0), len(sequences[0].ids))
+            for row, index in enumerate(batch):
+                ids = torch.tensor(sequences[index].ids[1:], device=logits.device)
+                span = slice(int(offsets[index]), int(offsets[index + 1]))
+                logprobs = torch.log_softmax(logits[row, : len(ids)].float(), dim=-1)
+                out.chosen[span] = logprobs.gather(1, ids[:, None]).squeeze(1).cpu()
+                values, tokens = logprobs.topk(2, dim=-1)
+                out.best[span] = tokens[:, 0].cpu()
+                out.lead[span] = (values[:, 0] - values[:, 1]).cpu()
+                wanted = place_in_full[span] >= 0
+                out.full[place_in_full[span][wanted]] = logprobs[wanted.to(logprobs.device)].cpu()
+    return out
+
+
+def _batches(sequences: list[Sequence], vocabulary: int) -> list[list[int]]:
+    """Indices of the sequences, the longest first, cut where a batch's padded logits would exceed the budget."""
+    order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index].ids))
+    batches: list[list[int]] = []
+    for index in order:
+        longest = len(sequences[batches[-1][0]].ids) if batches else 0
+        if batches and (len(batches[-1]) + 1) * longest * vocabulary * 4 <= LOGITS_BYTES:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def _forward(
+    model: Any, rows: list[list[int]], device: torch.device, *, wants_hidden: bool
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """Right-padded forward: a token never sees what comes after it, so padding there changes nothing."""
+    length = max(map(len, rows))
+    ids = torch.zeros(len(rows), length, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(rows):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        mask[row, : len(tokens)] = 1
+    output = model(
+        input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, output_hidden_states=wants_hidden
+    )
+    return output.logits, output.hidden_states if wants_hidden else None
+
+
+def _first_row(hidden: tuple[Tensor, ...], row: int, length: int) -> Tensor:
+    return torch.stack([layer[row, : min(length, HIDDEN_TOKENS)].float().cpu() for layer in hidden])
+
+
+def continue_greedily(
+    model: Any, prompts: list[list[int]], *, max_new_tokens: int, stop: set[int], pad: int
+) -> list[list[int]]:
+    """The model's likeliest continuation of each prompt, at most `max_new_tokens` tokens, a stop token included."""
+    from transformers import GenerationConfig
+
+    width = max(map(len, prompts))
+    device = model.get_input_embeddings().weight.device
+    ids = torch.full((len(prompts), width), pad)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(prompts):
+        ids[row, width - len(tokens) :] = torch.tensor(tokens)
+        mask[row, width - len(tokens) :] = 1
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=sorted(stop) or None
+    )
+    with torch.inference_mode(), neutral_settings(model):
+        written = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
+    rows = []
+    for tokens in written[:, width:].tolist():
+        end = next((place + 1 for place, token in enumerate(tokens) if token in stop), len(tokens))
+        rows.append(tokens[:end])
+    return rows
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far a model is from another on the same sequences; log-probabilities and KL in nats.
+
+    Attributes:
+        max_abs, mean_abs: |Δ log-probability| of the next token.
+        kl: mean KL divergence of the second from the first.
+        top1: share of positions with the same likeliest token.
+        greedy: share of the first model's own continuation that the second writes before its first other token.
+        flips: positions where the likeliest token differs although it leads by more than `near_tie`.
+    """
+
+    max_abs: float
+    mean_abs: float
+    kl: float
+    top1: float
+    greedy: float
+    flips: int
+
+
+def distance(first: Measurement, second: Measurement, sequences: list[Sequence], near_tie: float) -> Distance:
+    """Compares two measurements of the same sequences; not-a-number anywhere in the second makes it infinite."""
+    difference = (first.chosen - second.chosen).abs()
+    if not bool(torch.isfinite(second.chosen).all()):
+        return Distance(float("inf"), float("inf"), float("inf"), 0.0, 0.0, len(difference))
+    same = first.best == second.best
+    kl = 0.0
+    for a, b in zip(first.full.split(256), second.full.split(256), strict=True):
+        a, b = a.double(), b.double()
+        # Σ p log(p/q) − p + q: the last two sum to zero, except for float32's rounding, which they cancel.
+        kl += float((a.exp() * (a - b) - a.exp() + b.exp()).sum())
+    return Distance(
+        max_abs=float(difference.max()),
+        mean_abs=float(difference.mean()),
+        kl=kl / len(first.full),
+        top1=float(same.float().mean()),
+        greedy=_greedy_agreement(same, sequences),
+        flips=int((~same & (first.lead > near_tie)).sum()),
+    )
+
+
+def _greedy_agreement(same: Tensor, sequences: list[Sequence]) -> float:
+    """Under the first model's own words, the second's likeliest tokens are its continuation until they differ."""
+    agreed = written = start = 0
+    for sequence in sequences:
+        end = start + len(sequence.ids) - 1
+        own = same[start + sequence.written_from - 1 : end].tolist()
+        agreed += next((place for place, equal in enumerate(own) if not equal), len(own))
+        written += len(own)
+        start = end
+    return agreed / written if written else 1.0
