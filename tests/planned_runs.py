@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from qpsft.plan import make_plan
-from qpsft.plan.memory_plan import MemoryPlan
 from qpsft.plan.planned_config import PlannedConfig
+from qpsft.plan.result import MemoryPlan
 from qpsft.recipe.file import Recipe, load_recipe
 
 LLAMA = {

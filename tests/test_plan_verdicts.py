@@ -5,7 +5,7 @@ import torch
 from planned_runs import LLAMA, planned, recipe_of
 
 from qpsft.errors import BaseModelError
-from qpsft.plan import make_plan, memory_plan
+from qpsft.plan import make_plan, result
 from qpsft.plan.cards import CONTEXT, GIB, find_card
 from qpsft.plan.changes import Suggestion, changed
 
@@ -236,7 +236,7 @@ def test_a_smaller_model_of_the_family_is_the_last_resort(monkeypatch):
     known_family(monkeypatch)
     limit = make_plan(recipe_of(model="tiny/middle")).needed_bytes
     found = make_plan(recipe_of(model="tiny/large"), gpu_bytes=limit)
-    monkeypatch.setattr(memory_plan, "suggest", lambda *args, **settings: None)
+    monkeypatch.setattr(result, "suggest", lambda *args, **settings: None)
     assert not found.fits and found.suggestion.options == {"model_name_or_path": "tiny/middle"}
     assert found.suggestion.needed == limit
 
@@ -246,14 +246,14 @@ def test_a_smaller_model_comes_before_rows_shorter_than_half(monkeypatch):
     limit = make_plan(recipe_of("--gradient_checkpointing=true", model="tiny/middle")).needed_bytes
     for length in (64, 512):
         shorter = Suggestion({"gradient_checkpointing": True, "max_length": length}, limit)
-        monkeypatch.setattr(memory_plan, "suggest", lambda *args, shorter=shorter, **settings: shorter)
+        monkeypatch.setattr(result, "suggest", lambda *args, shorter=shorter, **settings: shorter)
         flags = ("--max_length=1024", "--gradient_checkpointing=false")
         found = make_plan(recipe_of(*flags, model="tiny/large"), gpu_bytes=limit).suggestion
         if length < 1024 / 2:
             assert found.options["model_name_or_path"] == "tiny/middle" and "max_length" not in found.options
         else:
             assert found == shorter
-    monkeypatch.setattr(memory_plan, "smaller_models", lambda name: [])
+    monkeypatch.setattr(result, "smaller_models", lambda name: [])
     shorter = Suggestion({"max_length": 64}, limit)
-    monkeypatch.setattr(memory_plan, "suggest", lambda *args, **settings: shorter)
+    monkeypatch.setattr(result, "suggest", lambda *args, **settings: shorter)
     assert make_plan(recipe_of(*flags, model="tiny/large"), gpu_bytes=limit).suggestion == shorter

@@ -100,3 +100,9 @@ def this_card() -> Card:
     # ROCm's major and minor, (10, 3) of a gfx1030, would read like a newer card of CUDA's
     capability = properties.gcnArchName if torch.version.hip else (properties.major, properties.minor)
     return Card(properties.name, total - others, capability)
+
+
+def gib(nbytes: float) -> str:
+    """1610612736 as 1.50, and less than a tenth with one more digit."""
+    size = nbytes / GIB
+    return f"{size:.3f}" if 0 < size < 0.1 else f"{size:.2f}"

@@ -8,27 +8,22 @@ tests/test_plan.py); what is particular to CUDA (attention and LM-head kernels, 
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from tqdm import tqdm
 
 from qpsft.errors import RecipeError
 from qpsft.model.folder import DEMO, one_line, resolve_folder
 from qpsft.model.hardware import pick_device
 from qpsft.plan.after import after_training
-from qpsft.plan.cards import CONTEXT, GIB, USABLE, Card, this_card
-from qpsft.plan.changes import Suggestion, changed, longest_that_fits, suggest
-from qpsft.plan.planner import Measured, Planner
-from qpsft.plan.shapes import Shape, find_shape, read_shape, smaller_models
-from qpsft.plan.table import gib, render
+from qpsft.plan.cards import Card, gib, this_card
+from qpsft.plan.changes import changed
+from qpsft.plan.planner import Planner
+from qpsft.plan.result import MemoryPlan, free_bytes
+from qpsft.plan.shapes import Shape, find_shape, read_shape
 from qpsft.processes import world_size
 from qpsft.psft.sharding import fsdp_is_asked
 from qpsft.recipe.file import Recipe
@@ -36,160 +31,6 @@ from qpsft.terminal import short_number
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-
-@dataclass
-class MemoryPlan:
-    """What a run needs, in bytes; `str(plan)` is the table.
-
-    Attributes:
-        model: the base's name; `setting` the rest of the run in words; `card` what it is planned for.
-        parts: bytes of each part by name, in the table's order; not all of them are alive at once.
-        labels: words beside a part's name.
-        phases: bytes alive at the peak of each phase of a step.
-        held_bytes: alive all the time.
-        peak_bytes: the largest phase: what `torch.cuda.max_memory_allocated()` shows.
-        margin_bytes: the CUDA context and fragmentation, which it does not show.
-        gpu_bytes: what there is, or None.
-        host_bytes: host memory used for the device's sake.
-        disk_bytes: of "base", "adapter" (with checkpoints), "merge", "export" to an f16 GGUF (with the merged model),
-            and "quantized": what a quantized GGUF needs beside that.
-        merge_ram_bytes, verify_ram_bytes: of a merge, and of verifying it (on the GPU where there is one).
-        export_ram_bytes: of an export to GGUF, apart from the merge before it.
-        length: rows of so many tokens were planned.
-        processes: of DDP; every number is one process's.
-        complete: activations are among the parts; else all numbers are without them, so a run needs more.
-        notes: what the plan does not know.
-    """
-
-    model: str
-    setting: str
-    card: str
-    parts: dict[str, int]
-    labels: dict[str, str]
-    phases: dict[str, int]
-    held_bytes: int
-    peak_bytes: int
-    margin_bytes: int
-    gpu_bytes: int | None
-    host_bytes: int
-    disk_bytes: dict[str, int]
-    merge_ram_bytes: int
-    verify_ram_bytes: int
-    export_ram_bytes: int
-    length: int
-    processes: int
-    complete: bool
-    notes: list[str]
-    _recipe: Recipe = field(repr=False)
-    _planner: Planner = field(repr=False)
-
-    @property
-    def needed_bytes(self) -> int:
-        """Of the card: `peak_bytes` and `margin_bytes`."""
-        return self.peak_bytes + self.margin_bytes
-
-    @property
-    def fits(self) -> bool | None:
-        """Whether the card has that; None without a card, and when only `complete` numbers could tell."""
-        if self.gpu_bytes is None or (self.needed_bytes <= self.gpu_bytes and not self.complete):
-            return None
-        return self.needed_bytes <= self.gpu_bytes
-
-    @functools.cached_property
-    def saved_otherwise(self) -> dict[str, int]:
-        """Bytes of the saved activations with checkpointing turned on or off, and with offloading to host memory."""
-        if not self.complete:
-            return {}
-        args = self._recipe.trainer
-        turned = not args.gradient_checkpointing
-        others = {"with checkpointing" if turned else "without checkpointing": {"gradient_checkpointing": turned}}
-        if self._planner.device == "cuda" and not args.activation_offloading:
-            others["with offloading"] = {"activation_offloading": True}
-        return {
-            name: self._measure(changed(self._recipe, options)).activations.training.saved
-            for name, options in others.items()
-        }
-
-    @functools.cached_property
-    def max_length(self) -> int | None:
-        """The longest rows that fit with everything else as it is, up to the base's context; None: none, or not known.
-
-        It is not known without a card, and without activations.
-        """
-        if self.gpu_bytes is None or not self.complete:
-            return None
-        with self._trying() as needed:
-            return longest_that_fits(self._recipe, needed, self.gpu_bytes, self._planner.context_length)
-
-    @functools.cached_property
-    def suggestion(self) -> Suggestion | None:
-        """The cheapest change that makes it fit, planned anew; None when it fits, none was found, or none is known.
-
-        Before rows shorter than half of what is asked for comes a smaller model, where one is known that fits.
-        """
-        if self.fits is not False or not self.complete:
-            return None
-        cuda, longest = self._planner.device == "cuda", self._planner.context_length
-        with self._trying() as needed:
-            found = suggest(self._recipe, needed, self.gpu_bytes, cuda=cuda, longest=longest)
-        options = dict(found.options) if found else {}
-        length = options.pop("max_length", None)
-        half = min(self._recipe.trainer.max_length, longest) / 2
-        if found is not None and (length is None or length >= half):
-            return found
-        for name in smaller_models(self.model):
-            planner = self._planner.of_another(self._recipe, find_shape(name))
-            for others in [{}, options] if options else [{}]:
-                need = _needed(planner.measure(changed(self._recipe, others), self._free))
-                if need <= self.gpu_bytes:
-                    return Suggestion({"model_name_or_path": name} | others, need)
-        return found
-
-    @contextlib.contextmanager
-    def _trying(self) -> Iterator[Callable[[Recipe], int]]:
-        """What another recipe for the same base needs; on a terminal a bar counts them."""
-        with tqdm(desc="planning", unit=" variants", disable=None, leave=False) as bar:
-
-            def needed(recipe: Recipe) -> int:
-                bar.update()
-                return _needed(self._measure(recipe))
-
-            yield needed
-
-    def _measure(self, recipe: Recipe) -> Measured:
-        return self._planner.measure(recipe, self._free)
-
-    @property
-    def _free(self) -> int | None:
-        return _free_bytes(self.gpu_bytes)
-
-    @staticmethod
-    def usable(size: float) -> int:
-        """Bytes of a card of `size` GB that can be used."""
-        return int(size * GIB * USABLE)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        names = (
-            "model", "setting", "card", "parts", "phases", "held_bytes", "peak_bytes", "margin_bytes", "needed_bytes",
-            "gpu_bytes", "fits", "host_bytes", "disk_bytes", "merge_ram_bytes", "verify_ram_bytes", "export_ram_bytes",
-            "length", "max_length", "processes", "complete", "saved_otherwise", "notes",
-        )  # fmt: skip
-        suggestion = self.suggestion and {"options": self.suggestion.options, "needed_bytes": self.suggestion.needed}
-        return {name: getattr(self, name) for name in names} | {"suggestion": suggestion}
-
-    def __str__(self) -> str:
-        return render(self)
-
-
-def _needed(measured: Measured) -> int:
-    return measured.memory.peak + measured.memory.margin
-
-
-def _free_bytes(gpu_bytes: int | None) -> int | None:
-    """What a card has before anything is loaded."""
-    return None if gpu_bytes is None else gpu_bytes - CONTEXT
 
 
 def make_plan(
@@ -241,7 +82,7 @@ def make_plan(
 
 
 def _plan(recipe: Recipe, planner: Planner, gpu_bytes: int | None, card: str) -> MemoryPlan:
-    measured, args = planner.measure(recipe, _free_bytes(gpu_bytes)), recipe.trainer
+    measured, args = planner.measure(recipe, free_bytes(gpu_bytes)), recipe.trainer
     memory, training = measured.memory, measured.activations.training
     stored = getattr(planner.shape.config, "dtype", None) or torch.bfloat16
     after = after_training(args, stored.itemsize, planner.weights, measured.optimizer)
