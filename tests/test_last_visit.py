@@ -1,10 +1,10 @@
 """reference: last_visit. Each row's old log-probabilities are the policy's at that row's own last visit."""
 
 import pytest
-import qpsft.trainer
 import torch
 from small_runs import largest_difference, log_lines, make_base, make_rows, make_trainer, policy, same
 
+import qpsft.psft.trainer
 from qpsft.errors import RecipeError
 
 ROWS, STEPS_PER_EPOCH = 12, 3  # mini-batches of 4

@@ -98,8 +98,8 @@ def test_pieces_of_any_size(tmp_path, monkeypatch, piece, config):
     base = save_tiny_model(tmp_path / "base", hidden_size=60, intermediate_size=172, head_dim=14)
     adapter = save_peft_adapter(tmp_path / "adapter", base, **config)
     whole = merge(adapter, tmp_path / "whole", dtype="float32")
-    for module in ("rounding", "merged_tensor"):
-        monkeypatch.setattr(f"qpsft.merging.{module}.PIECE", piece)
+    for module in ("rounding", "tensor"):
+        monkeypatch.setattr(f"qpsft.merge.{module}.PIECE", piece)
     pieces = merge(adapter, tmp_path / "pieces", dtype="float32")
     expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "pieces"))
     assert all(

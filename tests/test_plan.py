@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import pytest
-import qpsft.planning.lm_head as lm_head
 import torch
 from bitsandbytes import functional
 from datasets import Dataset
 from small_runs import Recorder, make_config, policy
 from tiny_models import save_tiny_model
 
+import qpsft.plan.lm_head as lm_head
 from qpsft.errors import BaseModelError
 from qpsft.model.adapter import add_adapter
 from qpsft.model.base import load_base, load_config

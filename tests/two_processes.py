@@ -10,7 +10,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import qpsft.trainer
 import torch
 import torch.distributed as dist
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -24,6 +23,7 @@ from test_resume import contents
 from torch.distributed.fsdp import FSDPModule
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+import qpsft.psft.trainer
 from qpsft import cli, processes
 from qpsft.errors import DataError, QpsftError
 from qpsft.model import base

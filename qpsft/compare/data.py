@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 
 from qpsft.compare.options import CompareOptions
+from qpsft.data import built_in
 from qpsft.data.read import BUILT_IN, Records, read_records
 from qpsft.data.shapes import Rows, to_rows
 from qpsft.data.tokenize import tokenize_rows
@@ -87,15 +88,15 @@ def load_data(
     name = recipe.data.dataset_name
     if not name:
         raise RecipeError("dataset_name is missing.", "Write `dataset_name: …` in the recipe or give --dataset_name.")
-    built_in = BUILT_IN.get(name)
-    if noise is not None and built_in is None:
+    kind = BUILT_IN.get(name)
+    if noise is not None and kind is None:
         raise RecipeError(f"noise cannot be varied in {name}.", f"Use one of {', '.join(BUILT_IN)}.")
     if noise is None:
         records = read_records(name, recipe.data, recipe.data.dataset_train_split)
     else:
-        made = built_in.demonstrations(built_in, noise=noise)[: recipe.data.dataset_limit]
+        made = built_in.demonstrations(kind, noise=noise)[: recipe.data.dataset_limit]
         records = as_records(made, f"{name}, {noise:.0%} wrong")
-    test, validation, out_of_domain = _own_sets(built_in, options)
+    test, validation, out_of_domain = _own_sets(kind, options)
     neutral = replace(recipe.data, dataset_columns=None, dataset_shape="auto", dataset_limit=None)
     if options.in_domain:
         test = _read(options.in_domain, recipe.data, neutral, options.eval_rows)
@@ -132,9 +133,9 @@ def load_data(
     return data
 
 
-def _own_sets(built_in: str | None, options: CompareOptions) -> tuple[Rows | None, Rows | None, dict[str, Rows]]:
+def _own_sets(kind: str | None, options: CompareOptions) -> tuple[Rows | None, Rows | None, dict[str, Rows]]:
     """The built-in world's test and validation rows and its out-of-domain sets, for its own demonstrations."""
-    if built_in is None:
+    if kind is None:
         return None, None, {}
     test = as_rows(built_in.in_domain("test", options.eval_rows), "in_domain")
     validation = as_rows(built_in.in_domain("validation", options.eval_rows), "validation")

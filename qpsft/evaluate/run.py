@@ -124,8 +124,8 @@ def run_evaluation(options: EvaluationOptions, *, verbose: bool = True) -> Evalu
         print(wrap(f"evaluating {options.model} · {describe_evaluated(model)}", "  "), flush=True)
     evaluations = []
     for rows in sets:
-        built_in = "task" in rows.rows[0]
-        cap = DEMO_MAX_NEW_TOKENS if built_in else MAX_NEW_TOKENS
+        is_built_in = "task" in rows.rows[0]
+        cap = DEMO_MAX_NEW_TOKENS if is_built_in else MAX_NEW_TOKENS
         evaluations.append(
             evaluate(
                 model,
