@@ -26,6 +26,8 @@ from turns import Turns, train_in_turns
 from qpsft import load_base
 from qpsft.model.base_record import quantized_linears, stored_bytes
 
+pytestmark = pytest.mark.bench
+
 CELL = Cell("tiny", 1, 16, rows=2, rank=4, steps=4, warmup=1)
 
 

@@ -22,6 +22,8 @@ from qpsft.compare.run import RunSpec
 from qpsft.errors import OutputError
 from qpsft.model.folder import MODEL_DIR
 
+pytestmark = pytest.mark.bench
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 

@@ -23,6 +23,7 @@ def held_out_rows(recipe, tokenizer, gsm8k):
     return list(tokenize_rows(rows, tokenizer, recipe.data, 512, show_progress=False).dataset)
 
 
+@pytest.mark.journey
 @pytest.mark.parametrize("loss_type", ["psft", "nll"])
 def test_200_steps_on_gsm8k_end_below_the_base(loss_type, stories, gsm8k, tmp_path):
     flags = [f"--model_name_or_path={stories}", f"--dataset_name={gsm8k / 'train.jsonl'}", f"--loss_type={loss_type}"]
@@ -88,6 +89,7 @@ def test_greedy_completions_do_not_depend_on_the_batch():
     assert len(set(one_by_one)) > 1 and all(text.strip() for text in one_by_one)
 
 
+@pytest.mark.journey
 def test_the_demo_learns_and_prints_what_it_did(tmp_path, capsys, monkeypatch):
     from qpsft.demo import walkthrough
 

@@ -13,6 +13,8 @@ from step_grid import Cell
 from qpsft import PSFTConfig
 from qpsft.model.base_record import stored_bytes
 
+pytestmark = pytest.mark.bench
+
 CELL = Cell("tiny", 1, 16, rows=2, rank=4, steps=4, warmup=1)
 
 

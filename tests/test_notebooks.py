@@ -64,6 +64,7 @@ def surroundings(tmp_path):
     }
 
 
+@pytest.mark.journey
 @pytest.mark.parametrize("name", SAID)
 def test_runs_end_to_end(name, tmp_path, surroundings):
     notebook = Path(shutil.copy(ROOT / "notebooks" / f"{name}.ipynb", tmp_path))
@@ -78,6 +79,7 @@ def test_runs_end_to_end(name, tmp_path, surroundings):
     assert pictures(notebook) >= PICTURES[name]
 
 
+@pytest.mark.journey
 def test_a_failing_command_fails_the_notebook(tmp_path, surroundings):
     notebook = nbformat.read(ROOT / "notebooks" / "03_merge_and_export.ipynb", as_version=4)
     set_up = next(cell for cell in notebook.cells if cell.cell_type == "code")
@@ -112,6 +114,7 @@ def test_shell_lines_are_given_parameters_only(path):
         assert re.sub(r'"\{[A-Z]+\}"', "", line).count("{") == 0, line
 
 
+@pytest.mark.journey
 @pytest.mark.parametrize("name", ["01_quickstart", "04_grpo_from_psft"])
 @pytest.mark.parametrize("setting", ["gpu", "demo"])
 def test_own_files_need_the_commented_lines_only(name, setting, tmp_path, monkeypatch):

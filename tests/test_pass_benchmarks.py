@@ -8,6 +8,8 @@ import packing
 import pytest
 from small_runs import make_base
 
+pytestmark = pytest.mark.bench
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):

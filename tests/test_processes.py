@@ -21,6 +21,8 @@ from qpsft.errors import RecipeError
 from qpsft.psft.sharding import check_sharding
 from qpsft.train.progress import read_metrics
 
+pytestmark = pytest.mark.processes
+
 HERE = Path(__file__).resolve().parent
 
 

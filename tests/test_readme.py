@@ -97,6 +97,7 @@ def has_converter() -> bool:
         raise
 
 
+@pytest.mark.journey
 @pytest.mark.filterwarnings("ignore")
 def test_its_shell_blocks_run_in_order(workshop, monkeypatch):
     """Every line of every block without a mark, as written (see SMALLER), one after the other in one folder."""
@@ -114,6 +115,7 @@ def test_its_shell_blocks_run_in_order(workshop, monkeypatch):
     assert (workshop / "runs" / "mine-merged" / "config.json").is_file()
 
 
+@pytest.mark.journey
 @pytest.mark.filterwarnings("ignore")
 def test_its_python_blocks_run(workshop, monkeypatch):
     """As written, but for the base."""
@@ -150,6 +152,7 @@ def test_its_tree_names_what_is_there():
     assert all((ROOT / "qpsft" / name).exists() or (ROOT / name).exists() for name in named)
 
 
+@pytest.mark.journey
 def test_what_fits_a_card_is_what_the_plan_says(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs")
     import fits

@@ -129,6 +129,7 @@ def test_float32_adapter_gives_the_gradients_back_when_the_trainer_cannot_be_mad
     assert sorted(policy(model)) == before
 
 
+@pytest.mark.bench
 def test_the_script_of_the_documentation_runs(tmp_path, monkeypatch):
     text = (BENCHMARKS.parent / "docs" / "rl.md").read_text()
     three_lines, script = re.findall(r"```python\n(.*?)```", text, flags=re.S)
@@ -182,6 +183,7 @@ def tiny(rl_start, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.bench
 def test_rl_start_does_every_run_once_and_reports_it(tiny, rl_start, monkeypatch, capsys):
     # a reward that a few random completions do get
     monkeypatch.setattr(

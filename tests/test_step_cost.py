@@ -23,6 +23,8 @@ from turns import Step
 
 from qpsft.model.base_record import stored_bytes
 
+pytestmark = pytest.mark.bench
+
 CELL = Cell("tiny", 1, 16, rows=2, rank=4, steps=4, warmup=1)
 
 
