@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 from merging import ALL, largest, live_logprobs, load_strictly, logprobs, save_peft_adapter, shake, tokens
@@ -183,7 +181,6 @@ def test_a_base_that_is_quantized_on_disk(tmp_path, quantization, double_quant):
     adapter = save_peft_adapter(tmp_path / "adapter", tmp_path / "base")
     report, merged = merged_is_live(tmp_path, tmp_path / "base", adapter)
     assert getattr(merged.config, "quantization_config", None) is None
-    assert all(0.1 < layer.update_to_step < 10 for layer in report.layers)
 
 
 def test_the_real_model(tmp_path, stories):
@@ -212,4 +209,4 @@ def test_the_real_model(tmp_path, stories):
     live, found = live.double().log_softmax(-1), found.double().log_softmax(-1)
     assert (live.exp() * (live - found)).sum(-1).max() < 1e-10
     assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
-    assert len(report.layers) == 35 and re.search(r"Re-quantizing to 4 bits would", report.summary())
+    assert report.low_rank == 35

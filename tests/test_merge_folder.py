@@ -131,13 +131,11 @@ def test_the_card_and_the_report_say_how(tmp_path, base, adapter):
     card = (tmp_path / "adapter-merged" / "README.md").read_text()
     for text in ("| base | base |", "| adapter | adapter |", "weights training saw", "float32", "nf4 in blocks of 64"):
         assert text in card
-    assert report.verification["summary"] in card and report.verdict in card and str(tmp_path) not in card
+    assert report.verification["summary"] in card and str(tmp_path) not in card
     stored = json.loads((tmp_path / "adapter-merged" / "merge_report.json").read_text())
     assert all(len(line) <= 80 for line in report.summary().splitlines() if str(tmp_path) not in line)
     assert stored["verification"]["same_model"] and stored["dtype"] == "float32" and stored["seconds"] > 0
-    assert (
-        len(stored["layers"]) == 14 and stored["layers"][0]["update_to_step"] <= stored["layers"][-1]["update_to_step"]
-    )
+    assert (stored["low_rank"], stored["replaced"]) == (14, 0)
 
 
 def test_onto_the_original_weights_another_model_is_what_it_is(tmp_path, adapter):

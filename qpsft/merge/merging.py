@@ -32,7 +32,6 @@ from qpsft.merge.model_files import card, copy_tokenizer, write_config, write_js
 from qpsft.merge.rounding import Rounding
 from qpsft.merge.safetensors_stream import ShardWriter, TensorSpec, plan_shards, shard_index
 from qpsft.merge.tensor import MergedTensor
-from qpsft.merge.update_size import LayerUpdate, UpdateMeter, update_verdict
 from qpsft.model.base_record import RECORD_FILE, BaseRecord, read_base_record
 from qpsft.model.folder import check_folder, config_sha256, resolve_folder
 from qpsft.model.hardware import DTYPES
@@ -54,11 +53,10 @@ class MergeReport:
         rounding: how the live model rounds its base, in words.
         bytes: of the weights written.
         tensors: number written.
-        replaced: tensors changed other than by a low-rank update (copies trained in full, biases, token rows).
+        low_rank: matrices that a low-rank update was added to.
+        replaced: tensors changed otherwise (copies trained in full, biases, token rows).
         seconds: of the whole merge, `merge_seconds` without the verification.
         peak_rss: the process's largest resident memory so far, in bytes.
-        layers: every matrix with a low-rank update, the smallest `update_to_step` first.
-        verdict: what re-quantizing to 4 bits would leave of the update, in a sentence.
         left_out: tensors of the base's folder that its architecture does not use.
         verification: None if it was not run; else `same_model`, `numbers` and `summary` of `qpsft.verify.verification`.
     """
@@ -74,17 +72,16 @@ class MergeReport:
     files: list[str]
     bytes: int
     tensors: int
+    low_rank: int
     replaced: int
     seconds: float
     merge_seconds: float
     peak_rss: int
-    verdict: str
     left_out: list[str]
     verification: dict[str, Any] | None
-    layers: list[LayerUpdate]
 
     def summary(self) -> str:
-        """What a person wants to know, in some twenty lines."""
+        """What a person wants to know, in some ten lines."""
         lines = [
             f"merged {Path(self.adapter).name} onto the {self.onto} weights of {Path(self.base).name}",
             f"base in training: {self.rounding}",
@@ -92,16 +89,7 @@ class MergeReport:
                 f"wrote {self.output}: {self.tensors} tensors, {self.bytes / 1e9:.3g} GB in {self.dtype}, "
                 f"{len(self.files)} files; {self.merge_seconds:.1f} s, peak memory {self.peak_rss / 1e6:.0f} MB"
             ),
-            "",
-            wrap(self.verdict, ""),
         ]
-        if self.layers:
-            lines.append(f"{'smallest updates':<44} {'update/step':>11} {'codes changed':>13} {'kept':>6}")
-            lines += [
-                f"{layer.name:<44} {layer.update_to_step:>11.3f} {layer.codes_changed:>13.1%} {layer.kept:>6.0%}"
-                for layer in self.layers[:10]
-            ]
-            lines.append(f"(all {len(self.layers)} in {MARK})")
         if self.left_out:
             lines.append(
                 wrap(f"left out {len(self.left_out)} tensors that the model does not use, such as {self.left_out[0]}")
@@ -179,14 +167,13 @@ def merge_adapter(
                 files=[],
                 bytes=sum(spec.nbytes for spec in job.specs),
                 tensors=len(job.specs),
+                low_rank=sum(change.low_rank is not None for change in job.changes.values()),
                 replaced=sum(change.low_rank is None for change in job.changes.values()),
                 seconds=0.0,
                 merge_seconds=time.perf_counter() - started,
                 peak_rss=_peak_rss(),
-                verdict=update_verdict(job.layers),
                 left_out=tensors.left_out,
                 verification=_verify(adapter, temporary, folder, onto, show_progress) if verify and record else None,
-                layers=sorted(job.layers, key=lambda layer: layer.update_to_step),
             )
             report.files = sorted([path.name for path in temporary.iterdir()] + ["README.md", MARK])
             report.seconds = time.perf_counter() - started
@@ -196,13 +183,12 @@ def merge_adapter(
 
 
 class _Merge:
-    """The tensors to write and the numbers of those that a low-rank update changes."""
+    """The tensors to write."""
 
     def __init__(
         self, base: BaseTensors, changes: dict[str, Change], record: BaseRecord | None, onto: Onto, dtype: OutputDtype
     ):
         self.base, self.changes = base, changes
-        self.layers: list[LayerUpdate] = []
         self._trained = onto == "trained"
         self._live_dtype = dtype_named(record.compute_dtype) if record and self._trained else None
         self._rounding = _rounding(record)
@@ -253,9 +239,6 @@ class _Merge:
     def _merged(self, spec: TensorSpec) -> Iterator[torch.Tensor]:
         tensor = self._tensors[spec.name]
         change = self.changes.get(tensor.parameter)
-        meter = (
-            UpdateMeter(self._rounding_to_measure()) if change and change.low_rank and len(spec.shape) == 2 else None
-        )
         plain = None
         if self._live_dtype and not tensor.carried:
             plain = self.base.dtype_of(tensor.parameter or tensor.fused_into, self._live_dtype)
@@ -265,17 +248,7 @@ class _Merge:
             rounding=self._rounding if self._trained else None,
             plain_dtype=plain,
             dtype=spec.dtype,
-            meter=meter,
         ).pieces()
-        if meter is not None:
-            shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
-            self.layers.append(meter.result(tensor.parameter.removesuffix(".weight"), shape))
-
-    def _rounding_to_measure(self) -> Rounding:
-        """The base's own 4-bit format; nf4 in blocks of 64, as most would re-quantize, where it has none."""
-        if self._rounding is not None and self._rounding.kind != "int8":
-            return self._rounding
-        return Rounding("nf4", False, 64, torch.float32, torch.float32)
 
 
 def parse_size(size: str | int) -> int:

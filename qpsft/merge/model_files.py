@@ -84,14 +84,13 @@ def card(report: dict[str, Any]) -> str:
         f"| adapter | {Path(report['adapter']).name} |",
         f"| merged onto | {onto} |",
         f"| dtype | {report['dtype']} |",
-        f"| matrices changed | {len(report['layers'])} by low-rank updates, {report['replaced']} tensors otherwise |",
-        f"| 4-bit re-quantization | {report['verdict']} |",
+        f"| changed | {report['low_rank']} matrices by low-rank updates, {report['replaced']} tensors otherwise |",
         "",
         "## Verification against the live model",
         "",
         *_verification(report["verification"]),
         "",
-        "`merge_report.json` holds the same and the numbers of every layer.",
+        "`merge_report.json` holds the same and more numbers.",
         "",
     ]
     return "\n".join(lines)

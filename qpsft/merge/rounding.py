@@ -123,15 +123,10 @@ class PlainWeight:
 
 
 class RoundedWeight:
-    """A weight that the live model rounds to 4 bits when it loads it. Holds half a byte a weight.
-
-    Attributes:
-        rounding_error: Σ (weight − rounded weight)².
-    """
+    """A weight that the live model rounds to 4 bits when it loads it. Holds half a byte a weight."""
 
     def __init__(self, read: Callable[[int, int], Tensor], numel: int, rounding: Rounding):
         self.rounding = rounding
-        self.rounding_error = 0.0
         codes, absmax = [], []
         step = _whole_blocks(PIECE, rounding.block_size)
         for start in range(0, numel, step):
@@ -139,28 +134,20 @@ class RoundedWeight:
             piece = quantize(values, rounding.kind, rounding.block_size)
             codes.append(piece[0])
             absmax.append(piece[1])
-            values -= dequantize(*piece, values.numel(), rounding, torch.float32)
-            self.rounding_error += float(torch.dot(values, values))
         self._codes = torch.cat(codes)
         self._absmax = torch.cat(absmax)
         if rounding.double_quant:
             self._absmax = double_quantize(self._absmax)
 
-    def codes(self, start: int, stop: int) -> Tensor:
-        return self._codes[start // 2 : (stop + 1) // 2]
-
     def values(self, start: int, stop: int) -> Tensor:
         block = self.rounding.block_size
         absmax = self._absmax[start // block : -(-stop // block)]
-        return dequantize(self.codes(start, stop), absmax, stop - start, self.rounding, self.rounding.compute_dtype)
+        codes = self._codes[start // 2 : (stop + 1) // 2]
+        return dequantize(codes, absmax, stop - start, self.rounding, self.rounding.compute_dtype)
 
 
 class StoredRoundedWeight(RoundedWeight):
-    """A weight that is on disk in bitsandbytes' 4-bit format already, with its state beside it.
-
-    `rounding_error` is estimated, for the weight before its rounding is not known: as if it had lain anywhere in the
-    interval that rounds to its code, all places alike, but for the largest of each block, which is exact.
-    """
+    """A weight that is on disk in bitsandbytes' 4-bit format already, with its state beside it."""
 
     def __init__(self, stored: StoredTensor, state: dict[str, StoredTensor], compute_dtype: torch.dtype):
         parts = quant_state(state)
@@ -171,27 +158,6 @@ class StoredRoundedWeight(RoundedWeight):
             from bitsandbytes.functional import dequantize_blockwise
 
             self._absmax = dequantize_blockwise(parts.absmax, parts.state2) + parts.offset
-        self.rounding_error = self._expected_error()
-
-    def _expected_error(self) -> float:
-        from bitsandbytes.functional import get_4bit_type
-
-        bounds, _ = _bounds(self.rounding.kind)
-        code = get_4bit_type(self.rounding.kind, device="cpu")
-        order = torch.argsort(code)
-        edges = torch.cat([torch.tensor([-1.0]), torch.from_numpy(bounds), torch.tensor([1.0])])
-        below, above = edges[:-1] - code[order], edges[1:] - code[order]
-        variance = torch.empty(16)
-        variance[order] = ((above**3 - below**3) / (3 * (above - below))).nan_to_num(0.0)
-        pairs = (variance.unsqueeze(1) + variance.unsqueeze(0)).view(-1)  # by the byte that holds two codes
-        total, half = 0.0, self.rounding.block_size // 2
-        for start in range(0, self._absmax.numel(), PIECE // half):
-            absmax = self._absmax[start : start + PIECE // half]
-            codes = self._codes[start * half : (start + absmax.numel()) * half]
-            errors = pairs[codes.int()]
-            errors = torch.nn.functional.pad(errors, (0, absmax.numel() * half - errors.numel()))
-            total += float(((errors.view(-1, half).sum(1) - variance[order[-1]]) * absmax.square()).sum())
-        return total
 
 
 def quant_state(state: dict[str, StoredTensor]):
