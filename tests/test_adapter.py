@@ -69,7 +69,7 @@ def refusal(model, **lora):
 # --- what is trained ---
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_all_linear_layers_but_the_head(folder, quantization):
     model = adapted(folder, quantization)
     targets = {name.rpartition(".")[2] for name in model.targeted_module_names}
@@ -207,17 +207,12 @@ def test_biases_are_trained_in_float32_only(tmp_path):
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
-def test_dora_on_int8(llama):
-    assert "use_dora does not work on an int8 base" in refusal(base(llama, quantization="int8"), use_dora=True)
-
-
 # --- initialisations ---
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_4"])
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_initialisations_that_would_round_the_base_again(llama, init, quantization):
-    model = base(llama, quantization=quantization)
+def test_initialisations_that_would_round_the_base_again(llama, init):
+    model = base(llama)
     before = frozen_bytes(model)
     message = refusal(model, init_lora_weights=init)
     assert f"init_lora_weights {init}" in message and "quantization none" in message
@@ -247,7 +242,6 @@ SAVED = [
     ("nf4", {}),
     ("nf4", {"use_dora": True, "use_rslora": True}),
     ("fp4", {"lora_target_modules": ["q_proj", "down_proj"]}),
-    ("int8", {}),
     ("nf4", {"lora_modules_to_save": ["embed_tokens"]}),
     ("nf4", {"lora_modules_to_save": ["lm_head", "norm"]}),
     ("none", {"init_lora_weights": "gaussian"}),

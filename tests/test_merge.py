@@ -29,8 +29,8 @@ def merged_is_live(tmp_path, base, adapter, *, load=None, vocabulary=180, tolera
 
 @pytest.mark.parametrize(
     "load",
-    [{}, {"quantization": "fp4"}, {"double_quant": False}, {"quantization": "int8"}, NO_QUANTIZATION],
-    ids=["nf4", "fp4", "single", "int8", "none"],
+    [{}, {"quantization": "fp4"}, {"double_quant": False}, NO_QUANTIZATION],
+    ids=["nf4", "fp4", "single", "none"],
 )
 def test_roundings(tmp_path, load):
     base = save_tiny_model(tmp_path / "base")
@@ -170,10 +170,8 @@ def test_in_shards(tmp_path):
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
 def test_a_base_that_is_quantized_on_disk(tmp_path, quantization, double_quant):
-    if quantization == "int8" and double_quant:
-        pytest.skip("not an option of int8")
     plain = save_tiny_model(tmp_path / "plain")
     model, tokenizer = load_base(plain, quantization=quantization, double_quant=double_quant, verbose=False)
     model.save_pretrained(tmp_path / "base")

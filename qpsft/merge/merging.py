@@ -332,10 +332,6 @@ def _in_words(record: BaseRecord | None) -> str:
         return "no record of the rounding in training"
     if record.quantization == "none":
         return f"not quantized, {record.compute_dtype}"
-    if record.quantization == "int8":
-        return (
-            f"int8 by rows, computed in {record.compute_dtype}; a GPU rounds activations too, which no merge can hold"
-        )
     blocks = f" in blocks of {record.block_size}" if record.block_size else ""
     double = ", double quantization" if record.double_quant else ""
     return f"{record.quantization}{blocks}{double}, computed in {record.compute_dtype}"

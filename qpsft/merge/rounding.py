@@ -1,4 +1,4 @@
-"""The rounding of weights to 4 or 8 bits and back, as the live model does it, on tensors that stay on disk.
+"""The rounding of weights to 4 bits and back, as the live model does it, on tensors that stay on disk.
 
 "The weights training saw" are what the live forward multiplies by: bitsandbytes dequantizes a 4-bit weight to the
 dtype of the activations, code · absmax rounded once to the compute dtype, and so does `RoundedWeight`. It works on the
@@ -27,9 +27,12 @@ PIECE = 1 << 19  # weights worked on at a time: a few MB of temporaries, and sma
 
 @dataclass(frozen=True)
 class Rounding:
-    """How the live model rounds a weight. `kind` is "nf4", "fp4" or "int8"; the rest is for nf4 and fp4.
+    """How the live model rounds a weight.
 
     Attributes:
+        kind: "nf4" or "fp4".
+        double_quant: the block maxima are rounded too.
+        block_size: weights per block maximum.
         weights_dtype: what the checkpoint's values are cast to before they are quantized.
         compute_dtype: what they are dequantized to.
     """
@@ -165,40 +168,6 @@ def quant_state(state: dict[str, StoredTensor]):
     from bitsandbytes.functional import QuantState
 
     return QuantState.from_dict({name: stored.read() for name, stored in state.items()}, device=torch.device("cpu"))
-
-
-class Int8Weight:
-    """A weight that the live model rounds to 8 bits row by row (LLM.int8 without outlier columns), from float16."""
-
-    def __init__(self, read: Callable[[int, int], Tensor], columns: int, rounding: Rounding):
-        self._read = read
-        self._columns = columns
-        self._rounding = rounding
-
-    def values(self, start: int, stop: int) -> Tensor:
-        from bitsandbytes.functional import int8_vectorwise_quant
-
-        rows = self._read(start, stop).view(-1, self._columns).to(self._rounding.weights_dtype)
-        codes, scales, _ = int8_vectorwise_quant(rows.to(torch.float16))
-        return dequantize_int8(codes, scales)
-
-
-class StoredInt8Weight:
-    """A weight that is on disk in bitsandbytes' 8-bit format: int8 (rows, columns) and float32 scales (rows,)."""
-
-    def __init__(self, stored: StoredTensor, scales: StoredTensor):
-        self._stored = stored
-        self._scales = scales.read().float()
-
-    def values(self, start: int, stop: int) -> Tensor:
-        columns = self._stored.shape[1]
-        codes = self._stored.read(start, stop).view(-1, columns)
-        return dequantize_int8(codes, self._scales[start // columns : stop // columns])
-
-
-def dequantize_int8(codes: Tensor, scales: Tensor) -> Tensor:
-    """codes · scale / 127, float32: on a GPU the forward multiplies the integers, so nothing rounds these."""
-    return (codes.float() * (scales / 127).unsqueeze(1)).view(-1)
 
 
 def _whole_blocks(elements: int, block: int) -> int:

@@ -13,11 +13,9 @@ from qpsft.merge.adapter_file import Change
 from qpsft.merge.base_tensors import BaseTensor
 from qpsft.merge.rounding import (
     PIECE,
-    Int8Weight,
     PlainWeight,
     RoundedWeight,
     Rounding,
-    StoredInt8Weight,
     StoredRoundedWeight,
     Weight,
 )
@@ -95,14 +93,9 @@ class MergedTensor:
             return PlainWeight(self._flat(replacement), None)
         if rounding is None or not tensor.rounded:
             return PlainWeight(self._flat(tensor.stored), self._plain_dtype)
-        if "absmax" in tensor.state:
-            return StoredRoundedWeight(tensor.stored, tensor.state, rounding.compute_dtype)
         if tensor.state:
-            return StoredInt8Weight(tensor.stored, tensor.state["SCB"])
-        read = self._flat(tensor.stored)
-        if rounding.kind == "int8":
-            return Int8Weight(read, self.columns, rounding)
-        return RoundedWeight(read, self.rows * self.columns, rounding)
+            return StoredRoundedWeight(tensor.stored, tensor.state, rounding.compute_dtype)
+        return RoundedWeight(self._flat(tensor.stored), self.rows * self.columns, rounding)
 
     def _flat(self, stored) -> Read:
         """Reads by flat position; of a transposed tensor, in its transpose, which is then held as a whole."""

@@ -96,7 +96,7 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments) -> LoraConfig:
     # Copies of the lists, because PEFT writes into them.
     targets, excluded, names = _targets(model, copy.copy(lora.lora_target_modules))
     _check_initialisation(model, lora, names)
-    check_dtypes(model, lora.lora_bias, lora.use_dora)
+    check_dtypes(model, lora.lora_bias)
     saved = _modules_to_save(model, lora.lora_modules_to_save or [], names)
     alpha = lora.lora_alpha
     return LoraConfig(
@@ -277,19 +277,13 @@ def _check_initialisation(model: PreTrainedModel, lora: LoraArguments, targets: 
         )
 
 
-def check_dtypes(model: PreTrainedModel, lora_bias: str, use_dora: bool) -> None:
-    """Raises BaseModelError where this base's dtype or rounding cannot carry such an adapter."""
+def check_dtypes(model: PreTrainedModel, lora_bias: str) -> None:
+    """Raises BaseModelError where this base's dtype cannot carry such an adapter."""
     if lora_bias != "none" and model.dtype != torch.float32:
         raise BaseModelError(
             f"lora_bias {lora_bias} trains the base's own biases, which are {model.dtype} here and cannot take "
             "the small steps of a trust region.",
             "Use lora_bias none, or dtype float32.",
-        )
-    int8 = any(not hasattr(module.weight, "quant_state") for module in quantized_linears(model).values())
-    if use_dora and int8 and model.device.type == "cpu":
-        raise BaseModelError(
-            "use_dora does not work on an int8 base on the CPU: PEFT loses the layers' scales when it reads them.",
-            "Use quantization nf4, or no DoRA.",
         )
 
 

@@ -44,7 +44,7 @@ class BaseRecord:
         base_model_name_or_path: `demo`, a Hub id, or an absolute folder.
         revision: the Hub commit, if known.
         config_sha256: `qpsft.model.folder.config_sha256` of the base's config.json.
-        quantization: "nf4", "fp4", "int8" or "none".
+        quantization: "nf4", "fp4" or "none".
         double_quant: whether the quantization constants are quantized too.
         block_size: weights per quantization constant (nf4, fp4), else None.
         quant_storage: dtype the packed weights are stored in, such as "uint8"; None if not quantized.
@@ -75,9 +75,18 @@ def quantized_linears(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params")
-        and isinstance(module, nn.Linear)
+        if type(getattr(module, "weight", None)).__name__ == "Params4bit" and isinstance(module, nn.Linear)
     }
+
+
+def refuse_int8(model: nn.Module) -> None:
+    """Raises BaseModelError for a model with layers in bitsandbytes' int8, however it was loaded."""
+    for name, parameter in model.named_parameters():
+        if type(parameter).__name__ == "Int8Params":
+            raise BaseModelError(
+                f"{name} is in int8, and qpsft trains on bases in 4 bits (nf4, fp4) or 16 and 32.",
+                "Load the base with qpsft.load_base, or with load_in_4bit=True.",
+            )
 
 
 def check_read_back(model: nn.Module) -> None:
@@ -93,8 +102,8 @@ def check_read_back(model: nn.Module) -> None:
 
     widths = set()
     for name, module in quantized_linears(model).items():
-        state = getattr(module.weight, "quant_state", None)
-        if state is None or state.shape[-1] % state.blocksize == 0 or state.shape[-1] in widths:
+        state = module.weight.quant_state
+        if state.shape[-1] % state.blocksize == 0 or state.shape[-1] in widths:
             continue
         widths.add(state.shape[-1])
         in_one_row = copy.copy(state)
@@ -128,10 +137,7 @@ def stored_bytes(model: nn.Module) -> int:
     tensors = (*model.named_parameters(), *model.named_buffers())
     total = sum(tensor.nbytes for name, tensor in tensors if _is_base(name))
     for module in quantized_linears(model).values():
-        state = getattr(module.weight, "quant_state", None)
-        if state is None:
-            total += module.weight.SCB.nbytes if getattr(module.weight, "SCB", None) is not None else 0
-            continue
+        state = module.weight.quant_state
         for part in (state, state.state2):
             total += part.absmax.nbytes if part is not None else 0
     return total
@@ -145,7 +151,7 @@ def base_record(model: nn.Module, name_or_path: str | None = None) -> dict:
         name_or_path: where it came from, for a model that `load_base` did not load and whose `name_or_path` is wrong.
 
     Raises:
-        BaseModelError: the source's config.json is not on this machine.
+        BaseModelError: the source's config.json is not on this machine, or the base is in int8.
     """
     peft_config = getattr(model, "peft_config", None)
     adapter = next(iter(peft_config.values())) if peft_config else None
@@ -168,6 +174,7 @@ def base_record(model: nn.Module, name_or_path: str | None = None) -> dict:
 
 def _settings(base: nn.Module) -> dict:
     """Quantization settings, read off the weights themselves."""
+    refuse_int8(base)
     linears = quantized_linears(base)
     quantized = {id(module) for module in linears.values()}
     settings = {
@@ -186,9 +193,7 @@ def _settings(base: nn.Module) -> dict:
     if not linears:
         return settings
     first = next(iter(linears.values()))
-    state = getattr(first.weight, "quant_state", None)
-    if state is None:
-        return settings | {"quantization": "int8", "quant_storage": _name(first.weight.dtype)}
+    state = first.weight.quant_state
     return settings | {
         "quantization": state.quant_type,
         "double_quant": state.nested,
@@ -243,7 +248,7 @@ def read_base_record(folder: str | os.PathLike) -> BaseRecord:
     """The record in an adapter's folder.
 
     Raises:
-        BaseModelError: it is missing, not JSON, or lacks a key; the message names the file.
+        BaseModelError: it is missing, not JSON, lacks a key, or says int8; the message names the file.
     """
     path = Path(folder) / RECORD_FILE
     advice = (
@@ -262,6 +267,11 @@ def read_base_record(folder: str | os.PathLike) -> BaseRecord:
     missing = [name for name in names if name not in content]
     if missing:
         raise BaseModelError(f"{path} lacks {', '.join(missing)}.", advice)
+    if content["quantization"] == "int8":
+        raise BaseModelError(
+            f"{path} says that the base was in int8, and qpsft works with bases in 4 bits or unquantized ones.",
+            "Load the adapter with PEFT beside the base it was trained on, or train again with quantization: nf4.",
+        )
     return BaseRecord(**{name: content[name] for name in names})
 
 

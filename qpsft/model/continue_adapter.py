@@ -81,7 +81,7 @@ def continue_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     folder, given = find_adapter(recipe.lora.adapter_name_or_path), recipe.given
     config = read_adapter_config(folder)
     _check_base(folder, config, model)
-    check_dtypes(model, config.bias, config.use_dora)
+    check_dtypes(model, config.bias)
     asked = given.get("lora_target_modules")
     wanted = None if asked is None else set(targeted_layers(model, asked))
     config.init_lora_weights = True  # the values come from the file

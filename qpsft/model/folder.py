@@ -159,8 +159,8 @@ def check_folder(folder: Path, *, trust_remote_code: bool = False) -> dict[str, 
     """Checks that `folder` holds a complete causal LM in safetensors, and returns its config.json as a dict.
 
     Raises:
-        BaseModelError: config.json missing or broken, not a causal LM, quantized by another method than bitsandbytes,
-            weights missing, as pickles only, or truncated; the message names the file.
+        BaseModelError: config.json missing or broken, not a causal LM, quantized otherwise than to bitsandbytes' 4
+            bits, weights missing, as pickles only, or truncated; the message names the file.
     """
     config = check_config(folder, trust_remote_code=trust_remote_code)
     _check_weights(folder)
@@ -171,7 +171,7 @@ def check_config(folder: Path, *, trust_remote_code: bool = False) -> dict[str, 
     """`check_folder` without the weights: config.json is a causal LM's that can be trained. Raises BaseModelError."""
     config = read_config(folder)
     _check_architecture(folder, config, trust_remote_code)
-    _check_quantization(folder, config)
+    check_stored_quantization(config.get("quantization_config"), str(folder / CONFIG))
     return config
 
 
@@ -220,17 +220,27 @@ def _check_architecture(folder: Path, config: dict[str, Any], trust_remote_code:
         )
 
 
-def _check_quantization(folder: Path, config: dict[str, Any]) -> None:
-    settings = config.get("quantization_config")
+def check_stored_quantization(settings: Any, where: str) -> None:
+    """Whether qpsft can train on weights that are stored quantized.
+
+    Args:
+        settings: `quantization_config` of a config.json; None: the weights are not quantized.
+        where: what to call that config.json in an error.
+
+    Raises:
+        BaseModelError: they are, otherwise than to bitsandbytes' 4 bits.
+    """
     if settings is None:
         return
     method = str(settings.get("quant_method", "unknown")) if isinstance(settings, dict) else "unknown"
-    if method != "bitsandbytes":
-        raise BaseModelError(
-            f"{folder / CONFIG} says the weights are quantized with {method}; qpsft trains on 16- or 32-bit weights, "
-            "which it quantizes itself, or on bitsandbytes' own format.",
-            "Use the original model this one was made from (its model card names it).",
-        )
+    if method == "bitsandbytes" and not settings.get("load_in_8bit"):
+        return
+    kind = "in int8" if method == "bitsandbytes" else f"with {method}"
+    raise BaseModelError(
+        f"{where} says the weights are quantized {kind}; qpsft trains on 16- or 32-bit weights, which it quantizes "
+        "itself, or on bitsandbytes' own 4 bits.",
+        "Use the original model this one was made from (its model card names it).",
+    )
 
 
 def _check_weights(folder: Path) -> None:

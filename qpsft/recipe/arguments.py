@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from qpsft.errors import RecipeError
 
-Quantization = Literal["nf4", "fp4", "int8", "none"]
+Quantization = Literal["nf4", "fp4", "none"]
 
 
 def _option(default: Any, help: str) -> Any:
