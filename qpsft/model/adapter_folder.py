@@ -124,8 +124,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         raise ExportError(
             f"{folder / ADAPTER_CONFIG} has init_lora_weights {init!r}: training started by taking a part out of the "
             "base's weights, and the file does not say which.",
-            "qpsft saves such adapters as the plain LoRA they equal; with PEFT, save with "
-            "path_initial_model_for_weight_conversion.",
+            "Save it with PEFT's path_initial_model_for_weight_conversion, as the plain LoRA that it equals.",
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -52,7 +52,6 @@ class BaseRecord:
         weights_dtype: dtype the checkpoint's tensors were cast to before they were quantized.
         prequantized: the base was quantized on disk; its own bytes are the trained ones.
         unquantized_modules: names of linear modules that were not quantized (the LM head).
-        init_lora_weights: the adapter's initialisation; None without an adapter.
     """
 
     qpsft_version: str
@@ -67,7 +66,6 @@ class BaseRecord:
     weights_dtype: str
     prequantized: bool
     unquantized_modules: list[str]
-    init_lora_weights: bool | str | None
 
 
 def quantized_linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -153,8 +151,6 @@ def base_record(model: nn.Module, name_or_path: str | None = None) -> dict:
     Raises:
         BaseModelError: the source's config.json is not on this machine, or the base is in int8.
     """
-    peft_config = getattr(model, "peft_config", None)
-    adapter = next(iter(peft_config.values())) if peft_config else None
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     source = getattr(base, "qpsft_source", None)
     if source is None or name_or_path is not None:
@@ -166,7 +162,6 @@ def base_record(model: nn.Module, name_or_path: str | None = None) -> dict:
             revision=source.revision,
             config_sha256=source.config_sha256,
             prequantized=source.prequantized,
-            init_lora_weights=None if adapter is None else adapter.init_lora_weights,
             **_settings(base),
         )
     )

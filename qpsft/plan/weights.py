@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qpsft.errors import BaseModelError
-from qpsft.model.adapter import add_adapter, changes_base
+from qpsft.model.adapter import add_adapter
 from qpsft.model.base import bitsandbytes_config, modules_to_skip
 from qpsft.model.base_record import quantized_linears
 from qpsft.model.folder import check_stored_quantization, one_line
@@ -83,8 +82,6 @@ def build_skeleton(
         RecipeError: PEFT refuses them for this architecture.
     """
     base = _build_base(config, model, dtype, trust_remote_code)
-    if changes_base(lora.init_lora_weights):
-        lora = dataclasses.replace(lora, init_lora_weights=True)  # the same shapes, without a decomposition
     with torch.device("meta"):
         peft_model = add_adapter(base, lora)
     if tiled_mlp:
