@@ -158,11 +158,11 @@ def test_an_output_that_exists(tmp_path, base, adapter):
     load_strictly(tmp_path / "adapter-merged")
     assert "model.safetensors" not in names(tmp_path / "adapter-merged") and hidden(tmp_path) == []
     for source in (adapter, base):
-        with pytest.raises(OutputError, match="is an input of this merge"):
+        with pytest.raises(OutputError, match="is what the result is made from"):
             merge(adapter, source, overwrite=True)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_text("dear")
-    with pytest.raises(OutputError, match="home holds no merge_report.json: it is not a merged model"):
+    with pytest.raises(OutputError, match="home holds no merge_report.json, so qpsft did not write it"):
         merge(adapter, tmp_path / "home", overwrite=True)
     (tmp_path / "empty").mkdir()
     merge(adapter, tmp_path / "empty")
@@ -173,7 +173,7 @@ def test_replacing_keeps_the_old_one_until_the_new_one_is_there(tmp_path, monkey
     if not in_one_step:
         monkeypatch.setattr("qpsft.files._exchange", lambda one, other: False)
     for text in ("old", "new"):
-        with finished_folder(tmp_path / "out", overwrite=True) as folder:
+        with finished_folder(tmp_path / "out", mark="merge_report.json", overwrite=True) as folder:
             assert text == "old" or (tmp_path / "out" / "text").read_text() == "old"
             (folder / "text").write_text(text)
             (folder / "merge_report.json").write_text("{}")
@@ -184,7 +184,7 @@ def test_a_folder_moved_aside_by_a_killed_run_comes_back(tmp_path):
     aside = tmp_path / f".out.replaced.{process_mark().split('.')[0]}.{2**22 - 3}.1"
     aside.mkdir()
     (aside / "merge_report.json").write_text("{}")
-    with pytest.raises(RuntimeError), finished_folder(tmp_path / "out", overwrite=True):
+    with pytest.raises(RuntimeError), finished_folder(tmp_path / "out", mark="merge_report.json", overwrite=True):
         raise RuntimeError
     assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["merge_report.json"]
 
@@ -197,7 +197,7 @@ def test_another_process_that_writes_there(tmp_path):
     (tmp_path / f".out.merging.{mark}").mkdir()
     with (
         pytest.raises(OutputError, match=f"Process {parent.pid} is writing"),
-        finished_folder(tmp_path / "out", overwrite=False),
+        finished_folder(tmp_path / "out", mark="merge_report.json", overwrite=False),
     ):
         pass
     assert hidden(tmp_path) == [f".out.merging.{mark}"]

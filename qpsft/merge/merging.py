@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from qpsft import __version__
 from qpsft.errors import BaseModelError, ExportError, NotTheSameModelError
-from qpsft.files import MARK, check_space, finished_folder, write_synced
+from qpsft.files import check_space, finished_folder, write_atomically
 from qpsft.merge.adapter_file import Adapter, Change, open_adapter
 from qpsft.merge.base_tensors import BaseTensor, BaseTensors, open_base
 from qpsft.merge.model_files import card, copy_tokenizer, write_config, write_json
@@ -33,7 +33,7 @@ from qpsft.merge.rounding import Rounding
 from qpsft.merge.safetensors_stream import ShardWriter, TensorSpec, plan_shards, shard_index
 from qpsft.merge.tensor import MergedTensor
 from qpsft.model.base_record import RECORD_FILE, BaseRecord, read_base_record
-from qpsft.model.folder import check_folder, config_sha256, resolve_folder
+from qpsft.model.folder import MERGE_REPORT, check_folder, config_sha256, resolve_folder
 from qpsft.model.hardware import DTYPES
 from qpsft.model.skeleton import dtype_named
 from qpsft.terminal import wrap
@@ -149,7 +149,7 @@ def merge_adapter(
         _check_same_base(adapter, record, folder, onto, named=base is not None)
         with (
             open_base(folder, record if onto == "trained" else None) as tensors,
-            finished_folder(output, overwrite=overwrite, sources=(adapter, folder)) as temporary,
+            finished_folder(output, mark=MERGE_REPORT, overwrite=overwrite, sources=(adapter, folder)) as temporary,
         ):
             job = _Merge(tensors, opened.changes(tensors.skeleton, tensors.tied), record, onto, dtype)
             job.write(temporary, shard_bytes, show_progress)
@@ -175,10 +175,10 @@ def merge_adapter(
                 left_out=tensors.left_out,
                 verification=_verify(adapter, temporary, folder, onto, show_progress) if verify and record else None,
             )
-            report.files = sorted([path.name for path in temporary.iterdir()] + ["README.md", MARK])
+            report.files = sorted([path.name for path in temporary.iterdir()] + ["README.md", MERGE_REPORT])
             report.seconds = time.perf_counter() - started
-            write_synced(temporary / "README.md", card(dataclasses.asdict(report)).encode())
-            write_json(temporary / MARK, dataclasses.asdict(report))
+            write_atomically(temporary / "README.md", card(dataclasses.asdict(report)))
+            write_json(temporary / MERGE_REPORT, dataclasses.asdict(report))
     return report
 
 

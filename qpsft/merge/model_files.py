@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qpsft.files import write_synced
+from qpsft.files import write_atomically
 from qpsft.model.folder import read_config
 
 TOKENIZER_FILES = (
@@ -46,13 +46,13 @@ def copy_tokenizer(adapter: Path, base: Path, folder: Path) -> list[str]:
         if (base / name).is_file():
             chosen.setdefault(name, base / name)
     for name, path in chosen.items():
-        write_synced(folder / name, path.read_bytes())
+        write_atomically(folder / name, path.read_bytes())
     return sorted(chosen)
 
 
 def write_json(path: Path, content: Any) -> None:
     """Writes readable JSON and brings it to the disk."""
-    write_synced(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def card(report: dict[str, Any]) -> str:

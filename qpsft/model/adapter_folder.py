@@ -13,6 +13,7 @@ from qpsft.errors import BaseModelError, ExportError
 from qpsft.model.base import load_tokenizer
 from qpsft.model.base_record import BaseRecord, read_base_record
 from qpsft.model.folder import (
+    ADAPTER_CONFIG,
     PICKLE_SUFFIXES,
     cannot_be_hub_id,
     config_sha256,
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedTokenizerBase
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 HUB_FILES = [ADAPTER_CONFIG, ADAPTER_WEIGHTS, "base_quantization.json", "token*", "special_tokens_map.json", "*.jinja"]

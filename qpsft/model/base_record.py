@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import json
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from torch import nn
 
 from qpsft import __version__
 from qpsft.errors import BaseModelError, OutputError
+from qpsft.files import write_atomically
 from qpsft.model.folder import config_sha256, read_config, resolve_folder
 
 RECORD_FILE = "base_quantization.json"
@@ -221,17 +221,7 @@ def write_base_record(model: nn.Module, folder: str | os.PathLike, name_or_path:
     target = folder / RECORD_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{RECORD_FILE}.")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_atomically(target, text)
     except OSError as error:
         raise OutputError(
             f"{target} cannot be written: {error.strerror or error}.", "Check the disk and its permissions."
