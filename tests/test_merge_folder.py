@@ -206,7 +206,7 @@ def test_another_process_that_writes_there(tmp_path):
 def test_too_little_space_is_found_before_the_first_byte(tmp_path, monkeypatch, adapter):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda folder: usage(10**9, 10**9 - 1000, 1000))
-    monkeypatch.setattr("qpsft.merge.merging.ShardWriter", None)
+    monkeypatch.setattr("qpsft.merge.weights.ShardWriter", None)
     with pytest.raises(OutputError, match=r"needs 0\.05 GB and .* has 0\.00 GB free"):
         merge(adapter)
     assert not (tmp_path / "adapter-merged").exists() and hidden(tmp_path) == []
