@@ -118,7 +118,6 @@ def make_adapter(folder: Path, base: Path) -> None:
         weights_dtype="bfloat16",
         prequantized=False,
         unquantized_modules=["lm_head"],
-        init_lora_weights=True,
     )
     (folder / RECORD_FILE).write_text(json.dumps(dataclasses.asdict(record)))
 

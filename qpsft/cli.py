@@ -237,7 +237,7 @@ def chat(argv: Sequence[str]) -> int:
     parser.add_argument("--prompt_format", metavar="TEXT", help="text around a prompt (default: as in training)")
     parser.add_argument(
         "--quantization",
-        choices=["nf4", "fp4", "int8", "none"],
+        choices=["nf4", "fp4", "none"],
         help="of a model without adapter (default: nf4; none for a merged one)",
     )
     parser.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, … (default: %(default)s)")

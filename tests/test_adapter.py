@@ -1,8 +1,5 @@
 """Adapters: float32, only they are trained, refusals by name, and a saved folder is the model that was trained."""
 
-import dataclasses
-import json
-
 import pytest
 import torch
 from peft import PeftModel
@@ -10,7 +7,7 @@ from tiny_models import save_tiny_model
 from trl.trainer.utils import add_fused_lm_head
 
 from qpsft.errors import BaseModelError, OutputError, QpsftError
-from qpsft.model.adapter import add_adapter, changes_base, save_adapter
+from qpsft.model.adapter import add_adapter, save_adapter
 from qpsft.model.base import BaseRecord, base_record, load_base, read_base_record
 from qpsft.recipe.arguments import LoraArguments
 
@@ -69,7 +66,7 @@ def refusal(model, **lora):
 # --- what is trained ---
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_all_linear_layers_but_the_head(folder, quantization):
     model = adapted(folder, quantization)
     targets = {name.rpartition(".")[2] for name in model.targeted_module_names}
@@ -92,9 +89,8 @@ def test_only_float32_adapter_parameters_are_trained(llama, dtype, lora):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("init", [True, "gaussian"])
-def test_training_starts_at_the_base(llama, init):
-    assert torch.equal(logprobs(adapted(llama, init_lora_weights=init)), logprobs(base(llama)))
+def test_training_starts_at_the_base(llama):
+    assert torch.equal(logprobs(adapted(llama)), logprobs(base(llama)))
 
 
 def test_scale(llama):
@@ -200,46 +196,6 @@ def test_modules_that_cannot_be_trained_in_full(llama):
     assert "Did you mean 'embed_tokens'?" in message and "lm_head" in message
 
 
-def test_biases_are_trained_in_float32_only(tmp_path):
-    save_tiny_model(tmp_path, "qwen2")
-    assert "lora_bias all" in refusal(base(tmp_path, dtype="bfloat16"), lora_bias="all")
-    model = adapted(tmp_path, lora_bias="lora_only")
-    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-
-
-def test_dora_on_int8(llama):
-    assert "use_dora does not work on an int8 base" in refusal(base(llama, quantization="int8"), use_dora=True)
-
-
-# --- initialisations ---
-
-
-@pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_4"])
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_initialisations_that_would_round_the_base_again(llama, init, quantization):
-    model = base(llama, quantization=quantization)
-    before = frozen_bytes(model)
-    message = refusal(model, init_lora_weights=init)
-    assert f"init_lora_weights {init}" in message and "quantization none" in message
-    assert all(torch.equal(before[name], after) for name, after in frozen_bytes(model).items())
-
-
-@pytest.mark.parametrize("init", [False, "eva", "loftq", "pissa_niter_", "PISSA"])
-def test_unsupported_initialisations(llama, init):
-    assert "is not supported" in refusal(base(llama), init_lora_weights=init)
-
-
-def test_rank_beyond_the_layer(llama):
-    message = refusal(base(llama, quantization="none"), lora_r=33, init_lora_weights="pissa")
-    assert "has 32" in message and "lora_r is 33" in message
-
-
-def test_which_initialisations_change_the_base():
-    assert [changes_base(init) for init in (True, "gaussian", "pissa", "pissa_niter_16", "olora")] == [False] * 2 + [
-        True
-    ] * 3
-
-
 # --- saving ---
 
 
@@ -247,16 +203,9 @@ SAVED = [
     ("nf4", {}),
     ("nf4", {"use_dora": True, "use_rslora": True}),
     ("fp4", {"lora_target_modules": ["q_proj", "down_proj"]}),
-    ("int8", {}),
     ("nf4", {"lora_modules_to_save": ["embed_tokens"]}),
     ("nf4", {"lora_modules_to_save": ["lm_head", "norm"]}),
-    ("none", {"init_lora_weights": "gaussian"}),
-]
-CONVERTED = [
-    {"init_lora_weights": "pissa"},
-    {"init_lora_weights": "olora", "use_rslora": True},
-    {"init_lora_weights": "pissa_niter_4", "use_dora": True},
-    {"init_lora_weights": "pissa", "lora_modules_to_save": ["embed_tokens"]},
+    ("none", {}),
 ]
 
 
@@ -277,31 +226,7 @@ def test_plain_peft_loads_the_trained_model(folder, tmp_path, quantization, lora
     assert torch.equal(logprobs(loaded), trained)
     record = read_base_record(tmp_path)
     assert record.quantization == quantization
-    assert record.init_lora_weights == lora.get("init_lora_weights", True)
-    assert record == dataclasses.replace(
-        BaseRecord(**base_record(base(folder, quantization=quantization))), init_lora_weights=record.init_lora_weights
-    )
-
-
-@pytest.mark.parametrize("lora", CONVERTED)
-def test_pissa_and_olora_are_saved_as_plain_lora(folder, tmp_path, lora):
-    trained = saved_and_trained(folder, tmp_path, "none", lora)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["init_lora_weights"], config["r"]) == (True, 8)
-    assert read_base_record(tmp_path).init_lora_weights == lora["init_lora_weights"]
-    torch.manual_seed(9)
-    plain = base(folder, quantization="none")
-    loaded = PeftModel.from_pretrained(plain, tmp_path, low_cpu_mem_usage=True)
-    torch.testing.assert_close(logprobs(loaded), trained, rtol=0, atol=1e-4)
-    with loaded.disable_adapter():
-        assert torch.equal(logprobs(loaded), logprobs(base(folder, quantization="none")))
-
-
-@pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_4"])
-def test_a_resumed_run_takes_the_same_part_out_of_the_base(llama, init):
-    first = adapted(llama, "none", seed=1, init_lora_weights=init).state_dict()
-    second = adapted(llama, "none", seed=2, init_lora_weights=init).state_dict()
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert record == BaseRecord(**base_record(base(folder, quantization=quantization)))
 
 
 def test_the_random_initialisation_is_left_to_the_seed(llama):
@@ -311,18 +236,15 @@ def test_the_random_initialisation_is_left_to_the_seed(llama):
 
 
 def test_saved_files(llama, tmp_path):
-    for i, init in enumerate((True, "pissa")):
-        out = tmp_path / str(i)
-        save_adapter(adapted(llama, "none", init_lora_weights=init), out)
-        names = {path.name for path in out.iterdir()} - {"README.md"}
-        assert names == {"adapter_config.json", "adapter_model.safetensors", "base_quantization.json"}
+    save_adapter(adapted(llama), tmp_path)
+    names = {path.name for path in tmp_path.iterdir()} - {"README.md"}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "base_quantization.json"}
 
 
 def test_a_folder_that_cannot_be_written(llama, tmp_path):
     (tmp_path / "file").write_text("")
-    for init in (True, "pissa"):
-        with pytest.raises(OutputError, match="cannot be written"):
-            save_adapter(adapted(llama, "none", init_lora_weights=init), tmp_path / "file" / "adapter")
+    with pytest.raises(OutputError, match="cannot be written"):
+        save_adapter(adapted(llama), tmp_path / "file" / "adapter")
 
 
 def test_stories_with_pretrained_weights(stories, tmp_path):

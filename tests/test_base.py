@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_models import VOCABULARY, load, refusal, save_tiny_model, save_tokenizer
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qpsft.errors import BaseModelError, OutputError
 from qpsft.model import hardware
@@ -194,7 +195,7 @@ def test_quantization_none_keeps_the_checkpoint(own_llama):
     assert "model.layers.0.mlp.up_proj" in settings["unquantized_modules"]
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
 @pytest.mark.parametrize("with_avx512_bf16", [False, True])
 def test_eval_forward_is_the_training_forward(llama, monkeypatch, quantization, with_avx512_bf16):
     # bitsandbytes asks the CPU when it makes a layer; a CPU that has the instructions gets the kernel that repacks.
@@ -212,25 +213,19 @@ def test_eval_forward_is_the_training_forward(llama, monkeypatch, quantization, 
     assert all(torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)) for name in before)
 
 
-def test_int8_scores_do_not_depend_on_the_batch(stories):
-    # With outlier columns (bitsandbytes' default threshold 6) one row's log-probabilities move with its neighbours.
-    model, _ = load(stories, quantization="int8")
-    assert {module.state.threshold for module in model.modules() if hasattr(module, "init_8bit_state")} == {0.0}
-    with torch.no_grad():
-        alone = model(input_ids=IDS[:1]).logits
-        together = model(input_ids=IDS).logits[:1]
-    torch.testing.assert_close(alone, together, rtol=0, atol=1e-4)
+def test_a_base_in_int8_has_no_record(llama):
+    int8 = BitsAndBytesConfig(load_in_8bit=True)
+    model = AutoModelForCausalLM.from_pretrained(llama, quantization_config=int8)
+    with pytest.raises(BaseModelError, match="q_proj.weight is in int8.* Load the base with qpsft.load_base"):
+        base_record(model)
 
 
-def test_int8_on_the_cpu_is_the_dequantized_model(llama):
-    model, _ = load(llama, quantization="int8")
-    plain, _ = load(llama, quantization="none")
-    for name, module in model.named_modules():
-        if hasattr(module, "init_8bit_state"):
-            module.init_8bit_state()
-            plain.get_submodule(name).weight.data = module.state.CB.float() * module.state.SCB[:, None] / 127
-    with torch.no_grad():
-        torch.testing.assert_close(logprobs(model), logprobs(plain), rtol=0, atol=1e-5)
+def test_a_record_that_says_int8_is_refused(llama, tmp_path):
+    path = write_base_record(load(llama)[0], tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization": "int8"}))
+    with pytest.raises(BaseModelError, match="says that the base was in int8.* Load the adapter with PEFT") as error:
+        read_base_record(tmp_path)
+    assert str(path) in error.value.what and "quantization: nf4" in error.value.todo
 
 
 def test_bfloat16_compute_on_request(llama):

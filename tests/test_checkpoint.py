@@ -127,7 +127,7 @@ def test_missing_tensor(own_llama):
 
 def test_tensor_of_another_shape(own_llama):
     edit_config(own_llama, intermediate_size=96)
-    for quantization in ("nf4", "int8", "none"):
+    for quantization in ("nf4", "none"):
         message = refusal(own_llama, quantization=quantization)
         assert "6 tensors are missing or have another shape" in message
 
@@ -158,6 +158,7 @@ def test_config_value_transformers_cannot_use(own_llama):
         ({"model_type": None}, "does not know"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized with gptq"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantized with awq"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "quantized in int8"),
         ({"quantization_config": "fp8"}, "quantized with unknown"),
     ],
 )
@@ -175,8 +176,9 @@ def test_code_of_the_model_needs_consent(own_llama):
     assert not (own_llama / "ran").exists()
 
 
-def test_unknown_quantization(llama):
-    assert "nf4, fp4, int8, none" in refusal(llama, quantization="nf3")
+@pytest.mark.parametrize("quantization", ["nf3", "int8"])
+def test_unknown_quantization(llama, quantization):
+    assert f"{quantization!r} is not known. Use nf4, fp4, none" in refusal(llama, quantization=quantization)
 
 
 # --- network ---

@@ -266,6 +266,9 @@ def test_adapters_that_cannot_be_trained_or_merged(base, rows, tmp_path, capsys)
     config = head / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"init_lora_weights": "pissa"}))
     assert "init_lora_weights 'pissa'" in refused(capsys, base, rows, tmp_path / "out", flag)
+    flag = f"--adapter_name_or_path={save_foreign(tmp_path / 'biases', base, bias='all')}"
+    text = refused(capsys, base, rows, tmp_path / "out", flag, "--dtype=bfloat16")
+    assert "trains the base's own biases (bias: all)" in text and "Use dtype float32" in text
 
 
 def test_a_comparison_starts_from_the_base(tmp_path, capsys):

@@ -7,6 +7,7 @@ import torch
 import transformers.training_args
 from small_runs import make_base, make_config, make_lora, make_rows
 from tiny_models import save_tiny_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qpsft import PSFTConfig, PSFTTrainer
 from qpsft.errors import BaseModelError, RecipeError
@@ -15,7 +16,6 @@ from qpsft.model.hardware import (
     base_dtype,
     check_attention,
     check_optimizer,
-    check_quantization,
     hardware,
     hardware_of,
     has_kernels,
@@ -44,42 +44,44 @@ def card(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("capability", "name", "dtype", "flash_attention", "int8"),
+    ("capability", "name", "dtype", "flash_attention"),
     [
-        ((6, 1), "sm_61", F32, False, False),
-        ((7, 0), "sm_70", F16, False, False),
-        ((7, 5), "sm_75", F16, False, True),
-        ((8, 0), "sm_80", BF16, True, True),
-        ((8, 6), "sm_86", BF16, True, True),
-        ((8, 9), "sm_89", BF16, True, True),
-        ((9, 0), "sm_90", BF16, True, True),
-        ((12, 0), "sm_120", BF16, True, True),
-        ("gfx90a:sramecc+:xnack-", "gfx90a", BF16, True, True),
-        ("gfx1100", "gfx1100", BF16, True, True),
-        ("gfx1030", "gfx1030", F16, False, True),
+        ((6, 1), "sm_61", F32, False),
+        ((7, 0), "sm_70", F16, False),
+        ((7, 5), "sm_75", F16, False),
+        ((8, 0), "sm_80", BF16, True),
+        ((8, 6), "sm_86", BF16, True),
+        ((8, 9), "sm_89", BF16, True),
+        ((9, 0), "sm_90", BF16, True),
+        ((12, 0), "sm_120", BF16, True),
+        ("gfx90a:sramecc+:xnack-", "gfx90a", BF16, True),
+        ("gfx1100", "gfx1100", BF16, True),
+        ("gfx1030", "gfx1030", F16, False),
     ],
 )
-def test_cards(card, capability, name, dtype, flash_attention, int8):
+def test_cards(card, capability, name, dtype, flash_attention):
     card(capability)
     found = hardware_of("cuda:0")
     assert (found.name, found.compute_dtype, found.flash_attention) == (name, dtype, flash_attention)
-    assert ("int8" in found.quantizations) == int8 and "nf4" in found.quantizations
     assert found.loss_scaling and found.optimizers_8bit and found.optimizers_paged
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "loss_scaling", "flash_attention", "int8", "optimizers_8bit", "paged"),
+    ("device", "dtype", "loss_scaling", "flash_attention", "optimizers_8bit", "paged"),
     [
-        ("xpu", BF16, True, True, True, True, True),
-        ("mps", F32, True, False, False, False, False),
-        ("cpu", F32, False, False, True, True, False),
+        ("xpu", BF16, True, True, True, True),
+        ("mps", F32, True, False, False, False),
+        ("cpu", F32, False, False, True, False),
     ],
 )
-def test_other_devices(device, dtype, loss_scaling, flash_attention, int8, optimizers_8bit, paged):
+def test_other_devices(device, dtype, loss_scaling, flash_attention, optimizers_8bit, paged):
     found = hardware_of(device)
     assert (found.name, found.compute_dtype, found.loss_scaling) == (device, dtype, loss_scaling)
-    assert (found.flash_attention, "int8" in found.quantizations) == (flash_attention, int8)
-    assert (found.optimizers_8bit, found.optimizers_paged) == (optimizers_8bit, paged)
+    assert (found.flash_attention, found.optimizers_8bit, found.optimizers_paged) == (
+        flash_attention,
+        optimizers_8bit,
+        paged,
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,8 +121,6 @@ def test_a_card_that_cannot_be_served_is_told_what_can_be_done(card):
 
 def test_kernels_that_are_not_there_are_refused_by_name():
     t4, ampere = hardware("cuda", (7, 5)), hardware("cuda", (8, 6))
-    with pytest.raises(BaseModelError, match="no kernels for int8 on sm_70. Use quantization nf4, fp4, none"):
-        check_quantization("int8", hardware("cuda", (7, 0)))
     with pytest.raises(BaseModelError, match="flash_attention_2 has no kernels for sm_75. Leave attn_implementation"):
         check_attention("flash_attention_2", t4, F16)
     with pytest.raises(BaseModelError, match="flash_attention_2 has no kernels for float32"):
@@ -132,7 +132,6 @@ def test_kernels_that_are_not_there_are_refused_by_name():
         with pytest.raises(RecipeError, match="no optimizer kernels for mps. Use adamw_torch_fused"):
             check_optimizer(optimizer, hardware("mps"))
         check_optimizer(optimizer, t4)
-    check_quantization("int8", t4)
     check_attention("flash_attention_2", ampere, BF16)
     for attention in (None, "sdpa", "eager"):
         check_attention(attention, hardware("cpu"), F32)
@@ -148,6 +147,9 @@ def test_the_checks_stand_before_the_work(tmp_path):
         make_config(tmp_path, optim="paged_adamw_8bit")
     with pytest.raises(RecipeError, match="fp16 needs loss scaling, which torch does not have on cpu"):
         make_config(tmp_path, fp16=True)
+    int8 = AutoModelForCausalLM.from_pretrained(base, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    with pytest.raises(BaseModelError, match="is in int8, and qpsft trains on bases in 4 bits"):
+        PSFTTrainer(int8, args=make_config(tmp_path), train_dataset=make_rows(4), peft_config=make_lora())
 
 
 # --- the trainer's mixed precision ---

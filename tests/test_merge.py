@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 from merging import ALL, largest, live_logprobs, load_strictly, logprobs, save_peft_adapter, shake, tokens
+from peft import LoraConfig, get_peft_model
 from tiny_models import save_tiny_model
 
 from qpsft.errors import ExportError
 from qpsft.merge import merge_adapter
 from qpsft.model.adapter import add_adapter, save_adapter
 from qpsft.model.base import load_base
+from qpsft.model.base_record import write_base_record
 from qpsft.recipe.arguments import LoraArguments
 
 NO_QUANTIZATION = {"quantization": "none"}
@@ -31,8 +31,8 @@ def merged_is_live(tmp_path, base, adapter, *, load=None, vocabulary=180, tolera
 
 @pytest.mark.parametrize(
     "load",
-    [{}, {"quantization": "fp4"}, {"double_quant": False}, {"quantization": "int8"}, NO_QUANTIZATION],
-    ids=["nf4", "fp4", "single", "int8", "none"],
+    [{}, {"quantization": "fp4"}, {"double_quant": False}, NO_QUANTIZATION],
+    ids=["nf4", "fp4", "single", "none"],
 )
 def test_roundings(tmp_path, load):
     base = save_tiny_model(tmp_path / "base")
@@ -139,25 +139,27 @@ def test_an_adapter_that_would_untie_them_is_refused(tmp_path, config):
     assert not (tmp_path / "adapter-merged").exists()
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_4"])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_initialisations_that_take_from_the_base(tmp_path, init):
-    """qpsft saves them as the plain LoRA they equal."""
+    """As PEFT saves them they are refused by name; as the plain LoRA that PEFT converts them to, they are merged."""
     base = save_tiny_model(tmp_path / "base")
     model, _ = load_base(base, quantization="none", verbose=False)
     alone = logprobs(model, tokens())
-    peft_model = add_adapter(model, LoraArguments(lora_r=4, lora_alpha=8, init_lora_weights=init))
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ALL, "task_type": "CAUSAL_LM"}
+    peft_model = get_peft_model(model, LoraConfig(**settings, init_lora_weights=init))
+    peft_model.peft_config["default"].init_lora_weights = True
+    peft_model.save_pretrained(tmp_path / "initial")
+    peft_model.peft_config["default"].init_lora_weights = init
     shake(peft_model)
     trained = logprobs(peft_model, tokens())
-    merge_adapter(save_adapter(peft_model, tmp_path / "adapter"), dtype="float32", verify=False, show_progress=False)
+    write_base_record(peft_model, tmp_path / "adapter")
+    peft_model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ExportError, match=f"{init!r}: training started by taking .* Save it with PEFT's path_initial"):
+        merge_adapter(tmp_path / "adapter", verify=False, show_progress=False)
+    peft_model.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    merge_adapter(tmp_path / "adapter", dtype="float32", verify=False, show_progress=False)
     assert largest(logprobs(load_strictly(tmp_path / "adapter-merged"), tokens()), trained) < 1e-5
     assert largest(trained, alone) > 0.05
-
-
-def test_such_an_adapter_saved_without_what_it_took_is_refused(tmp_path):
-    base = save_tiny_model(tmp_path / "base")
-    adapter = save_peft_adapter(tmp_path / "adapter", base, load=NO_QUANTIZATION, init_lora_weights="pissa")
-    with pytest.raises(ExportError, match="'pissa': training started by taking a part out of the base"):
-        merge_adapter(adapter, verify=False, show_progress=False)
 
 
 def test_in_shards(tmp_path):
@@ -172,10 +174,8 @@ def test_in_shards(tmp_path):
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
 def test_a_base_that_is_quantized_on_disk(tmp_path, quantization, double_quant):
-    if quantization == "int8" and double_quant:
-        pytest.skip("not an option of int8")
     plain = save_tiny_model(tmp_path / "plain")
     model, tokenizer = load_base(plain, quantization=quantization, double_quant=double_quant, verbose=False)
     model.save_pretrained(tmp_path / "base")
@@ -183,7 +183,6 @@ def test_a_base_that_is_quantized_on_disk(tmp_path, quantization, double_quant):
     adapter = save_peft_adapter(tmp_path / "adapter", tmp_path / "base")
     report, merged = merged_is_live(tmp_path, tmp_path / "base", adapter)
     assert getattr(merged.config, "quantization_config", None) is None
-    assert all(0.1 < layer.update_to_step < 10 for layer in report.layers)
 
 
 def test_the_real_model(tmp_path, stories):
@@ -212,4 +211,4 @@ def test_the_real_model(tmp_path, stories):
     live, found = live.double().log_softmax(-1), found.double().log_softmax(-1)
     assert (live.exp() * (live - found)).sum(-1).max() < 1e-10
     assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
-    assert len(report.layers) == 35 and re.search(r"Re-quantizing to 4 bits would", report.summary())
+    assert report.low_rank == 35

@@ -97,10 +97,10 @@ def test_pieces_of_any_size(tmp_path, monkeypatch, piece, config):
     """Large tensors come in pieces that must start on blocks and rows; small ones would hide a mistake."""
     base = save_tiny_model(tmp_path / "base", hidden_size=60, intermediate_size=172, head_dim=14)
     adapter = save_peft_adapter(tmp_path / "adapter", base, **config)
-    whole = merge(adapter, tmp_path / "whole", dtype="float32")
+    merge(adapter, tmp_path / "whole", dtype="float32")
     for module in ("rounding", "tensor"):
         monkeypatch.setattr(f"qpsft.merge.{module}.PIECE", piece)
-    pieces = merge(adapter, tmp_path / "pieces", dtype="float32")
+    merge(adapter, tmp_path / "pieces", dtype="float32")
     expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "pieces"))
     assert all(
         torch.equal(found[name], value) or torch.allclose(found[name], value, rtol=1e-6)
@@ -108,8 +108,6 @@ def test_pieces_of_any_size(tmp_path, monkeypatch, piece, config):
     )
     untouched = [name for name in expected if "down_proj" in name and config.get("target_modules")]
     assert all(torch.equal(found[name], expected[name]) for name in untouched)
-    for one, other in zip(whole.layers, pieces.layers, strict=True):
-        assert one.name == other.name and one.codes_changed == pytest.approx(other.codes_changed, abs=1e-3)
 
 
 def test_the_modules_that_were_left_unquantized_are_not_rounded(tmp_path):

@@ -51,11 +51,11 @@ def test_a_base_is_quantized_after_a_plan_as_before_it(tmp_path, monkeypatch):
         ("llama", False, "nf4", True, "bfloat16", {"lora_r": 3}),
         ("llama", True, "nf4", False, "float32", {"use_dora": True}),
         ("qwen2", False, "fp4", True, "float16", {"lora_target_modules": ["q_proj", "down_proj"]}),
-        ("qwen2", True, "int8", True, "bfloat16", {"lora_r": 8}),
+        ("qwen2", True, "nf4", False, "bfloat16", {"lora_r": 8}),
         ("gemma2", True, "nf4", True, "bfloat16", {"lora_r": 1, "use_rslora": True}),
         ("gpt2", False, "nf4", True, "float16", {"lora_r": 4}),
         ("phi3", False, "nf4", True, "bfloat16", {"lora_modules_to_save": ["lm_head"]}),
-        ("qwen3", True, "none", True, "bfloat16", {"init_lora_weights": "olora"}),
+        ("qwen3", True, "none", True, "bfloat16", {"lora_r": 5}),
     ],
 )
 def test_weights_constants_and_adapter_are_counted_to_the_byte(

@@ -159,7 +159,6 @@ def test_what_sharding_needs_is_checked_before_training(found):
         assert "stored as uint8, the embedding is bfloat16. Load it with bnb_4bit_quant_storage=bfloat16" in re.sub(
             r"base_model\S+ is ", "", refused["storage"]
         )
-        assert "FSDP with quantization int8 is not supported" in refused["int8"]
         assert "optim adamw_8bit is not supported with FSDP" in refused["optimizer"]
         assert "Use adamw_torch_fused, the default." in refused["optimizer"]
         assert "reference_placement: host is not supported with FSDP" in refused["placement"]

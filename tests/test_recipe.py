@@ -93,7 +93,7 @@ def test_no_option_is_declared_twice():
         (["--num_iterations", "0"], "must be at least 1"),
         (["--max_steps", "0"], "max_steps is 0"),
         (["--max_length", "1"], "must be at least 2"),
-        (["--quantization", "nf5"], "must be nf4, fp4, int8 or none"),
+        (["--quantization", "nf5"], "must be nf4, fp4 or none"),
         (["--loss_type", "ppo"], "psft, nll, dft"),
         (["--lora_dropout", "1"], r"in \[0, 1\)"),
         (["--dataset_limit", "0"], "at least 1"),

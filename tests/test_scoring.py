@@ -20,7 +20,7 @@ from qpsft.psft import reference, scoring
 from qpsft.psft.checkpoint import remove_folder
 from qpsft.psft.forward import needs_mask, policy_forward
 from qpsft.psft.reference import ReferencePolicy
-from qpsft.psft.scoring import default_token_budget, groups, mixes_rows, real_tokens, row_lengths
+from qpsft.psft.scoring import default_token_budget, groups, real_tokens, row_lengths
 
 COLLATE = DataCollatorForLanguageModeling(pad_token_id=0)
 
@@ -227,23 +227,6 @@ def test_the_thresholds_of_bitsandbytes_are_those_in_the_table(monkeypatch, card
     source = Path(scoring.__file__).read_text(encoding="utf-8")
     assert f"{largest}" in source and card in source
     assert ops._gemm_4bit_custom_max_m == scoring.MAX_FUSED_TOKENS
-
-
-def test_rows_that_change_each_other_s_numbers_are_scored_as_they_are_trained(base, monkeypatch):
-    int8 = load_base(base, quantization="int8", verbose=False)[0]
-    assert not mixes_rows(int8) and not mixes_rows(load_base(base, verbose=False)[0])
-    layer = int8.model.layers[0].self_attn.q_proj
-    layer.state.threshold = 6.0  # transformers' default: outlier columns, which the whole batch decides
-    assert mixes_rows(int8)
-    monkeypatch.setattr(reference, "mixes_rows", lambda model: True)
-    model = get_peft_model(load_base(base, verbose=False)[0], make_lora())
-    batches = [COLLATE([row]) for row in make_rows(4)]
-    shapes = []
-    model.get_base_model().model.register_forward_pre_hook(
-        lambda module, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
-    )
-    ReferencePolicy(model).score(batches, token_budget=10_000)
-    assert shapes == [batch["input_ids"].shape for batch in batches]
 
 
 @pytest.mark.parametrize("supervised", ["some", "none", "all"])

@@ -55,11 +55,10 @@ def test_a_correct_merge_passes(adapter, tmp_path, dtype, largest_kl, largest_er
     [
         {"use_dora": True},
         {"use_rslora": True, "lora_target_modules": ["q_proj", "down_proj"]},
-        {"quantization": "int8"},
-        {"quantization": "none", "init_lora_weights": "pissa"},
+        {"quantization": "none"},
         {"lora_modules_to_save": ["embed_tokens", "lm_head"]},
     ],
-    ids=["dora", "rslora on some layers", "int8", "pissa", "embeddings trained in full"],
+    ids=["dora", "rslora on some layers", "unquantized", "embeddings trained in full"],
 )
 def test_every_kind_of_adapter_agrees_with_its_merge(tmp_path, options):
     """`merge` and `verify` compute the trained weights from different sources: files there, live modules here."""

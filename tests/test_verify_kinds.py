@@ -67,7 +67,6 @@ KINDS = {
     ),
     "trained in bfloat16": kind(f"{FIRST}mlp.up_proj.weight", load={"dtype": "bfloat16"}),
     "fp4 in float16": kind(f"{FIRST}mlp.up_proj.weight", load={"quantization": "fp4", "dtype": "float16"}),
-    "int8": kind(f"{FIRST}mlp.up_proj.weight", load={"quantization": "int8"}),
     "unquantized in bfloat16": kind(f"{FIRST}mlp.up_proj.weight", load=PLAIN | {"dtype": "bfloat16"}),
     "embedding": kind("model.embed_tokens.weight", target_modules=[*ALL, "embed_tokens"]),
     "head": kind("lm_head.weight", target_modules=[*ALL, "lm_head"]),
@@ -128,7 +127,7 @@ def test_kinds(tmp_path, name, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
 @pytest.mark.parametrize(("saved_in", "trained_in"), [("bfloat16", "float32"), ("float16", "bfloat16")])
 def test_a_base_saved_quantized_in_another_dtype_than_it_is_trained_in(
     tmp_path, quantization, saved_in, trained_in, dtype

@@ -113,12 +113,11 @@ def sharded() -> dict:
     os.environ |= fsdp_environment()
     refused["optimizer"] = refusal(optim="adamw_8bit")
     refused["placement"] = refusal(reference_placement="host")
-    for name, options in {"storage": dict(dtype="bfloat16"), "int8": dict(quantization="int8")}.items():
-        storage = base.storage_dtype
-        base.storage_dtype = lambda compute_dtype: torch.uint8
-        model, _ = base.load_base(BASE, verbose=False, **options)
-        base.storage_dtype = storage
-        refused[name] = refusal(model=model, lora=make_lora())
+    storage = base.storage_dtype
+    base.storage_dtype = lambda compute_dtype: torch.uint8
+    model, _ = base.load_base(BASE, verbose=False, dtype="bfloat16")
+    base.storage_dtype = storage
+    refused["storage"] = refusal(model=model, lora=make_lora())
 
     qpsft.psft.trainer.free_device_bytes = lambda device: 1  # a full card, where "auto" is the host's memory
     trainer = make_trainer(BASE, OUT / "fsdp", **SETTINGS, **SAVING)

@@ -28,7 +28,7 @@ from qpsft.compare.results import ArmResult, Comparison, is_accuracy
 from qpsft.compare.run import RunSpec, Setting, base_key, decisive_options, load_setting
 from qpsft.data.template import find_chat_date, keep_chat_date
 from qpsft.errors import DivergedError, OutputError, RecipeError
-from qpsft.files import write_atomically
+from qpsft.files import finished_files
 from qpsft.model.base import load_tokenizer
 from qpsft.recipe.file import Recipe
 
@@ -298,9 +298,10 @@ def write(comparison: Comparison, folder: Path) -> None:
     from qpsft.compare.report import write_report
 
     try:
-        text = json.dumps(comparison.to_dict(), indent=1, ensure_ascii=False)
-        write_atomically(folder / RECORD, text + "\n")
-        write_report(comparison, folder)
+        with finished_files(folder) as partial:
+            text = json.dumps(comparison.to_dict(), indent=1, ensure_ascii=False)
+            (partial / RECORD).write_text(text + "\n", encoding="utf-8")
+            write_report(comparison, partial)
     except OSError as error:
         raise OutputError(
             f"The report could not be written to {folder}: {error.strerror}.", "Mend it and repeat: the runs are kept."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import random
 from collections.abc import Callable, Container
@@ -21,7 +20,7 @@ from qpsft.data.tokenize import tokenize_rows
 from qpsft.errors import DataError, RecipeError
 from qpsft.evaluate.rows import as_records, as_rows, duplicates, with_references
 from qpsft.evaluate.verifiers import find_verifier
-from qpsft.files import write_atomically
+from qpsft.files import digest, write_atomically
 from qpsft.model.generation import generate, stop_tokens
 from qpsft.recipe.arguments import DataArguments
 from qpsft.recipe.file import Recipe
@@ -266,7 +265,4 @@ def _first_token(model: Any, tokenizer: Any) -> int | None:
 
 
 def _digest(*parts: Any) -> str:
-    found = hashlib.sha256()
-    for part in parts:
-        found.update(json.dumps(part, sort_keys=True, ensure_ascii=False).encode())
-    return found.hexdigest()[:16]
+    return digest(*(json.dumps(part, sort_keys=True, ensure_ascii=False) for part in parts))[:16]

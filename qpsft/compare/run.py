@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
-import hashlib
 import json
 import os
 import platform
@@ -27,7 +26,7 @@ from qpsft.compare.arms import METHOD_OPTIONS
 from qpsft.compare.data import ComparedData
 from qpsft.compare.measure import EpochEvaluation, Measurement, measure, rounded
 from qpsft.errors import DivergedError, OutputError
-from qpsft.files import write_atomically
+from qpsft.files import digest, write_atomically
 from qpsft.model.adapter import add_adapter
 from qpsft.model.base import load_base
 from qpsft.model.base_record import parameter_count
@@ -83,7 +82,7 @@ class Setting:
         """Hash of the base as it is loaded: of its weights and of how they are rounded."""
         model = self.model
         text = json.dumps([self.base_key, model.quantization, model.double_quant, model.dtype])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return digest(text)[:16]
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ class RunSpec:
     def key(self, setting: Setting) -> str:
         """Hash of `identity`."""
         text = json.dumps(self.identity(setting), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return digest(text)[:12]
 
     def folder(self, setting: Setting, results: Path) -> Path:
         """Where its result is kept."""
@@ -162,18 +161,19 @@ def decisive_options(recipe: Recipe) -> dict[str, Any]:
 
 def base_key(name: str, revision: str | None = None) -> str:
     """Hash of a base: its configuration, generation settings and tokenizer, and 4 KiB of every MiB of its weights."""
-    folder = resolve_folder(name, revision=revision)
-    found = hashlib.sha256()
+    return digest(*_decisive_bytes(resolve_folder(name, revision=revision)))[:16]
+
+
+def _decisive_bytes(folder: Path) -> Iterator[str | bytes]:
     for path in sorted(path for path in folder.iterdir() if path.name in BASE_FILES or path.suffix == ".safetensors"):
-        found.update(f"{path.name} {path.stat().st_size}".encode())
+        yield f"{path.name} {path.stat().st_size}"
         if path.suffix != ".safetensors":
-            found.update(path.read_bytes())
+            yield path.read_bytes()
             continue
         with path.open("rb") as file:  # whole, 16 GB would be half a minute at every start
             for start in range(0, path.stat().st_size, SAMPLE_EVERY):
                 file.seek(start)
-                found.update(file.read(SAMPLE_BYTES))
-    return found.hexdigest()[:16]
+                yield file.read(SAMPLE_BYTES)
 
 
 def read_result(spec: RunSpec, setting: Setting, results: Path) -> dict[str, Any] | None:

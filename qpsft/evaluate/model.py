@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 
 from qpsft.errors import BaseModelError
-from qpsft.files import MARK
 from qpsft.model.adapter_folder import ADAPTER_CONFIG, check_adapter_folder, find_base, put_adapter, trained_tokenizer
 from qpsft.model.base import describe, load_base
+from qpsft.model.folder import MERGE_REPORT
 from qpsft.recipe.arguments import DataArguments
 
 RECIPES = ("recipe.resolved.yaml", "recipe.yaml")
@@ -72,7 +72,7 @@ def describe_evaluated(model: Any) -> str:
 
 def is_merged(folder: Path) -> bool:
     """Whether `qpsft merge` wrote the folder."""
-    return (folder / MARK).exists()
+    return (folder / MERGE_REPORT).exists()
 
 
 def trained_options(folder: Path) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def trained_options(folder: Path) -> dict[str, Any]:
             return values if isinstance(values, dict) else {}
     if is_merged(folder):
         try:
-            adapter = Path(json.loads((folder / MARK).read_text(encoding="utf-8"))["adapter"])
+            adapter = Path(json.loads((folder / MERGE_REPORT).read_text(encoding="utf-8"))["adapter"])
         except (ValueError, KeyError, TypeError):
             return {}
         return {} if is_merged(adapter) else trained_options(adapter)

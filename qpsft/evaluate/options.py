@@ -55,7 +55,7 @@ class EvaluationOptions:
     apply_chat_template: bool = _option(False, "put the tasks' prompts through the chat template")
     base: str | None = _option(None, "the adapter's base, if it is no longer where it was", "MODEL")
     quantization: str | None = _option(
-        None, "nf4, fp4, int8 or none for a model without adapter (nf4; none for a merged one)", "KIND"
+        None, "nf4, fp4 or none for a model without adapter (nf4; none for a merged one)", "KIND"
     )
     dtype: str = _option("auto", "compute dtype of a model without adapter", "NAME")
     device: str = _option("auto", "cpu, cuda, …", "NAME")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -24,6 +23,7 @@ from qpsft.evaluate.options import EvaluationOptions
 from qpsft.evaluate.rows import as_rows, load_evaluation_rows
 from qpsft.evaluate.task_data import parse_task_data
 from qpsft.evaluate.verifiers import text_of
+from qpsft.files import write_atomically
 from qpsft.recipe.arguments import DataArguments
 from qpsft.terminal import wrap
 
@@ -242,14 +242,6 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
     """
     text = json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n"
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_atomically(path, text)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}.", "Check the disk.") from error

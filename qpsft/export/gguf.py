@@ -17,10 +17,10 @@ from qpsft.errors import ExportError, OutputError
 from qpsft.export.gguf_check import GgufCheck, check_gguf
 from qpsft.export.gguf_run import PROMPTS, GgufRun, llama_cpp_python, run_gguf
 from qpsft.export.llama_cpp import CONVERTER, find_llama_cpp, last_lines, load_gguf, run_converter, run_process
-from qpsft.files import check_space, is_adapter, put_in_place, work_folder
+from qpsft.files import check_space, put_in_place, work_folder
 from qpsft.model.adapter_folder import find_base
 from qpsft.model.base import load_tokenizer
-from qpsft.model.folder import check_folder
+from qpsft.model.folder import check_folder, is_adapter
 from qpsft.terminal import wrap
 from qpsft.verify.exported import ExportedWeights, read_text_config
 from qpsft.verify.prompts import read_prompts

@@ -6,7 +6,6 @@ gguf-py they belong to. One version is pinned by its SHA-256, and only the conve
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import os
@@ -23,6 +22,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from qpsft.errors import ExportError
+from qpsft.files import digest, replace_folder
 
 VERSION = "0.3.36"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
@@ -85,9 +85,7 @@ def _obtain(folder: Path, verbose: bool) -> None:
             archive = _download(Path(temporary))
             unpacked = Path(temporary) / "unpacked"
             _unpack(archive, unpacked)
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(unpacked, folder)
+            replace_folder(unpacked, folder)
     except OSError as error:
         raise ExportError(
             f"llama.cpp's converters cannot be put into {folder}: {error}.",
@@ -108,10 +106,10 @@ def _download(folder: Path) -> Path:
             f"pip could not download llama-cpp-python {VERSION}: {last_lines(done.stderr or done.stdout, 3)}",
             "Check the connection, or get llama.cpp's source otherwise and give its folder with --llama_cpp.",
         )
-    digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
-    if digest != SHA256:
+    sha256 = digest(found[0].read_bytes())
+    if sha256 != SHA256:
         raise ExportError(
-            f"The download of llama-cpp-python {VERSION} has SHA-256 {digest}, not {SHA256}.",
+            f"The download of llama-cpp-python {VERSION} has SHA-256 {sha256}, not {SHA256}.",
             "Do not use it. Get llama.cpp's source otherwise and give its folder with --llama_cpp.",
         )
     return found[0]

@@ -18,10 +18,10 @@ from jinja2 import TemplateError
 
 from qpsft.errors import ExportError, OutputError
 from qpsft.export.gguf import ExportReport, export_gguf
-from qpsft.files import is_adapter
+from qpsft.files import write_atomically
 from qpsft.model.adapter_folder import find_base, trained_tokenizer
 from qpsft.model.base import load_tokenizer
-from qpsft.model.folder import resolve_folder
+from qpsft.model.folder import is_adapter, resolve_folder
 from qpsft.terminal import wrap
 from qpsft.verify.exported import read_text_config
 
@@ -170,9 +170,7 @@ def export_ollama(
             "is too much"
         )
     text = modelfile(gguf.path.name, template, gguf.stops, length)
-    temporary = output / ".Modelfile.partial"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(output / "Modelfile")
+    write_atomically(output / "Modelfile", text)
     return OllamaReport(output, gguf, template is not None, gguf.stops, length, notes)
 
 

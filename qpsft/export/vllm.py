@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpsft.errors import ExportError
-from qpsft.files import is_adapter
 from qpsft.model.adapter_folder import ADAPTER_CONFIG, check_adapter_folder
 from qpsft.model.base_record import BaseRecord, read_base_record
-from qpsft.model.folder import DEMO, MODEL_DIR, check_folder
+from qpsft.model.folder import DEMO, MODEL_DIR, check_folder, is_adapter
 from qpsft.terminal import wrap
 
 if TYPE_CHECKING:

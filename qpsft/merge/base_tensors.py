@@ -36,7 +36,7 @@ class BaseTensor:
         parameter: the parameter of the live model it is; None where transformers fuses or splits it while loading.
         fused_into: the parameter it then goes into. With neither, it is another part's of the model, carried along.
         shape: of the values it stands for.
-        rounded: the live model holds it in 4 or 8 bits.
+        rounded: the live model holds it in 4 bits.
         transposed: stored as (in, out), the layer being a Conv1D; the live model quantizes the transpose.
         state: what is stored beside a weight that is quantized on disk, by the ends of the names.
     """
@@ -164,10 +164,6 @@ class _Mapping:
             module, dot, end = key.rpartition(".weight.")
             if dot:
                 states.setdefault(f"{module}.weight", {})[end] = tensor
-            elif key.endswith(".SCB"):
-                states.setdefault(f"{key.removesuffix('SCB')}weight", {})["SCB"] = tensor
-            elif key.endswith(".weight_format"):
-                states.setdefault(f"{key.removesuffix('_format')}", {})["weight_format"] = tensor
         return {name: state for name, state in states.items() if name in self.stored}
 
     def _tensor(self, stored: StoredTensor, state: dict[str, StoredTensor]) -> BaseTensor | None:
@@ -187,7 +183,7 @@ class _Mapping:
             return BaseTensor(stored.name, stored, None, parameter, stored.shape, False, False)
         transposed = module in self.conv1d
         shape = stored.shape
-        if "absmax" in state:
+        if state:
             shape = tuple(quant_state(state).shape)
         if transposed and state:
             shape = shape[::-1]

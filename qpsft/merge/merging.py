@@ -15,100 +15,60 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
-from tqdm import tqdm
-
 from qpsft import __version__
 from qpsft.errors import BaseModelError, ExportError, NotTheSameModelError
-from qpsft.files import MARK, check_space, finished_folder, write_synced
+from qpsft.files import finished_folder, write_atomically
 from qpsft.merge.adapter_file import Adapter, Change, open_adapter
-from qpsft.merge.base_tensors import BaseTensor, BaseTensors, open_base
-from qpsft.merge.model_files import card, copy_tokenizer, write_config, write_json
-from qpsft.merge.rounding import Rounding
-from qpsft.merge.safetensors_stream import ShardWriter, TensorSpec, plan_shards, shard_index
-from qpsft.merge.tensor import MergedTensor
-from qpsft.merge.update_size import LayerUpdate, UpdateMeter, update_verdict
+from qpsft.merge.base_tensors import BaseTensors, open_base
+from qpsft.merge.model_files import copy_tokenizer, write_config, write_json
+from qpsft.merge.report import MergeReport, rounding_in_words
+from qpsft.merge.weights import MergedWeights
 from qpsft.model.base_record import RECORD_FILE, BaseRecord, read_base_record
-from qpsft.model.folder import check_folder, config_sha256, resolve_folder
+from qpsft.model.folder import MERGE_REPORT, check_folder, config_sha256, resolve_folder
 from qpsft.model.hardware import DTYPES
-from qpsft.model.skeleton import dtype_named
-from qpsft.terminal import wrap
 
 Onto = Literal["trained", "original"]
 OutputDtype = Literal["bfloat16", "float16", "float32"]
 
-_SMALL_FILES = 50_000_000  # tokenizer, card, report: what the disk must have room for beside the weights
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 @dataclass
-class MergeReport:
-    """What was merged, where it is and how it was checked. `merge_report.json` holds the same.
+class MergeOptions:
+    """What `merge_adapter` takes, which explains each, checked: folders are paths, and the shards' size is in bytes."""
 
-    Attributes:
-        rounding: how the live model rounds its base, in words.
-        bytes: of the weights written.
-        tensors: number written.
-        replaced: tensors changed other than by a low-rank update (copies trained in full, biases, token rows).
-        seconds: of the whole merge, `merge_seconds` without the verification.
-        peak_rss: the process's largest resident memory so far, in bytes.
-        layers: every matrix with a low-rank update, the smallest `update_to_step` first.
-        verdict: what re-quantizing to 4 bits would leave of the update, in a sentence.
-        left_out: tensors of the base's folder that its architecture does not use.
-        verification: None if it was not run; else `same_model`, `numbers` and `summary` of `qpsft.verify.verification`.
-    """
+    adapter: str | os.PathLike
+    output: str | os.PathLike | None
+    base: str | None
+    onto: Onto
+    dtype: OutputDtype
+    max_shard_size: str | int
+    overwrite: bool
+    verify: bool
+    show_progress: bool
 
-    qpsft_version: str
-    adapter: str
-    base: str
-    base_revision: str | None
-    output: str
-    onto: str
-    dtype: str
-    rounding: str
-    files: list[str]
-    bytes: int
-    tensors: int
-    replaced: int
-    seconds: float
-    merge_seconds: float
-    peak_rss: int
-    verdict: str
-    left_out: list[str]
-    verification: dict[str, Any] | None
-    layers: list[LayerUpdate]
+    def __post_init__(self) -> None:
+        if self.onto not in get_args(Onto):
+            raise ExportError(f"onto {self.onto!r} is not known.", f"Use {' or '.join(get_args(Onto))}.")
+        if self.dtype not in get_args(OutputDtype):
+            raise ExportError(f"dtype {self.dtype!r} is not known.", f"Use {', '.join(get_args(OutputDtype))}.")
+        self.max_shard_size = parse_size(self.max_shard_size)
+        self.adapter = Path(os.path.abspath(Path(self.adapter).expanduser()))
+        name = f"{self.adapter.name}-merged"
+        self.output = self.adapter.with_name(name) if self.output is None else Path(self.output)
 
-    def summary(self) -> str:
-        """What a person wants to know, in some twenty lines."""
-        lines = [
-            f"merged {Path(self.adapter).name} onto the {self.onto} weights of {Path(self.base).name}",
-            f"base in training: {self.rounding}",
-            wrap(
-                f"wrote {self.output}: {self.tensors} tensors, {self.bytes / 1e9:.3g} GB in {self.dtype}, "
-                f"{len(self.files)} files; {self.merge_seconds:.1f} s, peak memory {self.peak_rss / 1e6:.0f} MB"
-            ),
-            "",
-            wrap(self.verdict, ""),
-        ]
-        if self.layers:
-            lines.append(f"{'smallest updates':<44} {'update/step':>11} {'codes changed':>13} {'kept':>6}")
-            lines += [
-                f"{layer.name:<44} {layer.update_to_step:>11.3f} {layer.codes_changed:>13.1%} {layer.kept:>6.0%}"
-                for layer in self.layers[:10]
-            ]
-            lines.append(f"(all {len(self.layers)} in {MARK})")
-        if self.left_out:
-            lines.append(
-                wrap(f"left out {len(self.left_out)} tensors that the model does not use, such as {self.left_out[0]}")
-            )
-        lines += ["", self.verification["summary"] if self.verification else "verification: not run"]
-        lines += ["", f"next: qpsft export {self.output} --to gguf", "      or load it with transformers or vLLM"]
-        return "\n".join(lines)
+
+@dataclass(frozen=True)
+class _Base:
+    """The base to merge onto: what to call it, its folder, and how it was rounded in training, if that is recorded."""
+
+    name: str
+    folder: Path
+    record: BaseRecord | None
 
 
 def merge_adapter(
@@ -148,146 +108,86 @@ def merge_adapter(
         NotTheSameModelError: verification failed; nothing is left.
     """
     started = time.perf_counter()
-    if onto not in get_args(Onto):
-        raise ExportError(f"onto {onto!r} is not known.", f"Use {' or '.join(get_args(Onto))}.")
-    if dtype not in get_args(OutputDtype):
-        raise ExportError(f"dtype {dtype!r} is not known.", f"Use {', '.join(get_args(OutputDtype))}.")
-    shard_bytes = parse_size(max_shard_size)
-    adapter = Path(os.path.abspath(Path(adapter).expanduser()))
-    output = adapter.with_name(f"{adapter.name}-merged") if output is None else Path(output)
-    with open_adapter(adapter) as opened:
-        record = _record(adapter, onto)
-        name, folder = _find_base(opened, record, base)
-        _check_same_base(adapter, record, folder, onto, named=base is not None)
+    options = MergeOptions(adapter, output, base, onto, dtype, max_shard_size, overwrite, verify, show_progress)
+    with open_adapter(options.adapter) as opened:
+        trained_on = _trained_base(opened, options)
+        rounded_as = trained_on.record if options.onto == "trained" else None
+        sources = (options.adapter, trained_on.folder)
         with (
-            open_base(folder, record if onto == "trained" else None) as tensors,
-            finished_folder(output, overwrite=overwrite, sources=(adapter, folder)) as temporary,
+            open_base(trained_on.folder, rounded_as) as tensors,
+            finished_folder(options.output, mark=MERGE_REPORT, overwrite=options.overwrite, sources=sources) as folder,
         ):
-            job = _Merge(tensors, opened.changes(tensors.skeleton, tensors.tied), record, onto, dtype)
-            job.write(temporary, shard_bytes, show_progress)
-            write_config(folder, temporary, dtype)
-            copy_tokenizer(adapter, folder, temporary)
-            report = MergeReport(
-                qpsft_version=__version__,
-                adapter=str(adapter),
-                base=name,
-                base_revision=record.revision if record else None,
-                output=os.path.abspath(output),
-                onto=onto,
-                dtype=dtype,
-                rounding=_in_words(record),
-                files=[],
-                bytes=sum(spec.nbytes for spec in job.specs),
-                tensors=len(job.specs),
-                replaced=sum(change.low_rank is None for change in job.changes.values()),
-                seconds=0.0,
-                merge_seconds=time.perf_counter() - started,
-                peak_rss=_peak_rss(),
-                verdict=update_verdict(job.layers),
-                left_out=tensors.left_out,
-                verification=_verify(adapter, temporary, folder, onto, show_progress) if verify and record else None,
-                layers=sorted(job.layers, key=lambda layer: layer.update_to_step),
-            )
-            report.files = sorted([path.name for path in temporary.iterdir()] + ["README.md", MARK])
+            changes = opened.changes(tensors.skeleton, tensors.tied)
+            weights = MergedWeights(tensors, changes, rounded_as, DTYPES[options.dtype])
+            _write_model(weights, folder, trained_on, options)
+            report = _report(options, trained_on, tensors, changes, weights)
+            report.merge_seconds = time.perf_counter() - started
+            if options.verify and trained_on.record:
+                report.verification = _verify(folder, trained_on, options)
             report.seconds = time.perf_counter() - started
-            write_synced(temporary / "README.md", card(dataclasses.asdict(report)).encode())
-            write_json(temporary / MARK, dataclasses.asdict(report))
+            _write_report(report, folder)
     return report
 
 
-class _Merge:
-    """The tensors to write and the numbers of those that a low-rank update changes."""
+def _trained_base(adapter: Adapter, options: MergeOptions) -> _Base:
+    """Finds the base and makes sure that it is the adapter's."""
+    record = _record(options.adapter, options.onto)
+    name, folder = _find_base(adapter, record, options.base)
+    _check_same_base(options.adapter, record, folder, options.onto, named=options.base is not None)
+    return _Base(name, folder, record)
 
-    def __init__(
-        self, base: BaseTensors, changes: dict[str, Change], record: BaseRecord | None, onto: Onto, dtype: OutputDtype
-    ):
-        self.base, self.changes = base, changes
-        self.layers: list[LayerUpdate] = []
-        self._trained = onto == "trained"
-        self._live_dtype = dtype_named(record.compute_dtype) if record and self._trained else None
-        self._rounding = _rounding(record)
-        self._tensors = {tensor.name: tensor for tensor in base.tensors}
-        self.specs = [
-            TensorSpec(tensor.name, self._output_dtype(tensor, DTYPES[dtype]), tensor.shape) for tensor in base.tensors
-        ]
-        self._check_all_found()
 
-    def _output_dtype(self, tensor: BaseTensor, dtype: torch.dtype) -> torch.dtype:
-        if tensor.carried or (not tensor.stored.dtype.is_floating_point and not tensor.state):
-            return tensor.stored.dtype
-        return self.base.dtype_of(tensor.parameter or tensor.fused_into, dtype)
+def _write_model(weights: MergedWeights, folder: Path, base: _Base, options: MergeOptions) -> None:
+    """Writes all that makes the folder a model: weights, config, tokenizer."""
+    weights.write(folder, options.max_shard_size, options.show_progress)
+    write_config(base.folder, folder, options.dtype)
+    copy_tokenizer(options.adapter, base.folder, folder)
 
-    def _check_all_found(self) -> None:
-        missing = set(self.changes) - {tensor.parameter for tensor in self.base.tensors}
-        if missing:
-            name = min(missing)
-            fused = any(tensor.fused_into for tensor in self.base.tensors)
-            raise ExportError(
-                f"The adapter changes {name}, and no single tensor in {self.base.folder} is that parameter"
-                f"{': transformers fuses or splits it while loading' if fused else ''}.",
-                "Load the base once with this version of transformers, save it, and give the new folder with --base; "
-                "or serve the adapter beside its base.",
-            )
 
-    def write(self, folder: Path, shard_bytes: int, show_progress: bool) -> None:
-        """Writes the shards and their index."""
-        shards = plan_shards(self.specs, shard_bytes)
-        total = sum(spec.nbytes for spec in self.specs)
-        check_space(folder, total + _SMALL_FILES, "The merged model")
-        with tqdm(
-            total=total, unit="B", unit_scale=True, desc="merging", disable=None if show_progress else True, leave=False
-        ) as progress:
-            for file, specs in shards.items():
-                writer = ShardWriter(folder / file, specs)
-                try:
-                    for spec in specs:
-                        for piece in self._merged(spec):
-                            progress.update(writer.write(piece))
-                except BaseException:
-                    writer.abandon()
-                    raise
-                writer.close()
-        if len(shards) > 1:
-            write_json(folder / "model.safetensors.index.json", shard_index(shards))
+def _verify(folder: Path, base: _Base, options: MergeOptions) -> dict[str, Any]:
+    """Compares the merged model with the live one. Raises NotTheSameModelError where it may not differ and does."""
+    from qpsft.verify.verification import verify_export
 
-    def _merged(self, spec: TensorSpec) -> Iterator[torch.Tensor]:
-        tensor = self._tensors[spec.name]
-        change = self.changes.get(tensor.parameter)
-        meter = (
-            UpdateMeter(self._rounding_to_measure()) if change and change.low_rank and len(spec.shape) == 2 else None
+    result = verify_export(options.adapter, folder, base=base.folder, show_progress=options.show_progress)
+    if options.onto == "trained" and not result.same_model:
+        raise NotTheSameModelError(
+            f"The merged model is not the model that was trained, and was removed.\n{result.summary()}",
+            "Please report this. To look at the folder, merge with --no_verify and run qpsft verify on it.",
         )
-        plain = None
-        if self._live_dtype and not tensor.carried:
-            plain = self.base.dtype_of(tensor.parameter or tensor.fused_into, self._live_dtype)
-        yield from MergedTensor(
-            tensor,
-            change,
-            rounding=self._rounding if self._trained else None,
-            plain_dtype=plain,
-            dtype=spec.dtype,
-            meter=meter,
-        ).pieces()
-        if meter is not None:
-            shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
-            self.layers.append(meter.result(tensor.parameter.removesuffix(".weight"), shape))
-
-    def _rounding_to_measure(self) -> Rounding:
-        """The base's own 4-bit format; nf4 in blocks of 64, as most would re-quantize, where it has none."""
-        if self._rounding is not None and self._rounding.kind != "int8":
-            return self._rounding
-        return Rounding("nf4", False, 64, torch.float32, torch.float32)
+    return {
+        "same_model": result.same_model,
+        "numbers": json.loads(json.dumps(result.numbers)),
+        "summary": result.summary(on_purpose=options.onto == "original"),
+    }
 
 
-def parse_size(size: str | int) -> int:
-    """Bytes from a number or from text such as "2GB", "500MB" or "1GiB". Raises ExportError for anything else."""
-    if isinstance(size, int) and not isinstance(size, bool):
-        count = size
-    else:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(size).upper())
-        count = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
-    if count < 1:
-        raise ExportError(f"max_shard_size {size!r} is not a size.", "Write it as 2GB, 500MB or a number of bytes.")
-    return count
+def _report(
+    options: MergeOptions, base: _Base, tensors: BaseTensors, changes: dict[str, Change], weights: MergedWeights
+) -> MergeReport:
+    """The report, but for times, files and verification."""
+    low_rank = sum(change.low_rank is not None for change in changes.values())
+    return MergeReport(
+        qpsft_version=__version__,
+        adapter=str(options.adapter),
+        base=base.name,
+        base_revision=base.record.revision if base.record else None,
+        output=os.path.abspath(options.output),
+        onto=options.onto,
+        dtype=options.dtype,
+        rounding=rounding_in_words(base.record),
+        bytes=weights.nbytes,
+        tensors=len(weights.specs),
+        low_rank=low_rank,
+        replaced=len(changes) - low_rank,
+        peak_rss=_peak_rss(),
+        left_out=tensors.left_out,
+    )
+
+
+def _write_report(report: MergeReport, folder: Path) -> None:
+    report.files = sorted([*(path.name for path in folder.iterdir()), "README.md", MERGE_REPORT])
+    write_atomically(folder / "README.md", report.card())
+    write_json(folder / MERGE_REPORT, dataclasses.asdict(report))
 
 
 def _record(adapter: Path, onto: Onto) -> BaseRecord | None:
@@ -342,46 +242,16 @@ def _check_same_base(adapter: Path, record: BaseRecord | None, folder: Path, ont
         )
 
 
-def _rounding(record: BaseRecord | None) -> Rounding | None:
-    if record is None or record.quantization == "none":
-        return None
-    return Rounding(
-        kind=record.quantization,
-        double_quant=record.double_quant,
-        block_size=record.block_size or 0,
-        weights_dtype=dtype_named(record.weights_dtype),
-        compute_dtype=dtype_named(record.compute_dtype),
-    )
-
-
-def _in_words(record: BaseRecord | None) -> str:
-    if record is None:
-        return "no record of the rounding in training"
-    if record.quantization == "none":
-        return f"not quantized, {record.compute_dtype}"
-    if record.quantization == "int8":
-        return (
-            f"int8 by rows, computed in {record.compute_dtype}; a GPU rounds activations too, which no merge can hold"
-        )
-    blocks = f" in blocks of {record.block_size}" if record.block_size else ""
-    double = ", double quantization" if record.double_quant else ""
-    return f"{record.quantization}{blocks}{double}, computed in {record.compute_dtype}"
-
-
-def _verify(adapter: Path, merged: Path, base: Path, onto: Onto, show_progress: bool) -> dict[str, Any]:
-    from qpsft.verify.verification import verify_export
-
-    found = verify_export(adapter, merged, base=base, show_progress=show_progress)
-    if onto == "trained" and not found.same_model:
-        raise NotTheSameModelError(
-            f"The merged model is not the model that was trained, and was removed.\n{found.summary()}",
-            "Please report this. To look at the folder, merge with --no_verify and run qpsft verify on it.",
-        )
-    return {
-        "same_model": found.same_model,
-        "numbers": json.loads(json.dumps(found.numbers)),
-        "summary": found.summary(on_purpose=onto == "original"),
-    }
+def parse_size(size: str | int) -> int:
+    """Bytes from a number or from text such as "2GB", "500MB" or "1GiB". Raises ExportError for anything else."""
+    if isinstance(size, int) and not isinstance(size, bool):
+        count = size
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(size).upper())
+        count = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
+    if count < 1:
+        raise ExportError(f"max_shard_size {size!r} is not a size.", "Write it as 2GB, 500MB or a number of bytes.")
+    return count
 
 
 def _peak_rss() -> int:

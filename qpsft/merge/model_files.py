@@ -1,4 +1,4 @@
-"""The small files of a merged model's folder: config, tokenizer, generation config, card."""
+"""The small files of a merged model's folder: config, tokenizer, generation config."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qpsft.files import write_synced
+from qpsft.files import write_atomically
 from qpsft.model.folder import read_config
 
 TOKENIZER_FILES = (
@@ -46,58 +46,10 @@ def copy_tokenizer(adapter: Path, base: Path, folder: Path) -> list[str]:
         if (base / name).is_file():
             chosen.setdefault(name, base / name)
     for name, path in chosen.items():
-        write_synced(folder / name, path.read_bytes())
+        write_atomically(folder / name, path.read_bytes())
     return sorted(chosen)
 
 
 def write_json(path: Path, content: Any) -> None:
     """Writes readable JSON and brings it to the disk."""
-    write_synced(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def card(report: dict[str, Any]) -> str:
-    """README.md of a merged model, from `MergeReport` as a dict."""
-    name = report["base"]
-    on_hub = not Path(name).is_absolute() and name != "demo"
-    onto = {
-        "trained": "the weights training saw: the base's, rounded and dequantized with the settings of the training "
-        f"run ({report['rounding']}). This is the model that was trained, up to the rounding to {report['dtype']}.",
-        "original": "the base's original weights. The adapter was trained on rounded weights "
-        f"({report['rounding']}), so this is near the model that was trained, and not the same.",
-    }[report["onto"]]
-    revision = f" @ {report['base_revision']}" if report["base_revision"] else ""
-    lines = [
-        "---",
-        *([f"base_model: {name}"] if on_hub else []),
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [qpsft, psft, lora-merged]",
-        "---",
-        "",
-        f"# {Path(report['output']).name}",
-        "",
-        f"A LoRA adapter merged into its base model by qpsft {report['qpsft_version']}.",
-        "",
-        "| | |",
-        "| --- | --- |",
-        f"| base | {name if on_hub else Path(name).name}{revision} |",
-        f"| adapter | {Path(report['adapter']).name} |",
-        f"| merged onto | {onto} |",
-        f"| dtype | {report['dtype']} |",
-        f"| matrices changed | {len(report['layers'])} by low-rank updates, {report['replaced']} tensors otherwise |",
-        f"| 4-bit re-quantization | {report['verdict']} |",
-        "",
-        "## Verification against the live model",
-        "",
-        *_verification(report["verification"]),
-        "",
-        "`merge_report.json` holds the same and the numbers of every layer.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _verification(result: dict[str, Any] | None) -> list[str]:
-    if result is None:
-        return ["Not run. `qpsft verify ADAPTER THIS_FOLDER` runs it."]
-    return ["```", result["summary"], "```"]
+    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""The rounding of weights to 4 or 8 bits and back, as the live model does it, on tensors that stay on disk.
+"""The rounding of weights to 4 bits and back, as the live model does it, on tensors that stay on disk.
 
 "The weights training saw" are what the live forward multiplies by: bitsandbytes dequantizes a 4-bit weight to the
 dtype of the activations, code · absmax rounded once to the compute dtype, and so does `RoundedWeight`. It works on the
@@ -27,9 +27,12 @@ PIECE = 1 << 19  # weights worked on at a time: a few MB of temporaries, and sma
 
 @dataclass(frozen=True)
 class Rounding:
-    """How the live model rounds a weight. `kind` is "nf4", "fp4" or "int8"; the rest is for nf4 and fp4.
+    """How the live model rounds a weight.
 
     Attributes:
+        kind: "nf4" or "fp4".
+        double_quant: the block maxima are rounded too.
+        block_size: weights per block maximum.
         weights_dtype: what the checkpoint's values are cast to before they are quantized.
         compute_dtype: what they are dequantized to.
     """
@@ -123,15 +126,10 @@ class PlainWeight:
 
 
 class RoundedWeight:
-    """A weight that the live model rounds to 4 bits when it loads it. Holds half a byte a weight.
-
-    Attributes:
-        rounding_error: Σ (weight − rounded weight)².
-    """
+    """A weight that the live model rounds to 4 bits when it loads it. Holds half a byte a weight."""
 
     def __init__(self, read: Callable[[int, int], Tensor], numel: int, rounding: Rounding):
         self.rounding = rounding
-        self.rounding_error = 0.0
         codes, absmax = [], []
         step = _whole_blocks(PIECE, rounding.block_size)
         for start in range(0, numel, step):
@@ -139,28 +137,20 @@ class RoundedWeight:
             piece = quantize(values, rounding.kind, rounding.block_size)
             codes.append(piece[0])
             absmax.append(piece[1])
-            values -= dequantize(*piece, values.numel(), rounding, torch.float32)
-            self.rounding_error += float(torch.dot(values, values))
         self._codes = torch.cat(codes)
         self._absmax = torch.cat(absmax)
         if rounding.double_quant:
             self._absmax = double_quantize(self._absmax)
 
-    def codes(self, start: int, stop: int) -> Tensor:
-        return self._codes[start // 2 : (stop + 1) // 2]
-
     def values(self, start: int, stop: int) -> Tensor:
         block = self.rounding.block_size
         absmax = self._absmax[start // block : -(-stop // block)]
-        return dequantize(self.codes(start, stop), absmax, stop - start, self.rounding, self.rounding.compute_dtype)
+        codes = self._codes[start // 2 : (stop + 1) // 2]
+        return dequantize(codes, absmax, stop - start, self.rounding, self.rounding.compute_dtype)
 
 
 class StoredRoundedWeight(RoundedWeight):
-    """A weight that is on disk in bitsandbytes' 4-bit format already, with its state beside it.
-
-    `rounding_error` is estimated, for the weight before its rounding is not known: as if it had lain anywhere in the
-    interval that rounds to its code, all places alike, but for the largest of each block, which is exact.
-    """
+    """A weight that is on disk in bitsandbytes' 4-bit format already, with its state beside it."""
 
     def __init__(self, stored: StoredTensor, state: dict[str, StoredTensor], compute_dtype: torch.dtype):
         parts = quant_state(state)
@@ -171,27 +161,6 @@ class StoredRoundedWeight(RoundedWeight):
             from bitsandbytes.functional import dequantize_blockwise
 
             self._absmax = dequantize_blockwise(parts.absmax, parts.state2) + parts.offset
-        self.rounding_error = self._expected_error()
-
-    def _expected_error(self) -> float:
-        from bitsandbytes.functional import get_4bit_type
-
-        bounds, _ = _bounds(self.rounding.kind)
-        code = get_4bit_type(self.rounding.kind, device="cpu")
-        order = torch.argsort(code)
-        edges = torch.cat([torch.tensor([-1.0]), torch.from_numpy(bounds), torch.tensor([1.0])])
-        below, above = edges[:-1] - code[order], edges[1:] - code[order]
-        variance = torch.empty(16)
-        variance[order] = ((above**3 - below**3) / (3 * (above - below))).nan_to_num(0.0)
-        pairs = (variance.unsqueeze(1) + variance.unsqueeze(0)).view(-1)  # by the byte that holds two codes
-        total, half = 0.0, self.rounding.block_size // 2
-        for start in range(0, self._absmax.numel(), PIECE // half):
-            absmax = self._absmax[start : start + PIECE // half]
-            codes = self._codes[start * half : (start + absmax.numel()) * half]
-            errors = pairs[codes.int()]
-            errors = torch.nn.functional.pad(errors, (0, absmax.numel() * half - errors.numel()))
-            total += float(((errors.view(-1, half).sum(1) - variance[order[-1]]) * absmax.square()).sum())
-        return total
 
 
 def quant_state(state: dict[str, StoredTensor]):
@@ -199,40 +168,6 @@ def quant_state(state: dict[str, StoredTensor]):
     from bitsandbytes.functional import QuantState
 
     return QuantState.from_dict({name: stored.read() for name, stored in state.items()}, device=torch.device("cpu"))
-
-
-class Int8Weight:
-    """A weight that the live model rounds to 8 bits row by row (LLM.int8 without outlier columns), from float16."""
-
-    def __init__(self, read: Callable[[int, int], Tensor], columns: int, rounding: Rounding):
-        self._read = read
-        self._columns = columns
-        self._rounding = rounding
-
-    def values(self, start: int, stop: int) -> Tensor:
-        from bitsandbytes.functional import int8_vectorwise_quant
-
-        rows = self._read(start, stop).view(-1, self._columns).to(self._rounding.weights_dtype)
-        codes, scales, _ = int8_vectorwise_quant(rows.to(torch.float16))
-        return dequantize_int8(codes, scales)
-
-
-class StoredInt8Weight:
-    """A weight that is on disk in bitsandbytes' 8-bit format: int8 (rows, columns) and float32 scales (rows,)."""
-
-    def __init__(self, stored: StoredTensor, scales: StoredTensor):
-        self._stored = stored
-        self._scales = scales.read().float()
-
-    def values(self, start: int, stop: int) -> Tensor:
-        columns = self._stored.shape[1]
-        codes = self._stored.read(start, stop).view(-1, columns)
-        return dequantize_int8(codes, self._scales[start // columns : stop // columns])
-
-
-def dequantize_int8(codes: Tensor, scales: Tensor) -> Tensor:
-    """codes · scale / 127, float32: on a GPU the forward multiplies the integers, so nothing rounds these."""
-    return (codes.float() * (scales / 127).unsqueeze(1)).view(-1)
 
 
 def _whole_blocks(elements: int, block: int) -> int:

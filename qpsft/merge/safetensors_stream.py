@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qpsft.errors import BaseModelError, ExportError
+from qpsft.files import sync
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -175,8 +176,7 @@ class ShardWriter:
 
     def close(self) -> None:
         """Flushes the file to the disk. Raises ExportError if the tensors announced did not come in full."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        sync(self._file)
         self._file.close()
         if self._left:
             raise ExportError(f"{self.path} is {self._left:,} bytes short of what its header says.", "Merge again.")

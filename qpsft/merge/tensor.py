@@ -13,15 +13,12 @@ from qpsft.merge.adapter_file import Change
 from qpsft.merge.base_tensors import BaseTensor
 from qpsft.merge.rounding import (
     PIECE,
-    Int8Weight,
     PlainWeight,
     RoundedWeight,
     Rounding,
-    StoredInt8Weight,
     StoredRoundedWeight,
     Weight,
 )
-from qpsft.merge.update_size import UpdateMeter
 
 Read = Callable[[int, int], Tensor]
 
@@ -35,7 +32,6 @@ class MergedTensor:
         rounding: how the live model rounds; None merges onto the original weights.
         plain_dtype: what the live model holds this tensor in if it does not round it; None leaves it as stored.
         dtype: of the result.
-        meter: measures a low-rank change, or None.
     """
 
     def __init__(
@@ -46,9 +42,8 @@ class MergedTensor:
         rounding: Rounding | None,
         plain_dtype: torch.dtype | None,
         dtype: torch.dtype,
-        meter: UpdateMeter | None = None,
     ):
-        self.tensor, self.change, self.dtype, self.meter = tensor, change or Change(), dtype, meter
+        self.tensor, self.change, self.dtype = tensor, change or Change(), dtype
         self._rounding, self._plain_dtype = rounding, plain_dtype
         shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
         self.rows, self.columns = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
@@ -83,19 +78,14 @@ class MergedTensor:
         for first in range(0, self.rows, rows):
             last = min(first + rows, self.rows)
             start, stop = first * self.columns, last * self.columns
-            before = weight.values(start, stop)
-            after = before
+            values = weight.values(start, stop)
             if factors is not None:
-                after = before + (factors[0][first:last] @ factors[1]).view(-1)
+                values = values + (factors[0][first:last] @ factors[1]).view(-1)
             if magnitude is not None:
-                matrix = after.view(last - first, self.columns)
+                matrix = values.view(last - first, self.columns)
                 matrix *= (magnitude[first:last] / torch.linalg.vector_norm(matrix, dim=1)).unsqueeze(1)
-            if factors is not None and self.meter is not None:
-                self.meter.add(before, after, weight.codes(start, stop) if isinstance(weight, RoundedWeight) else None)
-            self._change_values(after.view(last - first, self.columns), first)
-            yield self._to_dtype(after)
-        if isinstance(weight, RoundedWeight) and self.meter is not None:
-            self.meter.add_step(weight.rounding_error)
+            self._change_values(values.view(last - first, self.columns), first)
+            yield self._to_dtype(values)
 
     def _weight(self) -> Weight:
         tensor, rounding, replacement = self.tensor, self._rounding, self.change.replacement
@@ -103,14 +93,9 @@ class MergedTensor:
             return PlainWeight(self._flat(replacement), None)
         if rounding is None or not tensor.rounded:
             return PlainWeight(self._flat(tensor.stored), self._plain_dtype)
-        if "absmax" in tensor.state:
-            return StoredRoundedWeight(tensor.stored, tensor.state, rounding.compute_dtype)
         if tensor.state:
-            return StoredInt8Weight(tensor.stored, tensor.state["SCB"])
-        read = self._flat(tensor.stored)
-        if rounding.kind == "int8":
-            return Int8Weight(read, self.columns, rounding)
-        return RoundedWeight(read, self.rows * self.columns, rounding)
+            return StoredRoundedWeight(tensor.stored, tensor.state, rounding.compute_dtype)
+        return RoundedWeight(self._flat(tensor.stored), self.rows * self.columns, rounding)
 
     def _flat(self, stored) -> Read:
         """Reads by flat position; of a transposed tensor, in its transpose, which is then held as a whole."""
@@ -121,8 +106,7 @@ class MergedTensor:
 
     def _rows_per_piece(self) -> int:
         """So many that a piece starts on a block (of an even number of weights, so on a byte of codes too)."""
-        rounding = self.meter.rounding if self.meter else self._rounding
-        block = rounding.block_size if rounding else 0
+        block = self._rounding.block_size if self._rounding else 0
         together = block // math.gcd(self.columns, block) if block else 1
         return max(PIECE // self.columns // together, 1) * together
 

@@ -1,22 +1,13 @@
-"""The LoRA adapter on a base model: built by PEFT, trained in float32, saved so that plain PEFT loads the trained model.
+"""The LoRA adapter on a base model: built by PEFT, trained in float32, saved so that plain PEFT can load it.
 
                     ┌────────── W (out, in), frozen, 4-bit ──────────┐
     x (…, in) ──────┤                                                 + ── y (…, out)
                     └─ A (r, in) ── B (out, r) ── · alpha / r ───────┘
 
-What the initialisations do in PEFT 0.21, found by training each for 5 steps, saving with `save_pretrained` and loading
-with `PeftModel.from_pretrained` on a freshly loaded base (stories260K; largest difference in log-probability):
-
-| init_lora_weights | base not quantized | nf4, int8 |
-| --- | --- | --- |
-| true, gaussian | base untouched, loads equal | the same |
-| pissa, olora | base := W − B0·A0; loads equal only on the same machine, because loading takes W apart again, and not at all with `low_cpu_mem_usage` | pissa: PEFT refuses. olora: the residual is rounded again, so training starts 3.7 nats away from the base |
-| pissa_niter_N | the same, but by a random SVD: loads 8 nats off | PEFT refuses |
-
-So on a quantized base only the first row is accepted, and `save_adapter` writes the others as the plain LoRA of rank
-2r that they are equal to: W − B0·A0 + B·A = W + [B, −B0]·[A; A0]. In float32 the loaded model is the trained one (KL
-below 1e-7); on a 16-bit base W − B0·A0 is rounded, which costs as much as computing in 16 bits does (KL 6e-4 and 4e-4).
-"""  # noqa: E501
+A starts random and B zero, so training starts at the base model. PEFT's initialisations that change the base's weights
+(PiSSA, OLoRA) are no options of a recipe: what is left of a 4-bit weight would be rounded again, and training would
+start from another model (with OLoRA 3.7 nats away, measured on stories260K).
+"""
 
 from __future__ import annotations
 
@@ -44,13 +35,6 @@ ALL_LINEAR = "all-linear"
 POLICY = "default"
 
 
-def changes_base(init_lora_weights: bool | str) -> bool:
-    """Whether an initialisation takes B0·A0 out of the base's weights (so that `disable_adapter()` is not the base)."""
-    return (
-        isinstance(init_lora_weights, str) and re.fullmatch(r"olora|pissa(_niter_\d+)?", init_lora_weights) is not None
-    )
-
-
 def add_adapter(model: PreTrainedModel, lora: LoraArguments) -> PeftModel:
     """Puts a LoRA adapter named "default" on `model`.
 
@@ -65,27 +49,21 @@ def add_adapter(model: PreTrainedModel, lora: LoraArguments) -> PeftModel:
 
     Raises:
         BaseModelError: a target or module name that the model does not have (with those it has), the LM head as a
-            target, a quantized layer to be trained in full, or an initialisation that does not work on this base.
+            target, or a quantized layer to be trained in full.
         RecipeError: PEFT refuses the options for this architecture, as `out_proj` of a Mamba.
     """
     from peft import get_peft_model
 
     config = lora_config(model, lora)
     kinds = sorted({name.rpartition(".")[2] for name in linear_names(model)})  # before PEFT's own are among them
-    with torch.random.fork_rng(enabled=str(lora.init_lora_weights).startswith("pissa_niter")):
-        if str(lora.init_lora_weights).startswith("pissa_niter"):
-            # Its SVD is random, and a resumed run must take the same B0·A0 out of the base.
-            torch.manual_seed(0)
-        try:
-            peft_model = get_peft_model(model, config)
-        except ValueError as error:
-            raise RecipeError(
-                f"PEFT puts no adapter with these options on a {model.config.model_type} model: {one_line(error)}",
-                f"Give other lora_target_modules; its linear layers are {', '.join(kinds)}.",
-            ) from error
+    try:
+        peft_model = get_peft_model(model, config)
+    except ValueError as error:
+        raise RecipeError(
+            f"PEFT puts no adapter with these options on a {model.config.model_type} model: {one_line(error)}",
+            f"Give other lora_target_modules; its linear layers are {', '.join(kinds)}.",
+        ) from error
     train_copies_in_float32(peft_model)
-    if changes_base(lora.init_lora_weights):
-        peft_model.qpsft_initial_adapter = keep_initial_adapter(peft_model)
     return peft_model
 
 
@@ -95,8 +73,6 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments) -> LoraConfig:
 
     # Copies of the lists, because PEFT writes into them.
     targets, excluded, names = _targets(model, copy.copy(lora.lora_target_modules))
-    _check_initialisation(model, lora, names)
-    check_dtypes(model, lora.lora_bias, lora.use_dora)
     saved = _modules_to_save(model, lora.lora_modules_to_save or [], names)
     alpha = lora.lora_alpha
     return LoraConfig(
@@ -108,10 +84,8 @@ def lora_config(model: PreTrainedModel, lora: LoraArguments) -> LoraConfig:
         exclude_modules=excluded,
         modules_to_save=list(lora.lora_modules_to_save or []) or None,
         ensure_weight_tying=_is_tied(model) and bool(saved & _embeddings(model)),
-        bias=lora.lora_bias,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
-        init_lora_weights=lora.init_lora_weights,
     )
 
 
@@ -252,44 +226,13 @@ def _is_leaf(module: nn.Module) -> bool:
     return next(module.children(), None) is None and next(module.parameters(recurse=False), None) is not None
 
 
-def _check_initialisation(model: PreTrainedModel, lora: LoraArguments, targets: list[str]) -> None:
-    init = lora.init_lora_weights
-    if init is True or init == "gaussian":
-        return
-    if not changes_base(init):
+def check_trained_biases(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Raises BaseModelError where an adapter trains the base's own biases and the base is not float32."""
+    if config.bias != "none" and model.dtype != torch.float32:
         raise BaseModelError(
-            f"init_lora_weights {init!r} is not supported.",
-            "Use true, gaussian, olora, pissa or pissa_niter_N (N iterations); all of them start at the base model.",
-        )
-    if quantized_linears(model):
-        raise BaseModelError(
-            f"init_lora_weights {init} takes a part out of the base's weights, and what is left of a quantized weight "
-            "would be rounded again: training would start from another model than the base, and an adapter could not "
-            "be carried back to it.",
-            "Use init_lora_weights true, or quantization none.",
-        )
-    width, name = min((min(model.get_submodule(name).weight.shape), name) for name in targets)
-    if lora.lora_r > width:
-        raise BaseModelError(
-            f"init_lora_weights {init} needs a rank of at most the smallest layer's width: {name} has {width}, "
-            f"and lora_r is {lora.lora_r}.",
-            f"Use lora_r {width} or less, or init_lora_weights true.",
-        )
-
-
-def check_dtypes(model: PreTrainedModel, lora_bias: str, use_dora: bool) -> None:
-    """Raises BaseModelError where this base's dtype or rounding cannot carry such an adapter."""
-    if lora_bias != "none" and model.dtype != torch.float32:
-        raise BaseModelError(
-            f"lora_bias {lora_bias} trains the base's own biases, which are {model.dtype} here and cannot take "
-            "the small steps of a trust region.",
-            "Use lora_bias none, or dtype float32.",
-        )
-    int8 = any(not hasattr(module.weight, "quant_state") for module in quantized_linears(model).values())
-    if use_dora and int8 and model.device.type == "cpu":
-        raise BaseModelError(
-            "use_dora does not work on an int8 base on the CPU: PEFT loses the layers' scales when it reads them.",
-            "Use quantization nf4, or no DoRA.",
+            f"The adapter trains the base's own biases (bias: {config.bias}), which are {model.dtype} here and cannot "
+            "take the small steps of a trust region.",
+            "Use dtype float32, or an adapter without trained biases.",
         )
 
 
@@ -317,24 +260,12 @@ def _output_to(module: nn.Module, args: tuple[Any, ...], output: Tensor, *, dtyp
     return output.to(dtype)
 
 
-def keep_initial_adapter(peft_model: PeftModel) -> dict[str, Tensor]:
-    """A0 and B0 of the adapter as it is now, cloned to the CPU, by their names in an adapter file.
-
-    `add_adapter` keeps them on the model (`qpsft_initial_adapter`) where the base was changed by them.
-    """
-    from peft import get_peft_model_state_dict
-
-    state = get_peft_model_state_dict(peft_model, adapter_name=POLICY)
-    return {name: t.detach().cpu().clone() for name, t in state.items() if "lora_A" in name or "lora_B" in name}
-
-
 def save_adapter(
     peft_model: PeftModel, folder: str | os.PathLike, whole_policy: dict[str, Tensor] | None = None
 ) -> Path:
     """Writes the adapter in PEFT's format, with `base_quantization.json`, as the model that was trained.
 
-    `PeftModel.from_pretrained(base, folder)` gives that model again, `base` being loaded the same way. A PiSSA or
-    OLoRA adapter is written as the plain LoRA of twice its rank that it is equal to on the untouched base.
+    `PeftModel.from_pretrained(base, folder)` gives that model again, `base` being loaded the same way.
 
     Args:
         whole_policy: of a sharded model, its gathered parameters (`qpsft.psft.sharding.whole_policy`). The record
@@ -344,37 +275,10 @@ def save_adapter(
         OutputError: the folder cannot be written.
     """
     folder = Path(folder)
-    initial = getattr(peft_model, "qpsft_initial_adapter", None)
     try:
-        if initial is None:
-            peft_model.save_pretrained(folder, selected_adapters=[POLICY], state_dict=whole_policy)
-        else:
-            _save_as_plain_lora(peft_model, folder, initial, whole_policy)
+        peft_model.save_pretrained(folder, selected_adapters=[POLICY], state_dict=whole_policy)
     except OSError as error:
         raise OutputError(f"The adapter cannot be written to {folder}: {error}.", "Check the disk space.") from error
     if whole_policy is None:
         write_base_record(peft_model, folder)
     return folder
-
-
-def _save_as_plain_lora(peft_model: PeftModel, folder: Path, initial: dict[str, Tensor], whole_policy) -> None:
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    tensors = {}
-    for name, tensor in get_peft_model_state_dict(peft_model, whole_policy, POLICY).items():
-        tensor = tensor.detach().cpu()
-        if "lora_A" in name:
-            tensor = torch.cat([tensor, initial[name]], dim=0)
-        elif "lora_B" in name:
-            tensor = torch.cat([tensor, -initial[name]], dim=1)
-        tensors[name] = tensor.clone(memory_format=torch.contiguous_format)  # tied weights come twice
-    config = copy.deepcopy(peft_model.peft_config[POLICY])
-    config.init_lora_weights = True
-    config.inference_mode = True
-    # The factor alpha / r (alpha / sqrt(r) for rsLoRA) must stay what it was.
-    config.lora_alpha *= 2**0.5 if config.use_rslora else 2
-    config.r *= 2
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(folder)

@@ -13,6 +13,7 @@ from qpsft.errors import BaseModelError, ExportError
 from qpsft.model.base import load_tokenizer
 from qpsft.model.base_record import BaseRecord, read_base_record
 from qpsft.model.folder import (
+    ADAPTER_CONFIG,
     PICKLE_SUFFIXES,
     cannot_be_hub_id,
     config_sha256,
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedTokenizerBase
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 HUB_FILES = [ADAPTER_CONFIG, ADAPTER_WEIGHTS, "base_quantization.json", "token*", "special_tokens_map.json", "*.jinja"]
@@ -124,8 +124,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         raise ExportError(
             f"{folder / ADAPTER_CONFIG} has init_lora_weights {init!r}: training started by taking a part out of the "
             "base's weights, and the file does not say which.",
-            "qpsft saves such adapters as the plain LoRA they equal; with PEFT, save with "
-            "path_initial_model_for_weight_conversion.",
+            "Save it with PEFT's path_initial_model_for_weight_conversion, as the plain LoRA that it equals.",
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

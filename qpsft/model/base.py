@@ -7,7 +7,6 @@ adapter must know about all this is in `qpsft.model.base_record`.
 
 from __future__ import annotations
 
-import functools
 import os
 import warnings
 from pathlib import Path
@@ -32,7 +31,6 @@ from qpsft.model.folder import DEMO, check_folder, config_sha256, one_line, reso
 from qpsft.model.hardware import (
     base_dtype,
     check_attention,
-    check_quantization,
     compute_dtype_for,
     hardware_of,
     pick_device,
@@ -56,7 +54,7 @@ __all__ = [
     "write_base_record",
 ]
 
-QUANTIZATIONS = ("nf4", "fp4", "int8", "none")
+QUANTIZATIONS = ("nf4", "fp4", "none")
 
 # Tokens that models reserve for padding, or that no text of theirs is made of, best first.
 PAD_TOKENS = (
@@ -81,8 +79,8 @@ def load_base(
 
     Args:
         name_or_path: `demo` (the embedded base), a folder, or a Hub id. Only a Hub id may use the network.
-        quantization: storage of the linear layers: "nf4", "fp4", "int8", or "none". The LM head and the embeddings
-            are never quantized. A folder that bitsandbytes has already quantized keeps its own settings.
+        quantization: storage of the linear layers: "nf4", "fp4" or "none". The LM head and the embeddings are never
+            quantized. A folder that bitsandbytes has already quantized keeps its own settings.
         double_quant: quantize the quantization constants of nf4 and fp4 too.
         dtype: compute dtype, and dtype of everything unquantized; "auto" fits the device and the model.
         device: "auto", or a torch device. The whole model goes to this one device.
@@ -93,13 +91,13 @@ def load_base(
 
     Returns:
         (model in eval mode with no parameter requiring gradients, tokenizer). A quantized Linear of shape (out, in)
-        holds out·in/2 bytes of uint8 (nf4, fp4) or out × in int8. The forward of a `Linear4bit` never repacks its
+        holds out·in/2 bytes of uint8. The forward of a `Linear4bit` never repacks its
         weight, so eval and training mode compute the same numbers.
 
     Raises:
-        BaseModelError: no such model; its folder is incomplete, truncated, pickle only, not a causal LM, or quantized
-            by another method; its tokenizer has ids the embedding lacks; the hardware cannot do what is asked, or a
-            layer's width on it.
+        BaseModelError: no such model; its folder is incomplete, truncated, pickle only, not a causal LM, or stored
+            quantized in another format than bitsandbytes' 4 bits; its tokenizer has ids the embedding lacks; the
+            hardware cannot do what is asked, or a layer's width on it.
     """
     from transformers import AutoModelForCausalLM
 
@@ -112,13 +110,10 @@ def load_base(
     folder = resolve_folder(name_or_path, revision=revision, remote_code=trust_remote_code)
     config_dict = check_folder(folder, trust_remote_code=trust_remote_code)
     compute_dtype = base_dtype(device, dtype, config_dict)
-    on_disk = config_dict.get("quantization_config")
-    prequantized = on_disk is not None
+    prequantized = config_dict.get("quantization_config") is not None
     if quantization != "none" or prequantized:
         _require_bitsandbytes(device)
-    found = hardware_of(device)
-    check_quantization("int8" if prequantized and on_disk.get("load_in_8bit") else quantization, found)
-    check_attention(attn_implementation, found, compute_dtype)
+    check_attention(attn_implementation, hardware_of(device), compute_dtype)
 
     config = load_config(folder, trust_remote_code)
     kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
@@ -191,8 +186,7 @@ def describe(model: PreTrainedModel, device: torch.device, compute_dtype: torch.
     storage = "not quantized"
     if linears:
         weight = next(iter(linears.values())).weight
-        kind = getattr(weight, "quant_type", "int8")
-        storage = kind + (" + double quantization" if getattr(weight, "compress_statistics", False) else "")
+        storage = weight.quant_type + (" + double quantization" if weight.compress_statistics else "")
     parts = [
         f"base: {Path(model.qpsft_source.name).name}",
         f"{_short(parameter_count(model), 'K', 'M', 'B')} parameters",
@@ -246,17 +240,13 @@ def bitsandbytes_config(
     """How linear layers are rounded, for one of `QUANTIZATIONS` but "none"."""
     from transformers import BitsAndBytesConfig
 
-    if quantization == "int8":
-        # No outlier columns: which columns are outliers depends on all tokens of a batch, so a token's log-probability
-        # would depend on its neighbours, and scoring and training (batched differently) would disagree.
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, llm_int8_skip_modules=skip)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization,
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=compute_dtype,
         bnb_4bit_quant_storage=storage_dtype(compute_dtype),
-        llm_int8_skip_modules=skip,
+        llm_int8_skip_modules=skip,  # the name is from int8; 4 bits heed it too
     )
 
 
@@ -314,32 +304,14 @@ def _has_its_shape(module: nn.Module) -> bool:
 def _keep_one_kernel(model: nn.Module, compute_dtype: torch.dtype) -> None:
     """One kernel in one dtype for training and evaluation, so that a ratio of the two measures the policy only.
 
-    4-bit: on CPUs with AVX512-BF16 the first eval forward of a Linear4bit would repack its weight in place for a
-    bfloat16 kernel, and log-probabilities would differ from training's by up to 0.1 nats. A folder quantized on disk
-    brings its own compute dtype along, which may not suit this hardware.
-
-    int8: off CUDA, bitsandbytes multiplies by the dequantized weight in training mode and rounds the activations to
-    int8 as well in eval mode (0.3 nats apart on stories260K); such layers stay in training mode.
+    On CPUs with AVX512-BF16 the first eval forward of a Linear4bit would repack its weight in place for a bfloat16
+    kernel, and log-probabilities would differ from training's by up to 0.1 nats. A folder quantized on disk brings its
+    own compute dtype along, which may not suit this hardware.
     """
     for module in quantized_linears(model).values():
-        if hasattr(module, "compute_dtype"):
-            module.support_avx512bf16_for_cpu = False
-            module.compute_dtype = compute_dtype
-            module.compute_type_is_set = True
-        elif module.weight.device.type != "cuda":
-            module.__class__ = _linear_always_training(type(module))
-            module.train()
-
-
-@functools.cache
-def _linear_always_training(int8_linear: type[nn.Module]) -> type[nn.Module]:
-    class AlwaysTraining(int8_linear):
-        """Linear8bitLt whose eval forward is its training forward; it has neither dropout nor statistics."""
-
-        def train(self, mode: bool = True) -> nn.Module:
-            return super().train(True)
-
-    return AlwaysTraining
+        module.support_avx512bf16_for_cpu = False
+        module.compute_dtype = compute_dtype
+        module.compute_type_is_set = True
 
 
 def _check_unquantized(model: PreTrainedModel, folder: Path) -> None:

@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import json
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from torch import nn
 
 from qpsft import __version__
 from qpsft.errors import BaseModelError, OutputError
+from qpsft.files import write_atomically
 from qpsft.model.folder import config_sha256, read_config, resolve_folder
 
 RECORD_FILE = "base_quantization.json"
@@ -44,7 +44,7 @@ class BaseRecord:
         base_model_name_or_path: `demo`, a Hub id, or an absolute folder.
         revision: the Hub commit, if known.
         config_sha256: `qpsft.model.folder.config_sha256` of the base's config.json.
-        quantization: "nf4", "fp4", "int8" or "none".
+        quantization: "nf4", "fp4" or "none".
         double_quant: whether the quantization constants are quantized too.
         block_size: weights per quantization constant (nf4, fp4), else None.
         quant_storage: dtype the packed weights are stored in, such as "uint8"; None if not quantized.
@@ -52,7 +52,6 @@ class BaseRecord:
         weights_dtype: dtype the checkpoint's tensors were cast to before they were quantized.
         prequantized: the base was quantized on disk; its own bytes are the trained ones.
         unquantized_modules: names of linear modules that were not quantized (the LM head).
-        init_lora_weights: the adapter's initialisation; None without an adapter.
     """
 
     qpsft_version: str
@@ -67,7 +66,6 @@ class BaseRecord:
     weights_dtype: str
     prequantized: bool
     unquantized_modules: list[str]
-    init_lora_weights: bool | str | None
 
 
 def quantized_linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -75,9 +73,18 @@ def quantized_linears(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params")
-        and isinstance(module, nn.Linear)
+        if type(getattr(module, "weight", None)).__name__ == "Params4bit" and isinstance(module, nn.Linear)
     }
+
+
+def refuse_int8(model: nn.Module) -> None:
+    """Raises BaseModelError for a model with layers in bitsandbytes' int8, however it was loaded."""
+    for name, parameter in model.named_parameters():
+        if type(parameter).__name__ == "Int8Params":
+            raise BaseModelError(
+                f"{name} is in int8, and qpsft trains on bases in 4 bits (nf4, fp4) or 16 and 32.",
+                "Load the base with qpsft.load_base, or with load_in_4bit=True.",
+            )
 
 
 def check_read_back(model: nn.Module) -> None:
@@ -93,8 +100,8 @@ def check_read_back(model: nn.Module) -> None:
 
     widths = set()
     for name, module in quantized_linears(model).items():
-        state = getattr(module.weight, "quant_state", None)
-        if state is None or state.shape[-1] % state.blocksize == 0 or state.shape[-1] in widths:
+        state = module.weight.quant_state
+        if state.shape[-1] % state.blocksize == 0 or state.shape[-1] in widths:
             continue
         widths.add(state.shape[-1])
         in_one_row = copy.copy(state)
@@ -128,10 +135,7 @@ def stored_bytes(model: nn.Module) -> int:
     tensors = (*model.named_parameters(), *model.named_buffers())
     total = sum(tensor.nbytes for name, tensor in tensors if _is_base(name))
     for module in quantized_linears(model).values():
-        state = getattr(module.weight, "quant_state", None)
-        if state is None:
-            total += module.weight.SCB.nbytes if getattr(module.weight, "SCB", None) is not None else 0
-            continue
+        state = module.weight.quant_state
         for part in (state, state.state2):
             total += part.absmax.nbytes if part is not None else 0
     return total
@@ -145,10 +149,8 @@ def base_record(model: nn.Module, name_or_path: str | None = None) -> dict:
         name_or_path: where it came from, for a model that `load_base` did not load and whose `name_or_path` is wrong.
 
     Raises:
-        BaseModelError: the source's config.json is not on this machine.
+        BaseModelError: the source's config.json is not on this machine, or the base is in int8.
     """
-    peft_config = getattr(model, "peft_config", None)
-    adapter = next(iter(peft_config.values())) if peft_config else None
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     source = getattr(base, "qpsft_source", None)
     if source is None or name_or_path is not None:
@@ -160,7 +162,6 @@ def base_record(model: nn.Module, name_or_path: str | None = None) -> dict:
             revision=source.revision,
             config_sha256=source.config_sha256,
             prequantized=source.prequantized,
-            init_lora_weights=None if adapter is None else adapter.init_lora_weights,
             **_settings(base),
         )
     )
@@ -168,6 +169,7 @@ def base_record(model: nn.Module, name_or_path: str | None = None) -> dict:
 
 def _settings(base: nn.Module) -> dict:
     """Quantization settings, read off the weights themselves."""
+    refuse_int8(base)
     linears = quantized_linears(base)
     quantized = {id(module) for module in linears.values()}
     settings = {
@@ -186,9 +188,7 @@ def _settings(base: nn.Module) -> dict:
     if not linears:
         return settings
     first = next(iter(linears.values()))
-    state = getattr(first.weight, "quant_state", None)
-    if state is None:
-        return settings | {"quantization": "int8", "quant_storage": _name(first.weight.dtype)}
+    state = first.weight.quant_state
     return settings | {
         "quantization": state.quant_type,
         "double_quant": state.nested,
@@ -221,17 +221,7 @@ def write_base_record(model: nn.Module, folder: str | os.PathLike, name_or_path:
     target = folder / RECORD_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{RECORD_FILE}.")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_atomically(target, text)
     except OSError as error:
         raise OutputError(
             f"{target} cannot be written: {error.strerror or error}.", "Check the disk and its permissions."
@@ -243,7 +233,7 @@ def read_base_record(folder: str | os.PathLike) -> BaseRecord:
     """The record in an adapter's folder.
 
     Raises:
-        BaseModelError: it is missing, not JSON, or lacks a key; the message names the file.
+        BaseModelError: it is missing, not JSON, lacks a key, or says int8; the message names the file.
     """
     path = Path(folder) / RECORD_FILE
     advice = (
@@ -262,6 +252,11 @@ def read_base_record(folder: str | os.PathLike) -> BaseRecord:
     missing = [name for name in names if name not in content]
     if missing:
         raise BaseModelError(f"{path} lacks {', '.join(missing)}.", advice)
+    if content["quantization"] == "int8":
+        raise BaseModelError(
+            f"{path} says that the base was in int8, and qpsft works with bases in 4 bits or unquantized ones.",
+            "Load the adapter with PEFT beside the base it was trained on, or train again with quantization: nf4.",
+        )
     return BaseRecord(**{name: content[name] for name in names})
 
 

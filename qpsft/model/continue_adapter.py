@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpsft.errors import BaseModelError, RecipeError
-from qpsft.model.adapter import POLICY, adapted_layers, check_dtypes, targeted_layers, train_copies_in_float32
+from qpsft.model.adapter import POLICY, adapted_layers, check_trained_biases, targeted_layers, train_copies_in_float32
 from qpsft.model.adapter_folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 SAME_OPTIONS = {
     "lora_r": "r",
     "lora_alpha": "lora_alpha",
-    "lora_bias": "bias",
     "use_rslora": "use_rslora",
     "use_dora": "use_dora",
 }
@@ -81,7 +80,7 @@ def continue_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     folder, given = find_adapter(recipe.lora.adapter_name_or_path), recipe.given
     config = read_adapter_config(folder)
     _check_base(folder, config, model)
-    check_dtypes(model, config.bias, config.use_dora)
+    check_trained_biases(model, config)
     asked = given.get("lora_target_modules")
     wanted = None if asked is None else set(targeted_layers(model, asked))
     config.init_lora_weights = True  # the values come from the file

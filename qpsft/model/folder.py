@@ -7,7 +7,6 @@ sentence instead of a traceback from the middle of a load.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from qpsft.errors import BaseModelError
+from qpsft.errors import BaseModelError, ExportError
+from qpsft.files import digest
 
 DEMO = "demo"
 MODEL_DIR = Path(__file__).resolve().parents[1] / "demo" / "model"
@@ -23,6 +23,9 @@ MODEL_DIR = Path(__file__).resolve().parents[1] / "demo" / "model"
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+MERGE_REPORT = "merge_report.json"
+"""By which a folder that `qpsft merge` wrote is known."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # What a Hub snapshot is made of. Anything else in a repository (pickles, GGUF files, ONNX, Llama's `original/` and
@@ -159,8 +162,8 @@ def check_folder(folder: Path, *, trust_remote_code: bool = False) -> dict[str, 
     """Checks that `folder` holds a complete causal LM in safetensors, and returns its config.json as a dict.
 
     Raises:
-        BaseModelError: config.json missing or broken, not a causal LM, quantized by another method than bitsandbytes,
-            weights missing, as pickles only, or truncated; the message names the file.
+        BaseModelError: config.json missing or broken, not a causal LM, quantized otherwise than to bitsandbytes' 4
+            bits, weights missing, as pickles only, or truncated; the message names the file.
     """
     config = check_config(folder, trust_remote_code=trust_remote_code)
     _check_weights(folder)
@@ -171,7 +174,7 @@ def check_config(folder: Path, *, trust_remote_code: bool = False) -> dict[str, 
     """`check_folder` without the weights: config.json is a causal LM's that can be trained. Raises BaseModelError."""
     config = read_config(folder)
     _check_architecture(folder, config, trust_remote_code)
-    _check_quantization(folder, config)
+    check_stored_quantization(config.get("quantization_config"), str(folder / CONFIG))
     return config
 
 
@@ -179,7 +182,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of `folder` as a dict. Raises BaseModelError when it is missing, broken or an adapter's."""
     path = folder / CONFIG
     if not path.is_file():
-        if (folder / "adapter_config.json").is_file():
+        if (folder / ADAPTER_CONFIG).is_file():
             raise BaseModelError(
                 f"{folder} is a LoRA adapter, not a base model.",
                 "Give its base model (base_model_name_or_path in its adapter_config.json), or merge the adapter first.",
@@ -192,6 +195,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise BaseModelError(f"{path} is not a JSON object.", "Copy or download it again.")
     return config
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder is an adapter's (True) or a model's. Raises ExportError when it is neither."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        return True
+    if (folder / CONFIG).is_file():
+        return False
+    raise ExportError(
+        f"{folder} is neither an adapter folder ({ADAPTER_CONFIG}) nor a merged model ({CONFIG}).",
+        "Give the folder that qpsft train or qpsft merge wrote.",
+    )
 
 
 def _check_architecture(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
@@ -220,17 +235,27 @@ def _check_architecture(folder: Path, config: dict[str, Any], trust_remote_code:
         )
 
 
-def _check_quantization(folder: Path, config: dict[str, Any]) -> None:
-    settings = config.get("quantization_config")
+def check_stored_quantization(settings: Any, where: str) -> None:
+    """Whether qpsft can train on weights that are stored quantized.
+
+    Args:
+        settings: `quantization_config` of a config.json; None: the weights are not quantized.
+        where: what to call that config.json in an error.
+
+    Raises:
+        BaseModelError: they are, otherwise than to bitsandbytes' 4 bits.
+    """
     if settings is None:
         return
     method = str(settings.get("quant_method", "unknown")) if isinstance(settings, dict) else "unknown"
-    if method != "bitsandbytes":
-        raise BaseModelError(
-            f"{folder / CONFIG} says the weights are quantized with {method}; qpsft trains on 16- or 32-bit weights, "
-            "which it quantizes itself, or on bitsandbytes' own format.",
-            "Use the original model this one was made from (its model card names it).",
-        )
+    if method == "bitsandbytes" and not settings.get("load_in_8bit"):
+        return
+    kind = "in int8" if method == "bitsandbytes" else f"with {method}"
+    raise BaseModelError(
+        f"{where} says the weights are quantized {kind}; qpsft trains on 16- or 32-bit weights, which it quantizes "
+        "itself, or on bitsandbytes' own 4 bits.",
+        "Use the original model this one was made from (its model card names it).",
+    )
 
 
 def _check_weights(folder: Path) -> None:
@@ -308,7 +333,7 @@ def config_sha256(config: dict[str, Any]) -> str:
             return {key: essential(item) for key, item in value.items() if key not in _VOLATILE_KEYS}
         return value
 
-    return hashlib.sha256(json.dumps(essential(config), sort_keys=True).encode()).hexdigest()
+    return digest(json.dumps(essential(config), sort_keys=True))
 
 
 def _read_json(path: Path) -> Any:

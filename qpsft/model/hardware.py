@@ -1,8 +1,8 @@
 """Which device, what it can do, and which dtype it is good at.
 
 What a kind of hardware can do is a pure function of its name (`hardware`), so that every card can be tested without
-having it. Sources: bitsandbytes 0.50's installation guide (4-bit and 8-bit optimizers from sm 60, int8 from sm 75;
-CPU, Intel, Apple), FlashAttention's README (Ampere and newer), `torch.cuda.get_arch_list` for the installed torch.
+having it. Sources: bitsandbytes 0.50's installation guide (4 bits and 8-bit optimizers from sm 60; CPU,
+Intel, Apple), FlashAttention's README (Ampere and newer), `torch.cuda.get_arch_list` for the installed torch.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from qpsft.errors import BaseModelError, RecipeError
+from qpsft.model.base_record import refuse_int8
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -35,7 +36,6 @@ class Hardware:
         compute_dtype: the fastest dtype that is sound there; see `pick_dtype`.
         loss_scaling: training in float16 works there, with a GradScaler.
         flash_attention: FlashAttention-2 has kernels for it; otherwise SDPA chooses among torch's own.
-        quantizations: the storages bitsandbytes has kernels for.
         optimizers_8bit: bitsandbytes' 8-bit optimizers run there.
         optimizers_paged: they can also move their state to host memory when the card is full.
     """
@@ -44,7 +44,6 @@ class Hardware:
     compute_dtype: torch.dtype
     loss_scaling: bool
     flash_attention: bool
-    quantizations: tuple[str, ...]
     optimizers_8bit: bool
     optimizers_paged: bool
 
@@ -81,7 +80,6 @@ def hardware(backend: str, capability: tuple[int, int] | str | None = None) -> H
         BaseModelError: a CUDA card older than bitsandbytes supports.
     """
     dtype = pick_dtype(backend, capability)
-    four_bit = ("nf4", "fp4", "none")
     if backend == "cuda":
         name = f"sm_{capability[0]}{capability[1]}"
         if capability < (6, 0):
@@ -89,16 +87,15 @@ def hardware(backend: str, capability: tuple[int, int] | str | None = None) -> H
                 f"This card is {name}; bitsandbytes has kernels from sm_60 (Pascal) on.",
                 "Use a newer card, or the CPU (use_cpu: true) for small models.",
             )
-        quantizations = ("nf4", "fp4", "int8", "none") if capability >= (7, 5) else four_bit
-        return Hardware(name, dtype, True, capability >= (8, 0), quantizations, True, True)
+        return Hardware(name, dtype, True, capability >= (8, 0), True, True)
     if backend == "rocm":
         name = str(capability).split(":")[0]
-        return Hardware(name, dtype, True, name.startswith(MODERN_AMD), (*four_bit, "int8"), True, True)
+        return Hardware(name, dtype, True, name.startswith(MODERN_AMD), True, True)
     if backend == "xpu":
-        return Hardware("xpu", dtype, True, True, (*four_bit, "int8"), True, True)
+        return Hardware("xpu", dtype, True, True, True, True)
     if backend == "mps":
-        return Hardware("mps", dtype, True, False, four_bit, False, False)
-    return Hardware(backend, dtype, False, False, (*four_bit, "int8"), backend == "cpu", False)
+        return Hardware("mps", dtype, True, False, False, False)
+    return Hardware(backend, dtype, False, False, backend == "cpu", False)
 
 
 def hardware_for(device_type: str, capability: tuple[int, int] | str) -> Hardware:
@@ -146,15 +143,6 @@ def has_kernels(name: str, built_for: Sequence[str]) -> bool:
             if version <= card and (same_major or kind == "compute"):
                 return True
     return False
-
-
-def check_quantization(quantization: str, found: Hardware) -> None:
-    """Raises BaseModelError when bitsandbytes has no kernels for this storage on this hardware."""
-    if quantization not in found.quantizations:
-        raise BaseModelError(
-            f"bitsandbytes has no kernels for {quantization} on {found.name}.",
-            f"Use quantization {', '.join(found.quantizations)}.",
-        )
 
 
 def check_attention(implementation: str | None, found: Hardware, compute_dtype: torch.dtype) -> None:
@@ -338,7 +326,9 @@ def settle_precision(model: nn.Module, args: TrainingArguments) -> None:
     Raises:
         RecipeError: fp16 was asked for and the model overflows in it, or the model computes in float16 without the loss
             scaling that keeps small gradients from becoming 0.
+        BaseModelError: the model is in int8.
     """
+    refuse_int8(model)
     model_type = overflowing_type(model.config.to_dict())
     if args.mixed_precision == "fp16" and model_type is not None and args.automatic_precision:
         args.fp16, args.mixed_precision = False, "no"

@@ -197,8 +197,6 @@ def kernel_workspace(func: Any, args: tuple, kwargs: dict) -> tuple[int, int]:
         if kwargs.get("absmax_8bit") is not None:
             inside += 2 * 4 * kwargs["absmax_8bit"].numel()
         return inside, inside
-    if name == "bitsandbytes::int8_scaled_mm":
-        return 4 * args[0].shape[0] * args[1].shape[0], 0  # the product in int32
     if name == "aten::_scaled_dot_product_flash_attention_backward":
         query, key = args[1], args[2]
         batch, heads, length, head_dim = query.shape

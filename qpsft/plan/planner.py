@@ -20,7 +20,6 @@ from qpsft.model.hardware import (
     check_attention,
     check_mixed_precision,
     check_optimizer,
-    check_quantization,
     hardware_for,
     overflowing_type,
 )
@@ -62,7 +61,7 @@ class Planner:
 
     Raises:
         BaseModelError: the model cannot be built from its config, or the adapter's options do not fit it; the card is
-            too old for bitsandbytes; card or model have no kernels for the quantization or the attention asked for.
+            too old for bitsandbytes; card or model have no kernels for the attention asked for.
         RecipeError: training would refuse the optimizer or the mixed precision there.
     """
 
@@ -252,8 +251,6 @@ def _check_card(
     recipe: Recipe, shape: Shape, found: Hardware, dtype: torch.dtype, autocast: torch.dtype | None
 ) -> None:
     """Raises what `load_base`, PSFTConfig and PSFTTrainer would on that card."""
-    on_disk = shape.config.to_dict().get("quantization_config") or {}
-    check_quantization("int8" if on_disk.get("load_in_8bit") else recipe.model.quantization, found)
     check_attention(recipe.model.attn_implementation, found, dtype)
     check_optimizer(_name(recipe.trainer.optim), found)
     check_mixed_precision(autocast, dtype, overflowing_type(shape.config.to_dict()))

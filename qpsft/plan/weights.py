@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from qpsft.errors import BaseModelError
-from qpsft.model.adapter import add_adapter, changes_base
+from qpsft.model.adapter import add_adapter
 from qpsft.model.base import bitsandbytes_config, modules_to_skip
 from qpsft.model.base_record import quantized_linears
-from qpsft.model.folder import one_line
+from qpsft.model.folder import check_stored_quantization, one_line
 from qpsft.model.tiled_mlp import tile_mlps
 from qpsft.recipe.arguments import LoraArguments, ModelArguments
 
@@ -34,8 +33,8 @@ class WeightBytes:
     """Exact bytes of a loaded model with its adapter, and how many tensors they are.
 
     Attributes:
-        quantized: packed 4-bit or int8 weights.
-        constants: what goes with them: absmax and its own constants, offsets, code tables; int8's scales.
+        quantized: packed 4-bit weights.
+        constants: what goes with them: absmax and its own constants, offsets, code tables.
         unquantized: every other frozen weight and buffer, shared ones once.
         trainable: shapes of the trained parameters (the adapter), all float32.
         sizes: bytes of each frozen tensor.
@@ -83,8 +82,6 @@ def build_skeleton(
         RecipeError: PEFT refuses them for this architecture.
     """
     base = _build_base(config, model, dtype, trust_remote_code)
-    if changes_base(lora.init_lora_weights):
-        lora = dataclasses.replace(lora, init_lora_weights=True)  # the same shapes, without a decomposition
     with torch.device("meta"):
         peft_model = add_adapter(base, lora)
     if tiled_mlp:
@@ -124,10 +121,7 @@ def _quantize(base: PreTrainedModel, model: ModelArguments, dtype: torch.dtype, 
 
     if prequantized is not None:
         settings = prequantized if isinstance(prequantized, dict) else prequantized.to_dict()
-        if settings.get("quant_method", "bitsandbytes") != "bitsandbytes":
-            raise BaseModelError(
-                f"The base is quantized with {settings['quant_method']}.", "Use the 16-bit model it was made from."
-            )
+        check_stored_quantization(settings, "The base's config")
         quantization = BitsAndBytesConfig.from_dict(settings)
     else:
         skip = modules_to_skip(base)
@@ -161,21 +155,17 @@ def _round(layer: nn.Module, quantization: Any, dtype: torch.dtype) -> None:
 
     weight = layer.weight
     values = torch.empty(layer.out_features, layer.in_features, dtype=dtype, device="meta")
-    if hasattr(weight, "quant_state"):
-        layer.compute_dtype, layer.compute_type_is_set = dtype, True
-        weight.data, weight.quant_state = functional.quantize_4bit(
-            values,
-            compress_statistics=quantization.bnb_4bit_use_double_quant,
-            quant_type=quantization.bnb_4bit_quant_type,
-            quant_storage=quantization.bnb_4bit_quant_storage,
-        )
-        if getattr(functional.name2qmap.get("dynamic"), "is_meta", False):  # kept for the next weight, a real one's too
-            del functional.name2qmap["dynamic"]
-        weight.bnb_quantized = True
-        layer.quant_state = weight.quant_state
-    else:
-        weight.data, weight.SCB, _ = functional.int8_vectorwise_quant(values.to(torch.float16))
-        weight.CB = weight.data
+    layer.compute_dtype, layer.compute_type_is_set = dtype, True
+    weight.data, weight.quant_state = functional.quantize_4bit(
+        values,
+        compress_statistics=quantization.bnb_4bit_use_double_quant,
+        quant_type=quantization.bnb_4bit_quant_type,
+        quant_storage=quantization.bnb_4bit_quant_storage,
+    )
+    if getattr(functional.name2qmap.get("dynamic"), "is_meta", False):  # kept for the next weight, a real one's too
+        del functional.name2qmap["dynamic"]
+    weight.bnb_quantized = True
+    layer.quant_state = weight.quant_state
 
 
 def _keep_in_float32(base: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -217,10 +207,7 @@ def _frozen(model: nn.Module) -> Iterator[Tensor]:
 
 def _constants(layer: nn.Module) -> list[Tensor]:
     """What bitsandbytes keeps beside a layer's packed weight; code tables that layers share are the same tensor."""
-    state = getattr(layer.weight, "quant_state", None)
-    if state is None:
-        scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
-        return [] if scales is None else [scales]
+    state = layer.weight.quant_state
     tensors = [state.absmax, state.code]
     if state.nested:
         tensors += [state.offset, state.state2.absmax, state.state2.code]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qpsft.errors import OutputError, TrainingError
-from qpsft.files import write_atomically
+from qpsft.files import digest, write_atomically
 
 COMPLETE = "complete.json"
 RUN = "psft_run.json"
@@ -107,7 +106,7 @@ def rows_sha256(rows: Sequence[Mapping[str, Any]], sample: int = 256) -> str:
     """A digest of tokenized rows: of `sample` of them at even distances, which is enough to tell two files apart."""
     numbers = sorted({round(i * (len(rows) - 1) / max(1, sample - 1)) for i in range(min(sample, len(rows)))})
     text = json.dumps([[rows[n].get("input_ids"), rows[n].get("labels")] for n in numbers])
-    return hashlib.sha256(text.encode()).hexdigest()
+    return digest(text)
 
 
 def check_adapter(folder: Path, config: Any) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from qpsft.errors import TrainingError
 from qpsft.psft.forward import policy_forward
-from qpsft.psft.scoring import Batch, fused_limits, gather, groups, mixes_rows, row_lengths
+from qpsft.psft.scoring import Batch, fused_limits, gather, groups, row_lengths
 from qpsft.psft.sharding import as_sharded, exchanged, is_sharded, whole
 
 LARGE_SHARE = 1 / 20
@@ -76,7 +76,7 @@ class ReferencePolicy:
                 "Add an adapter (`peft_config=LoraConfig(...)`), or load yours with `is_trainable=True`.",
             )
         self._copy = {name: self._empty_like(p) for name, p in self._policy.items()}
-        self._mixes_rows, self._limits = mixes_rows(model), fused_limits(model)
+        self._limits = fused_limits(model)
         self.snapshot()
 
     def _empty_like(self, parameter: Tensor) -> Tensor:
@@ -125,8 +125,7 @@ class ReferencePolicy:
         Args:
             batches: each with `input_ids`, `labels` (-100: not supervised) and `attention_mask` or, for packed rows,
                 `position_ids`, all (batch, sequence). Batches with anything else in them (images, rows end to end) or
-                with padding on the left are run as they are, and so is everything where rows change each other's
-                numbers (`qpsft.psft.scoring.mixes_rows`) or the model is sharded.
+                with padding on the left are run as they are, and so is everything where the model is sharded.
             token_budget: None: each batch is run as it is.
 
         Returns:
@@ -134,7 +133,7 @@ class ReferencePolicy:
         """
         lengths = [row_lengths(batch) for batch in batches]
         with self.active():
-            if token_budget is None or self.sharded or self._mixes_rows or None in lengths:
+            if token_budget is None or self.sharded or None in lengths:
                 return [self._logprobs(b, of_batch is not None) for b, of_batch in zip(batches, lengths, strict=True)]
             return self._score_regrouped(batches, lengths, token_budget)
 

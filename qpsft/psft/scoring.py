@@ -122,12 +122,6 @@ def as_in_training(model: nn.Module, device: torch.device, seed: int) -> Iterato
         model.train(was_training)
 
 
-def mixes_rows(model: nn.Module) -> bool:
-    """Whether a row's numbers depend on the rows beside it: LLM.int8 with outliers, whose columns the batch decides."""
-    states = (getattr(module, "state", None) for module in quantized_linears(model).values())
-    return any(getattr(state, "threshold", 0.0) > 0 for state in states)
-
-
 def row_lengths(batch: Batch) -> list[int] | None:
     """Real tokens of every row, or None when rows cannot be taken out of their batch.
 

@@ -40,7 +40,7 @@ def check_sharding(trainer: Trainer) -> None:
     """Looks at a trainer before it shards its model, and turns FSDP's own mixed precision off.
 
     Raises:
-        RecipeError: DeepSpeed, FSDP 1, FSDP with float16, int8, checkpoints in shards, bitsandbytes' optimizers or a
+        RecipeError: DeepSpeed, FSDP 1, FSDP with float16, checkpoints in shards, bitsandbytes' optimizers or a
             reference in host memory, or with 4-bit weights whose storage differs from the other frozen weights' dtype.
     """
     if trainer.is_deepspeed_enabled:
@@ -73,8 +73,6 @@ def check_sharding(trainer: Trainer) -> None:
         )
     frozen = trainer.model.get_input_embeddings().weight.dtype
     for name, parameter in trainer.model.named_parameters():
-        if type(parameter).__name__ == "Int8Params":
-            raise RecipeError("FSDP with quantization int8 is not supported.", "Use nf4.")
         if type(parameter).__name__ == "Params4bit" and parameter.dtype != frozen:
             raise RecipeError(
                 f"FSDP needs 4-bit weights stored in the dtype of the other frozen weights: {name} is stored as "

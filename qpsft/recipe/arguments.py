@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from qpsft.errors import RecipeError
 
-Quantization = Literal["nf4", "fp4", "int8", "none"]
+Quantization = Literal["nf4", "fp4", "none"]
 
 
 def _option(default: Any, help: str) -> Any:
@@ -63,12 +63,8 @@ class LoraArguments:
         "all-linear", "Module names to adapt. all-linear: every linear layer of the language model but its LM head."
     )
     lora_modules_to_save: list[str] | None = _option(None, "Modules trained in full and saved with the adapter.")
-    lora_bias: Literal["none", "all", "lora_only"] = _option("none", "Which biases are trained.")
     use_rslora: bool = _option(False, "Rank-stabilised scaling: alpha / sqrt(r).")
     use_dora: bool = _option(False, "Weight-decomposed LoRA: a trained magnitude per output feature.")
-    init_lora_weights: bool | str = _option(
-        True, "true (A random, B zero), gaussian, or with quantization: none also pissa, pissa_niter_4 and olora."
-    )
 
     def __post_init__(self) -> None:
         if self.adapter_name_or_path is not None and not self.adapter_name_or_path.strip():

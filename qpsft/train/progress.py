@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from qpsft.files import write_atomically
 from qpsft.terminal import short_number
 
 
@@ -55,7 +56,7 @@ class MetricsCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def on_step_end(self, args, state, control, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:  # also a run shorter than logging_steps ends with its numbers

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import platform
-import shutil
 import textwrap
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from transformers import PrinterCallback, TrainerCallback
 from qpsft.data.template import find_chat_date, keep_chat_date
 from qpsft.data.tokenize import TokenizedRows, load_dataset
 from qpsft.errors import OutputError, QpsftError, RecipeError
+from qpsft.files import finished_files
 from qpsft.model.adapter import POLICY, add_adapter, save_adapter
 from qpsft.model.base import load_base, set_pad_token
 from qpsft.model.base_record import RECORD_FILE, base_record, read_base_record, write_base_record
@@ -264,33 +264,27 @@ def write_outputs(recipe: Recipe, trainer, tokenizer, held_out, summary: RunSumm
 
     Returns: the names written. Raises: OutputError; what was in the folder before is then untouched.
     """
-    folder, partial = summary.folder, summary.folder / ".partial"
+    folder = summary.folder
     lines = [line for line in read_metrics(folder / METRICS) if "nll" in line]
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed here
-        partial.mkdir()
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        save_adapter(model, partial, tensors)
-        tokenizer.save_pretrained(partial)
-        draw_training(lines, partial / "training.png", f"{recipe.trainer.loss_type} on {recipe.data.dataset_name}")
-        options = resolved_name(recipe, folder)
-        (partial / options).write_text(resolved_recipe(recipe), encoding="utf-8")
-        card = model_card(recipe, folder, summary.numbers, model.peft_config[POLICY], options)
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        with (partial / VERIFY_PROMPTS).open("w", encoding="utf-8") as file:
-            for row in held_out:
-                file.write(json.dumps(_verify_prompt(row, tokenizer), ensure_ascii=False) + "\n")
-        names = sorted(path.name for path in partial.iterdir())
-        for name in names:
-            (partial / name).chmod(0o644)  # safetensors leaves 0600
-            os.replace(partial / name, folder / name)
+        with finished_files(folder) as partial:
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            save_adapter(model, partial, tensors)
+            tokenizer.save_pretrained(partial)
+            draw_training(lines, partial / "training.png", f"{recipe.trainer.loss_type} on {recipe.data.dataset_name}")
+            options = resolved_name(recipe, folder)
+            (partial / options).write_text(resolved_recipe(recipe), encoding="utf-8")
+            card = model_card(recipe, folder, summary.numbers, model.peft_config[POLICY], options)
+            (partial / "README.md").write_text(card, encoding="utf-8")
+            with (partial / VERIFY_PROMPTS).open("w", encoding="utf-8") as file:
+                for row in held_out:
+                    file.write(json.dumps(_verify_prompt(row, tokenizer), ensure_ascii=False) + "\n")
+            names = sorted(path.name for path in partial.iterdir())
     except OSError as error:
         raise OutputError(
             f"The adapter could not be written to {folder}: {error.strerror or error}.",
             "Free some space, then give --resume: training itself is done and continues from its last checkpoint.",
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return [*sorted({*names, RECORD_FILE}), METRICS]
 
 

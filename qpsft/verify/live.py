@@ -95,12 +95,10 @@ def _compute_in_float32(model: nn.Module, compute_dtype: torch.dtype) -> None:
         if buffer.is_floating_point():
             buffer.data = buffer.data.float()
     for layer in quantized_linears(model).values():
-        state = getattr(layer.weight, "quant_state", None)
-        if state is not None:
-            # The live forward dequantizes to its activations' dtype, whatever dtype the weight was quantized from.
-            state.dtype = compute_dtype
-            layer.compute_dtype = torch.float32
-        # bitsandbytes would dequantize to float32 here, and int8 kernels round the activations, which no file can hold.
+        # The live forward dequantizes to its activations' dtype, whatever dtype the weight was quantized from.
+        layer.weight.quant_state.dtype = compute_dtype
+        layer.compute_dtype = torch.float32
+        # bitsandbytes would dequantize to float32 here
         layer.forward = partial(_dense_forward, layer)
 
 
@@ -115,8 +113,6 @@ def _dequantized(layer: nn.Module) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(weight.data, weight.quant_state).float()
-    if type(weight).__name__ == "Int8Params":
-        return weight.data.float() * (weight.SCB.float() / 127).unsqueeze(1)
     return weight.data.float()
 
 

@@ -1,0 +1,115 @@
+"""What a merge says of itself: the lines for a terminal, `merge_report.json`, and the card of the merged model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qpsft.model.base_record import BaseRecord
+from qpsft.terminal import wrap
+
+
+@dataclass
+class MergeReport:
+    """What was merged, where it is and how it was checked. `merge_report.json` holds the same.
+
+    Attributes:
+        rounding: how the base was rounded in training, in words.
+        bytes: of the weights written.
+        tensors: number written.
+        low_rank: matrices that a low-rank update was added to.
+        replaced: tensors changed otherwise (copies trained in full, biases, token rows).
+        seconds: of the whole merge, `merge_seconds` without the verification.
+        peak_rss: the process's largest resident memory so far, in bytes.
+        left_out: tensors of the base's folder that its architecture does not use.
+        verification: None if it was not run; else `same_model`, `numbers` and `summary` of `qpsft.verify.verification`.
+    """
+
+    qpsft_version: str
+    adapter: str
+    base: str
+    base_revision: str | None
+    output: str
+    onto: str
+    dtype: str
+    rounding: str
+    bytes: int
+    tensors: int
+    low_rank: int
+    replaced: int
+    peak_rss: int
+    left_out: list[str]
+    seconds: float = 0.0
+    merge_seconds: float = 0.0
+    files: list[str] = field(default_factory=list)
+    verification: dict[str, Any] | None = None
+
+    def summary(self) -> str:
+        """What a person wants to know, in some ten lines."""
+        lines = [
+            f"merged {Path(self.adapter).name} onto the {self.onto} weights of {Path(self.base).name}",
+            f"base in training: {self.rounding}",
+            wrap(
+                f"wrote {self.output}: {self.tensors} tensors, {self.bytes / 1e9:.3g} GB in {self.dtype}, "
+                f"{len(self.files)} files; {self.merge_seconds:.1f} s, peak memory {self.peak_rss / 1e6:.0f} MB"
+            ),
+        ]
+        if self.left_out:
+            lines.append(
+                wrap(f"left out {len(self.left_out)} tensors that the model does not use, such as {self.left_out[0]}")
+            )
+        lines += ["", self.verification["summary"] if self.verification else "verification: not run"]
+        lines += ["", f"next: qpsft export {self.output} --to gguf", "      or load it with transformers or vLLM"]
+        return "\n".join(lines)
+
+    def card(self) -> str:
+        """README.md of the merged model. It names no folder of this machine."""
+        on_hub = not Path(self.base).is_absolute() and self.base != "demo"
+        onto = {
+            "trained": "the weights training saw: the base's, rounded and dequantized with the settings of the "
+            f"training run ({self.rounding}). This is the model that was trained, up to the rounding to {self.dtype}.",
+            "original": "the base's original weights. The adapter was trained on rounded weights "
+            f"({self.rounding}), so this is near the model that was trained, and not the same.",
+        }[self.onto]
+        revision = f" @ {self.base_revision}" if self.base_revision else ""
+        not_run = ["Not run. `qpsft verify ADAPTER THIS_FOLDER` runs it."]
+        lines = [
+            "---",
+            *([f"base_model: {self.base}"] if on_hub else []),
+            "library_name: transformers",
+            "pipeline_tag: text-generation",
+            "tags: [qpsft, psft, lora-merged]",
+            "---",
+            "",
+            f"# {Path(self.output).name}",
+            "",
+            f"A LoRA adapter merged into its base model by qpsft {self.qpsft_version}.",
+            "",
+            "| | |",
+            "| --- | --- |",
+            f"| base | {self.base if on_hub else Path(self.base).name}{revision} |",
+            f"| adapter | {Path(self.adapter).name} |",
+            f"| merged onto | {onto} |",
+            f"| dtype | {self.dtype} |",
+            f"| changed | {self.low_rank} matrices by low-rank updates, {self.replaced} tensors otherwise |",
+            "",
+            "## Verification against the live model",
+            "",
+            *(["```", self.verification["summary"], "```"] if self.verification else not_run),
+            "",
+            "`merge_report.json` holds the same and more numbers.",
+            "",
+        ]
+        return "\n".join(lines)
+
+
+def rounding_in_words(record: BaseRecord | None) -> str:
+    """How a base was rounded in training, such as "nf4 in blocks of 64, double quantization, computed in bfloat16"."""
+    if record is None:
+        return "no record of the rounding in training"
+    if record.quantization == "none":
+        return f"not quantized, {record.compute_dtype}"
+    blocks = f" in blocks of {record.block_size}" if record.block_size else ""
+    double = ", double quantization" if record.double_quant else ""
+    return f"{record.quantization}{blocks}{double}, computed in {record.compute_dtype}"
