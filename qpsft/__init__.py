@@ -1,6 +1,10 @@
 """Proximal Supervised Fine-Tuning (PSFT) on 4-bit base models with LoRA."""
 
-from __future__ import annotations
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 - before anything that an older Python cannot read
+    sys.stderr.write(f"error: qpsft needs Python 3.11 or newer; this is {sys.version.split()[0]}.\n")
+    raise SystemExit(2)
 
 import importlib
 from typing import TYPE_CHECKING, Any
