@@ -34,7 +34,13 @@ def __getattr__(name: str) -> Any:
     """Imports on first use, so that `import qpsft` and `qpsft --help` do not wait for torch."""
     if name not in _HOME:
         raise AttributeError(f"module 'qpsft' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    try:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    except ImportError as error:
+        from qpsft.model.environment import broken_torchvision
+
+        problem = broken_torchvision()
+        raise error if problem is None else problem from error
 
 
 def __dir__() -> list[str]:
