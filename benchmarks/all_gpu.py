@@ -102,7 +102,7 @@ def run_parts(
             progress[part.name] = {
                 "exit_code": code,
                 "seconds": round(clock() - started, 1),
-                "ended": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+                "ended": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             }
             path.write_text(json.dumps(progress, indent=1) + "\n", encoding="utf-8")
             log.flush()

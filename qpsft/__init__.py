@@ -1,6 +1,10 @@
 """Proximal Supervised Fine-Tuning (PSFT) on 4-bit base models with LoRA."""
 
-from __future__ import annotations
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 - before anything that an older Python cannot read
+    sys.stderr.write(f"error: qpsft needs Python 3.11 or newer; this is {sys.version.split()[0]}.\n")
+    raise SystemExit(2)
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -30,7 +34,13 @@ def __getattr__(name: str) -> Any:
     """Imports on first use, so that `import qpsft` and `qpsft --help` do not wait for torch."""
     if name not in _HOME:
         raise AttributeError(f"module 'qpsft' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    try:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    except ImportError as error:
+        from qpsft.model.environment import broken_torchvision
+
+        problem = broken_torchvision()
+        raise error if problem is None else problem from error
 
 
 def __dir__() -> list[str]:

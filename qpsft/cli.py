@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from qpsft import __version__
 from qpsft.errors import QpsftError
-from qpsft.processes import is_main, say_once, world_size
+from qpsft.processes import is_main, let_memory_segments_grow, say_once, world_size
 from qpsft.terminal import fill, quiet_libraries, terminal_width
 
 INTERRUPTED = 130  # what shells use for Ctrl-C
@@ -330,6 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] == "--version":
         print(f"qpsft {__version__}")
         return 0
+    let_memory_segments_grow()
     verb = VERBS.get(argv[0])
     try:
         if verb is None:
@@ -340,6 +341,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QpsftError as error:
         say_once(fill(f"error: {error}"))
         return error.exit_code
+    except ImportError:  # transformers', where a package it uses does not import
+        from qpsft.model.environment import broken_torchvision
+
+        problem = broken_torchvision()
+        if problem is None:
+            raise
+        say_once(fill(f"error: {problem}"))
+        return problem.exit_code
     except KeyboardInterrupt:
         say_once(f"\nInterrupted. {AFTER_INTERRUPT.get(argv[0], '')}".rstrip())
         return INTERRUPTED

@@ -23,6 +23,10 @@ class RecipeError(QpsftError, ValueError):
     """An option or a recipe file is wrong: unknown key, wrong type, value out of range."""
 
 
+class MachineError(QpsftError):
+    """This machine, or the Python packages on it, cannot run what was asked for."""
+
+
 class DataError(QpsftError, ValueError):
     """Training or evaluation rows are missing, broken or of an unknown shape."""
 

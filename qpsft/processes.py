@@ -14,6 +14,17 @@ from qpsft.errors import QpsftError
 T = TypeVar("T")
 
 
+def let_memory_segments_grow() -> None:
+    """Has torch's CUDA allocator grow its segments instead of leaving holes between them; Linux only.
+
+    To be called before torch is imported. The user's own setting wins. The name is the old one: torch 2.9 reads the
+    new one, PYTORCH_ALLOC_CONF, and ignores this option in it (pytorch issue 183387).
+    """
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    if sys.platform == "linux" and not any(name in os.environ for name in names):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def world_size() -> int:
     """Processes of this run, from the launcher's environment: known before torch is imported."""
     return int(os.environ.get("WORLD_SIZE") or 1)

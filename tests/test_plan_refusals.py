@@ -3,6 +3,7 @@
 import pytest
 import torch
 from planned_runs import LLAMA, planned, recipe_of
+from trl.kernels import chunked_logprob
 
 from qpsft import cli
 from qpsft.errors import BaseModelError, RecipeError
@@ -74,3 +75,18 @@ def test_a_model_without_flash_attention_is_refused(monkeypatch):
     monkeypatch.setattr("transformers.LlamaForCausalLM._supports_flash_attn", False)
     with pytest.raises(BaseModelError, match="llama models have no flash_attention_2"):
         planned("--attn_implementation=flash_attention_2", card=find_card("A10"))
+
+
+def test_a_build_of_torch_without_flash_attention_and_triton_is_planned_as_it_is(monkeypatch):
+    """Those for Windows: keys are repeated for the memory-efficient kernel, and the LM head's tiles are torch's."""
+    flags, card = ("--max_length=2048", "--per_device_train_batch_size=1"), find_card("A10")
+    usual = planned(*flags, card=card)
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
+    no_flash = planned(*flags, card=card)
+    assert no_flash.parts["layer working set"] > usual.parts["layer working set"]
+    monkeypatch.setattr(chunked_logprob, "_TRITON_AVAILABLE", False)
+    assert planned(*flags, card=card).parts["LM-head tile"] > 1.2 * usual.parts["LM-head tile"]
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(chunked_logprob, "_TRITON_AVAILABLE", True)
+    assert planned(*flags, card=card).parts == usual.parts

@@ -30,6 +30,7 @@ from qpsft.data.template import find_chat_date, keep_chat_date
 from qpsft.errors import DivergedError, OutputError, RecipeError
 from qpsft.files import finished_files
 from qpsft.model.base import load_tokenizer
+from qpsft.model.environment import check_machine
 from qpsft.recipe.file import Recipe
 
 RECORD = "comparison.json"
@@ -92,6 +93,7 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Path:
             "adapter_name_or_path: a comparison's methods start from the bare base.",
             "Leave it out.",
         )
+    check_machine(on_cpu=recipe.trainer.cpu_is_asked_for)
     folder = folder or Path(recipe.trainer.output_dir)
     _make_folder(folder, "output_dir")
     return folder

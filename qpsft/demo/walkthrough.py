@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from qpsft.errors import OutputError
 from qpsft.evaluate.evaluation import greedy_completions, text_statistics
 from qpsft.merge.merging import merge_adapter
 from qpsft.model.base import load_base, load_tokenizer
+from qpsft.model.environment import unusable_gpu
 from qpsft.psft.config import PSFTConfig
 from qpsft.recipe.file import load_recipe
 from qpsft.terminal import fill, wrap
@@ -62,6 +64,9 @@ def run(output_dir: str, *, overwrite: bool = False, limit: int | None = None) -
         What was measured before and after training.
     """
     flags = ["--output_dir", output_dir, *(["--overwrite"] if overwrite else [])]
+    if problem := unusable_gpu():
+        warnings.warn(f"{problem.what} The demo is small enough for the CPU. {problem.todo}", stacklevel=2)
+        flags.append("--use_cpu")
     recipe = load_recipe(RECIPE, flags, PSFTConfig)
     runs.check_output(Path(output_dir), resume=False, overwrite=overwrite)
     merged = Path(f"{output_dir}-merged")

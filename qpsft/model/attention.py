@@ -11,6 +11,7 @@ It is an attention implementation of transformers, `sdpa_by_piece`, that is SDPA
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -100,11 +101,11 @@ AttentionMaskInterface.register(NAME, _mask)
 
 # Attention with fewer key heads than query heads, where torch has no fused kernel for it.
 #
-# Without a mask, transformers asks SDPA to group the queries itself (`enable_gqa`). Of torch's CUDA kernels only
-# FlashAttention and cuDNN do, from sm_80 on and in 16 bits; elsewhere (a T4; float32 anywhere) torch silently falls
-# back to plain products and a softmax, whose memory grows with the square of the length. With the keys repeated, as
-# transformers does beside a mask, its memory-efficient kernel serves. See transformers' issue #48633 and its pull
-# request #45776.
+# Without a mask, transformers asks SDPA to group the queries itself (`enable_gqa`). Not every fused kernel can do that:
+# FlashAttention does from sm_80 on and in 16 bits, where a build has it (those for Windows may not). Elsewhere (a T4;
+# float32 anywhere) torch silently falls back to plain products and a softmax, whose memory grows with the square of the
+# length. With the keys repeated, as transformers does beside a mask, its memory-efficient kernel serves. See
+# transformers' issue #48633 and its pull request #45776. So torch is asked what it can do.
 
 HALF = (torch.bfloat16, torch.float16)
 _asked_by_transformers = sdpa_attention.use_gqa_in_sdpa
@@ -116,13 +117,28 @@ def repeat_keys_where_no_kernel_groups() -> None:
 
 
 def _use_gqa(attention_mask: Tensor | None, key: Tensor, value: Tensor) -> bool:
-    return _asked_by_transformers(attention_mask, key, value) and kernel_groups(key)
+    return _asked_by_transformers(attention_mask, key, value) and kernel_groups(key, value)
 
 
-def kernel_groups(key: Tensor) -> bool:
-    """Whether SDPA's kernel for a key's device and dtype (autocast's inside it) takes fewer key than query heads."""
+def kernel_groups(key: Tensor, value: Tensor) -> bool:
+    """Whether a fused kernel of SDPA takes fewer key than query heads of this size and dtype (autocast's inside it).
+
+    Args:
+        key, value: (batch, key heads, sequence, head size); a key's and a value's size may differ.
+    """
     if key.device.type != "cuda" or torch.version.hip:
         return True  # transformers' answer is left as it is
-    autocast = torch.is_autocast_enabled("cuda")
-    dtype = torch.get_autocast_dtype("cuda") if autocast else key.dtype
-    return dtype in HALF and torch.cuda.get_device_capability(key.device) >= (8, 0)
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else key.dtype
+    return fused_grouping(key.device, dtype, key.shape[-1], value.shape[-1])
+
+
+@functools.cache
+def fused_grouping(device: torch.device, dtype: torch.dtype, size: int, value_size: int) -> bool:
+    """What torch says of training causal attention with two query heads to a key head. Sizes are a head's."""
+
+    def states(heads: int, width: int) -> Tensor:
+        return torch.empty(1, heads, 8, width, dtype=dtype, device=device, requires_grad=True)
+
+    cuda = torch.backends.cuda
+    asked = cuda.SDPAParams(states(2, size), states(1, size), states(1, value_size), None, 0.0, True, True)
+    return cuda.can_use_flash_attention(asked) or cuda.can_use_efficient_attention(asked)

@@ -50,8 +50,9 @@ class Target:
 
     @functools.cached_property
     def flash_attention(self) -> bool:
-        """Whether torch has such a kernel for it."""
-        return hardware_for(self.device, self.capability).flash_attention
+        """Whether torch has such a kernel for it: by the card, and by what this torch says of itself if it has CUDA."""
+        in_build = torch.version.cuda is None or torch.backends.cuda.is_flash_attention_available()
+        return in_build and hardware_for(self.device, self.capability).flash_attention
 
     @property
     def is_rocm(self) -> bool:

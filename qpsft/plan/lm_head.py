@@ -30,8 +30,14 @@ def logprobs(hidden: Tensor, head: nn.Module, target: Target, softcap: float | N
     shape = hidden.shape[:2]
     flat = _Supervised.apply(hidden)
     labels = torch.zeros(len(flat), dtype=torch.long, device=flat.device)
-    in_torch = {"HAS_SOFTCAP": softcap is not None} if target.device == "cpu" else None
-    return _TiledHead.apply(flat, head.weight, labels, target.autocast or flat.dtype, in_torch).view(shape)
+    on_cpu = target.device == "cpu"
+    in_torch = {"HAS_SOFTCAP": softcap is not None} if on_cpu or _cuda_without_triton() else None
+    return _TiledHead.apply(flat, head.weight, labels, target.autocast or flat.dtype, in_torch, on_cpu).view(shape)
+
+
+def _cuda_without_triton() -> bool:
+    """Whether torch has CUDA here and no Triton: Windows, no compiler. A card elsewhere is taken to have Triton."""
+    return torch.version.cuda is not None and not chunked_logprob._TRITON_AVAILABLE
 
 
 class _Supervised(torch.autograd.Function):
@@ -55,7 +61,13 @@ class _TiledHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, in_torch: dict | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        dtype: torch.dtype,
+        in_torch: dict | None,
+        on_cpu: bool,
     ) -> Tensor:
         statistics = [hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(7)]
         tile = _tile(hidden, dtype)
@@ -69,7 +81,7 @@ class _TiledHead(torch.autograd.Function):
             )  # fmt: skip
         log_z, logprobs, entropy = (torch.empty_like(statistics[0]) for _ in range(3))
         ctx.save_for_backward(hidden, weight, labels, log_z, entropy)
-        ctx.dtype, ctx.in_torch = dtype, in_torch
+        ctx.dtype, ctx.in_torch, ctx.on_cpu = dtype, in_torch, on_cpu
         return logprobs
 
     @staticmethod
@@ -85,9 +97,10 @@ class _TiledHead(torch.autograd.Function):
                 tile[:, :columns], 0, labels[:rows], log_z[:rows], entropy[:rows], grad[:rows], log_z[:rows], 0,
                 columns, 1.0, 1.0, 1.0, HAS_LOGPROB_GRAD=True, HAS_ENTROPY_GRAD=False, BLOCK_SIZE=0, **ctx.in_torch,
             )  # fmt: skip
-            grad_hidden[:rows].addmm_(tile[:, :columns].float(), part.float())
+            if ctx.on_cpu:  # CUDA adds 16-bit products to a float32 sum without copies
+                grad_hidden[:rows].addmm_(tile[:, :columns].float(), part.float())
         weight_grad = None if grad_weight is None else grad_weight.to(weight.dtype)
-        return grad_hidden.to(hidden.dtype), weight_grad, None, None, None
+        return grad_hidden.to(hidden.dtype), weight_grad, None, None, None, None
 
 
 def _tile(hidden: Tensor, dtype: torch.dtype) -> Tensor:

@@ -116,6 +116,7 @@ class PSFTConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         self._check()
+        self.cpu_is_asked_for = self.use_cpu
         if not torch.accelerator.is_available():
             self.use_cpu = True  # transformers refuses bf16 on the CPU unless it is said
         device = "cpu" if self.use_cpu else pick_device()

@@ -5,7 +5,7 @@ What is left out, exactly (up to float rounding):
   take its causal kernel, which needs no (sequence, sequence) mask, for full and for ragged batches alike; and that of
   packed rows where attention goes piece by piece (`qpsft.model.attention`);
 - the LM head on tokens that are not supervised. TRL's tiled head skips them only where Triton runs (Linux with CUDA,
-  ROCm or XPU); on Windows, MPS and the CPU they are taken out before it.
+  ROCm or XPU, and a compiler); elsewhere they are taken out before it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
-from transformers.utils import is_triton_available
+from trl.kernels import chunked_logprob
 from trl.trainer.utils import FusedCausalLMOutput
 
 from qpsft.model.attention import no_mask
@@ -44,7 +44,7 @@ def policy_forward(model: nn.Module, inputs: Mapping[str, Any], *, right_padded:
     causal_lm = bare.get_base_model() if is_peft_model(bare) else bare
     if right_padded and not needs_mask(causal_lm.config):
         inputs.pop("attention_mask", None)
-    on_triton = is_triton_available() and inputs["labels"].device.type in ("cuda", "xpu")
+    on_triton = chunked_logprob._use_triton(inputs["labels"].device)
     with no_mask() if "seq_lengths" in inputs else contextlib.nullcontext():
         if on_triton or _is_prompt_learning(bare):
             return model(**inputs, fused_lm_head=True)

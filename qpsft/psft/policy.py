@@ -150,4 +150,7 @@ def _load(name: str, args: PSFTConfig, quantization_config: Any) -> PreTrainedMo
         arguments["quantization_config"] = quantization_config
     if args.distributed_state is not None and args.distributed_state.num_processes > 1:
         arguments["device_map"] = None
+    elif args.device.type not in ("cpu", "mps"):
+        # TRL's own is "auto", which shares the model out over all cards that are visible
+        arguments.setdefault("device_map", {"": args.device})
     return create_model_from_path(name, **arguments)

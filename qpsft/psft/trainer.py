@@ -19,6 +19,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from qpsft.errors import DivergedError, RecipeError, TrainingError
 from qpsft.model.attention import attention_by_piece, repeat_keys_where_no_kernel_groups
+from qpsft.model.environment import check_machine, use_triton_where_it_runs
 from qpsft.model.hardware import OPTIONS, settle_precision
 from qpsft.model.tiled_mlp import tile_mlps
 from qpsft.psft import checkpoint
@@ -84,6 +85,8 @@ class PSFTTrainer(SFTTrainer):
             raise RecipeError(f"args is a {type(args).__name__}.", "Pass a qpsft.PSFTConfig.")
         if kwargs.get("compute_loss_func") is not None:
             raise RecipeError("compute_loss_func is not supported: the loss is loss_type's.", "Use trl.SFTTrainer.")
+        check_machine(on_cpu=args.cpu_is_asked_for)
+        use_triton_where_it_runs(args.device)
         set_seed(args.seed)  # the adapter's initial values are random
         model = prepare_policy(model, args, peft_config, quantization_config)
         settle_precision(model, args)

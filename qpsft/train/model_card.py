@@ -26,6 +26,8 @@ def resolved_recipe(recipe: Recipe) -> str:
     """The run's options as YAML that `qpsft train` reads again, with the versions in comments."""
     values = recipe.values()
     values.pop("output_dir", None)  # the folder may be moved
+    if not recipe.trainer.cpu_is_asked_for:  # another machine may have a GPU
+        values.pop("use_cpu", None)
     values["held_out_rows"] = recipe.run.held_out_rows
     versions = [f"# {line}" for line in _versions()]
     header = [f"{WRITTEN} The options of this run; `qpsft train` on this file repeats it.", *versions]

@@ -24,6 +24,7 @@ from qpsft.model.adapter import POLICY, add_adapter, save_adapter
 from qpsft.model.base import load_base, set_pad_token
 from qpsft.model.base_record import RECORD_FILE, base_record, read_base_record, write_base_record
 from qpsft.model.continue_adapter import check_start, continue_adapter, recipe_tokenizer, warn_past_context
+from qpsft.model.environment import check_machine, use_triton_where_it_runs
 from qpsft.plan.memory_plan import warn_if_short
 from qpsft.processes import from_main, is_main
 from qpsft.psft.checkpoint import checkpoints, newest_complete_checkpoint, remove_folder
@@ -97,6 +98,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
     ):
         if not value:
             raise RecipeError(f"{name} is missing.", f"Write `{name}: …` in the recipe or give --{name}.")
+    check_machine(on_cpu=arguments.cpu_is_asked_for)
     folder = Path(arguments.output_dir)
     check_start(recipe)
     from_main(lambda: check_output(folder, resume=recipe.run.resume, overwrite=recipe.run.overwrite))
@@ -105,6 +107,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
     recipe.data.chat_date = from_main(
         lambda: find_chat_date(recipe.data.chat_date, tokenizer, folder, anew=not recipe.run.resume)
     )
+    use_triton_where_it_runs(arguments.device)
     rows = from_main(lambda: load_dataset(recipe.data, tokenizer, arguments.max_length))
     train_rows, held_out = hold_out(rows, recipe.run.held_out_rows, arguments.seed)
     if is_main():
