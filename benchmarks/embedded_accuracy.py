@@ -1,11 +1,16 @@
-"""How often the embedded base is right, measured the way it is used: in NF4, greedy, on every set of its world."""
+"""How often the embedded base is right, measured the way it is used: in NF4, greedy, on every set of its world.
+
+python benchmarks/embedded_accuracy.py --rows 512
+"""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
 from qpsft.data import built_in
+from qpsft.model.folder import MODEL_DIR
 
 
 def load_nf4(folder: Path) -> Any:
@@ -84,3 +89,33 @@ def accuracies(model: Any, tokenizer: Any, sets: dict[str, list[dict]]) -> dict[
 def out_of_domain_mean(shares: dict[str, float]) -> float:
     """Mean over the out-of-domain sets."""
     return sum(shares[name] for name in built_in.OUT_OF_DOMAIN) / len(built_in.OUT_OF_DOMAIN)
+
+
+def print_table(folder: Path, split: str, rows: int) -> dict[str, float]:
+    """Print accuracies in NF4 and unquantized, as a Markdown table; returns those in NF4."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    sets = evaluation_sets(split, rows)
+    nf4 = accuracies(load_nf4(folder), tokenizer, sets)
+    dense = accuracies(load_dense(folder), tokenizer, sets)
+    for shares in (nf4, dense):
+        shares["out of domain, mean"] = out_of_domain_mean(shares)
+    print(f"| {split}, {rows} rows each, greedy | NF4 | unquantized |\n| --- | --- | --- |")
+    for name in nf4:
+        print(f"| {name} | {nf4[name]:.3f} | {dense[name]:.3f} |", flush=True)
+    return nf4
+
+
+def main() -> None:
+    """Parse the command line and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, nargs="?", default=MODEL_DIR, help="of the model (default: the package's)")
+    parser.add_argument("--split", choices=["train", "validation", "test"], default="validation")
+    parser.add_argument("--rows", type=int, default=512, help="rows a set (default: %(default)s)")
+    arguments = parser.parse_args()
+    print_table(arguments.folder, arguments.split, arguments.rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Make the embedded base: `python -m embedded_base` (README.md beside this file has the command and its log).
+"""Make the embedded base: `python benchmarks/embedded_base.py` (qpsft/demo/README.md has the command and its log).
 
 Two stretches of the same seeded loop: full-precision pretraining, then quantization-aware training, in which every
 forward uses the weights as they will be shipped and loaded (bfloat16, then NF4 with double quantization for the linear
@@ -24,17 +24,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import embedded_accuracy as accuracy
 import numpy as np
 import torch
-from embedded_tokenizer import make_tokenizer
+from embedded_accuracy import print_table
+from embedded_tokenizer import CONTEXT, make_demo_tokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from qpsft.data import built_in
 from qpsft.errors import OutputError, QpsftError
 from qpsft.model.folder import MODEL_DIR
 
-CONTEXT = 512
 HIDDEN = 128
 LAYERS = 3
 ROWS_AT_A_TIME = 64
@@ -216,20 +215,6 @@ def write_model(model: LlamaForCausalLM, folder: Path) -> None:
     shipped.save_pretrained(folder)
 
 
-def print_table(folder: Path, split: str, rows: int) -> dict[str, float]:
-    """Print accuracies in NF4 and unquantized, as a Markdown table; returns those in NF4."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    sets = accuracy.evaluation_sets(split, rows)
-    nf4 = accuracy.accuracies(accuracy.load_nf4(folder), tokenizer, sets)
-    dense = accuracy.accuracies(accuracy.load_dense(folder), tokenizer, sets)
-    for shares in (nf4, dense):
-        shares["out of domain, mean"] = accuracy.out_of_domain_mean(shares)
-    print(f"| {split}, {rows} rows each, greedy | NF4 | unquantized |\n| --- | --- | --- |")
-    for name in nf4:
-        print(f"| {name} | {nf4[name]:.3f} | {dense[name]:.3f} |", flush=True)
-    return nf4
-
-
 def train_stretches(
     model: LlamaForCausalLM,
     data: Iterator[tuple[torch.Tensor, torch.Tensor]],
@@ -291,8 +276,7 @@ def make(arguments: argparse.Namespace, saved: Callable[[], None] = lambda: None
         for name in TOKENIZER_FILES:
             shutil.copy(Path(arguments.tokenizer) / name, partial)
     else:
-        rows = built_in.pretraining_rows(20_000, seed=arguments.seed)
-        make_tokenizer((m["content"] for row in rows for m in row["prompt"] + row["completion"]), partial, CONTEXT)
+        make_demo_tokenizer(partial, arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(partial)
     model = new_model(tokenizer, arguments.hidden, arguments.layers).to(arguments.device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} pieces", flush=True)
@@ -309,7 +293,7 @@ def make(arguments: argparse.Namespace, saved: Callable[[], None] = lambda: None
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m embedded_base", description="Make the embedded base model.")
+    parser = argparse.ArgumentParser(description="Make the embedded base model.")
     parser.add_argument("--output", type=Path, default=MODEL_DIR, help="folder to write (default: the package's)")
     parser.add_argument("--steps", type=int, default=3400, help="full-precision steps")
     parser.add_argument("--qat_steps", type=int, default=500, help="quantization-aware steps")

@@ -1,20 +1,26 @@
 """Make the embedded base's tokenizer: SentencePiece BPE with byte fallback, and the same thing as `tokenizer.json`.
 
+    python benchmarks/embedded_tokenizer.py FOLDER
+
 `tokenizer.model` is what llama.cpp's converter reads; `tokenizer.json` is what transformers reads, so that using the
 model needs no sentencepiece. Both give the same ids: no dummy prefix, no whitespace or Unicode normalization.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from qpsft.errors import BaseModelError
+from qpsft.data import built_in
+from qpsft.errors import BaseModelError, QpsftError
 
 UNK, BOS, EOS, PAD = "<unk>", "<s>", "<|end|>", "<pad>"
 ROLE_MARKERS = ("<|user|>", "<|assistant|>", "<|system|>")
 PIECES = 384
+CONTEXT = 512
+ROWS = 20_000
 
 # The markers carry no spaces or newlines: a turn's tokens are the same whether the next turn follows or not, so a
 # rendered prompt is a token prefix of the rendered conversation.
@@ -30,6 +36,13 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+
+def make_demo_tokenizer(folder: Path, seed: int = 0) -> None:
+    """Write the embedded base's tokenizer, trained on rows of its world, into `folder`."""
+    rows = built_in.pretraining_rows(ROWS, seed=seed)
+    texts = (message["content"] for row in rows for message in row["prompt"] + row["completion"])
+    make_tokenizer(texts, folder, CONTEXT)
 
 
 def make_tokenizer(texts: Iterable[str], folder: Path, context: int) -> None:
@@ -116,3 +129,22 @@ def _write_fast_tokenizer(pieces: list[str], folder: Path, context: int) -> None
         "padding_side": "left",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def main() -> int:
+    """Parse the command line and make the tokenizer."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="to write tokenizer.model and tokenizer.json into")
+    parser.add_argument("--seed", type=int, default=0, help="of the rows it is trained on (default: %(default)s)")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        make_demo_tokenizer(arguments.folder, arguments.seed)
+    except QpsftError as error:
+        print(f"error: {error}")
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -27,12 +27,14 @@ TUNED = {"arms": ARMS, "tune": True, "tune_seeds": 2, "seeds": 5}
 PARTS = {
     "noisy": (SHELF / "demo-noisy", TUNED),
     "clean": (SHELF / "demo-clean", TUNED),
-    "noise": (SHELF / "demo-noisy", {"noise": "0,0.1,0.3,0.5", "tune": True, "tune_seeds": 1, "seeds": 5}),
+    "noise": (SHELF / "demo-noisy", {"tune": True, "tune_seeds": 1, "seeds": 5}),
     "stories": (
         HERE / "recipes" / "stories260k_gsm8k.yaml",
         {"arms": "sft,dft,psft,psft_visits", "seeds": 3},  # one rate for all, so that sft is sft_matched
     ),
 }
+NOISE = (0.0, 0.1, 0.3, 0.5)
+"""Shares of wrong demonstrations in the part `noise`."""
 RUNS = {"noisy": 66, "clean": 66, "noise": 67, "stories": 13}
 """At most, each, beside those of the parts before."""
 SECONDS = {"noisy": 60, "clean": 60, "noise": 60, "stories": 110}
@@ -95,9 +97,12 @@ def do_part(part: str, output: Path, jobs: int) -> None:
     # relative: the records hold it, and nobody needs the maker's folders
     common = {"results_dir": os.path.relpath(output / "results"), "jobs": str(jobs)}
     loaded, options = load_comparison(recipe, [f"--output_dir={os.path.relpath(output / part)}"], given | common)
-    found = str(study_noise(loaded, options)) if part == "noise" else render(compare_loaded(loaded, options))
-    (output / part / "summary.txt").write_text(found + "\n", encoding="utf-8")
-    print(f"\n{found}", flush=True)
+    if part == "noise":
+        summary = str(study_noise(loaded, options, NOISE))
+    else:
+        summary = render(compare_loaded(loaded, options))
+    (output / part / "summary.txt").write_text(summary + "\n", encoding="utf-8")
+    print(f"\n{summary}", flush=True)
 
 
 if __name__ == "__main__":

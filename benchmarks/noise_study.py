@@ -1,26 +1,48 @@
-"""When is PSFT worth it? The same comparison at several shares of wrong demonstrations, and the gain against them."""
+"""When is PSFT worth it? The same comparison at several shares of wrong demonstrations, and the gain against them.
+
+    python benchmarks/noise_study.py adapters/demo-noisy --noise 0,0.1,0.3,0.5 --tune --jobs 2
+
+Takes a recipe on the built-in demonstrations, and every option of `qpsft compare` and of the recipe. Finished runs are
+kept, as `qpsft compare` keeps them, so that the command may be killed and repeated.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qpsft.compare.arms import NOISE_ARMS, find_arms
+from qpsft.compare.arms import find_arms
 from qpsft.compare.comparison import compare_loaded, prepare
 from qpsft.compare.figures import draw_gains
-from qpsft.compare.options import CompareOptions
+from qpsft.compare.options import CompareOptions, load_comparison
 from qpsft.compare.paired import Difference, mean_and_sd
 from qpsft.compare.report import PNG_DPI, REPORT, bullets, page, picture, table
 from qpsft.compare.results import Comparison, describe_metric, folded, format_mean, format_value, is_accuracy
 from qpsft.compare.verdict import METHOD, verdict
-from qpsft.errors import OutputError, RecipeError
+from qpsft.errors import OutputError, QpsftError, RecipeError
 from qpsft.files import write_atomically
 from qpsft.recipe.file import Recipe
+from qpsft.recipe.flags import Parser, add_flags, option, option_types, parse_known, split_flags
+from qpsft.terminal import fill, quiet_libraries, terminal_width
 
 CONTROL = "sft"
+ARMS = ("sft", "psft_visits")
 SCORES = ("in_domain", "out_of_domain")
+
+
+@dataclass
+class NoiseOptions:
+    """What the study takes beside the options of `qpsft compare`."""
+
+    noise: list[float] = option([0.0, 0.1, 0.3, 0.5], "shares of demonstrations with a wrong step, from 0 to 1")
+
+    def __post_init__(self) -> None:
+        if not self.noise or any(not 0 <= share <= 1 for share in self.noise):
+            raise RecipeError(f"--noise is {self.noise}; shares are from 0 to 1.", "Such as --noise 0,0.1,0.3.")
 
 
 @dataclass
@@ -56,14 +78,14 @@ class NoiseStudy:
         Returns:
             At equal in-domain score, and at the last epoch.
         """
-        matched = [found.matched(treatment, CONTROL) for found in self.comparisons.values()]
+        matched = [comparison.matched(treatment, CONTROL) for comparison in self.comparisons.values()]
         last = [
-            (found.difference(treatment, CONTROL, "out_of_domain"), found.sign("out_of_domain"))
-            for found in self.comparisons.values()
+            (comparison.difference(treatment, CONTROL, "out_of_domain"), comparison.sign("out_of_domain"))
+            for comparison in self.comparisons.values()
         ]
         return {
-            f"at equal in-domain {self.score}": [None if found is None else found[1] for found in matched],
-            "at the last epoch": [found and found.signed(sign) for found, sign in last],
+            f"at equal in-domain {self.score}": [None if pair is None else pair[1] for pair in matched],
+            "at the last epoch": [difference and difference.signed(sign) for difference, sign in last],
         }
 
     def rows(self, treatment: str) -> list[list[str]]:
@@ -71,10 +93,12 @@ class NoiseStudy:
         rows = [["wrong rows", *(f"{arm} {name.replace('_', ' ')}" for name in SCORES for arm in (CONTROL, treatment))]]
         gains = self.gains(treatment)
         rows[0] += [f"gain {where}" for where in gains]
-        for index, (share, found) in enumerate(self.comparisons.items()):
-            units = {name: describe_metric(name, found.metric).unit for name in SCORES}
+        for index, (share, comparison) in enumerate(self.comparisons.items()):
+            units = {name: describe_metric(name, comparison.metric).unit for name in SCORES}
             cells = [
-                format_mean(found.arms[arm].last(name), units[name]) for name in SCORES for arm in (CONTROL, treatment)
+                format_mean(comparison.arms[arm].last(name), units[name])
+                for name in SCORES
+                for arm in (CONTROL, treatment)
             ]
             rows.append(
                 [f"{share:.0%}", *cells, *(_gain(values[index], units["out_of_domain"]) for values in gains.values())]
@@ -89,7 +113,7 @@ class NoiseStudy:
         for treatment in self.treatments:
             scores = {
                 title: {
-                    arm: [mean_and_sd(list(found.arms[arm].last(name).values())) for found in self.comparisons.values()]
+                    arm: [mean_and_sd(list(one.arms[arm].last(name).values())) for one in self.comparisons.values()]
                     for arm in (CONTROL, treatment)
                 }
                 for name, title in titles.items()
@@ -106,7 +130,7 @@ class NoiseStudy:
             "learning_rates": [{n: arm.learning_rate for n, arm in c.arms.items()} for c in self.comparisons.values()],
             "gains": {
                 treatment: {
-                    where: [found and asdict(found) for found in values]
+                    where: [difference and asdict(difference) for difference in values]
                     for where, values in self.gains(treatment).items()
                 }
                 for treatment in self.treatments
@@ -121,30 +145,33 @@ class NoiseStudy:
         return "\n\n".join("\n".join(folded(self.rows(treatment), width)) for treatment in self.treatments)
 
 
-def _gain(found: Difference | None, unit: str) -> str:
-    if found is None:
+def _gain(difference: Difference | None, unit: str) -> str:
+    if difference is None:
         return "–"
-    mean = f"{'−' if found.mean < 0 else '+'}{format_value(abs(found.mean), unit)}"
-    return mean if found.half_width is None else f"{mean} ± {format_value(found.half_width, unit)}"
+    mean = f"{'−' if difference.mean < 0 else '+'}{format_value(abs(difference.mean), unit)}"
+    return mean if difference.half_width is None else f"{mean} ± {format_value(difference.half_width, unit)}"
 
 
-def study_noise(recipe: Recipe, options: CompareOptions) -> NoiseStudy:
-    """Compares at each share of `options.noise`, and writes `noise.json`, `report.html` and figures to `output_dir`.
+def study_noise(recipe: Recipe, options: CompareOptions, noise: Sequence[float]) -> NoiseStudy:
+    """Compares at each share of wrong rows, and writes `noise.json`, `report.html` and figures to `output_dir`.
 
     Each comparison has a folder and a report of its own; the runs of all are kept together.
+
+    Args:
+        noise: the shares, from 0 to 1.
 
     Raises:
         RecipeError: the demonstrations are not built in, or `sft` or an arm to compare with it is missing.
     """
-    arms = [arm.name for arm in find_arms(options.arms or NOISE_ARMS)]
+    arms = [arm.name for arm in find_arms(options.arms or ARMS)]
     if CONTROL not in arms or len(arms) < 2:
-        raise RecipeError(f"The noise study compares with {CONTROL}.", f"Give --arms {','.join(NOISE_ARMS)}.")
+        raise RecipeError(f"The noise study compares with {CONTROL}.", f"Give --arms {','.join(ARMS)}.")
     folder = prepare(recipe)
     results = options.results_dir or str(folder / "results")
     comparisons = {}
-    for share in sorted(set(options.noise)):
+    for share in sorted(set(noise)):
         print(f"{share:.0%} wrong demonstrations", flush=True)
-        one = replace(options, noise=None, arms=arms, results_dir=results)
+        one = replace(options, arms=arms, results_dir=results)
         comparisons[share] = compare_loaded(recipe, one, noise=share, folder=folder / f"noise-{share:g}")
     study = NoiseStudy(recipe.data.dataset_name, comparisons)
     write_study(study, folder)
@@ -172,8 +199,37 @@ def _write_study(study: NoiseStudy, folder: Path) -> None:
             picture("Mean over seeds.", figure),
             table(study.rows(treatment)),
         ]
-    for share, found in study.comparisons.items():
+    for share, comparison in study.comparisons.items():
         link = f'<p><a href="noise-{share:g}/{REPORT}">its own report</a></p>'
-        parts += [f"<h2>{share:.0%} wrong demonstrations</h2>", bullets(verdict(found)), link]
+        parts += [f"<h2>{share:.0%} wrong demonstrations</h2>", bullets(verdict(comparison)), link]
     parts.append(f"<p>{METHOD}</p>")
-    (folder / REPORT).write_text(page(f"qpsft compare --noise: {study.name}", parts), encoding="utf-8")
+    (folder / REPORT).write_text(page(f"noise study: {study.name}", parts), encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0, or 2 for a mistake the user can mend."""
+    try:
+        return _run(sys.argv[1:] if argv is None else argv)
+    except QpsftError as error:
+        print(fill(f"error: {error}"), file=sys.stderr)
+        return error.exit_code
+
+
+def _run(argv: Sequence[str]) -> int:
+    usage = "RECIPE [--noise SHARES] [--any_option_of_qpsft_compare_or_train value …]"
+    parser = Parser("python benchmarks/noise_study.py", usage, __doc__.partition("\n")[0])
+    study_options, rest = parse_known(parser, argv, NoiseOptions)
+    compare_parser = Parser(parser.prog, usage, "", add_help=False)
+    add_flags(compare_parser, CompareOptions)
+    given, rest = split_flags(compare_parser, rest, option_types([CompareOptions]))
+    if not rest or rest[0].startswith("-"):
+        raise RecipeError("The noise study needs a recipe on the built-in demonstrations.", "Try adapters/demo-noisy.")
+    quiet_libraries()
+    recipe, options = load_comparison(rest[0], rest[1:], given)
+    study = study_noise(recipe, options, study_options.noise)
+    print(f"\n{study.render(terminal_width())}\n\nreport: {recipe.trainer.output_dir}/{REPORT}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

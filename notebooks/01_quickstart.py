@@ -171,7 +171,7 @@ print(f"{'kl_samples (drift)':24}{'':10}{after['kl_samples']:10.3f}")
 # %% [markdown]
 # ## Talk to it
 #
-# `qpsft chat` streams in a terminal; `/both` shows base and tuned side by side. Here one line is piped in.
+# `qpsft chat` streams in a terminal; `/both` answers with base and tuned. Here one line is piped in.
 
 # %%
 import subprocess

@@ -161,6 +161,6 @@ print(judge(arm, "sft", better, KEEPS, describe_metric("out_of_domain", found.me
 # %% [markdown]
 # ## When to choose PSFT
 #
-# The gain depends on the data. `qpsft compare RECIPE --noise 0,0.1,0.3,0.5` draws it against the share of wrong
+# The gain depends on the data. `benchmarks/noise_study.py` draws it against the share of wrong
 # demonstrations on the built-in sets; this project's own measurements, with five seeds and tuned rates, are in
 # `docs/evidence.md`.

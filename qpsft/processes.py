@@ -1,17 +1,19 @@
-"""Several processes, one run: what is done, said and decided once (torchrun or `accelerate launch`, gloo or NCCL)."""
+"""Several processes, one run (torchrun or `accelerate launch`, gloo or NCCL): what is done and printed once."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
+import time
 from collections.abc import Callable
-from datetime import timedelta
 from typing import TypeVar
 
 from qpsft.errors import QpsftError
 
 T = TypeVar("T")
+
+GRACE = 30.0
+"""Seconds that process 0 and the launcher have to end this process too, on a busy machine; idle, it takes one."""
 
 
 def let_memory_segments_grow() -> None:
@@ -31,15 +33,15 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is process 0, the one that speaks and writes."""
+    """Whether this is process 0, the one that prints and writes."""
     return world_size() == 1 or int(os.environ.get("RANK") or 0) == 0
 
 
 def from_main(make: Callable[[], T]) -> T:
     """Calls `make` in process 0 and gives its result to every process. Every process must call this, in the same order.
 
-    So the others wait until process 0 is done. Results are pickled. They wait `ddp_timeout` seconds at most (1,800
-    unless set otherwise).
+    The others wait until process 0 is done, at most `ddp_timeout` seconds (1,800 unless set otherwise). The result is
+    pickled.
 
     Raises:
         QpsftError: `make` raised one in process 0; it is then raised in every process, so that all end alike.
@@ -68,26 +70,13 @@ def from_main(make: Callable[[], T]) -> T:
     return box[0]
 
 
-def first_to_say(text: str) -> bool:
-    """Whether no other process of this run has asked to say `text`: an error that all meet is shown by one.
+def print_error(text: str) -> None:
+    """Prints an error on standard error, once for all processes that meet it.
 
-    A key in the launcher's store decides, not a collective operation: the others may be anywhere, or gone.
+    Process 0 prints at once. Another one waits: if process 0 has met the error too, the launcher ends this process
+    meanwhile; if not, nobody else can say it.
     """
-    if world_size() == 1 or "MASTER_PORT" not in os.environ:
-        return True
-    from torch.distributed import DistError, TCPStore
-
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    key = f"qpsft/said/{attempt}/{hashlib.sha256(text.encode()).hexdigest()}"
-    try:
-        address = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ["MASTER_PORT"])
-        store = TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
-        return store.add(key, 1) == 1
-    except (DistError, ValueError):  # nobody answers: better twice than not at all
-        return True
-
-
-def say_once(text: str) -> None:
-    """Prints `text` on standard error, unless another process has."""
-    if first_to_say(text):
-        print(text, file=sys.stderr, flush=True)
+    if not is_main():
+        time.sleep(GRACE)
+        text = f"process {os.environ['RANK']}: {text}"
+    print(text, file=sys.stderr, flush=True)

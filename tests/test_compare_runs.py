@@ -289,23 +289,47 @@ compare: {{in_domain: {gsm8k}/test.jsonl, out_of_domain: [base_samples], eval_ro
 def test_the_noise_study_compares_at_each_share(tmp_path, monkeypatch):
     def compare_at(recipe, options, *, noise, folder):
         folder.mkdir()
-        assert options.noise is None and options.results_dir == str(tmp_path / "comparison" / "results")
+        assert options.results_dir == str(tmp_path / "comparison" / "results")
         kept = {0.0: 0.5, 0.1: 0.6, 0.5: 0.8}[noise]
         scores = {"sft": {s: [(0.9, 0.5 - noise + s / 50)] for s in range(3)}}
         return make_comparison(scores | {"psft_visits": {s: [(0.9, kept)] for s in range(3)}})
 
     monkeypatch.setattr(noise_study, "compare_loaded", compare_at)
-    recipe, options = load_comparison(write_recipe(tmp_path), [], {"noise": "0.5,0,0.1"})
-    study = noise_study.study_noise(recipe, options)
+    recipe, options = load_comparison(write_recipe(tmp_path), [], {})
+    study = noise_study.study_noise(recipe, options, [0.5, 0, 0.1])
     assert list(study.comparisons) == [0.0, 0.1, 0.5]
     gains = study.gains("psft_visits")["at equal in-domain accuracy"]
-    assert [round(found.mean, 3) for found in gains] == [-0.02, 0.18, 0.78]
+    assert [round(gain.mean, 3) for gain in gains] == [-0.02, 0.18, 0.78]
     assert "+.180 ± " in str(study)
     assert json.loads((tmp_path / "comparison" / "noise.json").read_text())["noise"] == [0.0, 0.1, 0.5]
     assert (tmp_path / "comparison" / "noise.png").is_file()
     with pytest.raises(RecipeError, match="compares with sft"):
         options.arms = ["psft"]
-        noise_study.study_noise(recipe, options)
+        noise_study.study_noise(recipe, options, [0.1])
+
+
+def test_the_noise_study_as_a_program(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def compare_at(recipe, options, *, noise, folder):
+        folder.mkdir(exist_ok=True)
+        asked.append((noise, options.seeds, options.arms, recipe.lora.lora_r))
+        scores = {arm: {seed: [(0.9, 0.5)] for seed in range(3)} for arm in options.arms}
+        return make_comparison(scores)
+
+    monkeypatch.setattr(noise_study, "compare_loaded", compare_at)
+    recipe = str(write_recipe(tmp_path))
+    assert noise_study.main([recipe, "--noise", "0,0.5", "--seeds", "3", "--lora_r", "4"]) == 0
+    assert asked == [(share, 3, ["sft", "psft_visits"], 4) for share in (0.0, 0.5)]
+    out = capsys.readouterr().out
+    assert "50% wrong demonstrations" in out and f"report: {tmp_path / 'comparison'}/report.html" in out
+    for argv, message in (
+        ([recipe, "--noise", "0,2"], "shares are from 0 to 1"),
+        (["--noise", "0"], "needs a recipe"),
+        ([recipe, "--nois", "0"], "--nois: there is no such option"),
+    ):
+        assert noise_study.main(argv) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_noise_changes_the_answers_and_not_the_questions(tmp_path):

@@ -8,12 +8,13 @@ import torch
 
 from qpsft import cli
 from qpsft.data import built_in
-from qpsft.errors import DataError
+from qpsft.errors import DataError, RecipeError
 from qpsft.evaluate import evaluate
-from qpsft.evaluate.options import parse_options
+from qpsft.evaluate.options import EvaluationOptions
 from qpsft.model.adapter import add_adapter, save_adapter
 from qpsft.model.base import load_base
 from qpsft.recipe.arguments import LoraArguments
+from qpsft.recipe.flags import Parser, parse
 
 
 @pytest.fixture(scope="module")
@@ -121,25 +122,27 @@ def test_an_adapter_without_its_training_rows_says_so(adapter, tmp_path, capsys)
 
 
 def test_options_are_read_as_they_are_declared():
-    options = parse_options(
-        ["m", "--tasks", "gsm8k,ifeval", "arc_easy", "--task_data", "gsm8k=a", "--k", "3", "--no_drift"], "p", "d"
-    )
+    def read(*argv):
+        return parse(Parser("qpsft evaluate", "", ""), argv, EvaluationOptions)
+
+    options = read("m", "--tasks", "gsm8k,ifeval", "arc_easy", "--task_data", "gsm8k=a", "--k", "3", "--no_drift")
     assert options.tasks == ["gsm8k", "ifeval", "arc_easy"] and options.k == 3 and options.no_drift
-    assert options.max_new_tokens is None and options.data == []
-    assert parse_options(["m", "--dataset_columns", "{prompt: q}"], "p", "d").dataset_columns == {"prompt": "q"}
-    with pytest.raises(SystemExit):
-        parse_options(["m", "--dataset_columns", "prompt"], "p", "d")
+    assert options.task_data == ["gsm8k=a"] and options.max_new_tokens is None and options.data == []
+    assert read("m", "--dataset_columns", "{prompt: q}").dataset_columns == {"prompt": "q"}
+    assert read("m", "--quantization", "none").quantization == "none"
+    with pytest.raises(RecipeError, match="--dataset_columns is 'prompt'; it must be a mapping"):
+        read("m", "--dataset_columns", "prompt")
     with pytest.raises(DataError, match="--k is -1"):
-        parse_options(["m", "--k", "-1"], "p", "d")
+        read("m", "--k", "-1")
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
         (["--seed=-1"], "--seed is -1"),
-        (["--use_chat_template=foo"], "Use auto, always or never"),
-        (["--temperature=inf"], "must be above 0 and finite"),
-        (["--temperature=nan"], "must be above 0 and finite"),
+        (["--use_chat_template=foo"], "must be auto, always, never or none"),
+        (["--temperature=inf"], "must be a finite number"),
+        (["--temperature=nan"], "must be a finite number"),
         (["--data", "demo-noisy", "--split=validaton"], "no split 'validaton'"),
     ],
 )

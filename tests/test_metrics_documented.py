@@ -118,4 +118,4 @@ def test_everything_that_the_noise_study_writes_is_defined(comparison):
     record = json.loads(json.dumps(NoiseStudy("demo-noisy", {0.0: found, 0.3: found}).to_dict()))
     record["learning_rates"] = []
     text = section(METRICS, "## Compared by `qpsft compare`")
-    assert keys(record, "gains") <= code_names(text[text.index("With `--noise`") :]) | {"name"}
+    assert keys(record, "gains") <= code_names(text[text.index("`noise.json`") :]) | {"name"}

@@ -14,7 +14,6 @@ from qpsft.errors import BaseModelError
 from qpsft.model.adapter import add_adapter
 from qpsft.model.base import load_base, load_config
 from qpsft.model.base_record import quantized_linears
-from qpsft.plan import lm_head
 from qpsft.plan.kernels import Target, dequantizes, kernel_workspace
 from qpsft.plan.live_bytes import LiveBytes, cuda_block
 from qpsft.plan.optimizers import optimizer_bytes

@@ -185,15 +185,13 @@ def test_an_overflow_in_one_process_repeats_the_step_in_both(found):
         assert rank["overflow"] == {"equal": True, "halvings": 3, "micro_batches": [8, 8 + 3 * 2]}
 
 
-def test_what_is_done_and_said_once(found):
+def test_what_is_done_once(found):
     both, _ = found
     assert [rank["once"]["value"] for rank in both] == [{"rows": [1, 2, 3], "from": 0}] * 2
     assert [rank["once"]["calls"] for rank in both] == [[0], []]
     assert [rank["once"]["raised"] for rank in both] == [
         ["DataError", "rows.jsonl, line 3: broken.", "Mend it.", 2]
     ] * 2
-    same, own = zip(*(rank["once"]["says"] for rank in both), strict=True)
-    assert sorted(same) == [False, True] and own == (True, True)
 
 
 def test_what_several_processes_cannot_do_is_refused(found):
@@ -262,17 +260,34 @@ def test_a_mistake_in_one_process_ends_both_and_is_shown_once(base, rows, tmp_pa
     started = time.monotonic()
     code, _, stderr = torchrun(script, *flags(base, rows, tmp_path / "out"))
     assert code != 0 and time.monotonic() - started < 120  # process 0 was waiting for process 1
-    assert stderr.count("error: The disk of this process cannot be read. Look at it.") == 1
+    assert stderr.count("process 1: error: The disk of this process cannot be read. Look at it.") == 1
     assert re.search(r"rank +: 1 .*\n *exitcode +: 2 ", stderr)
+
+
+def test_a_mistake_that_both_meet_is_shown_once():
+    code, stdout, stderr = torchrun("-m", "qpsft", "train", "nowhere.yaml")
+    assert code != 0 and not stdout and stderr.count("There is no recipe nowhere.yaml") == 1, stderr[-3000:]
+    assert "process 1: error" not in stderr
+
+
+def test_who_prints_an_error(monkeypatch, capsys):
+    slept = []
+    monkeypatch.setattr(processes.time, "sleep", slept.append)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    processes.print_error("error: x")
+    assert capsys.readouterr().err == "error: x\n" and not slept
+    monkeypatch.setenv("RANK", "1")
+    processes.print_error("error: x")
+    assert capsys.readouterr().err == "process 1: error: x\n" and slept == [processes.GRACE]
 
 
 def test_one_process_asks_nobody(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert processes.from_main(lambda: 3) == 3 and processes.is_main() and processes.first_to_say("x")
+    assert processes.from_main(lambda: 3) == 3 and processes.is_main()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.delenv("MASTER_PORT", raising=False)
-    assert not processes.is_main() and processes.first_to_say("x")
+    assert not processes.is_main()
     assert processes.from_main(lambda: 3) == 3  # set for something else: there is no process group
 
 

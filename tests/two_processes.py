@@ -236,7 +236,6 @@ def what_is_done_once() -> dict:
         "value": processes.from_main(make),
         "calls": calls,
         "raised": raised,
-        "says": [processes.first_to_say("the same"), processes.first_to_say(f"of process {RANK}")],
     }
 
 

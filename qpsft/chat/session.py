@@ -9,31 +9,23 @@ import contextlib
 import difflib
 import io
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.box import MINIMAL
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-from tqdm import tqdm
-
-from qpsft.chat.conversation import MAX_NEW_TOKENS, TUNED, Conversation
+from qpsft.chat.conversation import TUNED, Conversation
+from qpsft.chat.options import ChatOptions
 from qpsft.errors import DataError, QpsftError
 from qpsft.evaluate.model import describe_evaluated, is_merged, load_evaluated, prompt_arguments
 from qpsft.terminal import fill, takes_color, visible
 
 BOTH = "both"
-SIDE_BY_SIDE = 80
-"""Columns a terminal must have for two answers beside each other."""
 INTERRUPTED = 130
 BOLD, DIM, PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[0m"
 COMMANDS = {
     "/base": "answer with the adapter off",
     "/tuned": "answer with the adapter",
-    "/both": "answer with both, side by side",
+    "/both": "answer with both, the base first",
     "/reset": "forget the conversation",
     "/help": "this list",
     "/quit": "leave, as Ctrl-D does",
@@ -47,74 +39,41 @@ HELP = "\n".join(
 )
 
 
-def chat(
-    name: str,
-    *,
-    base: str | None = None,
-    quantization: str | None = None,
-    device: str = "auto",
-    system: str | None = None,
-    temperature: float = 0.0,
-    top_p: float | None = None,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    seed: int | None = None,
-    use_chat_template: str | None = None,
-    prompt_format: str | None = None,
-) -> int:
+def chat(options: ChatOptions) -> int:
     """Talks to an adapter or a model until the input ends.
-
-    Args:
-        name, base, quantization, device: as in `load_evaluated`.
-        system, temperature, top_p, max_new_tokens, seed: as in `Conversation`; None for its defaults.
-        use_chat_template, prompt_format: as in `DataArguments`; None: as in training.
 
     Returns:
         The exit code: 0; 2 if lines of a pipe could not be answered; 130 after Ctrl-C in a pipe.
 
     Raises:
-        QpsftError: an option is out of range or without effect, or the model cannot be loaded.
+        QpsftError: the model cannot be loaded, or an option does not suit it.
     """
-    _check_options(temperature, top_p, max_new_tokens, seed)
-    folder = Path(name).expanduser()
-    arguments = prompt_arguments(folder, use_chat_template=use_chat_template, prompt_format=prompt_format)
-    model, tokenizer = load_evaluated(name, base=base, quantization=quantization, device=device)
+    folder = Path(options.model).expanduser()
+    arguments = prompt_arguments(
+        folder, use_chat_template=options.use_chat_template, prompt_format=options.prompt_format
+    )
+    model, tokenizer = load_evaluated(
+        options.model, base=options.base, quantization=options.quantization, device=options.device
+    )
     conversation = Conversation(
         model,
         tokenizer,
         arguments,
-        system=system,
-        temperature=temperature,
-        top_p=1.0 if top_p is None else top_p,
-        max_new_tokens=max_new_tokens,
-        seed=seed or 0,
+        system=options.system,
+        temperature=options.temperature,
+        top_p=1.0 if options.top_p is None else options.top_p,
+        max_new_tokens=options.max_new_tokens,
+        seed=options.seed or 0,
     )
-    session = _Session(conversation, name, merged=is_merged(folder))
-    session.note(f"chat with {name} · {describe_evaluated(model)}")
+    session = _Session(conversation, options.model, merged=is_merged(folder))
+    session.note(f"chat with {options.model} · {describe_evaluated(model)}")
     if not conversation.as_chat:
         session.note(f"No chat template: each line is a prompt of its own, written as {arguments.prompt_format!r}.")
     try:
         return session.run()
-    except BrokenPipeError:  # who read the answers has had enough
+    except BrokenPipeError:  # whoever read the answers has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-
-
-def _check_options(temperature: float, top_p: float | None, max_new_tokens: int, seed: int | None) -> None:
-    if not 0 <= temperature < float("inf"):
-        raise DataError(f"--temperature is {temperature}; it must not be negative.", "0 takes the likeliest token.")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise DataError(f"--top_p is {top_p}; it must be above 0 and at most 1.", "1 leaves no token out.")
-    if max_new_tokens < 1:
-        raise DataError(f"--max_new_tokens is {max_new_tokens}; it must be at least 1.")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise DataError(f"--seed is {seed}; it must be from 0 to 2**63 - 1.")
-    given = [flag for flag, value in (("--top_p", top_p), ("--seed", seed)) if value is not None]
-    if temperature == 0 and given:
-        raise DataError(
-            f"{' and '.join(given)} {'have' if len(given) > 1 else 'has'} no effect at temperature 0, where no token "
-            "is drawn.",
-            "Give --temperature as well, such as 0.7.",
-        )
 
 
 class _Session:
@@ -210,15 +169,11 @@ class _Session:
         conversation = self.conversation
         conversation.say(line)
         try:
-            if self.speaker != BOTH:
-                self._stream(self.speaker)
-            elif sys.stdout.isatty() and shutil.get_terminal_size().columns >= SIDE_BY_SIDE:
-                self._columns()
-            else:
-                for speaker in conversation.speakers:
+            for speaker in conversation.speakers if self.speaker == BOTH else (self.speaker,):
+                if self.speaker == BOTH:
                     bold, plain = (BOLD, PLAIN) if takes_color(sys.stdout) else ("", "")
                     print(f"{bold}{speaker}:{plain}", flush=True)
-                    self._stream(speaker)
+                self._stream(speaker)
         except QpsftError:
             conversation.take_back()
             raise
@@ -235,28 +190,3 @@ class _Session:
         show: Callable[[str], str] = visible if sys.stdout.isatty() else str
         self.conversation.answer(speaker, lambda text: print(show(text), end="", flush=True))
         print(flush=True)
-
-    def _columns(self) -> None:
-        answers = []
-        for speaker in self.conversation.speakers:
-            with tqdm(desc=speaker, unit=" characters", leave=False, disable=None) as bar:
-                answers.append(self.conversation.answer(speaker, lambda text, bar=bar: bar.update(len(text))))
-        width = shutil.get_terminal_size().columns
-        print(side_by_side(dict(zip(self.conversation.speakers, answers, strict=True)), width), flush=True)
-
-
-def side_by_side(answers: dict[str, str], width: int, *, color: bool | None = None) -> str:
-    """Texts under their titles in columns of equal width, wrapped at words.
-
-    Args:
-        width: of everything, in terminal columns.
-        color: bold titles; None: where standard output takes them.
-    """
-    color = takes_color(sys.stdout) if color is None else color
-    table = Table(box=MINIMAL, expand=True, show_edge=False, pad_edge=False, header_style="bold")
-    for title in answers:
-        table.add_column(title, ratio=1, overflow="fold")
-    table.add_row(*(Text(visible(text)) for text in answers.values()))
-    console = Console(file=io.StringIO(), width=width, force_terminal=color, color_system="standard" if color else None)
-    console.print(table)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip("\n").split("\n"))

@@ -85,7 +85,6 @@ ARMS: dict[str, Arm] = {
     )
 }
 DEFAULT_ARMS = ("sft", "sft_matched", "dft", "psft", "psft_visits")
-NOISE_ARMS = ("sft", "psft_visits")
 
 
 def find_arm(name: str) -> Arm:

@@ -40,22 +40,19 @@ def compare(recipe: str | Path, flags: Sequence[str] = (), **options: Any) -> Co
     """Compares arms as a recipe says and writes `comparison.json`, `report.html` and figures to its `output_dir`.
 
     ```python
-    found = compare("adapters/mine", in_domain="test.jsonl", out_of_domain=["old_skills.jsonl"], seeds=3)
-    print(found.difference("psft", "sft", "out_of_domain"))
+    comparison = compare("adapters/mine", in_domain="test.jsonl", out_of_domain=["old_skills.jsonl"], seeds=3)
+    print(comparison.difference("psft", "sft", "out_of_domain"))
     ```
 
     Args:
         recipe: a recipe file or its folder. Its loss_type, visits and blocks are the arms'; everything else is shared.
         flags: options of the recipe, as on the command line.
-        **options: of `CompareOptions`, but for `noise` (see `noise_study`).
+        **options: of `CompareOptions`.
 
     Raises:
         QpsftError: a mistake in the recipe, the options or the rows; a run that fails.
     """
-    loaded, chosen = load_comparison(recipe, flags, options)
-    if chosen.noise is not None:
-        raise RecipeError("noise asks for several comparisons.", "Use noise_study.study_noise.")
-    return compare_loaded(loaded, chosen)
+    return compare_loaded(*load_comparison(recipe, flags, options))
 
 
 def compare_loaded(

@@ -2,79 +2,66 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qpsft.compare.arms import DEFAULT_ARMS, NOISE_ARMS, find_arm
+from qpsft.compare.arms import DEFAULT_ARMS, find_arm
 from qpsft.errors import RecipeError
 from qpsft.recipe.file import Recipe, load_recipe
-from qpsft.recipe.flags import coerce, option_types
+from qpsft.recipe.flags import coerce, option, option_types, read_values
 
 DEFAULT_EPOCHS = 4
 RATE_FACTORS = (0.25, 0.5, 1.0, 2.0)
-
-
-def _option(default: Any, help: str) -> Any:
-    factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(**factory, metadata={"help": help})
 
 
 @dataclass
 class CompareOptions:
     """How arms are compared."""
 
-    arms: list[str] | None = _option(
-        None, f"Arms, separated by commas. Unset: {','.join(DEFAULT_ARMS)}; with --noise {','.join(NOISE_ARMS)}."
-    )
-    seeds: int = _option(5, "Runs per arm. Seed i of each arm has the same initial adapter and shuffled rows.")
-    epochs: float | None = _option(
+    arms: list[str] | None = option(None, f"Arms, separated by commas. Unset: {','.join(DEFAULT_ARMS)}.")
+    seeds: int = option(5, "Runs per arm. Seed i of each arm has the same initial adapter and shuffled rows.")
+    epochs: float | None = option(
         None, f"Epochs of every run. Unset: the recipe's num_train_epochs, or {DEFAULT_EPOCHS} if it has none."
     )
-    tune: bool = _option(False, "Choose each arm's learning rate on the validation rows, from the same grid.")
-    learning_rates: list[float] | None = _option(
+    tune: bool = option(False, "Choose each arm's learning rate on the validation rows, from the same grid.")
+    learning_rates: list[float] | None = option(
         None, "The grid. Unset: the recipe's learning_rate times 1/4, 1/2, 1 and 2."
     )
-    tune_seeds: int = _option(2, "Seeds the choice is made on; these runs count as runs of the chosen rate too.")
-    arm_rates: dict | None = _option(
+    tune_seeds: int = option(2, "Seeds the choice is made on; these runs count as runs of the chosen rate too.")
+    arm_rates: dict | None = option(
         None, "Learning rates that are known already, such as {sft: 2e-3}; without --tune, others take the recipe's."
     )
-    in_domain: str | None = _option(
+    in_domain: str | None = option(
         None, "Rows like the demonstrations: a file, Hub id or built-in set. Unset: a tenth of them, never trained on."
     )
-    validation: str | None = _option(
+    validation: str | None = option(
         None, "Other rows like them, to choose learning rates on. Unset: a tenth of the demonstrations."
     )
-    out_of_domain: list[str] | None = _option(
+    out_of_domain: list[str] | None = option(
         None,
         "What the base could do before: any number of files or Hub ids, or base_samples, text sampled from the base "
         "itself. Unset: the built-in world's sets for its demonstrations, else none.",
     )
-    eval_rows: int = _option(200, "At most so many rows of the in-domain and of the validation set.")
-    out_of_domain_rows: int = _option(64, "At most so many rows of each out-of-domain set.")
-    metric: Literal["auto", "accuracy", "nll", "mixed"] = _option(
+    eval_rows: int = option(200, "At most so many rows of the in-domain and of the validation set.")
+    out_of_domain_rows: int = option(64, "At most so many rows of each out-of-domain set.")
+    metric: Literal["auto", "accuracy", "nll", "mixed"] = option(
         "auto", "What is compared: greedy accuracy by the verifier, nll, the references' negative log-likelihood, or "
         "mixed: accuracy in-domain and nll out of domain. auto: accuracy where every answer can be checked; plain text "
         "and free answers have none."
     )  # fmt: skip
-    verifier: str = _option(
+    verifier: str = option(
         "auto",
         "Whether a completion is right, as in qpsft evaluate. Out-of-domain sets whose references it cannot read get "
         "their own.",
     )
-    k: int = _option(8, "Completions sampled per prompt for pass@k.")
-    sample_rows: int = _option(32, "Sample for so many in-domain rows.")
-    temperatures: list[float] = _option([1.0, 0.6], "Of the samples.")
-    max_new_tokens: int = _option(256, "Length cap of completions.")
-    noise: list[float] | None = _option(
-        None, "Built-in demonstrations only: compare at each of these shares of wrong rows, and plot the gain."
-    )
-    jobs: int = _option(1, "Runs at a time, each in a process of its own with one thread.")
-    results_dir: str | None = _option(
+    k: int = option(8, "Completions sampled per prompt for pass@k.")
+    sample_rows: int = option(32, "Sample for so many in-domain rows.")
+    temperatures: list[float] = option([1.0, 0.6], "Of the samples.")
+    max_new_tokens: int = option(256, "Length cap of completions.")
+    jobs: int = option(1, "Runs at a time, each in a process of its own with one thread.")
+    results_dir: str | None = option(
         None, "Where finished runs are kept and looked for. Unset: results/ in output_dir."
     )
 
@@ -103,46 +90,11 @@ class CompareOptions:
             raise RecipeError(
                 f"tune_seeds is {self.tune_seeds}, more than the {self.seeds} seeds.", "Lower it, or raise seeds."
             )
-        if any(not 0 <= share <= 1 for share in self.noise or []):
-            raise RecipeError("noise has a value outside 0 to 1.", "It is the share of rows with a wrong step.")
 
 
-NAMES = tuple(option.name for option in dataclasses.fields(CompareOptions))
-
-
-def read_flags(argv: Sequence[str]) -> tuple[dict[str, str | bool], list[str]]:
-    """Splits a command line into the comparison's own options, as texts, and the recipe's flags."""
-    own, rest = option_parser().parse_known_args(list(argv))
-    return {name: ",".join(words) if words else True for name, words in vars(own).items()}, rest
-
-
-def option_parser(usage: str | None = None, description: str | None = None) -> argparse.ArgumentParser:
-    """The flags of `CompareOptions`, with their help."""
-    parser = argparse.ArgumentParser(
-        "qpsft compare", usage=usage, description=description, add_help=False, allow_abbrev=False
-    )
-    hints = option_types([CompareOptions])
-    for option in dataclasses.fields(CompareOptions):
-        default = option.default if option.default is not dataclasses.MISSING else option.default_factory()
-        shown = "" if default is None else f" (default: {_shown(default)})"
-        parser.add_argument(
-            f"--{option.name}",
-            default=argparse.SUPPRESS,
-            **(
-                {"action": "store_true"} if usage and hints[option.name] is bool else {"nargs": "*", "metavar": "VALUE"}
-            ),
-            help=(option.metadata["help"] + shown).replace("%", "%%"),
-        )
-    return parser
-
-
-def _shown(default: Any) -> str:
-    if isinstance(default, list):
-        return ",".join(f"{value:g}" for value in default)
-    return str(default).lower() if isinstance(default, bool) else str(default)
-
-
-def load_comparison(path: str | Path, flags: Sequence[str], given: dict[str, Any] | None = None):
+def load_comparison(
+    path: str | Path, flags: Sequence[str], given: dict[str, Any] | None = None
+) -> tuple[Recipe, CompareOptions]:
     """A recipe and the options of its comparison.
 
     Args:
@@ -167,13 +119,8 @@ def load_comparison(path: str | Path, flags: Sequence[str], given: dict[str, Any
     written = recipe.run.compare or {}
     where = {name: f"{path}: compare: {name}" for name in written} | {name: f"--{name}" for name in given or {}}
     hints = option_types([CompareOptions])
-    values = {}
-    for name, value in (written | (given or {})).items():
-        if name not in hints:
-            near = difflib.get_close_matches(name, hints, n=1, cutoff=0.6)
-            todo = f"Did you mean {near[0]}?" if near else f"Options: {', '.join(hints)}."
-            raise RecipeError(f"{where[name]}: there is no such option.", todo)
-        values[name] = coerce(value, hints[name], where[name])
+    others = "`qpsft compare --help` lists the options."
+    values = read_values(written | (given or {}), hints, where, others=others)
     if values.get("epochs") is None and "num_train_epochs" not in recipe.given:
         values["epochs"] = DEFAULT_EPOCHS
     options = CompareOptions(**values)

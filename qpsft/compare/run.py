@@ -35,7 +35,7 @@ from qpsft.psft.config import PSFTConfig
 from qpsft.psft.trainer import PSFTTrainer
 from qpsft.recipe.arguments import LoraArguments, ModelArguments
 from qpsft.recipe.file import Recipe
-from qpsft.recipe.flags import COMMON_TRAINER_OPTIONS
+from qpsft.recipe.trainer_options import COMMON_TRAINER_OPTIONS
 from qpsft.train import run as runs
 from qpsft.train.model_card import package_versions
 from qpsft.train.progress import ConsoleCallback, read_metrics

@@ -11,7 +11,6 @@ import difflib
 import enum
 import os
 import re
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,8 @@ import yaml
 
 from qpsft.errors import RecipeError
 from qpsft.recipe.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments
-from qpsft.recipe.flags import COMMON_TRAINER_OPTIONS, coerce, option_types, refuse_without_effect
+from qpsft.recipe.flags import Parser, option_types, read_flags, read_values
+from qpsft.recipe.trainer_options import COMMON_TRAINER_OPTIONS, add_recipe_flags, own_options, refuse_without_effect
 
 EXTENDS = "extends"
 
@@ -142,7 +142,7 @@ class Recipe:
         if self.lora.adapter_name_or_path:  # which brings along what is not given here
             kept = {*self.given, "adapter_name_or_path", "lora_dropout"}
             values = {n: v for n, v in values.items() if n in kept or not hasattr(self.lora, n)}
-        own = set(getattr(type(self.trainer), "__annotations__", ())) | set(COMMON_TRAINER_OPTIONS) | set(self.given)
+        own = own_options(type(self.trainer)) | set(COMMON_TRAINER_OPTIONS) | set(self.given)
         for option in dataclasses.fields(self.trainer):
             if option.name in own:
                 value = getattr(self.trainer, option.name)
@@ -166,14 +166,14 @@ def load_recipe(path: str | Path | None, flags: Sequence[str], trainer_class: ty
     classes = (ModelArguments, LoraArguments, DataArguments, RunArguments, trainer_class)
     hints = option_types(classes)
     given, where = ({}, {}) if path is None else read_recipe_file(path)
-    for name, text in _read_flags(flags).items():
-        given[name], where[name] = text, f"--{name}"
+    parser = Parser("qpsft train", "[RECIPE] [options]", "", add_help=False)
+    add_recipe_flags(parser, trainer_class)
+    from_flags = read_flags(parser, flags, hints)
+    given, where = given | from_flags, where | {name: f"--{name}" for name in from_flags}
     refuse_without_effect(given, where)
-    for name in given:
-        if name not in hints:
-            likely = {*option_types(classes[:-1]), *trainer_class.__annotations__, *COMMON_TRAINER_OPTIONS}
-            raise RecipeError(f"{where[name]}: there is no such option.", _suggestion(name, hints, likely))
-        given[name] = coerce(given[name], hints[name], where[name])
+    likely = {*option_types(classes[:-1]), *own_options(trainer_class), *COMMON_TRAINER_OPTIONS}
+    others = "`qpsft train --help_all` lists all options."
+    given = read_values(given, hints, where, likely=likely, others=others)
     _default_output_dir(given, path)
     find_beside(given, path)
     if given.get("dtype", "auto") != "auto" and not {"bf16", "fp16"} & set(given):
@@ -181,31 +181,6 @@ def load_recipe(path: str | Path | None, flags: Sequence[str], trainer_class: ty
         given |= {"bf16": given["dtype"] == "bfloat16", "fp16": given["dtype"] == "float16"}
     parts = [_build(cls, given, where) for cls in classes]
     return Recipe(path, given, parts[0], parts[1], parts[2], parts[3], parts[4])
-
-
-def _read_flags(flags: Sequence[str]) -> dict[str, str | list[str] | bool]:
-    read: dict[str, str | list[str]] = {}
-    name = None
-    for flag in flags:
-        if flag.startswith("--"):
-            name, equals, value = flag[2:].partition("=")
-            name = name.replace("-", "_")
-            read[name] = value if equals else []
-            if equals:
-                name = None
-        elif name is None:
-            raise RecipeError(f"{flag!r} belongs to no option.", "Flags are written --name value.")
-        else:
-            read[name] = [*read[name], flag]
-    return {n: v if isinstance(v, str) else True if not v else v[0] if len(v) == 1 else v for n, v in read.items()}
-
-
-def _suggestion(name: str, known: typing.Iterable[str], likely: set[str]) -> str:
-    def nearness(option: str) -> float:
-        return difflib.SequenceMatcher(None, option, name).ratio() + 0.1 * (option in likely)
-
-    near = sorted(difflib.get_close_matches(name, list(known), n=9, cutoff=0.6), key=nearness, reverse=True)
-    return f"Did you mean {' or '.join(near[:3])}?" if near else "`qpsft train --help_all` lists all options."
 
 
 def _default_output_dir(given: dict[str, Any], path: Path | None) -> None:
@@ -227,11 +202,11 @@ def _build(cls: type, given: dict[str, Any], where: dict[str, str]) -> Any:
 
 
 def _blamed(message: str, given: dict[str, Any]) -> str | None:
-    """The option that a library's message names, or whose value it names first."""
+    """The option that a library's message names first, by its name or by its value; None if it names none."""
     places = {}
     for name, value in given.items():
         for word in (name, *([value] if isinstance(value, str) and value else [])):
-            found = re.search(rf"(?<!\w){re.escape(word)}(?!\w)", message)
-            if found:
-                places[name] = min(places.get(name, len(message)), found.start())
+            match = re.search(rf"(?<!\w){re.escape(word)}(?!\w)", message)
+            if match:
+                places[name] = min(places.get(name, len(message)), match.start())
     return min(places, key=places.get) if places else None

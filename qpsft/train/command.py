@@ -1,0 +1,85 @@
+"""`qpsft train` and `qpsft preview`: a recipe and its flags from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import textwrap
+from collections.abc import Sequence
+
+from qpsft.errors import RecipeError
+from qpsft.processes import is_main
+from qpsft.recipe.flags import Parser
+from qpsft.recipe.trainer_options import add_recipe_flags
+from qpsft.terminal import quiet_libraries
+
+TRAIN = "Train an adapter on your demonstrations: PSFT by default, plain SFT (nll) or DFT as baselines."
+TRAIN_EXAMPLE = "qpsft train adapters/mine/recipe.yaml --max_steps 50 --output_dir runs/a"
+PREVIEW = "Print rows as the model will see them, supervised tokens coloured, and what became of all rows."
+PREVIEW_EXAMPLE = "qpsft preview adapters/mine/recipe.yaml --dataset_limit 100"
+WIDTH = 80
+
+
+def train(argv: Sequence[str]) -> int:
+    """`qpsft train`."""
+    quiet_libraries()
+    if print_help("train", argv, TRAIN, TRAIN_EXAMPLE):
+        return 0
+    from qpsft.train import run
+
+    recipe = read_recipe(argv)
+    summary = run.train(recipe)
+    if is_main():
+        print(f"\n{summary}\n\n{summary.next_commands(recipe)}")
+    return 0
+
+
+def preview(argv: Sequence[str]) -> int:
+    """`qpsft preview`."""
+    quiet_libraries()
+    if print_help("preview", argv, PREVIEW, PREVIEW_EXAMPLE):
+        return 0
+    from qpsft.data.preview import render_preview
+    from qpsft.data.tokenize import load_dataset
+    from qpsft.model.continue_adapter import recipe_tokenizer, warn_past_context
+
+    recipe = read_recipe(argv)
+    if not recipe.model.model_name_or_path:
+        raise RecipeError("model_name_or_path is missing.", "The tokenizer comes with the model: name it.")
+    tokenizer = recipe_tokenizer(recipe)
+    rows = load_dataset(recipe.data, tokenizer, recipe.trainer.max_length)
+    print(render_preview(rows, tokenizer), end="")
+    warn_past_context(recipe, rows.counts.longest)
+    return 0
+
+
+def read_recipe(argv: Sequence[str]):
+    """The recipe that a command line names first, if any, with its flags."""
+    from qpsft.psft.config import PSFTConfig
+    from qpsft.recipe.file import load_recipe
+
+    path = argv[0] if argv and not argv[0].startswith("-") else None
+    return load_recipe(path, argv[1:] if path else argv, PSFTConfig)
+
+
+def print_help(verb: str, argv: Sequence[str], description: str, example: str) -> bool:
+    """Prints the options of a recipe if --help or --help_all is asked for. Returns whether it was."""
+    everything = "--help_all" in argv
+    if not everything and not {"-h", "--help"} & set(argv):
+        return False
+    from qpsft.psft.config import PSFTConfig
+
+    notes = ["A recipe may begin with `extends: other.yaml` and give only what differs."]
+    if not everything:
+        notes.append("--help_all lists every option of transformers' and TRL's trainers too.")
+    parser = Parser(
+        f"qpsft {verb}",
+        "[RECIPE.yaml] [--any_option value …]",
+        f"{textwrap.fill(description, WIDTH)}\n\n  {example}",
+        epilog="\n".join(notes),
+        add_help=False,
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=6, width=WIDTH),
+    )
+    add_recipe_flags(parser, PSFTConfig, everything=everything)
+    parser.print_help()
+    return True
