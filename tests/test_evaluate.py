@@ -10,8 +10,7 @@ from peft import LoraConfig, PeftModel
 from qpsft.data import built_in
 from qpsft.errors import DataError
 from qpsft.evaluate import evaluate
-from qpsft.evaluate.evaluation import text_statistics
-from qpsft.evaluate.likelihood import adapter_off
+from qpsft.evaluate.likelihood import adapter_off, text_statistics
 from qpsft.evaluate.rows import duplicates
 from qpsft.model.adapter import add_adapter
 from qpsft.model.base import load_base
@@ -286,3 +285,9 @@ def test_every_number_is_defined_in_the_documentation(adapted):
     logged = {*SUMS, "ratio_max", "grad_norm", "loss", "tokens_per_second", "num_tokens"}
     undefined = {name for name in {*names, *found.counts, *logged} if f"`{name}`" not in text}
     assert not undefined and "pass@k" in names
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"k": -1}, {"max_new_tokens": 0}])
+def test_settings_out_of_range_are_refused(adapted, settings):
+    with pytest.raises(DataError, match="temperature must be above 0, k not negative and max_new_tokens at least 1"):
+        evaluate(*adapted, ROWS, **settings)

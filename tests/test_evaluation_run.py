@@ -161,6 +161,7 @@ def test_cut_references_are_told(adapter, tmp_path, capsys):
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    from qpsft import files
     from qpsft.errors import OutputError
     from qpsft.evaluate import run
 
@@ -170,7 +171,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(OutputError, match="No space left"):
         run.write_json(target, {"a": 1})
     assert target.read_text() == "old" and len(list(tmp_path.iterdir())) == 1

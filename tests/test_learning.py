@@ -9,8 +9,9 @@ from peft import PeftModel
 
 from qpsft import cli
 from qpsft.data.tokenize import load_rows, tokenize_rows
-from qpsft.evaluate.evaluation import greedy_completions, text_statistics
+from qpsft.evaluate.likelihood import text_statistics
 from qpsft.model.base import load_base, load_tokenizer
+from qpsft.model.generation import greedy_completions
 from qpsft.psft.config import PSFTConfig
 from qpsft.recipe.file import load_recipe
 

@@ -13,10 +13,11 @@ import torch
 from qpsft.data import built_in
 from qpsft.data.tokenize import load_rows, tokenize_rows
 from qpsft.errors import OutputError
-from qpsft.evaluate.evaluation import greedy_completions, text_statistics
+from qpsft.evaluate.likelihood import text_statistics
 from qpsft.merge.merging import merge_adapter
 from qpsft.model.base import load_base, load_tokenizer
 from qpsft.model.environment import unusable_gpu
+from qpsft.model.generation import greedy_completions
 from qpsft.psft.config import PSFTConfig
 from qpsft.recipe.file import load_recipe
 from qpsft.terminal import fill, wrap

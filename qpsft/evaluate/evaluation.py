@@ -1,5 +1,7 @@
 """What a model does on prompts with references: how likely they are, how often it is right, how far it has drifted.
 
+    rows ── tokens ── likelihood of the references ── completions, or choices by likelihood ── drift on the samples
+
 Every number is defined in docs/metrics.md.
 """
 
@@ -8,7 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,13 +18,11 @@ import numpy as np
 from qpsft.data.shapes import Rows
 from qpsft.errors import DataError
 from qpsft.evaluate.estimates import Estimate, bootstrap_weights, pass_at_k, ratio
-from qpsft.evaluate.likelihood import has_adapter, row_sums, text_statistics
+from qpsft.evaluate.likelihood import has_adapter, row_sums
 from qpsft.evaluate.rows import Encoded, as_rows, duplicates, encode, stop_ids_of
 from qpsft.evaluate.verifiers import Verdict, Verifier, find_verifier, text_of, warn_if_nothing_parsed
-from qpsft.model.generation import Completion, Completions, generate, greedy_completions
+from qpsft.model.generation import Completion, Completions, generate
 from qpsft.recipe.arguments import DataArguments
-
-__all__ = ["Evaluation", "RowCompletions", "evaluate", "greedy_completions", "text_statistics"]
 
 MAX_NEW_TOKENS = 256
 CAPPED_TOO_OFTEN = 0.5
@@ -82,131 +82,186 @@ class Evaluation:
         return record if completions else {name: value for name, value in record.items() if name != "completions"}
 
 
-def evaluate(
-    model: Any,
-    tokenizer: Any,
-    rows: Rows | Sequence[dict],
-    *,
-    name: str = "rows",
-    k: int = 8,
-    temperature: float = 1.0,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    verifier: str | Verifier = "auto",
-    seed: int = 0,
-    limit: int | None = None,
-    drift: bool = True,
-    drift_samples: int = 1,
-    train_rows: Sequence[dict] | None = None,
-    arguments: DataArguments | None = None,
-    batch_size: int | None = None,
-    progress: bool = False,
-) -> Evaluation:
-    """Measures a model on prompts with references, or on plain texts (likelihood and drift only).
+@dataclass(frozen=True)
+class Settings:
+    """How rows are evaluated.
 
-    Args:
-        model: a causal LM, with or without an adapter; left as it was found, modes and gradients included.
-        tokenizer: the model's.
-        rows: {"prompt", "completion"} (strings or messages), {"messages"} (the last assistant turn is the reference)
-            or {"text"}; what the verifier needs beside them (`task`, `choices`) in the same dicts.
-        name: what to call them; `Rows` have their own name.
+    Attributes:
         k: completions sampled per prompt; pass@1, pass@2, pass@4, … and pass@k are estimated from them. 0: none.
         temperature: of the samples.
         max_new_tokens: a completion's length cap.
         verifier: one of `qpsft.evaluate.verifiers.NAMES`, or a function (row, text) -> True, False, or None for no
             answer.
         seed: of the samples and of the bootstrap.
-        limit: only the first N rows.
         drift: measure the divergence from the base, where the model has an adapter to switch off.
         drift_samples: how many of the k samples of each prompt the divergence is measured on.
-        train_rows: what the model was trained on, in the same shapes; exact duplicates are counted.
-        arguments: `use_chat_template` and `prompt_format` as in training.
         batch_size: sequences decoded at once; None: as many as fit.
         progress: show a bar on a terminal.
+
+    Raises:
+        DataError: a value out of range.
+    """
+
+    k: int = 8
+    temperature: float = 1.0
+    max_new_tokens: int = MAX_NEW_TOKENS
+    verifier: str | Verifier = "auto"
+    seed: int = 0
+    drift: bool = True
+    drift_samples: int = 1
+    batch_size: int | None = None
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0 or self.k < 0 or self.max_new_tokens < 1:
+            raise DataError(
+                f"k is {self.k}, temperature {self.temperature} and max_new_tokens {self.max_new_tokens}.",
+                "temperature must be above 0, k not negative and max_new_tokens at least 1.",
+            )
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    rows: Rows | Sequence[dict],
+    *,
+    name: str = "rows",
+    limit: int | None = None,
+    train_rows: Sequence[dict] | None = None,
+    arguments: DataArguments | None = None,
+    **settings: Any,
+) -> Evaluation:
+    """Measures a model on prompts with references, or on plain texts (likelihood and drift only).
+
+    Args:
+        model: a causal LM, with or without an adapter; its modes and gradients are afterwards as they were.
+        tokenizer: the model's.
+        rows: {"prompt", "completion"} (strings or messages), {"messages"} (the last assistant turn is the reference)
+            or {"text"}; what the verifier needs beside them (`task`, `choices`) in the same dicts.
+        name: what to call them; `Rows` have their own name.
+        limit: only the first N rows.
+        train_rows: what the model was trained on, in the same shapes; exact duplicates are counted.
+        arguments: `use_chat_template` and `prompt_format` as in training.
+        **settings: of `Settings`: k, temperature, max_new_tokens, verifier, seed, drift, drift_samples, batch_size,
+            progress.
 
     Returns:
         The `Evaluation`. The same rows, model and seed give the same numbers.
 
     Raises:
-        DataError: rows without references, no such verifier, or references that it cannot read.
+        DataError: rows without references, no such verifier, references that it cannot read, or a value out of range.
     """
     started = time.perf_counter()
-    arguments = arguments or DataArguments()
+    evaluated = _prepare(model, tokenizer, rows, name, limit, arguments or DataArguments(), Settings(**settings))
+    result = _empty_result(evaluated, train_rows)
+    _measure_references(result, evaluated)
+    if "text" not in evaluated.rows.rows[0]:
+        _measure_answers(result, evaluated)
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """What is evaluated, and how: the model and the rows that have something to evaluate, tokenized.
+
+    `all_rows` are the rows before those without anything to evaluate were left out; `weights` the bootstrap's.
+    """
+
+    model: Any
+    tokenizer: Any
+    all_rows: Rows
+    rows: Rows
+    encoded: Encoded
+    arguments: DataArguments
+    settings: Settings
+    weights: np.ndarray
+
+    @property
+    def drift(self) -> bool:
+        """Whether the divergence from the base is measured."""
+        return self.settings.drift and has_adapter(self.model)
+
+
+def _prepare(
+    model: Any,
+    tokenizer: Any,
+    rows: Rows | Sequence[dict],
+    name: str,
+    limit: int | None,
+    arguments: DataArguments,
+    settings: Settings,
+) -> _Evaluated:
     rows = rows if isinstance(rows, Rows) else as_rows(rows, name, arguments)
     if limit is not None:
-        rows = Rows(rows.name, rows.shape, rows.rows[:limit], rows.places[:limit], rows.unused_columns)
-    if temperature <= 0 or k < 0 or max_new_tokens < 1:
-        raise DataError("temperature must be above 0, k not negative and max_new_tokens at least 1.", "Mend them.")
+        rows = _subset(rows, range(min(limit, len(rows.rows))))
     encoded = encode(rows, model, tokenizer, arguments)
-    kept = Rows(rows.name, rows.shape, *([of[i] for i in encoded.kept] for of in (rows.rows, rows.places)), [])
-    drift = drift and has_adapter(model)
-    found = Evaluation(
+    kept = _subset(rows, encoded.kept)
+    weights = bootstrap_weights(len(kept.rows), settings.seed)
+    return _Evaluated(model, tokenizer, rows, kept, encoded, arguments, settings, weights)
+
+
+def _subset(rows: Rows, indices: Sequence[int]) -> Rows:
+    return replace(rows, rows=[rows.rows[i] for i in indices], places=[rows.places[i] for i in indices])
+
+
+def _empty_result(evaluated: _Evaluated, train_rows: Sequence[dict] | None) -> Evaluation:
+    """A result with its counts, for the measurements to fill."""
+    rows = evaluated.rows
+    dropped = len(evaluated.all_rows.rows) - len(rows.rows)
+    return Evaluation(
         name=rows.name,
-        rows=len(kept.rows),
+        rows=len(rows.rows),
         metrics={},
-        settings={"verifier": None, "seed": seed},
-        counts={"dropped": len(rows.rows) - len(kept.rows), "truncated": encoded.truncated},
+        settings={"verifier": None, "seed": evaluated.settings.seed},
+        counts={"dropped": dropped, "truncated": evaluated.encoded.truncated}
+        | ({} if train_rows is None else duplicates(train_rows, evaluated.all_rows.rows)),
         per_row={},
         completions=[],
         seconds=0.0,
     )
-    if train_rows is not None:
-        found.counts |= duplicates(train_rows, rows.rows)
-    weights = bootstrap_weights(found.rows, seed)
-    _measure_text(found, model, encoded, weights, drift)
-    if "text" not in kept.rows[0]:
-        found.settings["verifier"], check = find_verifier(verifier, kept.rows, rows.name)
-        if check is None:
-            _measure_choices(found, model, tokenizer, kept, arguments, weights)
-        else:
-            found.settings |= {"k": k, "temperature": temperature, "max_new_tokens": max_new_tokens}
-            written = generate(
-                model,
-                encoded.prompts,
-                stop_ids=stop_ids_of(model, tokenizer, encoded.texts),
-                samples=k,
-                temperature=temperature,
-                max_new_tokens=max_new_tokens,
-                seed=seed,
-                batch_size=batch_size,
-                description=rows.name if progress else None,
-            )
-            found.completions = _verify(kept, written, tokenizer, check)
-            _measure_completions(found, written, weights)
-            _warn_of_capped(found, encoded, written)
-            if drift and k:
-                sums = _score_samples(model, encoded.prompts, written, drift_samples)
-                found.metrics["kl_samples"] = ratio(sums["kl"], sums["num_items"], weights)
-    found.seconds = time.perf_counter() - started
-    return found
 
 
-def _measure_text(found: Evaluation, model: Any, encoded: Encoded, weights: np.ndarray, drift: bool) -> None:
+def _measure_references(result: Evaluation, evaluated: _Evaluated) -> None:
     """Likelihood, entropy and drift along the references."""
-    sums = row_sums(model, encoded.texts, against_base=drift)
+    sums = row_sums(evaluated.model, evaluated.encoded.texts, against_base=evaluated.drift)
     tokens = sums["num_items"]
     for metric in ("nll", "mean_token_accuracy", "entropy"):
-        found.metrics[metric] = ratio(sums[metric], tokens, weights)
-    found.per_row |= {"nll": sums["nll"].tolist(), "num_items": tokens.tolist()}
-    if drift:
-        found.metrics["kl_text"] = ratio(sums["kl"], tokens, weights)
-        found.per_row["kl_text"] = sums["kl"].tolist()
+        result.metrics[metric] = ratio(sums[metric], tokens, evaluated.weights)
+    result.per_row |= {"nll": sums["nll"].tolist(), "num_items": tokens.tolist()}
+    if evaluated.drift:
+        result.metrics["kl_text"] = ratio(sums["kl"], tokens, evaluated.weights)
+        result.per_row["kl_text"] = sums["kl"].tolist()
 
 
-def _measure_choices(
-    found: Evaluation, model: Any, tokenizer: Any, rows: Rows, arguments: DataArguments, weights: np.ndarray
-) -> None:
+def _measure_answers(result: Evaluation, evaluated: _Evaluated) -> None:
+    """Accuracy: of the completions by a verifier, or of multiple choice by likelihood."""
+    settings, rows = evaluated.settings, evaluated.rows
+    result.settings["verifier"], check = find_verifier(settings.verifier, rows.rows, rows.name)
+    if check is None:
+        _measure_choices(result, evaluated)
+        return
+    result.settings |= {
+        "k": settings.k, "temperature": settings.temperature, "max_new_tokens": settings.max_new_tokens
+    }  # fmt: skip
+    completions = _complete(evaluated)
+    result.completions = _judge(evaluated, completions, check)
+    _measure_accuracy(result, evaluated.weights)
+    _measure_completions(result, completions, evaluated.weights)
+    _warn_of_capped(result, evaluated.encoded, completions)
+    if evaluated.drift and settings.k:
+        sums = _score_samples(evaluated, completions)
+        result.metrics["kl_samples"] = ratio(sums["kl"], sums["num_items"], evaluated.weights)
+
+
+def _measure_choices(result: Evaluation, evaluated: _Evaluated) -> None:
     """Multiple choice: the likeliest choice, written and ended as training would have it, is the answer."""
-    options = [
-        ({"prompt": row["prompt"], "completion": choice}, f"{place}, choice {number}")
-        for row, place in zip(rows.rows, rows.places, strict=True)
-        for number, choice in enumerate(row["choices"], start=1)
-    ]
-    every = Rows(rows.name, rows.shape, *map(list, zip(*options, strict=True)), [])
-    every = as_rows(every.rows, rows.name, arguments)
-    encoded = encode(every, model, tokenizer, arguments)
-    if len(encoded.kept) < len(options):
+    rows, arguments = evaluated.rows, evaluated.arguments
+    choices = [{"prompt": row["prompt"], "completion": choice} for row in rows.rows for choice in row["choices"]]
+    encoded = encode(as_rows(choices, rows.name, arguments), evaluated.model, evaluated.tokenizer, arguments)
+    if len(encoded.kept) < len(choices):
         raise DataError(f"{rows.name}: a choice does not fit the model's length.", "Shorten the prompts.")
-    sums = row_sums(model, encoded.texts)
+    sums = row_sums(evaluated.model, encoded.texts)
     right = {"accuracy": [], "accuracy_per_token": []}
     start = 0
     for row in rows.rows:
@@ -215,91 +270,109 @@ def _measure_choices(
         right["accuracy"].append(sums["nll"][here].argmin() == answer)
         right["accuracy_per_token"].append((sums["nll"][here] / sums["num_items"][here]).argmin() == answer)
     for metric, hits in right.items():
-        found.per_row[metric] = np.array(hits, dtype=float).tolist()
-        found.metrics[metric] = ratio(np.array(hits, dtype=float), np.ones(found.rows), weights)
+        result.per_row[metric] = np.array(hits, dtype=float).tolist()
+        result.metrics[metric] = ratio(np.array(hits, dtype=float), np.ones(result.rows), evaluated.weights)
 
 
-def _verify(rows: Rows, written: list[Completions], tokenizer: Any, check: Verifier) -> list[RowCompletions]:
-    texts = iter(
-        tokenizer.batch_decode(
-            [completion.token_ids for one in written for completion in (one.greedy, *one.samples)],
-            skip_special_tokens=True,
-        )
+def _complete(evaluated: _Evaluated) -> list[Completions]:
+    """The greedy completion and the samples of every prompt."""
+    model, encoded, settings = evaluated.model, evaluated.encoded, evaluated.settings
+    return generate(
+        model,
+        encoded.prompts,
+        stop_ids=stop_ids_of(model, evaluated.tokenizer, encoded.texts),
+        samples=settings.k,
+        temperature=settings.temperature,
+        max_new_tokens=settings.max_new_tokens,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        description=evaluated.rows.name if settings.progress else None,
     )
-    found = []
-    for row, place, one in zip(rows.rows, rows.places, written, strict=True):
-        own = [next(texts) for _ in range(1 + len(one.samples))]
-        verdicts = [check(row, text) for text in own]
-        greedy, *samples = zip(own, verdicts, strict=True)
-        found.append(RowCompletions(place, text_of(row["prompt"]), text_of(row["completion"]), greedy, samples))
-    return found
 
 
-def _measure_completions(found: Evaluation, written: list[Completions], weights: np.ndarray) -> None:
-    """Accuracy, pass@k, lengths and entropy of the completions, and warnings about them."""
-    verdicts = [[verdict for _, verdict in (row.greedy, *row.samples)] for row in found.completions]
-    completions = [len(row) for row in verdicts]
+def _judge(evaluated: _Evaluated, completions: list[Completions], check: Verifier) -> list[RowCompletions]:
+    """The completions as texts with their verdicts."""
+    rows = evaluated.rows
+    every = [one.token_ids for of_row in completions for one in (of_row.greedy, *of_row.samples)]
+    texts = iter(evaluated.tokenizer.batch_decode(every, skip_special_tokens=True))
+    judged = []
+    for row, place, of_row in zip(rows.rows, rows.places, completions, strict=True):
+        own = [next(texts) for _ in range(1 + len(of_row.samples))]
+        greedy, *samples = [(text, check(row, text)) for text in own]
+        judged.append(RowCompletions(place, text_of(row["prompt"]), text_of(row["completion"]), greedy, samples))
+    return judged
+
+
+def _measure_accuracy(result: Evaluation, weights: np.ndarray) -> None:
+    """Accuracy and pass@k of the verdicts; warns if hardly any completion holds an answer."""
+    verdicts = [[verdict for _, verdict in (row.greedy, *row.samples)] for row in result.completions]
+    number = sum(map(len, verdicts))
     parsed = sum(verdict is not None for row in verdicts for verdict in row)
-    found.counts |= {"completions": sum(completions), "parsed": parsed}
-    warn_if_nothing_parsed(found.settings["verifier"], found.name, parsed, sum(completions))
-    ones = np.ones(found.rows)
+    result.counts |= {"completions": number, "parsed": parsed}
+    warn_if_nothing_parsed(result.settings["verifier"], result.name, parsed, number)
+    ones = np.ones(result.rows)
     right = np.array([[verdict is True for verdict in row] for row in verdicts], dtype=float)
-    found.per_row["accuracy"] = right[:, 0].tolist()
-    found.metrics["accuracy"] = ratio(right[:, 0], ones, weights)
+    result.per_row["accuracy"] = right[:, 0].tolist()
+    result.metrics["accuracy"] = ratio(right[:, 0], ones, weights)
     samples = right.shape[1] - 1
     if samples:
         count = right[:, 1:].sum(1)
-        found.per_row["samples_right"] = count.tolist()
+        result.per_row["samples_right"] = count.tolist()
         for k in sorted({2**power for power in range(samples.bit_length())} | {samples}):
-            found.metrics[f"pass@{k}"] = ratio(pass_at_k(count, samples, k), ones, weights)
-    _measure_lengths(found, [one.greedy for one in written], 1, "greedy_", weights)
-    if samples:
-        drawn = [sample for one in written for sample in one.samples]
-        _measure_lengths(found, drawn, samples, "", weights)
+            result.metrics[f"pass@{k}"] = ratio(pass_at_k(count, samples, k), ones, weights)
+
+
+def _measure_completions(result: Evaluation, completions: list[Completions], weights: np.ndarray) -> None:
+    """Lengths of the completions and entropy along the samples."""
+    _measure_lengths(result, [of_row.greedy for of_row in completions], 1, "greedy_", weights)
+    drawn = [sample for of_row in completions for sample in of_row.samples]
+    if drawn:
+        samples = len(drawn) // len(completions)
+        _measure_lengths(result, drawn, samples, "", weights)
         tokens = _by_row([len(sample.token_ids) for sample in drawn], samples)
-        found.metrics["sample_entropy"] = ratio(_by_row([sample.entropy for sample in drawn], samples), tokens, weights)
-
-
-def _warn_of_capped(found: Evaluation, encoded: Encoded, written: list[Completions]) -> None:
-    """Says so when many completions were cut off, by the length cap or by the end of the model's context."""
-    capped = [
-        len(prompt) + len(completion.token_ids)
-        for prompt, one in zip(encoded.prompts, written, strict=True)
-        for completion in (one.greedy, *one.samples)
-        if not completion.stopped
-    ]
-    if len(capped) < CAPPED_TOO_OFTEN * found.counts["completions"]:
-        return
-    said = f"{found.name}: {len(capped)} of {found.counts['completions']} completions did not stop"
-    if encoded.length is not None and 2 * sum(total >= encoded.length for total in capped) > len(capped):
-        todo = f"before the model's context ended, at {encoded.length} tokens with the prompt. Shorten the prompts"
-    else:
-        todo = f"within {found.settings['max_new_tokens']} tokens. Raise --max_new_tokens"
-    warnings.warn(f"{said} {todo}, or look whether the model ever stops.", stacklevel=3)
+        entropy = _by_row([sample.entropy for sample in drawn], samples)
+        result.metrics["sample_entropy"] = ratio(entropy, tokens, weights)
 
 
 def _measure_lengths(
-    found: Evaluation, completions: list[Completion], copies: int, prefix: str, weights: np.ndarray
+    result: Evaluation, completions: list[Completion], copies: int, prefix: str, weights: np.ndarray
 ) -> None:
-    number = np.full(found.rows, copies)
+    number = np.full(result.rows, copies)
     lengths = _by_row([len(completion.token_ids) for completion in completions], copies)
     capped = _by_row([not completion.stopped for completion in completions], copies)
-    found.metrics[f"{prefix}length"] = ratio(lengths, number, weights)
-    found.metrics[f"{prefix}length_capped"] = ratio(capped, number, weights)
+    result.metrics[f"{prefix}length"] = ratio(lengths, number, weights)
+    result.metrics[f"{prefix}length_capped"] = ratio(capped, number, weights)
 
 
 def _by_row(values: list[float], copies: int) -> np.ndarray:
     return np.array(values, dtype=float).reshape(-1, copies).sum(1)
 
 
-def _score_samples(
-    model: Any, prompts: list[list[int]], written: list[Completions], each: int
-) -> dict[str, np.ndarray]:
-    """Sums over each prompt's first `each` samples, scored under the policy and its base."""
+def _warn_of_capped(result: Evaluation, encoded: Encoded, completions: list[Completions]) -> None:
+    """Warns when many completions were cut off, by the length cap or by the end of the model's context."""
+    capped = [
+        len(prompt) + len(completion.token_ids)
+        for prompt, of_row in zip(encoded.prompts, completions, strict=True)
+        for completion in (of_row.greedy, *of_row.samples)
+        if not completion.stopped
+    ]
+    if len(capped) < CAPPED_TOO_OFTEN * result.counts["completions"]:
+        return
+    what = f"{result.name}: {len(capped)} of {result.counts['completions']} completions did not stop"
+    if encoded.length is not None and 2 * sum(total >= encoded.length for total in capped) > len(capped):
+        todo = f"before the model's context ended, at {encoded.length} tokens with the prompt. Shorten the prompts"
+    else:
+        todo = f"within {result.settings['max_new_tokens']} tokens. Raise --max_new_tokens"
+    warnings.warn(f"{what} {todo}, or look whether the model ever stops.", stacklevel=4)
+
+
+def _score_samples(evaluated: _Evaluated, completions: list[Completions]) -> dict[str, np.ndarray]:
+    """Sums over each prompt's first `drift_samples` samples, scored under the policy and its base."""
+    prompts = evaluated.encoded.prompts
     texts = [
         {"input_ids": prompt + sample.token_ids, "labels": [-100] * len(prompt) + sample.token_ids}
-        for prompt, one in zip(prompts, written, strict=True)
-        for sample in one.samples[:each]
+        for prompt, of_row in zip(prompts, completions, strict=True)
+        for sample in of_row.samples[: evaluated.settings.drift_samples]
     ]
-    sums = row_sums(model, texts, against_base=True)
+    sums = row_sums(evaluated.model, texts, against_base=True)
     return {name: _by_row(values, len(texts) // len(prompts)) for name, values in sums.items()}

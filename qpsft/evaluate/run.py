@@ -49,7 +49,7 @@ SHOWN = (
 
 @dataclass
 class EvaluationReport:
-    """What `run_evaluation` found: an `Evaluation` per data set and the harness's results per task."""
+    """An `Evaluation` per data set, and the harness's results per task."""
 
     model: str
     evaluations: list[Evaluation]
@@ -93,6 +93,43 @@ def run_evaluation(options: EvaluationOptions, *, verbose: bool = True) -> Evalu
         QpsftError: the model, the data or the tasks cannot be used; the JSON file cannot be written.
     """
     started = time.perf_counter()
+    inputs = _read_inputs(options)
+    model, tokenizer = load_evaluated(
+        options.model,
+        base=options.base,
+        quantization=options.quantization,
+        dtype=options.dtype,
+        device=options.device,
+    )
+    if verbose:
+        print(wrap(f"evaluating {options.model} · {describe_evaluated(model)}", "  "), flush=True)
+    evaluations = [_evaluate(model, tokenizer, rows, inputs, options, verbose) for rows in inputs.sets]
+    tasks = _run_tasks(model, tokenizer, inputs, options) if options.tasks else {}
+    seconds = time.perf_counter() - started
+    report = EvaluationReport(options.model, evaluations, tasks, asdict(options), seconds)
+    if options.json is not None:
+        write_json(Path(options.json), report.to_dict(completions=options.completions))
+    return report
+
+
+@dataclass
+class _Inputs:
+    """What is read and checked before the model is loaded.
+
+    Attributes:
+        arguments: how prompts are written.
+        sets: the data sets to evaluate on.
+        train_rows: what the model was trained on, if it is known and here.
+        task_data: benchmark -> its local copy.
+    """
+
+    arguments: DataArguments
+    sets: list[Rows]
+    train_rows: list[dict] | None
+    task_data: dict[str, Path]
+
+
+def _read_inputs(options: EvaluationOptions) -> _Inputs:
     folder = Path(options.model).expanduser()
     recipe = trained_options(folder)
     arguments = prompt_arguments(
@@ -112,60 +149,46 @@ def run_evaluation(options: EvaluationOptions, *, verbose: bool = True) -> Evalu
     train_rows = _train_rows(options, recipe, arguments)
     if options.json is not None:
         _check_writable(Path(options.json))
+    return _Inputs(arguments, sets, train_rows, task_data)
 
-    model, tokenizer = load_evaluated(
-        options.model,
-        base=options.base,
-        quantization=options.quantization,
-        dtype=options.dtype,
-        device=options.device,
+
+def _evaluate(
+    model: Any, tokenizer: Any, rows: Rows, inputs: _Inputs, options: EvaluationOptions, verbose: bool
+) -> Evaluation:
+    is_built_in = "task" in rows.rows[0]
+    return evaluate(
+        model,
+        tokenizer,
+        rows,
+        limit=options.limit,
+        train_rows=inputs.train_rows,
+        arguments=inputs.arguments,
+        k=options.k,
+        temperature=options.temperature,
+        max_new_tokens=options.max_new_tokens or (DEMO_MAX_NEW_TOKENS if is_built_in else MAX_NEW_TOKENS),
+        verifier=options.verifier,
+        seed=options.seed,
+        drift=not options.no_drift,
+        drift_samples=options.drift_samples,
+        batch_size=options.batch_size,
+        progress=verbose,
     )
-    if verbose:
-        print(wrap(f"evaluating {options.model} · {describe_evaluated(model)}", "  "), flush=True)
-    evaluations = []
-    for rows in sets:
-        is_built_in = "task" in rows.rows[0]
-        cap = DEMO_MAX_NEW_TOKENS if is_built_in else MAX_NEW_TOKENS
-        evaluations.append(
-            evaluate(
-                model,
-                tokenizer,
-                rows,
-                k=options.k,
-                temperature=options.temperature,
-                max_new_tokens=options.max_new_tokens or cap,
-                verifier=options.verifier,
-                seed=options.seed,
-                limit=options.limit,
-                drift=not options.no_drift,
-                drift_samples=options.drift_samples,
-                train_rows=train_rows,
-                arguments=arguments,
-                batch_size=options.batch_size,
-                progress=verbose,
-            )
-        )
-    results = {}
-    if options.tasks:
-        results = run_tasks(
-            model,
-            tokenizer,
-            options.tasks,
-            task_data=task_data,
-            limit=options.limit,
-            num_fewshot=options.num_fewshot,
-            apply_chat_template=options.apply_chat_template,
-            max_new_tokens=options.max_new_tokens,
-            batch_size=options.batch_size or 8,
-            seed=options.seed,
-            train_prompts={text_of(row["prompt"]).strip() for row in train_rows or () if "prompt" in row},
-        )
-    report = EvaluationReport(
-        options.model, evaluations, results, asdict(options), seconds=time.perf_counter() - started
+
+
+def _run_tasks(model: Any, tokenizer: Any, inputs: _Inputs, options: EvaluationOptions) -> dict[str, dict[str, Any]]:
+    return run_tasks(
+        model,
+        tokenizer,
+        options.tasks,
+        task_data=inputs.task_data,
+        limit=options.limit,
+        num_fewshot=options.num_fewshot,
+        apply_chat_template=options.apply_chat_template,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size or 8,
+        seed=options.seed,
+        train_prompts={text_of(row["prompt"]).strip() for row in inputs.train_rows or () if "prompt" in row},
     )
-    if options.json is not None:
-        write_json(Path(options.json), report.to_dict(completions=options.completions))
-    return report
 
 
 def _data_sets(names: Sequence[str], arguments: DataArguments, options: EvaluationOptions) -> Iterator[Rows]:
@@ -240,8 +263,7 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
     Raises:
         OutputError: it cannot be written; what was there before is then untouched.
     """
-    text = json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n"
     try:
-        write_atomically(path, text)
+        write_atomically(path, json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n")
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}.", "Check the disk.") from error
