@@ -233,7 +233,7 @@ def measure(model: Any, tokenizer: Any, setting: Any, plan: Plan, is_end: bool) 
     from qpsft.compare.measure import undisturbed
     from qpsft.evaluate import evaluate
 
-    common = {"max_new_tokens": plan.max_new_tokens, "drift": False, "arguments": setting.how.arguments}
+    common = {"max_new_tokens": plan.max_new_tokens, "drift": False, "arguments": setting.measurement.arguments}
     data = setting.data
     with undisturbed(model):
         found = evaluate(model, tokenizer, data.in_domain, k=plan.k, limit=plan.test_rows, **common)

@@ -166,7 +166,7 @@ def trained(folder, recipe, data=None, how=None):
 def test_measuring_leaves_training_bit_for_bit_as_it_was(tmp_path):
     recipe, options = load_comparison(write_recipe(tmp_path), [], {})
     setting = make_setting(recipe, options, prepare(recipe))
-    with_it = trained(tmp_path / "measured", recipe, setting.data, setting.how)
+    with_it = trained(tmp_path / "measured", recipe, setting.data, setting.measurement)
     without = trained(tmp_path / "plain", recipe, setting.data)
     assert same(with_it[0], without[0])
     assert with_it[1] == without[1]

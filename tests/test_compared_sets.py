@@ -175,5 +175,5 @@ def test_a_verifier_that_cannot_read_a_set_leaves_it_its_own(tmp_path):
     found = setting(tmp_path, out_of_domain=["free.jsonl"], verifier="gsm8k", k=0, max_new_tokens=4)
     assert found.data.metric == "mixed"
     model, tokenizer = load_base("demo", device="cpu")
-    metrics = measure(model, load_tokenizer("demo"), found.data, found.how)["metrics"]
+    metrics = measure(model, load_tokenizer("demo"), found.data, found.measurement)["metrics"]
     assert metrics["in_domain"] <= 1 and metrics["out_of_domain/free"] == metrics["out_of_domain/free_nll"] > 1

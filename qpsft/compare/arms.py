@@ -127,9 +127,9 @@ def pairs(chosen: Sequence[Arm], rates: Mapping[str, float]) -> list[tuple[str, 
     """Which arms are compared with which: every arm with `sft`, and each PSFT arm with its matched control.
 
     Args:
-        rates: arm -> learning rate. A control with another one differs in more than the loss and is none.
+        rates: arm -> learning rate. A control at another rate differs in more than the loss, so it is left out.
     """
     names = [arm.name for arm in chosen]
-    found = [(name, "sft") for name in names if name != "sft" and "sft" in names]
+    compared = [(name, "sft") for name in names if name != "sft" and "sft" in names]
     controlled = [arm for arm in chosen if arm.control in names and rates[arm.name] == rates[arm.control]]
-    return found + [(arm.name, arm.control) for arm in controlled]
+    return compared + [(arm.name, arm.control) for arm in controlled]

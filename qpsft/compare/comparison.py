@@ -3,8 +3,7 @@
     base ── tuning runs ── learning rate of each arm ── runs of all arms ── Comparison ── table, verdict, report
             (rates × tune_seeds)   (validation rows only)   (arms × seeds)
 
-Every run is kept as soon as it is done (`qpsft.compare.run`), so whatever is asked for again is read,
-not run.
+Every run's result is kept as soon as it is there (`qpsft.compare.run`); the same run is not done twice.
 """
 
 from __future__ import annotations
@@ -34,6 +33,8 @@ from qpsft.model.environment import check_machine
 from qpsft.recipe.file import Recipe
 
 RECORD = "comparison.json"
+Specs = dict[float, dict[int, RunSpec]]
+"""Learning rate -> seed -> run, of one arm."""
 
 
 def compare(recipe: str | Path, flags: Sequence[str] = (), **options: Any) -> Comparison:
@@ -69,8 +70,8 @@ def compare_loaded(
     _make_folder(results_folder(options, folder), "results_dir")
     setting = make_setting(recipe, options, folder, noise)
     with RunQueue(setting, results_folder(options, folder), options.jobs) as runs:
-        found = run_arms(arms, recipe, options, runs)
-    comparison = gather(found, arms, recipe, options, runs)
+        results = run_arms(arms, recipe, options, runs)
+    comparison = gather(results, arms, recipe, options, runs)
     write(comparison, folder)
     return comparison
 
@@ -79,10 +80,10 @@ def prepare(recipe: Recipe, folder: Path | None = None) -> Path:
     """Makes the output folder.
 
     Raises:
-        OutputError: it cannot be written to. RecipeError: no base is the start, or the recipe says `resume`.
+        OutputError: it cannot be written to. RecipeError: the recipe names no base, starts from an adapter, or resumes.
     """
     if recipe.run.resume:
-        raise RecipeError("A comparison needs no --resume: finished runs are found again.", "Leave it out.")
+        raise RecipeError("A comparison needs no --resume: finished runs are kept and reused.", "Leave it out.")
     if not recipe.model.model_name_or_path:
         raise RecipeError("model_name_or_path is missing.", "Write `model_name_or_path: …` in the recipe.")
     if recipe.lora.adapter_name_or_path:
@@ -121,7 +122,7 @@ def make_setting(recipe: Recipe, options: CompareOptions, folder: Path, noise: f
     results = results_folder(options, folder)
     recipe.data.chat_date = find_chat_date(recipe.data.chat_date, tokenizer, results)
     keep_chat_date(recipe.data.chat_date, results)
-    how = Measurement(
+    measurement = Measurement(
         k=options.k,
         temperatures=tuple(options.temperatures),
         sample_rows=options.sample_rows,
@@ -130,7 +131,8 @@ def make_setting(recipe: Recipe, options: CompareOptions, folder: Path, noise: f
         arguments=recipe.data,
     )
     key = base_key(model.model_name_or_path, model.model_revision)
-    setting = Setting(model, recipe.lora, decisive_options(recipe), recipe.trainer.logging_steps, key, None, how)
+    steps = recipe.trainer.logging_steps
+    setting = Setting(model, recipe.lora, decisive_options(recipe), steps, key, None, measurement)
     samples = None
     if BASE_SAMPLES in (options.out_of_domain or ()):
         samples = sample_base(lambda: load_setting(setting), folder / f"{BASE_SAMPLES}-{setting.rounded_key}.jsonl")
@@ -139,10 +141,14 @@ def make_setting(recipe: Recipe, options: CompareOptions, folder: Path, noise: f
 
 
 @dataclass
-class Found:
-    """The results of a comparison's runs: the base's, and by arm and learning rate and seed; and what was never seen.
+class RunResults:
+    """The results of a comparison's runs.
 
-    `unseen`: arm -> share of the training rows that its runs never reach.
+    Attributes:
+        base: of the base, which is only measured.
+        rates: arm -> the learning rate it is compared at.
+        unseen: arm -> share of the training rows that its runs never reach.
+        runs: arm -> learning rate -> seed -> result.
     """
 
     base: dict[str, Any]
@@ -151,47 +157,71 @@ class Found:
     runs: dict[str, dict[float, dict[int, dict[str, Any]]]] = field(default_factory=dict)
 
 
-def run_arms(arms: Sequence[Arm], recipe: Recipe, options: CompareOptions, runs: RunQueue) -> Found:
-    """Does what has to be done: base, tuning grid, then every arm at its learning rate on every seed."""
+def run_arms(arms: Sequence[Arm], recipe: Recipe, options: CompareOptions, runs: RunQueue) -> RunResults:
+    """Runs the base, the tuning grid, then every arm at its learning rate on every seed; kept results are reused."""
     seeds = [recipe.trainer.seed + index for index in range(options.seeds)]
     epochs = options.epochs or recipe.trainer.num_train_epochs
     methods = {arm.name: _method(arm, recipe) for arm in arms}
-    own = [arm for arm in arms if rate_source(arm, arms) == arm.name]
     rows = runs.setting.data.train
     unseen = {name: unseen_share(method, recipe.trainer, epochs, rows) for name, method in methods.items()}
     _warn_of_unseen_rows(unseen, methods, recipe)
-    base = RunSpec({})
+
+    def specs(arm: str, rate: float, seeds: Sequence[int]) -> dict[int, RunSpec]:
+        return {seed: RunSpec(methods[arm], rate, seed, epochs) for seed in seeds}
+
+    tuned = [arm for arm in arms if _is_tuned(arm, arms, options)]
     grid = rate_grid(options, recipe)
-    tuned = [arm for arm in own if options.tune and arm.name not in (options.arm_rates or {})]
-
-    def spec(arm: str, rate: float, seed: int) -> RunSpec:
-        return RunSpec(methods[arm], rate, seed, epochs)
-
-    tuning = {
-        arm.name: {rate: {seed: spec(arm.name, rate, seed) for seed in seeds[: options.tune_seeds]} for rate in grid}
-        for arm in tuned
-    }
-    first = [s for by_rate in tuning.values() for by_seed in by_rate.values() for s in by_seed.values()]
+    tuning = {arm.name: {rate: specs(arm.name, rate, seeds[: options.tune_seeds]) for rate in grid} for arm in tuned}
+    base, first = RunSpec({}), [s for by_rate in tuning.values() for s in _every(by_rate)]
     later = max(0, len(seeds) - options.tune_seeds) * len(tuned) + (len(arms) - len(tuned)) * len(seeds)
     runs.expect(1 + len(first) + later)
     done = runs.do([base, *first], may_diverge=True)
-    sign = 1 if is_accuracy("validation", runs.setting.data.metric) else -1
-    rates = {arm.name: (options.arm_rates or {}).get(arm.name, recipe.trainer.learning_rate) for arm in own}
+    rates = _rates(arms, recipe, options, tuning, done, runs.setting.data.metric)
+    last = {arm.name: {rates[arm.name]: specs(arm.name, rates[arm.name], seeds)} for arm in arms}
+    needed = [s for by_rate in last.values() for s in _every(by_rate)]
+    # Asked for again, a run of another arm's grid that diverged, as it was allowed to there, is an error.
+    diverged = [s for s in needed if s in done and "diverged" in done[s]]
+    done |= runs.do(diverged + [s for s in needed if s not in done])
+    results = RunResults(done[base], rates, unseen)
+    for arm in last:
+        by_rate = _merged(tuning.get(arm, {}), last[arm])
+        results.runs[arm] = {rate: {seed: done[s] for seed, s in of_rate.items()} for rate, of_rate in by_rate.items()}
+    return results
+
+
+def _is_tuned(arm: Arm, arms: Sequence[Arm], options: CompareOptions) -> bool:
+    return options.tune and rate_source(arm, arms) == arm.name and arm.name not in (options.arm_rates or {})
+
+
+def _every(by_rate: Specs) -> list[RunSpec]:
+    return [spec for by_seed in by_rate.values() for spec in by_seed.values()]
+
+
+def _merged(one: Specs, other: Specs) -> Specs:
+    """The runs of both, by learning rate and seed."""
+    return {rate: one.get(rate, {}) | other.get(rate, {}) for rate in dict.fromkeys([*one, *other])}
+
+
+def _rates(
+    arms: Sequence[Arm],
+    recipe: Recipe,
+    options: CompareOptions,
+    tuning: dict[str, Specs],
+    done: dict[RunSpec, dict[str, Any]],
+    metric: str,
+) -> dict[str, float]:
+    """Arm -> its learning rate: chosen on the validation rows, given, the recipe's, or that of the arm it follows.
+
+    Raises:
+        DivergedError: an arm diverged at every rate of the grid.
+    """
+    sign = 1 if is_accuracy("validation", metric) else -1
+    rates = {arm.name: (options.arm_rates or {}).get(arm.name, recipe.trainer.learning_rate) for arm in arms}
     for name, by_rate in tuning.items():
         scores = {rate: [_validation(done[s]) for s in by_seed.values()] for rate, by_seed in by_rate.items()}
         rates[name] = choose_rate(scores, sign)
         _refuse_if_diverged(name, rates[name], by_rate, done)
-    rates |= {arm.name: rates[rate_source(arm, arms)] for arm in arms if arm not in own}
-    last = {arm.name: {seed: spec(arm.name, rates[arm.name], seed) for seed in seeds} for arm in arms}
-    needed = [s for by_seed in last.values() for s in by_seed.values()]
-    taken_over = [s for s in needed if s in done and "diverged" in done[s]]  # of another arm's grid
-    done |= runs.do(taken_over + [s for s in needed if s not in done])
-    found = Found(done[base], {arm.name: rates[arm.name] for arm in arms}, unseen)
-    for arm in arms:
-        specs = {rate: dict(by_seed) for rate, by_seed in tuning.get(arm.name, {}).items()}
-        specs[rates[arm.name]] = specs.get(rates[arm.name], {}) | last[arm.name]
-        found.runs[arm.name] = {rate: {seed: done[s] for seed, s in by_seed.items()} for rate, by_seed in specs.items()}
-    return found
+    return {arm.name: rates[rate_source(arm, arms)] for arm in arms}
 
 
 def _method(arm: Arm, recipe: Recipe) -> dict[str, Any]:
@@ -202,22 +232,22 @@ def _method(arm: Arm, recipe: Recipe) -> dict[str, Any]:
 def _warn_of_unseen_rows(unseen: dict[str, float], methods: dict[str, dict[str, Any]], recipe: Recipe) -> None:
     visits = {name: method.get("num_iterations", 1) for name, method in methods.items()}
     for note in coverage_notes(unseen, visits, max_steps=recipe.trainer.max_steps):
-        warnings.warn(note, stacklevel=1)  # by this module's name it is let through
+        warnings.warn(note, stacklevel=1)  # blamed on this module: terminal.py shows the warnings of qpsft only
 
 
 def _validation(result: dict[str, Any]) -> float:
     return math.nan if "diverged" in result else result["points"][-1]["metrics"]["validation"]
 
 
-def _refuse_if_diverged(arm: str, chosen: float, by_rate: dict[float, dict[int, RunSpec]], done: dict) -> None:
-    """Raises DivergedError if even the chosen learning rate has a run that diverged."""
-    found = next((done[s]["diverged"] for s in by_rate[chosen].values() if "diverged" in done[s]), None)
-    if found is not None:
+def _refuse_if_diverged(arm: str, chosen: float, by_rate: Specs, done: dict) -> None:
+    """Raises DivergedError if the chosen learning rate has a run that diverged, so that every rate has."""
+    diverged = next((done[s]["diverged"] for s in by_rate[chosen].values() if "diverged" in done[s]), None)
+    if diverged is not None:
         raise DivergedError(
             f"{arm} diverged at every learning rate of the grid ({', '.join(f'{rate:g}' for rate in by_rate)}); at the "
-            f"lowest: {found['error']}",
+            f"lowest: {diverged['error']}",
             "Give lower ones with --learning_rates. If the lowest should work, look at the rows named.",
-            found["step"],
+            diverged["step"],
         )
 
 
@@ -237,31 +267,31 @@ def choose_rate(scores: dict[float, list[float]], sign: int) -> float:
     return max(sorted(scores), key=rank)
 
 
-def gather(found: Found, arms: Sequence[Arm], recipe: Recipe, options: CompareOptions, runs: RunQueue) -> Comparison:
+def gather(
+    results: RunResults, arms: Sequence[Arm], recipe: Recipe, options: CompareOptions, runs: RunQueue
+) -> Comparison:
     """The runs' results as a `Comparison`."""
     setting = runs.setting
-    every = [
-        found.base,
-        *(r for by_rate in found.runs.values() for by_seed in by_rate.values() for r in by_seed.values()),
-    ]
+    trained = [r for by_rate in results.runs.values() for by_seed in by_rate.values() for r in by_seed.values()]
+    every = [results.base, *trained]
     return Comparison(
         name=setting.data.name,
         metric=setting.data.metric,
-        base=found.base["points"][0]["metrics"],
-        base_completions=found.base["completions"],
+        base=results.base["points"][0]["metrics"],
+        base_completions=results.base["completions"],
         arms={
             arm.name: ArmResult(
                 arm.name,
                 arm.what,
-                found.rates[arm.name],
+                results.rates[arm.name],
                 rate_source(arm, arms) == arm.name,
-                found.runs[arm.name][found.rates[arm.name]],
-                found.runs[arm.name] if len(found.runs[arm.name]) > 1 else {},
-                round(found.unseen[arm.name], 4),
+                results.runs[arm.name][results.rates[arm.name]],
+                results.runs[arm.name] if len(results.runs[arm.name]) > 1 else {},
+                round(results.unseen[arm.name], 4),
             )
             for arm in arms
         },
-        pairs=pairs(arms, found.rates),
+        pairs=pairs(arms, results.rates),
         overlap=setting.data.overlap,
         counts=setting.data.counts,
         shortened=setting.data.shortened,
@@ -281,11 +311,11 @@ def gather(found: Found, arms: Sequence[Arm], recipe: Recipe, options: CompareOp
 
 def _distinct(versions: Iterator[dict[str, str]]) -> dict[str, str]:
     """Package -> version, or all versions that took part."""
-    found: dict[str, set[str]] = {}
+    versions_of: dict[str, set[str]] = {}
     for one in versions:
         for name, version in one.items():
-            found.setdefault(name, set()).add(version)
-    return {name: ", ".join(sorted(values)) for name, values in found.items()}
+            versions_of.setdefault(name, set()).add(version)
+    return {name: ", ".join(sorted(values)) for name, values in versions_of.items()}
 
 
 def write(comparison: Comparison, folder: Path) -> None:

@@ -199,8 +199,8 @@ def _metric(options: CompareOptions, data: ComparedData) -> str:
 def _is_checkable(rows: Rows, verifier: str) -> bool:
     if "text" in rows.rows[0]:
         return False
-    found, _ = find_verifier(verifier, rows.rows, rows.name)
-    return verifier != "auto" or found != "exact"
+    name, _ = find_verifier(verifier, rows.rows, rows.name)
+    return verifier != "auto" or name != "exact"
 
 
 def set_verifier(asked: str, rows: Rows) -> str:

@@ -1,5 +1,5 @@
-"""Figures of a comparison: curves over epochs, the frontier, clipping and tuning. Each line is told by its dash and
-marker too, so that they can be read in grey."""
+"""Figures of a comparison: curves over epochs, the frontier, clipping and tuning. Each line has a dash and a marker of
+its own, so that the figures can be read in grey."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ ENTRY_WIDTH = 1.35
 
 
 def figures(comparison: Comparison) -> dict[str, tuple[str, Figure]]:
-    """File name without ending -> (caption, figure), as far as there is something to draw."""
-    found = {"curves": ("Over epochs, mean and standard deviation over seeds.", _curves(comparison))}
+    """File name without ending -> (caption, figure), for what was measured."""
+    drawn = {"curves": ("Over epochs, mean and standard deviation over seeds.", _curves(comparison))}
     if comparison.has_out_of_domain:
-        found["frontier"] = (
+        drawn["frontier"] = (
             "In-domain against out of domain: a small mark per seed and epoch, the mean over seeds as a line from the "
             "base (cross) to the last epoch (large mark). Further up and to the right is better.",
             _frontier(comparison),
         )
-    found["training"] = ("While training, mean over seeds.", _training(comparison))
+    drawn["training"] = ("While training, mean over seeds.", _training(comparison))
     if any(arm.grid for arm in comparison.arms.values()):
-        found["tuning"] = (
+        drawn["tuning"] = (
             "Validation score by learning rate; the chosen rate has a ring, a cross at the bottom: training diverged.",
             _tuning(comparison),
         )
-    return found
+    return drawn
 
 
 def _new(panels: int, columns: int = 3) -> tuple[Figure, list[Axes]]:
@@ -209,11 +209,11 @@ def draw_gains(
     figure, panels = _new(1 + len(scores))
     marks = [("#000000", "-", "o"), ("#d55e00", "--", "s"), ("#0072b2", ":", "^")]
     for (label, values), (color, line, marker) in zip(gains.items(), marks, strict=False):
-        known = [(x, found) for x, found in zip(noise, values, strict=True) if found is not None]
+        known = [(x, gain) for x, gain in zip(noise, values, strict=True) if gain is not None]
         panels[0].errorbar(
             [x for x, _ in known],
-            [found.mean for _, found in known],
-            yerr=[found.half_width or 0.0 for _, found in known],
+            [gain.mean for _, gain in known],
+            yerr=[gain.half_width or 0.0 for _, gain in known],
             label=label,
             color=color,
             linestyle=line,

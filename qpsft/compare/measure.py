@@ -1,4 +1,4 @@
-"""One measurement of a run: in-domain, out of domain, entropy, drift and pass@k. Training does not notice it."""
+"""One measurement of a run: in-domain, out of domain, entropy, drift and pass@k. Training goes on as without it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import random
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from qpsft.compare.data import ComparedData, set_verifier
 from qpsft.compare.results import is_accuracy
+from qpsft.data.shapes import Rows
 from qpsft.evaluate.evaluation import Evaluation, evaluate
 from qpsft.recipe.arguments import DataArguments
 
@@ -39,9 +40,9 @@ class Measurement:
 
 
 def measure(
-    model: Any, tokenizer: Any, data: ComparedData, how: Measurement, *, is_last: bool = True
+    model: Any, tokenizer: Any, data: ComparedData, measurement: Measurement, *, is_last: bool = True
 ) -> dict[str, Any]:
-    """Every number of one moment of a run.
+    """Measures a policy on every set.
 
     Args:
         is_last: the run is at its end: also measure the validation rows, which learning rates are chosen on.
@@ -51,52 +52,82 @@ def measure(
         others in nats per token), and `completions`: set -> a few rows with what the model wrote.
     """
     with warnings.catch_warnings():
-        # A policy on its way may ramble; what is cut off or unreadable at the end is in the report.
+        # In the middle of training many completions may not stop; those at the end are counted in the report.
         warnings.simplefilter("ignore")
-        return _measure(model, tokenizer, data, how, is_last)
+        return _measure(model, tokenizer, data, measurement, is_last)
 
 
-def _measure(model: Any, tokenizer: Any, data: ComparedData, how: Measurement, is_last: bool) -> dict[str, Any]:
-    common = {"max_new_tokens": how.max_new_tokens, "verifier": how.verifier, "arguments": how.arguments}
+def _measure(model: Any, tokenizer: Any, data: ComparedData, measurement: Measurement, is_last: bool) -> dict[str, Any]:
+    def evaluated(rows: Rows, **settings: Any) -> Evaluation:
+        settings = {"k": 0, "verifier": measurement.verifier, **settings}
+        limits = {"max_new_tokens": measurement.max_new_tokens, "arguments": measurement.arguments}
+        return evaluate(model, tokenizer, rows, **limits, **settings)
+
     metrics: dict[str, float] = {}
-    completions = {}
     if is_last:
-        found = evaluate(model, tokenizer, data.validation, k=0, drift=False, **common)
-        metrics["validation"] = _score(found, "validation", data.metric)
-    found = evaluate(model, tokenizer, data.in_domain, k=0, **common)
-    metrics |= {"in_domain": _score(found, "in_domain", data.metric)}
-    metrics |= {f"in_domain_{name}": found[name] for name in ("nll", "entropy")}
-    metrics |= _drift(found, "in_domain_kl")
-    metrics |= _completed(found)
-    others = []
-    for label, rows in data.out_of_domain.items():
-        one = evaluate(model, tokenizer, rows, k=0, **common | {"verifier": set_verifier(how.verifier, rows)})
-        numbers = {"": _score(one, "out_of_domain", data.metric), "_nll": one["nll"], "_entropy": one["entropy"]}
-        numbers |= _drift(one, "_kl")
-        others.append(numbers)
-        metrics |= {f"out_of_domain/{label}{suffix}": value for suffix, value in numbers.items()}
-        completions[label] = _shown(one, SHOWN // 2)
-    for suffix in others[0] if others else ():
-        metrics[f"out_of_domain{suffix}"] = float(np.mean([numbers[suffix] for numbers in others]))
-    few = replace(
-        data.in_domain,
-        rows=data.in_domain.rows[: how.sample_rows],
-        places=data.in_domain.places[: how.sample_rows],
-    )
-    for temperature in how.temperatures if how.k and "text" not in few.rows[0] else ():
-        at_one = temperature == 1
-        one = evaluate(model, tokenizer, few, k=how.k, temperature=temperature, drift=at_one, **common)
-        passed = {name: one[name] for name in one.metrics if name.startswith("pass@")}
-        metrics |= {f"{name}, T={temperature:g}": value for name, value in passed.items()}
-        if at_one and "sample_entropy" in one.metrics:
-            metrics |= {"sample_entropy": one["sample_entropy"], "sample_length": one["length"]}
-            metrics |= _drift(one, "sample_kl", "kl_samples")
-            found = one
-    completions = {"in_domain": _shown(found, SHOWN)} | completions
+        metrics["validation"] = _score(evaluated(data.validation, drift=False), "validation", data.metric)
+    in_domain = evaluated(data.in_domain)
+    metrics |= _in_domain_metrics(in_domain, data.metric)
+    others = {
+        label: evaluated(rows, verifier=set_verifier(measurement.verifier, rows))
+        for label, rows in data.out_of_domain.items()
+    }
+    metrics |= _out_of_domain_metrics(others, data.metric)
+    samples = _sample(evaluated, data.in_domain, measurement)
+    for temperature, sampled in samples.items():
+        metrics |= _sample_metrics(sampled, temperature)
+    shown = samples[1.0] if 1.0 in samples and "sample_entropy" in samples[1.0].metrics else in_domain
+    completions = {"in_domain": _shown(shown, SHOWN)}
+    completions |= {label: _shown(evaluation, SHOWN // 2) for label, evaluation in others.items()}
     return {
         "metrics": {name: rounded(value) for name, value in metrics.items()},
         "completions": {label: rows for label, rows in completions.items() if rows},
     }
+
+
+def _in_domain_metrics(evaluation: Evaluation, metric: str) -> dict[str, float]:
+    metrics = {"in_domain": _score(evaluation, "in_domain", metric)}
+    metrics |= {f"in_domain_{name}": evaluation[name] for name in ("nll", "entropy")}
+    return metrics | _drift(evaluation, "in_domain_kl") | _completed(evaluation)
+
+
+def _out_of_domain_metrics(evaluations: Mapping[str, Evaluation], metric: str) -> dict[str, float]:
+    """Each set's score, likelihood, entropy and drift, and their means over the sets."""
+    by_set = {
+        label: {
+            "": _score(evaluation, "out_of_domain", metric),
+            "_nll": evaluation["nll"],
+            "_entropy": evaluation["entropy"],
+            **_drift(evaluation, "_kl"),
+        }
+        for label, evaluation in evaluations.items()
+    }
+    metrics = {
+        f"out_of_domain/{label}{suffix}": value for label, values in by_set.items() for suffix, value in values.items()
+    }
+    for suffix in next(iter(by_set.values()), {}):
+        metrics[f"out_of_domain{suffix}"] = float(np.mean([values[suffix] for values in by_set.values()]))
+    return metrics
+
+
+def _sample(evaluated: Callable[..., Evaluation], rows: Rows, measurement: Measurement) -> dict[float, Evaluation]:
+    """Temperature -> samples of the first in-domain rows; none where k is 0 or the rows are plain text."""
+    few = replace(rows, rows=rows.rows[: measurement.sample_rows], places=rows.places[: measurement.sample_rows])
+    if not measurement.k or "text" in few.rows[0]:
+        return {}
+    return {
+        temperature: evaluated(few, k=measurement.k, temperature=temperature, drift=temperature == 1)
+        for temperature in measurement.temperatures
+    }
+
+
+def _sample_metrics(evaluation: Evaluation, temperature: float) -> dict[str, float]:
+    passed = {name: evaluation[name] for name in evaluation.metrics if name.startswith("pass@")}
+    metrics = {f"{name}, T={temperature:g}": value for name, value in passed.items()}
+    if temperature == 1 and "sample_entropy" in evaluation.metrics:
+        metrics |= {"sample_entropy": evaluation["sample_entropy"], "sample_length": evaluation["length"]}
+        metrics |= _drift(evaluation, "sample_kl", "kl_samples")
+    return metrics
 
 
 def rounded(value: float) -> float:
@@ -104,23 +135,23 @@ def rounded(value: float) -> float:
     return float(f"{value:.{DIGITS}g}")
 
 
-def _score(found: Evaluation, name: str, metric: str) -> float:
-    return found["accuracy" if is_accuracy(name, metric) else "nll"]
+def _score(evaluation: Evaluation, name: str, metric: str) -> float:
+    return evaluation["accuracy" if is_accuracy(name, metric) else "nll"]
 
 
-def _drift(found: Evaluation, name: str, metric: str = "kl_text") -> dict[str, float]:
-    return {name: found[metric]} if metric in found.metrics else {}
+def _drift(evaluation: Evaluation, name: str, metric: str = "kl_text") -> dict[str, float]:
+    return {name: evaluation[metric]} if metric in evaluation.metrics else {}
 
 
-def _completed(found: Evaluation) -> dict[str, float]:
+def _completed(evaluation: Evaluation) -> dict[str, float]:
     """Shares of the greedy completions that the length cap cut off, and that held an answer."""
-    if "greedy_length_capped" not in found.metrics:
+    if "greedy_length_capped" not in evaluation.metrics:
         return {}
-    parsed = found.counts["parsed"] / found.counts["completions"]
-    return {"length_capped": found["greedy_length_capped"], "parsed": parsed}
+    parsed = evaluation.counts["parsed"] / evaluation.counts["completions"]
+    return {"length_capped": evaluation["greedy_length_capped"], "parsed": parsed}
 
 
-def _shown(found: Evaluation, rows: int) -> list[dict[str, Any]]:
+def _shown(evaluation: Evaluation, rows: int) -> list[dict[str, Any]]:
     return [
         {
             "prompt": row.prompt,
@@ -128,13 +159,13 @@ def _shown(found: Evaluation, rows: int) -> list[dict[str, Any]]:
             "greedy": [row.greedy[0], row.greedy[1] is True],
             "samples": [[text, verdict is True] for text, verdict in row.samples[:SHOWN_SAMPLES]],
         }
-        for row in found.completions[:rows]
+        for row in evaluation.completions[:rows]
     ]
 
 
 @contextlib.contextmanager
 def undisturbed(model: torch.nn.Module) -> Iterator[None]:
-    """Whatever happens inside: random states, modes and gradient switches are afterwards as they were."""
+    """Afterwards random states, train modes and `requires_grad` are as they were, whatever was done inside."""
     modes = {module: module.training for module in model.modules()}
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     python, numbers = random.getstate(), np.random.get_state()
@@ -160,8 +191,8 @@ class EpochEvaluation(TrainerCallback):
         seconds: wall time spent in measurements.
     """
 
-    def __init__(self, tokenizer: Any, data: ComparedData, how: Measurement, description: str):
-        self._how = (tokenizer, data, how)
+    def __init__(self, tokenizer: Any, data: ComparedData, measurement: Measurement, description: str):
+        self._inputs = (tokenizer, data, measurement)
         self._description = description
         self._bar: tqdm | None = None
         self.points: list[dict[str, Any]] = []
@@ -180,9 +211,10 @@ class EpochEvaluation(TrainerCallback):
             return
         started = time.perf_counter()
         with undisturbed(model):
-            found = measure(model, *self._how, is_last=state.global_step >= state.max_steps)
-        self.points.append({"epoch": round(state.epoch, 4), "step": state.global_step, "metrics": found["metrics"]})
-        self.completions = found["completions"]
+            measured = measure(model, *self._inputs, is_last=state.global_step >= state.max_steps)
+        metrics = measured["metrics"]
+        self.points.append({"epoch": round(state.epoch, 4), "step": state.global_step, "metrics": metrics})
+        self.completions = measured["completions"]
         self.seconds += time.perf_counter() - started
 
     def on_train_end(self, args, state, control, **kwargs: Any) -> None:

@@ -111,5 +111,5 @@ def matched_difference(
     seeds = sorted(treatment.keys() & control.keys())
     if not seeds:
         return None
-    found = [matched(treatment[seed], control[seed]) for seed in seeds]
-    return mean_and_sd([level for level, _, _ in found])[0], interval([kept - lost for _, kept, lost in found])
+    pairs = [matched(treatment[seed], control[seed]) for seed in seeds]
+    return mean_and_sd([level for level, _, _ in pairs])[0], interval([kept - lost for _, kept, lost in pairs])

@@ -85,8 +85,8 @@ class ArmResult:
 
     def last(self, name: str) -> dict[int, float]:
         """A metric at the last epoch, by seed; empty if it was not measured."""
-        found = {seed: run["points"][-1]["metrics"].get(name) for seed, run in self.runs.items()}
-        return {seed: value for seed, value in found.items() if value is not None}
+        values = {seed: run["points"][-1]["metrics"].get(name) for seed, run in self.runs.items()}
+        return {seed: value for seed, value in values.items() if value is not None}
 
 
 @dataclass
@@ -168,15 +168,15 @@ class Comparison:
     def _grid_points(self, grid: Mapping[float, Mapping[int, dict[str, Any]]]) -> dict[int, list[Point]]:
         seeds = set.intersection(*(set(runs) for runs in grid.values()))
         by_rate = [self.points({seed: runs[seed] for seed in seeds}) for runs in grid.values()]
-        return {seed: [point for found in by_rate for point in found[seed]] for seed in seeds}
+        return {seed: [point for points in by_rate for point in points[seed]] for seed in seeds}
 
-    def same_runs(self, one: str, other: str) -> bool:
-        """Whether two arms came down to the same runs, as matched controls do at equal learning rates."""
-        keys = [sorted(run["label"] for run in self.arms[arm].runs.values()) for arm in (one, other)]
-        return keys[0] == keys[1]
+    def same_runs(self, first: str, second: str) -> bool:
+        """Whether two arms are the same runs, as a matched control is at an equal learning rate."""
+        labels = [sorted(run["label"] for run in self.arms[arm].runs.values()) for arm in (first, second)]
+        return labels[0] == labels[1]
 
     def columns(self) -> list[str]:
-        """The metrics of the table, as far as they were measured."""
+        """The metrics of the table, those that were measured."""
         passes = sorted((name for name in self.base if name.startswith("pass@")), key=_pass_order)
         largest = max((int(name[5:].partition(",")[0]) for name in passes), default=0)
         shown = [name for name in passes if name.startswith(f"pass@{largest},") or name == "pass@1, T=1"]
@@ -222,22 +222,27 @@ class Comparison:
         }
 
     def _pair_record(self, treatment: str, control: str) -> dict[str, Any]:
-        def record(found: Difference | None) -> dict | None:
-            return None if found is None else asdict(found) | {"low": found.low, "high": found.high}
-
-        def level(found: tuple[float, Difference] | None) -> dict | None:
-            if found is None:
+        def record(difference: Difference | None) -> dict | None:
+            if difference is None:
                 return None
-            own = found[1].signed(self.sign("out_of_domain"))  # as in `last_epoch`: less of an NLL is a minus
-            return {"in_domain": self.sign("in_domain") * found[0], **record(own)}
+            return asdict(difference) | {"low": difference.low, "high": difference.high}
+
+        def matched_record(matched: tuple[float, Difference] | None) -> dict | None:
+            if matched is None:
+                return None
+            level, difference = matched
+            in_its_own_sign = difference.signed(
+                self.sign("out_of_domain")
+            )  # as in `last_epoch`: a lower NLL is a minus
+            return {"in_domain": self.sign("in_domain") * level, **record(in_its_own_sign)}
 
         return {
             "treatment": treatment,
             "control": control,
             "same_runs": self.same_runs(treatment, control),
             "last_epoch": {name: record(self.difference(treatment, control, name)) for name in self.columns()},
-            "matched_in_domain": level(self.matched(treatment, control)),
-            "matched_in_domain_over_rates": level(self.matched_over_rates(treatment, control)),
+            "matched_in_domain": matched_record(self.matched(treatment, control)),
+            "matched_in_domain_over_rates": matched_record(self.matched_over_rates(treatment, control)),
         }
 
 

@@ -1,8 +1,8 @@
 """One run of a comparison: what identifies it, how it is done, and the result that is kept of it.
 
-A result is found again by a hash of everything that decides it: the base's weights, the rows of all sets, the options
-of training, the adapter and the measurement, the seed. So arms that ask for the same run share it, adding an arm or a
-seed reuses the others, and a run that was cut off leaves no result and is done again from its start.
+A result's folder is named by a hash of everything that decides it: the base's weights, the rows of all sets, the
+options of training, the adapter and the measurement, the seed. So arms that ask for the same run share it, adding an
+arm or a seed reuses the others, and a run that was cut off leaves no result and is done again from its start.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from qpsft.train.progress import ConsoleCallback, read_metrics
 
 RESULT = "result.json"
 FORMAT = 1
-"""Raised when the same options come to mean another run; older results are then done again."""
+"""Goes up when the same options give another run than before, so that older results are not reused."""
 NOT_DECISIVE = frozenset(
     {"output_dir", "save_strategy", "save_steps", "save_total_limit", "report_to", "logging_steps", "learning_rate"}
     | {"seed", "num_train_epochs", "disable_tqdm"}
@@ -66,7 +66,7 @@ class Setting:
         logging_steps: of the recipe.
         base_key: hash of the base's weights.
         data: the rows.
-        how: what is measured.
+        measurement: what is measured, and how.
     """
 
     model: ModelArguments
@@ -75,7 +75,7 @@ class Setting:
     logging_steps: float
     base_key: str
     data: ComparedData
-    how: Measurement
+    measurement: Measurement
 
     @property
     def rounded_key(self) -> str:
@@ -113,8 +113,8 @@ class RunSpec:
 
     def identity(self, setting: Setting) -> dict[str, Any]:
         """Everything that decides the result, ready for JSON."""
-        how = dataclasses.asdict(setting.how)
-        written = {name: how["arguments"][name] for name in ("use_chat_template", "prompt_format")}
+        measurement = dataclasses.asdict(setting.measurement)
+        written = {name: measurement["arguments"][name] for name in ("use_chat_template", "prompt_format")}
         model, lora = dataclasses.asdict(setting.model), dataclasses.asdict(setting.lora)
         del lora["adapter_name_or_path"]  # which a comparison refuses
         training = {
@@ -131,7 +131,7 @@ class RunSpec:
             "model": {name: model[name] for name in ("quantization", "double_quant", "dtype", "attn_implementation")},
             "data": setting.data.key,
             "metric": setting.data.metric,
-            "measurement": how | {"arguments": written},
+            "measurement": measurement | {"arguments": written},
             **(training if self.method else {}),
         }
 
@@ -203,11 +203,11 @@ def do_run(spec: RunSpec, setting: Setting, results: Path) -> dict[str, Any]:
     model, tokenizer = load_setting(setting)
     with _threads(model):
         if spec.method:
-            found = _train(spec, setting, model, tokenizer, folder / "training")
+            outcome = _train(spec, setting, model, tokenizer, folder / "training")
         else:
             # with an adapter that is still zero, so that its drift is measured too
-            point = measure(add_adapter(model, setting.lora), tokenizer, setting.data, setting.how)
-            found = {
+            point = measure(add_adapter(model, setting.lora), tokenizer, setting.data, setting.measurement)
+            outcome = {
                 "points": [{"epoch": 0.0, "step": 0, "metrics": point["metrics"]}],
                 "log": [],
                 "completions": point["completions"],
@@ -216,7 +216,7 @@ def do_run(spec: RunSpec, setting: Setting, results: Path) -> dict[str, Any]:
     result = {
         "label": spec.label,
         "identity": spec.identity(setting),
-        **found,
+        **outcome,
         "versions": versions(),
         "machine": machine_of(model),
     }
@@ -279,7 +279,7 @@ def make_run_trainer(spec: RunSpec, setting: Setting, model: Any, tokenizer: Any
 
 def _train(spec: RunSpec, setting: Setting, model: Any, tokenizer: Any, folder: Path) -> dict[str, Any]:
     trainer = make_run_trainer(spec, setting, model, tokenizer, folder)
-    watch = EpochEvaluation(tokenizer, setting.data, setting.how, spec.label)
+    watch = EpochEvaluation(tokenizer, setting.data, setting.measurement, spec.label)
     trainer.add_callback(watch)
     diverged = {}
     started = time.perf_counter()

@@ -30,7 +30,7 @@ METHOD = (
 
 
 SMALL = {SHARE: 0.05, NATS: 0.1}
-"""Differences up to these are told as "no difference larger than"."""
+"""A difference up to this size is reported as "no difference larger than"."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ CLOSER = Claim(
 DRIFTS = Claim("drifts further from the base than", "drifts less from the base than", "in drift (KL to the base)")
 
 
-def judge(treatment: str, control: str, found: Difference, claim: Claim, unit: str, where: str) -> str:
+def judge(treatment: str, control: str, difference: Difference, claim: Claim, unit: str, where: str) -> str:
     """One sentence about treatment − control.
 
     "A keeps more out of domain than B: +14.5 ± 3.0 points …" when the interval lies above 0, "… less …" when below.
@@ -58,21 +58,21 @@ def judge(treatment: str, control: str, found: Difference, claim: Claim, unit: s
     small one, else "A and B are not told apart out of domain: +10.7 ± 27.3 points …".
 
     Args:
-        found: in shares or nats, higher meaning `claim.more`.
-        unit: SHARE (said in points, hundredths) or NATS.
+        difference: in shares or nats, higher meaning `claim.more`.
+        unit: SHARE (printed in points, hundredths) or NATS.
         where: under which condition, such as "at the last epoch".
     """
     scale, digits, word = (100, 1, "points") if unit == SHARE else (1, 3, "nats per token")
-    mean = f"{scale * found.mean:+.{digits}f}".replace("-", "−")
-    if found.half_width is None:
+    mean = f"{scale * difference.mean:+.{digits}f}".replace("-", "−")
+    if difference.half_width is None:
         return f"{treatment} against {control}: {mean} {word} {claim.same} {where}; one seed, so no interval."
-    half = f"{scale * found.half_width:.{digits}f}"
-    seeds = f"({found.n} seeds)"
-    if found.low > 0:
+    half = f"{scale * difference.half_width:.{digits}f}"
+    seeds = f"({difference.n} seeds)"
+    if difference.low > 0:
         return f"{treatment} {claim.more} {control}: {mean} ± {half} {word} {where} {seeds}."
-    if found.high < 0:
+    if difference.high < 0:
         return f"{treatment} {claim.less} {control}: {mean} ± {half} {word} {where} {seeds}."
-    widest = max(abs(found.low), abs(found.high))
+    widest = max(abs(difference.low), abs(difference.high))
     if widest > SMALL[unit]:
         return f"{treatment} and {control} are not told apart {claim.same}: {mean} ± {half} {word} {where} {seeds}."
     bound = f"{scale * widest:.{digits}f}"
@@ -100,9 +100,9 @@ def verdict(comparison: Comparison) -> list[str]:
 def _pair_verdict(comparison: Comparison, treatment: str, control: str) -> list[str]:
     score, sign = describe_metric("in_domain", comparison.metric), comparison.sign("in_domain")
     lines = []
-    found = comparison.matched(treatment, control)
-    if found is not None:
-        level, difference = found
+    matched = comparison.matched(treatment, control)
+    if matched is not None:
+        level, difference = matched
         kind = "accuracy" if score.unit == SHARE else "NLL"
         if not comparison.is_learned(level):
             lines.append(
@@ -130,7 +130,7 @@ def _pair_verdict(comparison: Comparison, treatment: str, control: str) -> list[
 
 _LAST = "at the last epoch"
 MANY = 0.25
-"""Share of completions cut off from which on it is told."""
+"""A note is written when at least this share of the completions was cut off."""
 
 
 def _coverage_notes(comparison: Comparison) -> list[str]:
@@ -143,7 +143,7 @@ def _coverage_notes(comparison: Comparison) -> list[str]:
 
 
 def _shortened_notes(comparison: Comparison) -> list[str]:
-    """Training rows that max_length cut, or left nothing of."""
+    """Training rows that max_length cut, or left no supervised token of."""
     cut, dropped = (comparison.shortened.get(name, 0) for name in ("truncated", "dropped"))
     limit = comparison.shortened.get("max_length")
     notes = []
@@ -260,22 +260,22 @@ def tuning_rows(comparison: Comparison, title: str) -> list[list[str]]:
 
 
 def _matched_cell(comparison: Comparison, treatment: str, control: str) -> str:
-    found = comparison.matched(treatment, control)
-    if found is None or not comparison.is_learned(found[0]):
+    matched = comparison.matched(treatment, control)
+    if matched is None or not comparison.is_learned(matched[0]):
         return "–"
-    level, difference = found
+    level, difference = matched
     kept = describe_metric("out_of_domain", comparison.metric)
     shown = _difference_cell(difference.signed(comparison.sign("out_of_domain")), kept.unit)
     unit = describe_metric("in_domain", comparison.metric).unit
     return f"{shown} @ {format_value(comparison.sign('in_domain') * level, unit)}"
 
 
-def _difference_cell(found: Difference | None, unit: str) -> str:
-    if found is None:
+def _difference_cell(difference: Difference | None, unit: str) -> str:
+    if difference is None:
         return "–"
-    sign = "−" if found.mean < 0 else "+"
-    mean = f"{sign}{format_value(abs(found.mean), unit)}"
-    return mean if found.half_width is None else f"{mean} ± {format_value(found.half_width, unit)}"
+    sign = "−" if difference.mean < 0 else "+"
+    mean = f"{sign}{format_value(abs(difference.mean), unit)}"
+    return mean if difference.half_width is None else f"{mean} ± {format_value(difference.half_width, unit)}"
 
 
 def render(comparison: Comparison, width: int | None = None) -> str:
