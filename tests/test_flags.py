@@ -145,6 +145,7 @@ def test_a_list_that_is_the_default_is_nobody_else_s():
         ("lora_bias", "all", "PSFTTrainer(peft_config=…)."),
         ("init_lora_weights", "pissa", "PSFTTrainer(peft_config=…)."),
         ("init_lora_weights", "pissa_niter_4", "PSFTTrainer(peft_config=…)."),
+        ("init_lora_weights", "gaussian", "PSFTTrainer(peft_config=…)."),
         ("init_lora_weights", "olora", "PSFTTrainer(peft_config=…)."),
     ],
 )
@@ -160,6 +161,7 @@ def test_a_recipe_with_an_option_that_is_gone_says_what_to_use_instead(name, val
 def test_what_holds_anyway_may_still_be_said():
     """As in the resolved recipes of adapters that were trained before."""
     given = {"reference": "snapshot", "reference_placement": "auto", "lora_bias": "none", "count": 2}
+    given["init_lora_weights"] = True
     where = dict.fromkeys(given, "recipe.yaml")
     assert read_values(given, {"count": int}, where, others="") == {"count": 2}
 

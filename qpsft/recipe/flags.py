@@ -266,7 +266,9 @@ _GONE = {
     "quantization": _Gone("int8$", "int8 is no longer supported", "Use nf4."),
     "lora_bias": _Gone("(?!none$)", "recipes no longer train biases", f"Leave it out. {_FROM_PYTHON}"),
     "init_lora_weights": _Gone(
-        "pissa|olora", "recipes no longer start from PiSSA or OLoRA", f"Use true or gaussian. {_FROM_PYTHON}"
+        "(?i)(?!true$)",
+        "adapters of recipes start with A random and B zero; PiSSA and OLoRA would change the base",
+        f"Leave it out. {_FROM_PYTHON}",
     ),
     "noise": _Gone(
         "",
