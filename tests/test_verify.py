@@ -241,7 +241,7 @@ def test_prompts_come_from_the_adapter_folder(adapter, merged, tmp_path):
 
 
 def test_bad_input_says_what_and_where(adapter, merged, tmp_path):
-    with pytest.raises(BaseModelError, match="not an adapter folder"):
+    with pytest.raises(BaseModelError, match="not an adapter's folder"):
         verify(merged, merged)
     with pytest.raises(BaseModelError, match="is a LoRA adapter, not a base model"):
         verify(adapter, adapter)

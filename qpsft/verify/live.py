@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qpsft.errors import ExportError
-from qpsft.model.adapter_folder import check_adapter_folder, find_base, put_adapter, trained_tokenizer
+from qpsft.model.adapter_folder import AdapterFolder
 from qpsft.model.base import load_base
 from qpsft.model.base_record import BaseRecord, quantized_linears
 from qpsft.model.skeleton import dtype_named
@@ -67,8 +67,8 @@ def load_live(
     Raises:
         BaseModelError: not an adapter folder, no record, another base, or an adapter that does not fit it.
     """
-    adapter = check_adapter_folder(adapter)
-    record, folder = find_base(adapter, base)
+    opened = AdapterFolder(adapter)
+    record, folder = opened.record, opened.base_folder(base, same_rounding=quantized)
     model, _ = load_base(
         folder,
         quantization=record.quantization if quantized and not record.prequantized else "none",
@@ -79,9 +79,8 @@ def load_live(
         verbose=False,
     )
     _compute_in_float32(model, dtype_named(record.compute_dtype))
-    peft_model = put_adapter(model, adapter, folder)
-    peft_model.eval().requires_grad_(False)
-    return LiveModel(peft_model, trained_tokenizer(adapter, folder), record, folder)
+    peft_model = opened.put_on(model).requires_grad_(False)
+    return LiveModel(peft_model, opened.tokenizer(folder), record, folder)
 
 
 def _compute_in_float32(model: nn.Module, compute_dtype: torch.dtype) -> None:
