@@ -17,7 +17,7 @@ from qpsft.verify import verify_export
 from qpsft.verify.exported import ExportedWeights, load_exported, load_whole
 from qpsft.verify.live import load_live
 from qpsft.verify.measure import Measurement, Sequence, continue_greedily, distance, measure
-from qpsft.verify.verification import VerifyReport
+from qpsft.verify.report import VerifyReport
 
 
 @pytest.fixture(scope="module")
