@@ -366,9 +366,9 @@ def test_folders_that_are_no_adapter_s_and_other_bases(adapter, stories, tmp_pat
     assert "is another model (config hash" in said(capsys)
     assert talk(monkeypatch, tmp_path, "hi\n") == 2
     assert "has no config.json, so it is not a model folder" in said(capsys)
-    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     assert talk(monkeypatch, tmp_path, "hi\n") == 2
-    assert "it has no adapter_model.safetensors" in said(capsys)
+    assert f"{tmp_path} has no adapter_model.safetensors" in said(capsys)
     (tmp_path / "recipe.yaml").write_text("a: [")
     assert talk(monkeypatch, tmp_path, "hi\n") == 2
     assert "recipe.yaml is not valid YAML" in said(capsys)

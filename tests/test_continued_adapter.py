@@ -227,7 +227,7 @@ def test_another_base(base, rows, tmp_path, capsys):
 def test_another_shape_and_files_that_do_not_belong_together(base, rows, tmp_path, capsys, stories):
     start = save_foreign(tmp_path / "start", base)
     flag = f"--adapter_name_or_path={start}"
-    assert "does not fit" in refused(capsys, stories, rows, tmp_path / "out", flag)
+    assert f"calls for on {stories}" in refused(capsys, stories, rows, tmp_path / "out", flag)
     file = start / "adapter_model.safetensors"
     tensors = load_file(file)
     first = min(tensors)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from exporting import copy_folder, edit_json, make_adapter
+from merging import ALL, save_peft_adapter
 
 from qpsft.errors import BaseModelError, ExportError
 from qpsft.export.vllm import check_vllm, export_vllm
@@ -13,9 +14,21 @@ from qpsft.model.folder import MODEL_DIR
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory) -> Path:
+    """Trained on a base of the Hub."""
     folder = make_adapter(tmp_path_factory.mktemp("vllm") / "my adapter")
     edit_json(folder / "base_quantization.json", base_model_name_or_path="owner/name", revision="abc")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def hub(monkeypatch):
+    """Has one model, owner/name at revision abc: the embedded base."""
+
+    def snapshot(name, patterns, *, revision=None, local_files_only=False):
+        assert (name, revision) in [("owner/name", "abc"), ("owner/name", None)] and "*.safetensors" not in patterns
+        return MODEL_DIR
+
+    monkeypatch.setattr("qpsft.model.folder.hub_snapshot", snapshot)
 
 
 def test_the_command_for_an_adapter(adapter):
@@ -26,7 +39,9 @@ def test_the_command_for_an_adapter(adapter):
         *("--lora-modules", f"my adapter={adapter}"),
     ]
     assert "rounds the base as training did" in report.notes[0]
-    assert shlex.split(check_vllm(adapter, base="/models/other").command)[2:4] == ["/models/other", "--quantization"]
+    assert shlex.split(check_vllm(adapter, base=str(MODEL_DIR)).command)[2:4] == [str(MODEL_DIR), "--quantization"]
+    with pytest.raises(BaseModelError, match="no base model folder /models/other"):
+        check_vllm(adapter, base="/models/other")
 
 
 def test_the_embedded_base_is_served_from_its_folder(tmp_path):
@@ -37,9 +52,8 @@ def test_the_embedded_base_is_served_from_its_folder(tmp_path):
 
 
 @pytest.mark.parametrize("rank, flag", [(16, None), (17, "32"), (64, "64"), (100, "128"), (512, "512")])
-def test_ranks_above_vllms_default_need_a_flag(adapter, tmp_path, rank, flag):
-    other = copy_folder(adapter, tmp_path / "adapter")
-    edit_json(other / "adapter_config.json", r=rank)
+def test_ranks_above_vllms_default_need_a_flag(tmp_path, rank, flag):
+    other = save_peft_adapter(tmp_path / "adapter", "demo", r=rank, target_modules=["q_proj"])
     command = shlex.split(check_vllm(other).command)
     assert command[-2:] == ["--max-lora-rank", flag] if flag else "--max-lora-rank" not in command
 
@@ -50,15 +64,14 @@ def test_ranks_above_vllms_default_need_a_flag(adapter, tmp_path, rank, flag):
         ({"modules_to_save": ["lm_head"]}, "trained in full (lm_head)"),
         ({"use_dora": True}, "DoRA"),
         ({"bias": "all"}, "trained biases"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "adapts lm_head"),
+        ({"target_modules": [*ALL, "lm_head"]}, "adapts lm_head"),
         ({"rank_pattern": {"q_proj": 8}}, "ranks or alphas of their own"),
         ({"alpha_pattern": {"q_proj": 8}}, "ranks or alphas of their own"),
         ({"r": 1024}, "its rank is 1024"),
     ],
 )
-def test_what_vllm_refuses(adapter, tmp_path, settings, words):
-    other = copy_folder(adapter, tmp_path / "adapter")
-    edit_json(other / "adapter_config.json", **settings)
+def test_what_vllm_refuses(tmp_path, settings, words):
+    other = save_peft_adapter(tmp_path / "adapter", "demo", **settings)
     report = check_vllm(other)
     assert not report.servable and report.command is None
     assert words in report.refusals[0] and words in report.summary() and "next: merge it" in report.summary()
@@ -97,7 +110,7 @@ def test_a_merged_folder_is_served_as_it_is(tmp_path):
 
 
 def test_bad_input(adapter, tmp_path):
-    with pytest.raises(BaseModelError, match="not an adapter folder"):
+    with pytest.raises(BaseModelError, match="not an adapter's folder"):
         check_vllm(tmp_path)
     other = copy_folder(adapter, tmp_path / "adapter")
     edit_json(other / "adapter_config.json", peft_type="LOHA")

@@ -17,7 +17,7 @@ from qpsft.verify import verify_export
 from qpsft.verify.exported import ExportedWeights, load_exported, load_whole
 from qpsft.verify.live import load_live
 from qpsft.verify.measure import Measurement, Sequence, continue_greedily, distance, measure
-from qpsft.verify.verification import VerifyReport
+from qpsft.verify.report import VerifyReport
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +241,7 @@ def test_prompts_come_from_the_adapter_folder(adapter, merged, tmp_path):
 
 
 def test_bad_input_says_what_and_where(adapter, merged, tmp_path):
-    with pytest.raises(BaseModelError, match="not an adapter folder"):
+    with pytest.raises(BaseModelError, match="not an adapter's folder"):
         verify(merged, merged)
     with pytest.raises(BaseModelError, match="is a LoRA adapter, not a base model"):
         verify(adapter, adapter)

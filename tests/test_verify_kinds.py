@@ -141,6 +141,20 @@ def test_a_base_saved_quantized_in_another_dtype_than_it_is_trained_in(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_base_whose_4_bit_codes_are_stored_as_bfloat16(monkeypatch, tmp_path, dtype):
+    """As FSDP needs them (bnb_4bit_quant_storage). They look like floating point numbers and are none."""
+    plain = save_tiny_model(tmp_path / "plain")
+    with monkeypatch.context() as patch:
+        patch.setattr("qpsft.model.base.storage_dtype", lambda compute_dtype: torch.bfloat16)
+        model, tokenizer = load_base(plain, dtype="bfloat16", verbose=False)
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    adapter = save_peft_adapter(tmp_path / "adapter", tmp_path / "base", target_modules=["q_proj"])
+    merged_passes_and_changed_fails(adapter, tmp_path / "out", dtype, f"{FIRST}mlp.down_proj.weight")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_base_in_shards(tmp_path, dtype):
     whole = save_tiny_model(tmp_path / "whole")
     load_strictly(whole).save_pretrained(tmp_path / "base", max_shard_size="60KB")

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from qpsft.errors import BaseModelError
-from qpsft.model.adapter_folder import ADAPTER_CONFIG, check_adapter_folder, find_base, put_adapter, trained_tokenizer
+from qpsft.model.adapter_folder import ADAPTER_CONFIG, AdapterFolder
 from qpsft.model.base import describe, load_base
 from qpsft.model.folder import MERGE_REPORT
 from qpsft.recipe.arguments import DataArguments
@@ -49,8 +49,8 @@ def load_evaluated(
             f"--quantization is given, but {folder} is an adapter: its base is rounded as it was in training.",
             "Leave --quantization out.",
         )
-    check_adapter_folder(folder)
-    record, base_folder = find_base(folder, base)
+    adapter = AdapterFolder(folder)
+    record, base_folder = adapter.record, adapter.base_folder(base)
     model, _ = load_base(
         base_folder,
         quantization="none" if record.prequantized else record.quantization,
@@ -61,7 +61,7 @@ def load_evaluated(
     )
     # A Hub id says more than the snapshot's folder it was loaded from.
     model.qpsft_source = replace(model.qpsft_source, name=record.base_model_name_or_path)
-    return put_adapter(model, folder, base_folder).eval(), trained_tokenizer(folder, base_folder)
+    return adapter.put_on(model), adapter.tokenizer(base_folder)
 
 
 def describe_evaluated(model: Any) -> str:

@@ -18,7 +18,7 @@ from qpsft.export.gguf_check import GgufCheck, check_gguf
 from qpsft.export.gguf_run import PROMPTS, GgufRun, llama_cpp_python, run_gguf
 from qpsft.export.llama_cpp import CONVERTER, find_llama_cpp, last_lines, load_gguf, run_converter, run_process
 from qpsft.files import check_space, put_in_place, work_folder
-from qpsft.model.adapter_folder import find_base
+from qpsft.model.adapter_folder import AdapterFolder
 from qpsft.model.base import load_tokenizer
 from qpsft.model.folder import check_folder, is_adapter
 from qpsft.terminal import wrap
@@ -170,7 +170,7 @@ def export_gguf(
             chosen, _ = read_prompts(prompts, source, tokenizer, PROMPTS, context or 2**20)
             ran = run_gguf(made, folder, gguf, tokenizer, stops, chosen)
         if check.merge_order_lost and not ran.ran:
-            lacking = find_base(source, base)[1] if from_adapter else source
+            lacking = AdapterFolder(source).base_folder(base, same_rounding=False) if from_adapter else source
             raise ExportError(
                 f"{lacking} has no tokenizer.model, so the converter cannot tell the order in which pieces are merged, "
                 "and llama.cpp would make other tokens than training did.",
@@ -201,7 +201,8 @@ def _bytes_needed(source: Path, from_adapter: bool, base: str | None, first: str
     """Of the temporary merge, the converted file and the quantized one, at the same time."""
     needed, folder = 0.0, source
     if from_adapter:
-        record, folder = find_base(source, base)
+        adapter = AdapterFolder(source)
+        record, folder = adapter.record, adapter.base_folder(base, same_rounding=False)
     count = _count(ExportedWeights(folder))
     if from_adapter:
         count *= 2 if record.prequantized else 1  # two 4-bit weights are stored in one byte

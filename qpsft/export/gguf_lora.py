@@ -20,7 +20,7 @@ from qpsft.errors import ExportError, OutputError
 from qpsft.export.gguf_check import GgufFile, layout_of, rounding_error
 from qpsft.export.llama_cpp import LORA_CONVERTER, find_llama_cpp, load_gguf, run_converter
 from qpsft.files import check_space, put_in_place, work_folder
-from qpsft.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_folder, find_base
+from qpsft.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFolder
 from qpsft.terminal import wrap
 from qpsft.verify.exported import read_text_config
 
@@ -81,13 +81,14 @@ def export_gguf_lora(
         ExportError: something a LoRA GGUF cannot hold (named), the converter failed, or the file holds other values.
         OutputError: the output exists or cannot be written.
     """
-    adapter, output = check_adapter_folder(adapter), Path(output).expanduser()
+    opened, output = AdapterFolder(adapter), Path(output).expanduser()
+    adapter = opened.path
     if outtype not in TYPES:
         raise ExportError(f"outtype {outtype!r} is not known for an adapter.", f"Use {', '.join(TYPES)}.")
     if output.is_dir():
         raise OutputError(f"{output} is a folder; a GGUF is one file.", "Give a file name that ends in .gguf.")
-    _, base_folder = find_base(adapter, base)
-    config = _read_config(adapter)
+    config = _config_without_what_gguf_lacks(opened)
+    base_folder = opened.base_folder(base, same_rounding=False)
     with work_folder(output, overwrite=overwrite, source=adapter) as work:
         size = (adapter / ADAPTER_WEIGHTS).stat().st_size
         check_space(output.parent, 3 * size + 1e6, "The export")
@@ -110,14 +111,9 @@ def export_gguf_lora(
     return report
 
 
-def _read_config(adapter: Path) -> LoraConfig:
+def _config_without_what_gguf_lacks(adapter: AdapterFolder) -> LoraConfig:
     """The adapter's config. Raises ExportError for what llama.cpp's LoRA cannot hold."""
-    from peft import LoraConfig
-
-    try:
-        config = LoraConfig.from_pretrained(adapter)
-    except (TypeError, ValueError) as error:
-        raise ExportError(f"{adapter / ADAPTER_CONFIG} is no LoRA config: {error}.", "Merge it instead.") from error
+    config = adapter.mergeable_config()
     cannot = {
         "DoRA": config.use_dora,
         "modules trained in full (modules_to_save)": bool(config.modules_to_save),
@@ -128,7 +124,7 @@ def _read_config(adapter: Path) -> LoraConfig:
     for what, found in cannot.items():
         if found:
             raise ExportError(
-                f"The adapter in {adapter} has {what}, which a LoRA GGUF cannot hold.",
+                f"The adapter in {adapter.path} has {what}, which a LoRA GGUF cannot hold.",
                 "Use --to gguf, which merges it.",
             )
     return config

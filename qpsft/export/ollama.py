@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 from qpsft.errors import ExportError, OutputError
 from qpsft.export.gguf import ExportReport, export_gguf
 from qpsft.files import write_atomically
-from qpsft.model.adapter_folder import find_base, trained_tokenizer
+from qpsft.model.adapter_folder import AdapterFolder
 from qpsft.model.base import load_tokenizer
 from qpsft.model.folder import is_adapter, resolve_folder
 from qpsft.terminal import wrap
@@ -145,9 +145,13 @@ def export_ollama(
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise OutputError(f"{output} exists.", "Give --overwrite to replace it, or choose another with -o.")
     new = not output.exists()
-    config_folder = find_base(source, base)[1] if is_adapter(source) else resolve_folder(source)
+    if is_adapter(source):
+        adapter = AdapterFolder(source)
+        config_folder = adapter.base_folder(base, same_rounding=False)
+        tokenizer = adapter.tokenizer(config_folder)
+    else:
+        config_folder, tokenizer = resolve_folder(source), load_tokenizer(source)
     config = read_text_config(config_folder)
-    tokenizer = trained_tokenizer(source, config_folder) if is_adapter(source) else load_tokenizer(source)
     try:
         gguf = export_gguf(source, output / MODEL_FILE, base=base, overwrite=overwrite, **options)
     except BaseException:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpsft.errors import ExportError
-from qpsft.model.adapter_folder import ADAPTER_CONFIG, check_adapter_folder
-from qpsft.model.base_record import BaseRecord, read_base_record
+from qpsft.model.adapter_folder import AdapterFolder
+from qpsft.model.base_record import BaseRecord
 from qpsft.model.folder import DEMO, MODEL_DIR, check_folder, is_adapter
 from qpsft.terminal import wrap
 
@@ -58,23 +57,24 @@ class VllmReport:
 
 
 def check_vllm(adapter: str | Path, *, base: str | None = None) -> VllmReport:
-    """Looks for what vLLM refuses in an adapter, without vLLM.
+    """Looks for what vLLM refuses in an adapter, without vLLM and without the base's weights.
 
     Args:
         adapter: the adapter's folder.
         base: what to serve instead of the base in the adapter's record.
 
     Raises:
-        BaseModelError: not an adapter folder, or no record of its base.
+        BaseModelError: not an adapter folder, no record of its base, no such base, or not the base of this adapter.
         ExportError: its config is not a LoRA's.
     """
-    adapter = check_adapter_folder(adapter)
-    config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    opened = AdapterFolder(adapter)
+    adapter, config = opened.path, opened.settings
     if config.get("peft_type") != "LORA":
         raise ExportError(
             f"The adapter in {adapter} is of type {config.get('peft_type')}.", "vLLM serves LoRA adapters only."
         )
-    record = read_base_record(adapter)
+    record = opened.record
+    opened.base_folder(base, same_rounding=False, weights=False)
     refusals = _refusals(config)
     report = VllmReport(adapter, not refusals, refusals, None)
     if report.servable:

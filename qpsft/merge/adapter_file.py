@@ -1,14 +1,12 @@
-"""What an adapter's folder changes in its base: one `Change` for each parameter, its values left on disk.
+"""What an adapter changes in its base: one `Change` for each parameter, its values left on disk.
 
 PEFT itself says what a file means: its layers are put on the architecture without memory (torch's meta device), and
-the ranks, the scales, the names and the shapes are read off them. Every tensor in the file must be used and every layer
-must find its tensors; anything else is an error that names it.
+the ranks, the scales and the names are read off them. `AdapterFolder.base_folder` has made sure before that the file
+holds exactly the tensors of these layers.
 """
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,17 +16,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from qpsft.errors import BaseModelError, ExportError
+from qpsft.errors import ExportError
 from qpsft.merge.base_tensors import same_values
 from qpsft.merge.safetensors_stream import StoredTensor, TensorFile
-from qpsft.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_weights, read_adapter_config
-from qpsft.model.folder import one_line
+from qpsft.model.adapter_folder import PREFIX, AdapterFolder
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
     from transformers import PreTrainedModel
-
-PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -71,84 +65,55 @@ class Change:
 
 @dataclass
 class Adapter:
-    """An adapter's folder, opened: PEFT's config and the changes by parameter name."""
+    """An adapter's folder and its weights file, opened for reading."""
 
-    folder: Path
-    config: LoraConfig
+    folder: AdapterFolder
     file: TensorFile
 
     def changes(self, skeleton: PreTrainedModel, tied: dict[str, str]) -> dict[str, Change]:
-        """The changes to the parameters of `skeleton`, into which PEFT's layers are put.
+        """The changes to the parameters of `skeleton`, into which PEFT's layers are put, by parameter name.
 
         Args:
-            skeleton: the base model's architecture on the meta device.
+            skeleton: the base model's architecture on the meta device; `folder.check_base` has passed it.
             tied: names of parameters that are another parameter, by that parameter's.
 
         Raises:
-            BaseModelError: the adapter is for another base: layers or shapes differ.
-            ExportError: a tensor is unused, missing or not finite; the layer's kind cannot be merged; or the change
-                would untie tied weights.
+            ExportError: a tensor is not finite; the layer's kind cannot be merged; or the change would untie tied
+                weights.
         """
         return _Reading(self, skeleton, tied).changes
 
 
 @contextmanager
-def open_adapter(folder: Path) -> Iterator[Adapter]:
-    """Opens an adapter's folder. Raises as `read_adapter_config`, and for a missing or broken weights file."""
-    config = read_adapter_config(folder)
-    check_weights(folder)
-    with TensorFile(folder / ADAPTER_WEIGHTS) as file:
-        yield Adapter(folder, config, file)
+def open_adapter(path: Path) -> Iterator[Adapter]:
+    """Opens an adapter's folder. Raises as `AdapterFolder` and its `mergeable_config`."""
+    folder = AdapterFolder(path)
+    folder.mergeable_config()
+    with TensorFile(folder.weights_file) as file:
+        yield Adapter(folder, file)
 
 
 class _Reading:
-    """Collects the changes; every tensor of the file that is used is struck off `left`."""
+    """Collects the changes, layer by layer, then the parameters that are stored whole."""
 
     def __init__(self, adapter: Adapter, skeleton: PreTrainedModel, tied: dict[str, str]):
-        self.adapter = adapter
-        self.path = adapter.file.path
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-        self.left = dict(adapter.file.tensors)
+        self.file = adapter.file
+        self.parameters = set(skeleton.state_dict())
         self.changes: dict[str, Change] = {}
         self.tied_rows: set[str] = set()
         self._check_finite()
-        model = self._put_on(skeleton)
-        for name, module in model.named_modules():
+        for name, module in adapter.folder.put_layers(skeleton).named_modules():
             self._layer(name.removeprefix(PREFIX), module)
         self._whole_parameters()
-        self._wrapped(model)
-        if self.left:
-            raise ExportError(
-                f"{len(self.left)} of the tensors in {self.path} belong to no layer of the base, such as "
-                f"{min(self.left)}.",
-                "The adapter is for another base, or for another version of transformers or peft: use those it was "
-                "trained with.",
-            )
         self._keep_tied(tied)
 
     def _check_finite(self) -> None:
-        for tensor in self.left.values():
+        for tensor in self.file.tensors.values():
             if tensor.dtype.is_floating_point and not all(torch.isfinite(p).all() for p in tensor.pieces(1 << 20)):
                 raise ExportError(
-                    f"{tensor.name} in {self.path} has values that are not finite (NaN or infinity).",
+                    f"{tensor.name} in {self.file.path} has values that are not finite (NaN or infinity).",
                     "Training went wrong: use an earlier checkpoint, and train with a lower learning rate.",
                 )
-
-    def _put_on(self, skeleton: PreTrainedModel) -> nn.Module:
-        from peft import get_peft_model
-
-        config = copy.copy(self.adapter.config)
-        config.init_lora_weights = False  # there are no values to initialise
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                return get_peft_model(skeleton, config, low_cpu_mem_usage=True)
-            except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
-                raise BaseModelError(
-                    f"The adapter in {self.adapter.folder} does not fit the base, a {type(skeleton).__name__}: "
-                    f"{one_line(error)}",
-                    "Give the base it was trained on.",
-                ) from error
 
     def _layer(self, name: str, module: nn.Module) -> None:
         from peft.tuners.lora.layer import Embedding, Linear, LoraLayer, ParamWrapper
@@ -173,23 +138,22 @@ class _Reading:
         elif isinstance(module, TrainableTokensWrapper) and module.token_adapter.tied_adapter:
             self.tied_rows.add(f"{name}.weight")
         elif isinstance(module, TrainableTokensWrapper):
-            delta = self._take(f"{name}.token_adapter.trainable_tokens_delta")
+            delta = self._stored(f"{name}.token_adapter.trainable_tokens_delta")
             positions = tuple(module.token_adapter.token_indices["default"])
             self._change(f"{name}.weight", rows=(positions, delta))
 
     def _linear(self, name: str, module: nn.Module) -> None:
-        left = self._take(f"{name}.lora_B.weight", module.lora_B["default"].weight)
-        right = self._take(f"{name}.lora_A.weight", module.lora_A["default"].weight)
-        magnitude = self._take(f"{name}.lora_magnitude_vector") if module.lora_magnitude_vector else None
+        left, right = self._stored(f"{name}.lora_B.weight"), self._stored(f"{name}.lora_A.weight")
+        magnitude = self._stored(f"{name}.lora_magnitude_vector") if module.lora_magnitude_vector else None
         scale = module.scaling["default"]
         self._change(f"{name}.weight", low_rank=LowRank(left, right, scale, magnitude=magnitude))
         if module.lora_bias["default"]:
-            if f"{name}.bias" not in self.shapes:
+            if f"{name}.bias" not in self.parameters:
                 raise ExportError(
                     f"The adapter adds a bias to {name} (lora_bias), which has none in the base's architecture.",
                     "Train without lora_bias, or serve the adapter beside its base.",
                 )
-            self._change(f"{name}.bias", shift=(self._take(f"{name}.lora_B.bias"), scale))
+            self._change(f"{name}.bias", shift=(self._stored(f"{name}.lora_B.bias"), scale))
 
     def _embedding(self, name: str, module: nn.Module) -> None:
         if module.lora_magnitude_vector:
@@ -197,63 +161,25 @@ class _Reading:
                 f"The adapter puts DoRA on the embedding {name}, which qpsft does not merge.",
                 "Use DoRA on linear layers only.",
             )
-        left = self._take(f"{name}.lora_embedding_A", module.lora_embedding_A["default"])
-        right = self._take(f"{name}.lora_embedding_B", module.lora_embedding_B["default"])
+        left, right = self._stored(f"{name}.lora_embedding_A"), self._stored(f"{name}.lora_embedding_B")
         low_rank = LowRank(left, right, module.scaling["default"], transposed=True)
         self._change(f"{name}.weight", low_rank=low_rank)
 
     def _whole_parameters(self) -> None:
-        """What is left under a parameter's own name replaces it: copies of modules_to_save, biases, embeddings."""
-        for key, tensor in list(self.left.items()):
+        """A tensor under a parameter's own name replaces it: copies of modules_to_save, biases, embeddings."""
+        for key, tensor in self.file.tensors.items():
             parameter = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-            if parameter not in self.shapes:
-                continue
-            if tensor.shape != self.shapes[parameter]:
-                raise BaseModelError(
-                    f"{key} in {self.path} has shape {tensor.shape}, and the base's {parameter} has "
-                    f"{self.shapes[parameter]}.",
-                    "The adapter is for another base, or the vocabulary was resized: give the base it was trained on.",
-                )
-            self._change(parameter, replacement=tensor)
-            del self.left[key]
+            if parameter in self.parameters:
+                self._change(parameter, replacement=tensor)
 
-    def _wrapped(self, model: nn.Module) -> None:
-        """Copies of modules_to_save are complete; a copy that is tied to another stands for both."""
-        from peft.utils.other import ModulesToSaveWrapper
-
-        first: dict[int, str] = {}
-        absent = []
-        for name, module in model.named_modules():
-            if not isinstance(module, ModulesToSaveWrapper):
-                continue
-            for end, tensor in module.modules_to_save["default"].named_parameters():
-                parameter = f"{name.removeprefix(PREFIX)}.{end}"
-                if parameter in self.changes and self.changes[parameter].replacement is not None:
-                    first.setdefault(id(tensor), parameter)
-                else:
-                    absent.append((parameter, id(tensor)))
-        for parameter, identity in absent:
-            if identity not in first:
-                raise self._missing(PREFIX + parameter)
-            self.changes[parameter] = self.changes[first[identity]]
-
-    def _take(self, key: str, like: Tensor | None = None) -> StoredTensor:
-        tensor = self.left.pop(PREFIX + key, None)
-        if tensor is None:
-            raise self._missing(PREFIX + key)
-        if like is not None and tensor.shape != tuple(like.shape):
-            raise BaseModelError(
-                f"{tensor.name} in {self.path} has shape {tensor.shape}; on this base, with the rank in "
-                f"{ADAPTER_CONFIG}, it would have {tuple(like.shape)}.",
-                "The adapter is for another base: give the one it was trained on.",
+    def _stored(self, name: str) -> StoredTensor:
+        key = PREFIX + name
+        if key not in self.file.tensors:
+            raise ExportError(
+                f"{self.file.path} holds {key} in parts or under another name, as an older transformers had it.",
+                "Load the adapter once with PEFT, save it again, and merge that.",
             )
-        return tensor
-
-    def _missing(self, key: str) -> ExportError:
-        return ExportError(
-            f"{self.path} lacks {key}, which its {ADAPTER_CONFIG} calls for on this base.",
-            "The adapter is for another base, or its file is incomplete: copy it again.",
-        )
+        return self.file.tensors[key]
 
     def _change(self, parameter: str, **what) -> None:
         self.changes[parameter] = replace(self.changes.get(parameter, Change()), **what)

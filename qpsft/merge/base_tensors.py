@@ -1,8 +1,4 @@
-"""The base model's tensors on disk, and what each of them is in the live model: without loading the model.
-
-The architecture is built without memory (torch's meta device) and names are mapped by transformers' own rules, so what
-is said here about a tensor is what loading it would do.
-"""
+"""The base model's tensors on disk, and what each of them is in the trained model: without loading the model."""
 
 from __future__ import annotations
 
@@ -21,7 +17,7 @@ from qpsft.merge.rounding import quant_state
 from qpsft.merge.safetensors_stream import StoredTensor, TensorFile
 from qpsft.model.base_record import BaseRecord
 from qpsft.model.folder import WEIGHTS, WEIGHTS_INDEX
-from qpsft.model.skeleton import build_skeleton, is_part
+from qpsft.model.skeleton import LoadingRules, build_skeleton, is_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,11 +29,14 @@ class BaseTensor:
 
     Attributes:
         name: in the merged checkpoint, and in the base's (but see `open_base` on tied embeddings).
-        parameter: the parameter of the live model it is; None where transformers fuses or splits it while loading.
-        fused_into: the parameter it then goes into. With neither, it is another part's of the model, carried along.
-        shape: of the values it stands for.
-        rounded: the live model holds it in 4 bits.
-        transposed: stored as (in, out), the layer being a Conv1D; the live model quantizes the transpose.
+        stored: the tensor in the base's file.
+        parameter: the parameter of the trained model that it is; None where transformers fuses or splits it while
+            loading.
+        fused_into: the parameter it then goes into. A tensor with neither belongs to a part of the model that was not
+            trained, and is copied.
+        shape: of the values; a quantized tensor is stored in another.
+        rounded: the trained model holds it in 4 bits.
+        transposed: stored as (in, out), the layer being a Conv1D; the trained model quantizes the transpose.
         state: what is stored beside a weight that is quantized on disk, by the ends of the names.
     """
 
@@ -52,7 +51,7 @@ class BaseTensor:
 
     @property
     def carried(self) -> bool:
-        """Whether the live model does not read it: a vision tower's beside a language model that is loaded alone."""
+        """Whether training did not load it: a vision tower's, beside a language model that was trained alone."""
         return self.parameter is None and self.fused_into is None
 
 
@@ -61,9 +60,10 @@ class BaseTensors:
     """A base model's folder, opened.
 
     Attributes:
-        skeleton: the live model's architecture on the meta device, untied from any memory.
+        folder: where they are.
+        skeleton: the trained model's architecture on the meta device.
         tensors: in the order they lie on the disk.
-        left_out: names in the folder that the live model does not read.
+        left_out: names in the folder that the trained model does not have.
         tied: names of parameters that are another parameter, by that parameter's.
     """
 
@@ -74,7 +74,7 @@ class BaseTensors:
     tied: dict[str, str]
 
     def dtype_of(self, parameter: str, dtype: torch.dtype) -> torch.dtype:
-        """What a model in `dtype` holds a parameter in: some architectures keep some of them in float32."""
+        """The dtype in which a model loaded in `dtype` holds a parameter: some architectures keep some in float32."""
         from transformers.core_model_loading import build_glob_alternation
 
         kept: set[str] = set()
@@ -89,11 +89,11 @@ class BaseTensors:
 
 @contextmanager
 def open_base(folder: Path, record: BaseRecord | None) -> Iterator[BaseTensors]:
-    """Opens a folder that `checkpoint.check_folder` has passed.
+    """Opens a base model's folder that `qpsft.model.folder.check_folder` has passed.
 
     Args:
         folder: the base model's.
-        record: how the live model rounds it; None if that does not matter (merging onto the original weights).
+        record: how training rounded it; None if that does not matter (merging onto the original weights).
 
     Yields:
         The tensors. Of tied embeddings there is one, under the embedding's name, whatever the folder calls it.
@@ -119,19 +119,15 @@ def _weight_files(folder: Path) -> list[str]:
 
 
 class _Mapping:
-    """Works out `BaseTensors` from what is stored."""
+    """Works out `BaseTensors` from the stored tensors."""
 
     def __init__(self, folder: Path, record: BaseRecord | None, stored: dict[str, StoredTensor]):
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
         from transformers.pytorch_utils import Conv1D
 
         self.folder, self.record, self.stored = folder, record, stored
         self.skeleton = build_skeleton(folder)
-        self.parameters = self.skeleton.state_dict()
-        rules = get_model_conversion_mapping(self.skeleton)
-        self.renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-        self.converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        self.rules = LoadingRules(self.skeleton)
+        self.parameters = self.rules.parameters
         modules = dict(self.skeleton.named_modules())
         self.conv1d = {name for name, module in modules.items() if isinstance(module, Conv1D)}
         linear = {name for name, module in modules.items() if type(module) is nn.Linear}
@@ -167,17 +163,18 @@ class _Mapping:
         return {name: state for name, state in states.items() if name in self.stored}
 
     def _tensor(self, stored: StoredTensor, state: dict[str, StoredTensor]) -> BaseTensor | None:
-        parameter, fused = self._rename(stored.name)
-        if parameter not in self.parameters:
+        place = self.rules.parameter_of(stored.name)
+        if place is None:
             return None
+        parameter, conversion = place
         module, _, kind = parameter.rpartition(".")
         rounded = bool(state) or (module in self.rounded and kind == "weight")
-        if fused:
+        if conversion is not None:
             if rounded:
                 raise ExportError(
-                    f"transformers fuses or splits {stored.name} of {self.folder} while loading, and the live model "
-                    f"rounds the result ({parameter}) to {self.record.quantization}: that rounding cannot be repeated "
-                    "tensor by tensor.",
+                    f"transformers fuses or splits {stored.name} of {self.folder} while loading, and training rounded "
+                    f"the result ({parameter}) to {self.record.quantization}: that rounding cannot be repeated tensor "
+                    "by tensor.",
                     "Merge onto the original weights, or load and save the base once with this transformers.",
                 )
             return BaseTensor(stored.name, stored, None, parameter, stored.shape, False, False)
@@ -194,16 +191,6 @@ class _Mapping:
                 "config.json and the weights belong to different models: download both again.",
             )
         return BaseTensor(stored.name, stored, parameter, None, shape, rounded, transposed, state)
-
-    def _rename(self, name: str) -> tuple[str, bool]:
-        """A stored tensor's parameter as transformers loads it, and whether it is fused or split on the way."""
-        from transformers.core_model_loading import rename_source_key
-
-        prefix = self.skeleton.base_model_prefix
-        renamed, pattern = rename_source_key(name, self.renamings, self.converters, prefix, self.parameters)
-        if renamed not in self.parameters and name in self.parameters:
-            renamed, pattern = rename_source_key(name, [], [], prefix, self.parameters)
-        return renamed, pattern is not None
 
     def _tie(self, tensors: list[BaseTensor], tied: dict[str, str]) -> list[BaseTensor]:
         by_parameter = {tensor.parameter: tensor for tensor in tensors}

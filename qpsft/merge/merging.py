@@ -20,15 +20,16 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from qpsft import __version__
-from qpsft.errors import BaseModelError, ExportError, NotTheSameModelError
+from qpsft.errors import ExportError, NotTheSameModelError
 from qpsft.files import finished_folder, write_atomically
 from qpsft.merge.adapter_file import Adapter, Change, open_adapter
 from qpsft.merge.base_tensors import BaseTensors, open_base
 from qpsft.merge.model_files import copy_tokenizer, write_config, write_json
 from qpsft.merge.report import MergeReport, rounding_in_words
 from qpsft.merge.weights import MergedWeights
-from qpsft.model.base_record import RECORD_FILE, BaseRecord, read_base_record
-from qpsft.model.folder import MERGE_REPORT, check_folder, config_sha256, resolve_folder
+from qpsft.model.adapter_folder import AdapterFolder
+from qpsft.model.base_record import BaseRecord
+from qpsft.model.folder import MERGE_REPORT, check_folder
 from qpsft.model.hardware import DTYPES
 
 Onto = Literal["trained", "original"]
@@ -131,10 +132,10 @@ def merge_adapter(
 
 def _trained_base(adapter: Adapter, options: MergeOptions) -> _Base:
     """Finds the base and makes sure that it is the adapter's."""
-    record = _record(options.adapter, options.onto)
-    name, folder = _find_base(adapter, record, options.base)
-    _check_same_base(options.adapter, record, folder, options.onto, named=options.base is not None)
-    return _Base(name, folder, record)
+    record = _record(adapter.folder, options.onto)
+    folder = adapter.folder.base_folder(options.base, same_rounding=options.onto == "trained")
+    _check_weights(folder, options.onto)
+    return _Base(_base_name(adapter.folder, options.base), folder, record)
 
 
 def _write_model(weights: MergedWeights, folder: Path, base: _Base, options: MergeOptions) -> None:
@@ -190,55 +191,27 @@ def _write_report(report: MergeReport, folder: Path) -> None:
     write_json(folder / MERGE_REPORT, dataclasses.asdict(report))
 
 
-def _record(adapter: Path, onto: Onto) -> BaseRecord | None:
+def _record(adapter: AdapterFolder, onto: Onto) -> BaseRecord | None:
     """The base's record; onto the original weights an adapter that other tools trained needs none."""
-    if onto == "original" and not (adapter / RECORD_FILE).is_file():
-        return None
-    return read_base_record(adapter)
+    return None if onto == "original" and not adapter.has_record else adapter.record
 
 
-def _find_base(adapter: Adapter, record: BaseRecord | None, base: str | None) -> tuple[str, Path]:
-    """(what to call the base, its folder)."""
-    if base is not None:
-        folder = resolve_folder(base)
-        named = os.path.abspath(folder) if Path(base).expanduser().is_dir() else base
-        return (record.base_model_name_or_path if record else named), folder
-    name = record.base_model_name_or_path if record else adapter.config.base_model_name_or_path
-    revision = record.revision if record else adapter.config.revision
-    if not name:
-        raise BaseModelError(f"The adapter in {adapter.folder} does not name its base.", "Give it with --base.")
-    try:
-        return name, resolve_folder(name, revision=revision)
-    except BaseModelError as error:
-        raise BaseModelError(
-            f"The base that the adapter in {adapter.folder} was trained on cannot be had: {error.what}",
-            f"Give its folder with --base. {error.todo}",
-        ) from error
+def _base_name(adapter: AdapterFolder, base: str | None) -> str:
+    """What to call the base: as the record does, else as given, else as PEFT's config does."""
+    if adapter.has_record:
+        return adapter.record.base_model_name_or_path
+    if base is None:
+        return adapter.config.base_model_name_or_path
+    return os.path.abspath(Path(base).expanduser()) if Path(base).expanduser().is_dir() else base
 
 
-def _check_same_base(adapter: Path, record: BaseRecord | None, folder: Path, onto: Onto, *, named: bool) -> None:
+def _check_weights(folder: Path, onto: Onto) -> None:
+    """The base's weights are whole, and its original ones are there if they are to be merged onto."""
     config = check_folder(folder)
-    quantized = config.get("quantization_config") is not None
-    if onto == "original" and quantized:
+    if onto == "original" and config.get("quantization_config") is not None:
         raise ExportError(
             f"The base in {folder} is itself quantized: its original weights are not there.",
             "Merge onto the trained weights, or give the 16-bit model it was made from with --base.",
-        )
-    if record is None:
-        return
-    if config_sha256(config) != record.config_sha256:
-        raise BaseModelError(
-            f"The adapter in {adapter} was trained on {record.base_model_name_or_path} (configuration "
-            f"{record.config_sha256[:12]}), and {folder} is another model (configuration "
-            f"{config_sha256(config)[:12]}).",
-            "Give the base it was trained on with --base." if named else "The base has changed since: restore it.",
-        )
-    if onto == "trained" and quantized != record.prequantized:
-        kinds = {True: "quantized on disk", False: "not quantized on disk"}
-        raise BaseModelError(
-            f"The adapter in {adapter} was trained on a base that was {kinds[record.prequantized]}, and {folder} is "
-            f"{kinds[quantized]}: its rounded weights can be others.",
-            f"Give the base it was trained on ({record.base_model_name_or_path}) with --base.",
         )
 
 

@@ -1,37 +1,53 @@
-"""An adapter's folder as PEFT writes it: whether it is one, what its config says, its base, its tokenizer."""
+"""An adapter's folder as PEFT writes it, opened: config, tensors, the record of its base, tokenizer.
+
+Every verb that uses an adapter opens it here and asks `base_folder` for its base. So "is this its base?" and "does its
+file hold exactly the tensors that its config calls for?" have one answer everywhere. PEFT alone would only warn of
+missing tensors, stay silent about unknown ones, and run the bare base.
+"""
 
 from __future__ import annotations
 
+import copy
+import difflib
 import json
+import os
 import warnings
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from qpsft.errors import BaseModelError, ExportError
 from qpsft.model.base import load_tokenizer
-from qpsft.model.base_record import BaseRecord, read_base_record
+from qpsft.model.base_record import RECORD_FILE, BaseRecord, read_base_record, source_of
 from qpsft.model.folder import (
     ADAPTER_CONFIG,
     PICKLE_SUFFIXES,
     cannot_be_hub_id,
-    config_sha256,
     hub_snapshot,
     near_folders,
     one_line,
-    read_config,
     resolve_folder,
+    tensor_shapes,
 )
+from qpsft.model.skeleton import build_skeleton
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig, PeftConfig, PeftModel
     from transformers import PreTrainedTokenizerBase
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-HUB_FILES = [ADAPTER_CONFIG, ADAPTER_WEIGHTS, "base_quantization.json", "token*", "special_tokens_map.json", "*.jinja"]
+HUB_FILES = [ADAPTER_CONFIG, ADAPTER_WEIGHTS, RECORD_FILE, "token*", "special_tokens_map.json", "*.jinja"]
 """What of a Hub repository belongs to an adapter."""
+
+PREFIX = "base_model.model."
+"""What PEFT puts before the base's own names, in its model and in its files."""
+
+NAME = "default"
+"""What the adapter is called in a PEFT model; its file has no such name in it."""
 
 # Features of PEFT's LoRA whose forward is not W + a low-rank product, or that merging does not know.
 _OTHER_FORWARDS = (
@@ -41,148 +57,347 @@ _OTHER_FORWARDS = (
 _INITS_THAT_LEAVE_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
-def check_adapter_folder(adapter: str | Path) -> Path:
-    """The adapter's folder as a path. Raises BaseModelError when it is not a PEFT adapter's."""
-    folder = Path(adapter).expanduser()
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (folder / name).is_file():
-            raise BaseModelError(
-                f"{folder} is not an adapter folder: it has no {name}.",
-                "Give the folder that training wrote, with adapter_config.json and adapter_model.safetensors in it.",
-            )
-    try:
-        json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BaseModelError(f"{folder / ADAPTER_CONFIG} is not valid JSON: {error}.", "Copy it again.") from error
-    return folder
+class AdapterFolder:
+    """An adapter's folder. Opening it reads adapter_config.json and the header of the weights file, no values.
 
+    Args:
+        path: a local folder; `AdapterFolder.find` also takes a Hub id.
 
-def find_adapter(name_or_path: str | Path) -> Path:
-    """The local folder of an adapter given as a folder or a Hub id, which is downloaded.
+    Attributes:
+        path: the folder.
+        settings: what adapter_config.json says.
+        shapes: of the tensors in the weights file, by their names there.
 
     Raises:
-        BaseModelError: no such folder; an adapter lies in a folder inside it (PEFT puts one that is not called
-            "default" there); its weights are missing or a pickle; or the Hub id cannot be had.
+        BaseModelError: it is not an adapter's folder; a file is missing, a pickle, cut off or broken.
     """
-    folder = Path(name_or_path).expanduser()
-    if not folder.exists():
-        if cannot_be_hub_id(str(name_or_path)):
-            raise BaseModelError(f"There is no adapter folder {folder}.", near_folders(folder))
-        folder = hub_snapshot(str(name_or_path), HUB_FILES)
-    inside = sorted(path.parent for path in folder.glob(f"*/{ADAPTER_CONFIG}")) if folder.is_dir() else []
-    if inside and not (folder / ADAPTER_CONFIG).is_file():
-        raise BaseModelError(
-            f"{folder} has no {ADAPTER_CONFIG}, so it is not an adapter's folder.",
-            f"Did you mean {' or '.join(map(str, inside[:3]))}?",
-        )
-    check_weights(folder)
-    return folder
 
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path).expanduser()
+        self.settings = _read_settings(self.path)
+        _check_weights(self.path)
+        self.shapes = tensor_shapes(self.weights_file)
 
-def check_weights(folder: Path) -> None:
-    """Raises BaseModelError where an adapter's folder has a config, but no safetensors."""
-    if (folder / ADAPTER_CONFIG).is_file() and not (folder / ADAPTER_WEIGHTS).is_file():
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
-        raise BaseModelError(
-            f"{folder} has no {ADAPTER_WEIGHTS}"
-            + (f"; it holds {pickles[0]}, and loading a pickle can run any code." if pickles else "."),
-            "Copy the folder again, or save the adapter with safetensors.",
-        )
+    @classmethod
+    def find(cls, name_or_path: str | os.PathLike) -> AdapterFolder:
+        """Opens a local folder, or a Hub id, which is downloaded.
 
+        Raises:
+            BaseModelError: as for a folder; or there is neither such a folder nor such a Hub id.
+        """
+        name, path = os.fspath(name_or_path), Path(name_or_path).expanduser()
+        if path.exists():
+            return cls(path)
+        if cannot_be_hub_id(name):
+            raise BaseModelError(f"There is no adapter folder {path}.", near_folders(path))
+        return cls(hub_snapshot(name, HUB_FILES))
 
-def read_adapter_config(folder: Path) -> LoraConfig:
-    """PEFT's config of an adapter's folder; keys that this version of PEFT does not know are left out.
+    @property
+    def weights_file(self) -> Path:
+        """The safetensors file."""
+        return self.path / ADAPTER_WEIGHTS
 
-    Raises:
-        BaseModelError: not an adapter's folder.
-        ExportError: not LoRA, or LoRA with a feature that cannot be merged.
-    """
-    from peft import PeftConfig
+    @cached_property
+    def config(self) -> PeftConfig:
+        """`settings` as PEFT's config, without the keys that this version of PEFT does not know.
 
-    if not (folder / ADAPTER_CONFIG).is_file():
-        what = "does not exist" if not folder.exists() else "is a file" if folder.is_file() else None
-        model = (folder / "config.json").is_file()
-        raise BaseModelError(
-            f"{folder} {what or f'has no {ADAPTER_CONFIG}'}, so it is not an adapter's folder.",
-            "It is a whole model: there is nothing to merge." if model else "Give the folder that training wrote.",
-        )
-    try:
-        content = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BaseModelError(f"{folder / ADAPTER_CONFIG} is not valid JSON: {error}.", "Copy it again.") from error
-    kind = content.get("peft_type") if isinstance(content, dict) else None
-    if kind != "LORA":
-        raise ExportError(f"{folder / ADAPTER_CONFIG} is for {kind}, and only LoRA can be merged.", "Train with LoRA.")
-    for feature in _OTHER_FORWARDS:
-        if content.get(feature):
-            raise ExportError(
-                f"{folder / ADAPTER_CONFIG} uses {feature}, which cannot be merged into the base's weights.",
-                "Serve the adapter beside its base, or train without it.",
-            )
-    init = content.get("init_lora_weights")
-    if init not in _INITS_THAT_LEAVE_THE_BASE:
-        raise ExportError(
-            f"{folder / ADAPTER_CONFIG} has init_lora_weights {init!r}: training started by taking a part out of the "
-            "base's weights, and the file does not say which.",
-            "Save it with PEFT's path_initial_model_for_weight_conversion, as the plain LoRA that it equals.",
-        )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        Raises:
+            BaseModelError: PEFT cannot read them.
+        """
+        from peft import PeftConfig
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                return PeftConfig.from_pretrained(str(self.path))
+            except (ValueError, TypeError, KeyError, ImportError) as error:
+                raise BaseModelError(
+                    f"{self.path / ADAPTER_CONFIG} cannot be read by PEFT: {one_line(error)}",
+                    "Upgrade peft, or copy it again.",
+                ) from error
+
+    @property
+    def has_record(self) -> bool:
+        """Whether the folder says how its base was rounded. Adapters of other trainers do not."""
+        return (self.path / RECORD_FILE).is_file()
+
+    @cached_property
+    def record(self) -> BaseRecord:
+        """What the base was and how it was rounded. Raises BaseModelError when there is no such record."""
+        return read_base_record(self.path)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether training saved its tokenizer here, as qpsft does; other trainers may leave it to the base."""
+        return any((self.path / name).is_file() for name in TOKENIZER_FILES)
+
+    def tokenizer(self, base_folder: Path) -> PreTrainedTokenizerBase:
+        """The tokenizer that training used: the adapter's own, else the base's."""
+        return load_tokenizer(self.path if self.has_tokenizer else base_folder)
+
+    def base_folder(
+        self, base: str | os.PathLike | None = None, *, same_rounding: bool = True, weights: bool = True
+    ) -> Path:
+        """The local folder of the adapter's base, downloaded if need be, and checked by `check_base`.
+
+        Args:
+            base: its folder or Hub id, if it is no longer where the adapter says.
+            same_rounding: as in `check_base`.
+            weights: download a Hub id's weights too, not its configuration and tokenizer only.
+
+        Raises:
+            BaseModelError: the base is not there, or as `check_base`.
+        """
+        folder = self._recorded_base(weights) if base is None else resolve_folder(base, weights=weights)
+        self.check_base(folder, same_rounding=same_rounding)
+        return folder
+
+    def _recorded_base(self, weights: bool) -> Path:
+        """The base's folder as the record names it, or the config where there is no record."""
+        if self.has_record:
+            name, revision = self.record.base_model_name_or_path, self.record.revision
+        else:
+            name, revision = self.config.base_model_name_or_path, self.config.revision
+        if not name:
+            raise BaseModelError(f"The adapter in {self.path} does not name its base.", "Give it with --base.")
         try:
-            return PeftConfig.from_pretrained(str(folder))
-        except (ValueError, TypeError, KeyError) as error:
+            return resolve_folder(name, revision=revision, weights=weights)
+        except BaseModelError as error:
             raise BaseModelError(
-                f"{folder / ADAPTER_CONFIG} cannot be read by PEFT: {one_line(error)}",
-                "Upgrade peft, or copy it again.",
+                f"The base that the adapter in {self.path} was trained on cannot be had: {error.what}",
+                f"Give its folder with --base. {error.todo}",
             ) from error
 
+    def check_base(self, folder: Path, *, same_rounding: bool = True, trust_remote_code: bool = False) -> None:
+        """Makes sure that the model in `folder` is the adapter's base, and that the adapter's tensors fit it.
 
-def has_own_tokenizer(adapter: Path) -> bool:
-    """Whether training saved its tokenizer with the adapter, as qpsft does; other trainers may leave the base's."""
-    return any((adapter / name).is_file() for name in TOKENIZER_FILES)
+        Reads config.json and the adapter's header; the model is built without memory.
+
+        Args:
+            folder: a base model's.
+            same_rounding: also refuse a base that was quantized on disk where the trained one was not, or the other
+                way round: its rounded weights can be others.
+            trust_remote_code: run Python code that comes with the base.
+
+        Raises:
+            BaseModelError: it is another model, or a tensor of the adapter is missing, unknown or of another shape.
+        """
+        self.check_identity(folder, same_rounding=same_rounding)
+        self.check_tensors(self.put_layers(build_skeleton(folder, trust_remote_code=trust_remote_code)), folder)
+
+    def check_identity(self, folder: Path, *, same_rounding: bool = True) -> None:
+        """The first half of `check_base`: is it the model in the record? Without a record nothing can be said."""
+        if not self.has_record:
+            return
+        record, source = self.record, source_of(folder)
+        if source.config_sha256 != record.config_sha256:
+            raise BaseModelError(
+                f"The adapter in {self.path} was trained on {record.base_model_name_or_path} (config hash "
+                f"{record.config_sha256[:12]}…), and {folder} is another model (config hash "
+                f"{source.config_sha256[:12]}…).",
+                "Give the base it was trained on (--base; in a recipe model_name_or_path), or restore it if it has "
+                "changed since.",
+            )
+        if same_rounding and source.prequantized != record.prequantized:
+            kinds = {True: "quantized on disk", False: "not quantized on disk"}
+            raise BaseModelError(
+                f"The adapter in {self.path} was trained on a base that was {kinds[record.prequantized]}, and {folder} "
+                f"is {kinds[source.prequantized]}: its rounded weights can be others.",
+                f"Give the base it was trained on ({record.base_model_name_or_path}) with --base.",
+            )
+
+    def put_layers(self, skeleton: nn.Module) -> PeftModel:
+        """PEFT's layers of this adapter on a model on the meta device, without values.
+
+        Raises:
+            BaseModelError: the config does not fit this model, such as a target module that it does not have.
+        """
+        from peft import get_peft_model
+
+        config = copy.copy(self.config)
+        if hasattr(config, "init_lora_weights"):
+            config.init_lora_weights = False  # there are no values to start from
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                return get_peft_model(skeleton, config, adapter_name=NAME, low_cpu_mem_usage=True)
+            except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
+                raise BaseModelError(
+                    f"The adapter in {self.path} does not fit the base, a {type(skeleton).__name__}: {one_line(error)}",
+                    "Give the base it was trained on.",
+                ) from error
+
+    def check_tensors(self, model: PeftModel, base: Any) -> None:
+        """The second half of `check_base`: the weights file holds every tensor of the adapter's layers, and no other.
+
+        Weights of the base that PEFT saves beside an adapter (embeddings) may be there too.
+
+        Args:
+            model: with the adapter's layers on it, on the meta device or with values.
+            base: what errors call the base.
+
+        Raises:
+            BaseModelError: tensors are missing, unknown or of another shape; it names the first of them, for a renamed
+                one both names, and says how many they are.
+        """
+        wanted, stored = _wanted_shapes(model), self._loaded_shapes(model, base)
+        known = _base_shapes(model) | wanted
+        missing = sorted(set(wanted) - set(stored))
+        unknown = sorted(set(stored) - set(known))
+        if missing and unknown:
+            near = difflib.get_close_matches(missing[0], unknown[:1000], n=1, cutoff=0.0)[0]
+            raise BaseModelError(
+                f"{self.weights_file} has other names than {ADAPTER_CONFIG} calls for on {base}: it holds {near} in "
+                f"place of {missing[0]}. {len(missing)} of {len(wanted)} tensors are missing, and {len(unknown)} of "
+                f"the file's {len(stored)} are unknown.",
+                "Save the adapter again with PEFT's save_pretrained, from the model without the wrappers of "
+                "torch.compile, DDP or FSDP, or rename the tensors in the file. If the names are right, give the base "
+                "that it was trained on.",
+            )
+        if missing:
+            raise BaseModelError(
+                f"{self.weights_file} lacks {missing[0]}, which {ADAPTER_CONFIG} calls for on {base} ({len(missing)} "
+                f"of {len(wanted)} tensors are missing).",
+                "Copy the adapter's files again. If they are whole, they do not belong together, or the adapter is for "
+                "another base.",
+            )
+        if unknown:
+            raise BaseModelError(
+                f"{self.weights_file} holds {unknown[0]}, which {ADAPTER_CONFIG} does not call for on {base} "
+                f"({len(unknown)} of its {len(stored)} tensors are unknown).",
+                "Copy the adapter's files again. If they are whole, they do not belong together, or the adapter is for "
+                "another base.",
+            )
+        misshapen = sorted(name for name, shape in stored.items() if shape != known[name])
+        if misshapen:
+            name = misshapen[0]
+            raise BaseModelError(
+                f"{name} in {self.weights_file} has shape {stored[name]}; on {base}, with the rank in "
+                f"{ADAPTER_CONFIG}, it would have {known[name]} ({len(misshapen)} of {len(stored)} tensors have other "
+                "shapes).",
+                "The files do not belong together, the adapter is for another base, or the vocabulary was resized: "
+                "give the base it was trained on.",
+            )
+
+    def _loaded_shapes(self, model: PeftModel, base: Any) -> dict[str, tuple[int, ...]]:
+        """Shapes of the stored tensors by the names they are loaded under.
+
+        Those are the names in the file, except where transformers has renamed or fused modules since it was written.
+        """
+        from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+        empty = {name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()}
+        try:
+            loaded = convert_peft_adapter_state_dict_for_transformers(model, model.peft_config[NAME], empty, NAME)
+        except (ValueError, RuntimeError, KeyError, IndexError, TypeError) as error:
+            raise BaseModelError(
+                f"The tensors in {self.weights_file} cannot be converted for {base}: {one_line(error)}",
+                "Copy the adapter's files again, or save it with the versions of peft and transformers in use here.",
+            ) from error
+        return {name: tuple(tensor.shape) for name, tensor in loaded.items()}
+
+    def put_on(self, model: nn.Module) -> PeftModel:
+        """The adapter with its values on its loaded base, for inference: in eval mode, frozen, float32.
+
+        `base_folder` must have passed the base before. Raises BaseModelError when the values cannot be read or put on.
+        """
+        from peft import PeftModel
+
+        try:
+            return PeftModel.from_pretrained(model, self.path, adapter_name=NAME)
+        except (RuntimeError, ValueError, KeyError, OSError) as error:
+            raise BaseModelError(
+                f"The adapter in {self.path} cannot be put on its base: {one_line(error)}",
+                f"Check that {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} belong together and to this base.",
+            ) from error
+
+    def mergeable_config(self) -> LoraConfig:
+        """The config of an adapter whose trained weights are the base's plus low-rank products.
+
+        Raises:
+            ExportError: not LoRA, or LoRA with a feature or an initialisation that cannot be merged.
+        """
+        settings, file = self.settings, self.path / ADAPTER_CONFIG
+        if settings.get("peft_type") != "LORA":
+            raise ExportError(
+                f"{file} is for {settings.get('peft_type')}, and only LoRA can be merged.", "Train with LoRA."
+            )
+        for feature in _OTHER_FORWARDS:
+            if settings.get(feature):
+                raise ExportError(
+                    f"{file} uses {feature}, which cannot be merged into the base's weights.",
+                    "Serve the adapter beside its base, or train without it.",
+                )
+        init = settings.get("init_lora_weights")
+        if init not in _INITS_THAT_LEAVE_THE_BASE:
+            raise ExportError(
+                f"{file} has init_lora_weights {init!r}: training started by taking a part out of the base's weights, "
+                "and the file does not say which.",
+                "Save it with PEFT's path_initial_model_for_weight_conversion, as the plain LoRA that it equals.",
+            )
+        return self.config
 
 
-def trained_tokenizer(adapter: Path, base_folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer training used: the adapter's own, else the base's."""
-    if not has_own_tokenizer(adapter):
-        return load_tokenizer(base_folder)
-    from transformers import AutoTokenizer
-
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of a folder. Raises BaseModelError as `AdapterFolder`."""
+    file = folder / ADAPTER_CONFIG
+    if not file.is_file():
+        raise _not_an_adapter(folder)
     try:
-        return AutoTokenizer.from_pretrained(adapter, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        raise BaseModelError(
-            f"The tokenizer in {adapter} cannot be loaded: {error}", "Copy the tokenizer's files there again."
-        ) from error
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BaseModelError(f"{file} is not valid JSON: {error}.", "Copy it again.") from error
+    if not isinstance(content, dict) or not isinstance(content.get("peft_type"), str):
+        raise BaseModelError(f"{file} names no peft_type, so it is not PEFT's config of an adapter.", "Copy it again.")
+    return content
 
 
-def find_base(adapter: Path, base: str | Path | None) -> tuple[BaseRecord, Path]:
-    """The adapter's record and the local folder of its base.
-
-    Raises:
-        BaseModelError: no record, no such base, or `base` is another model than the one the adapter was trained on.
-    """
-    record = read_base_record(adapter)
-    name = record.base_model_name_or_path if base is None else base
-    folder = resolve_folder(name, revision=record.revision if base is None else None)
-    found = config_sha256(read_config(folder))
-    if found != record.config_sha256:
-        raise BaseModelError(
-            f"The adapter in {adapter} was trained on {record.base_model_name_or_path} (config hash "
-            f"{record.config_sha256[:12]}…), and {folder} is another model (config hash {found[:12]}…).",
-            "Give the base it was trained on.",
-        )
-    return record, folder
+def _not_an_adapter(folder: Path) -> BaseModelError:
+    inside = sorted(path.parent for path in folder.glob(f"*/{ADAPTER_CONFIG}")) if folder.is_dir() else []
+    if not folder.exists():
+        what, todo = "does not exist", near_folders(folder)
+    elif folder.is_file():
+        what, todo = "is a file", "Give the folder that training wrote."
+    elif inside:  # PEFT puts an adapter that is not called "default" into a folder of its own
+        what, todo = f"has no {ADAPTER_CONFIG}", f"Did you mean {' or '.join(map(str, inside[:3]))}?"
+    elif (folder / "config.json").is_file():
+        what, todo = f"has no {ADAPTER_CONFIG}", "It is a whole model: there is nothing to merge."
+    else:
+        what, todo = f"has no {ADAPTER_CONFIG}", "Give the folder that training wrote."
+    return BaseModelError(f"{folder} {what}, so it is not an adapter's folder.", todo)
 
 
-def put_adapter(model: nn.Module, adapter: Path, base_folder: Path) -> PeftModel:
-    """The adapter on its loaded base. Raises BaseModelError when it does not fit."""
-    from peft import PeftModel
+def _check_weights(folder: Path) -> None:
+    """Raises BaseModelError where an adapter's folder has no safetensors."""
+    if (folder / ADAPTER_WEIGHTS).is_file():
+        return
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
+    raise BaseModelError(
+        f"{folder} has no {ADAPTER_WEIGHTS}"
+        + (f"; it holds {pickles[0]}, and loading a pickle can run any code." if pickles else "."),
+        "Copy the folder again, or save the adapter with safetensors.",
+    )
 
-    try:
-        return PeftModel.from_pretrained(model, adapter)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
-        raise BaseModelError(
-            f"The adapter in {adapter} cannot be put on {base_folder}: {str(error).strip().splitlines()[0]}",
-            "Check that adapter_config.json and adapter_model.safetensors belong together and to this base.",
-        ) from error
+
+def _wanted_shapes(model: PeftModel) -> dict[str, tuple[int, ...]]:
+    """The tensors that PEFT would save of the adapter on `model`: their shapes by their names in the file."""
+    from peft import get_peft_model_state_dict
+
+    tensors = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _base_shapes(model: PeftModel) -> dict[str, tuple[int, ...]]:
+    """The base's own parameters under PEFT's layers: their shapes by the names PEFT saves them under."""
+    trained = (".lora_", ".modules_to_save.", ".original_module.", ".token_adapter.")
+    return {
+        name: _logical_shape(parameter)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if not any(part in name for part in trained)
+    }
+
+
+def _logical_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of the values; a 4-bit weight is stored in another."""
+    state = getattr(parameter, "quant_state", None)
+    return tuple(parameter.shape if state is None else state.shape)

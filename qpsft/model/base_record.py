@@ -154,7 +154,8 @@ def base_record(model: nn.Module, name_or_path: str | None = None) -> dict:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     source = getattr(base, "qpsft_source", None)
     if source is None or name_or_path is not None:
-        source = _find_source(name_or_path or base.name_or_path)
+        name = name_or_path or base.name_or_path
+        source = source_of(resolve_folder(name, weights=False, local_files_only=True), name)
     return dataclasses.asdict(
         BaseRecord(
             qpsft_version=__version__,
@@ -204,10 +205,11 @@ def _base_name(name: str) -> str:
     return name.replace(".base_layer", "").replace(".original_module", "")
 
 
-def _find_source(name_or_path: str) -> BaseSource:
-    folder = resolve_folder(name_or_path, weights=False, local_files_only=True)
+def source_of(folder: Path, name: str | None = None) -> BaseSource:
+    """What a base model's folder says of itself; `name` is what to call it instead of its path."""
     config = read_config(folder)
-    return BaseSource(name_or_path, None, config_sha256(config), config.get("quantization_config") is not None)
+    prequantized = config.get("quantization_config") is not None
+    return BaseSource(name or str(folder), None, config_sha256(config), prequantized)
 
 
 def write_base_record(model: nn.Module, folder: str | os.PathLike, name_or_path: str | None = None) -> Path:

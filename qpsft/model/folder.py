@@ -261,7 +261,7 @@ def check_stored_quantization(settings: Any, where: str) -> None:
 def _check_weights(folder: Path) -> None:
     index_path = folder / WEIGHTS_INDEX
     if (folder / WEIGHTS).is_file():
-        _tensor_names(folder / WEIGHTS)
+        tensor_shapes(folder / WEIGHTS)
         return
     if not index_path.is_file():
         raise _no_weights(folder)
@@ -277,7 +277,7 @@ def _check_weights(folder: Path) -> None:
             f"{', …' if len(missing) > 5 else ''}.",
             "Copy or download them again.",
         )
-    names = {shard: _tensor_names(folder / shard) for shard in shards}
+    names = {shard: tensor_shapes(folder / shard) for shard in shards}
     absent = [name for name, shard in weight_map.items() if name not in names[shard]]
     if absent:
         raise BaseModelError(
@@ -306,11 +306,15 @@ def _no_weights(folder: Path) -> BaseModelError:
     )
 
 
-def _tensor_names(path: Path) -> set[str]:
-    """Names in a safetensors file; opening it checks the header and that the file has the length it announces."""
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a safetensors file by their names, from its header; no values are read.
+
+    Raises:
+        BaseModelError: it is cut off, not safetensors, or a git-lfs pointer; the file has not the length it announces.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            return set(file.keys())
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         size = path.stat().st_size
         with path.open("rb") as file:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qpsft.errors import BaseModelError, RecipeError
-from qpsft.model.adapter_folder import find_adapter, read_adapter_config
+from qpsft.model.adapter_folder import AdapterFolder
 from qpsft.model.attention import fits
 from qpsft.model.continue_adapter import SAME_OPTIONS
 from qpsft.model.folder import one_line
@@ -260,7 +260,7 @@ def _adapter_options(recipe: Recipe) -> LoraArguments:
     """The recipe's, or those of the adapter that it goes on from."""
     if not recipe.lora.adapter_name_or_path:
         return recipe.lora
-    config = read_adapter_config(find_adapter(recipe.lora.adapter_name_or_path))
+    config = AdapterFolder.find(recipe.lora.adapter_name_or_path).mergeable_config()
     targets = config.target_modules
     return dataclasses.replace(
         recipe.lora,

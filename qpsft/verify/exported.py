@@ -1,4 +1,4 @@
-"""An exported folder of safetensors: its tensors one at a time, and the model that runs on them."""
+"""An exported folder of safetensors: its tensors read one at a time, and a model that reads its weights as it runs."""
 
 from __future__ import annotations
 
@@ -108,16 +108,16 @@ def load_exported(weights: ExportedWeights, device: torch.device, fetch: Callabl
         names = {own: canonical[id(parameter)] for own, parameter in module.named_parameters(recurse=False)}
         if names:
             module._parameters = _OnDisk(module._parameters, names, fetch or weights.tensor, device)
-            module.register_forward_pre_hook(_bring)
-            module.register_forward_hook(partial(_drop, dict(module._parameters)), always_call=True)
+            module.register_forward_pre_hook(_read_all)
+            module.register_forward_hook(partial(_free_all, dict(module._parameters)), always_call=True)
     return model
 
 
 class _OnDisk(dict):
     """A module's parameters by their names in it; one that is on the meta device is read whenever it is asked for.
 
-    Mostly that is `_bring`'s doing, once per forward; but some models use a module's weight without calling it: hybrid
-    ones a convolution's, Gemma 4 the embedding's.
+    Before a forward of the module, `_read_all` reads them once. Some models use a module's weight without calling the
+    module (a convolution's in hybrid models, the embedding's in Gemma 4); then it is read here.
     """
 
     def __init__(self, empty: dict, names: dict[str, str], fetch: Callable[[str], Tensor], device: torch.device):
@@ -131,12 +131,12 @@ class _OnDisk(dict):
         return nn.Parameter(self._fetch(self.names[own]).to(self._device), requires_grad=False)
 
 
-def _bring(module: Any, args: Any) -> None:
+def _read_all(module: Any, args: Any) -> None:
     for own in module._parameters.names:
         module._parameters[own] = module._parameters[own]
 
 
-def _drop(empty: dict[str, nn.Parameter], module: Any, args: Any, output: Any) -> None:
+def _free_all(empty: dict[str, nn.Parameter], module: Any, args: Any, output: Any) -> None:
     module._parameters.update(empty)
 
 

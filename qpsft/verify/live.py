@@ -1,12 +1,12 @@
-"""The trained model, live: the base rounded as in training, the adapter on it, all arithmetic in float32.
+"""The live model: the base rounded as in training, the trained adapter on it, and all arithmetic in float32.
 
-Float32 arithmetic over the weights that training used is what makes a sharp comparison possible: two models with the
-same weights then agree to about 1e-5 nats, where bfloat16 arithmetic alone would make them differ by 1e-2.
+The weights are those of training; only the arithmetic is finer. Two models with the same weights then agree to about
+1e-5 nats, where bfloat16 arithmetic alone would make them differ by 1e-2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qpsft.errors import ExportError
-from qpsft.model.adapter_folder import check_adapter_folder, find_base, put_adapter, trained_tokenizer
+from qpsft.model.adapter_folder import AdapterFolder
 from qpsft.model.base import load_base
 from qpsft.model.base_record import BaseRecord, quantized_linears
 from qpsft.model.skeleton import dtype_named
@@ -33,7 +33,7 @@ class LiveModel:
 
     Attributes:
         model: the PEFT model, in eval mode, every unquantized weight float32.
-        tokenizer: the one training used: the adapter folder's own, else the base's.
+        tokenizer: the one that training used.
         record: how the base was rounded.
         base_folder: the base's local folder.
     """
@@ -46,7 +46,13 @@ class LiveModel:
 
 @dataclass(frozen=True)
 class TrainedWeight:
-    """One tensor of the trained model under its name in a dense checkpoint, before and after training; float32."""
+    """One tensor of the trained model, before and after training.
+
+    Attributes:
+        name: of the tensor in a checkpoint of the merged model.
+        base: float32, as training began.
+        trained: float32, the same shape. It is the very same object as `base` where training did not change it.
+    """
 
     name: str
     base: Tensor
@@ -65,10 +71,10 @@ def load_live(
         device: as in `load_base`.
 
     Raises:
-        BaseModelError: not an adapter folder, no record, another base, or an adapter that does not fit it.
+        BaseModelError: not an adapter's folder, no record, another base, or tensors that do not fit it.
     """
-    adapter = check_adapter_folder(adapter)
-    record, folder = find_base(adapter, base)
+    opened = AdapterFolder(adapter)
+    record, folder = opened.record, opened.base_folder(base, same_rounding=quantized)
     model, _ = load_base(
         folder,
         quantization=record.quantization if quantized and not record.prequantized else "none",
@@ -79,27 +85,34 @@ def load_live(
         verbose=False,
     )
     _compute_in_float32(model, dtype_named(record.compute_dtype))
-    peft_model = put_adapter(model, adapter, folder)
-    peft_model.eval().requires_grad_(False)
-    return LiveModel(peft_model, trained_tokenizer(adapter, folder), record, folder)
+    peft_model = opened.put_on(model).requires_grad_(False)
+    return LiveModel(peft_model, opened.tokenizer(folder), record, folder)
 
 
 def _compute_in_float32(model: nn.Module, compute_dtype: torch.dtype) -> None:
-    """Float32 arithmetic over the weights that the live forward multiplies by, which have `compute_dtype`'s values."""
+    """Makes the arithmetic float32 and leaves the weights the values that training multiplied by.
+
+    Those are values of `compute_dtype`: what is not quantized was loaded in it, and bitsandbytes dequantizes to it.
+    """
     loaded = model.dtype
     for parameter in model.parameters():
-        if parameter.is_floating_point():
-            kept = parameter.dtype != loaded  # some architectures hold some weights in float32 whatever the dtype
+        if _has_plain_values(parameter):
+            kept = parameter.dtype != loaded  # some architectures keep some weights in float32 whatever the dtype
             parameter.data = (parameter.data if kept else parameter.data.to(compute_dtype)).float()
     for buffer in model.buffers():
         if buffer.is_floating_point():
             buffer.data = buffer.data.float()
     for layer in quantized_linears(model).values():
-        # The live forward dequantizes to its activations' dtype, whatever dtype the weight was quantized from.
+        # In training, bitsandbytes dequantizes to the activations' dtype, whatever dtype the weight was quantized from;
+        # with float32 activations its own forward would dequantize to float32.
         layer.weight.quant_state.dtype = compute_dtype
         layer.compute_dtype = torch.float32
-        # bitsandbytes would dequantize to float32 here
         layer.forward = partial(_dense_forward, layer)
+
+
+def _has_plain_values(parameter: nn.Parameter) -> bool:
+    """Whether it holds numbers, not packed 4-bit codes, which can be stored as a floating point dtype too."""
+    return parameter.is_floating_point() and getattr(parameter, "quant_state", None) is None
 
 
 def _dense_forward(layer: nn.Module, x: Tensor) -> Tensor:
@@ -107,7 +120,7 @@ def _dense_forward(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _dequantized(layer: nn.Module) -> Tensor:
-    """The weight of a quantized linear layer (out, in) or of any other layer as it is, as float32."""
+    """A layer's weight as float32: of a quantized linear layer (out, in) dequantized, of any other as it is."""
     weight = layer.weight
     if getattr(weight, "quant_state", None) is not None:
         from bitsandbytes.functional import dequantize_4bit
@@ -117,55 +130,84 @@ def _dequantized(layer: nn.Module) -> Tensor:
 
 
 def trained_weights(model: PeftModel) -> Iterator[TrainedWeight]:
-    """Every weight of the trained model as a dense checkpoint would hold it, one at a time, shared ones once.
+    """Every weight of the trained model as a merged checkpoint would hold it, one at a time, shared ones once.
 
     Raises:
-        ExportError: a kind of adapter layer whose weight cannot be told (named).
+        ExportError: a kind of adapter layer whose trained weight cannot be computed (named).
     """
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 
-    seen: set[int] = set()
+    shared: set[int] = set()
+    for name, module in _modules(model, (LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper)):
+        if isinstance(module, LoraLayer):
+            yield from _adapted(name, module)
+        elif isinstance(module, ModulesToSaveWrapper):
+            yield from _trained_in_full(name, module)
+        elif isinstance(module, TrainableTokensWrapper):
+            yield from _with_trained_rows(name, module, shared)
+        else:
+            yield from _untouched(name, module, shared)
+
+
+def _modules(model: PeftModel, closed: tuple[type, ...]) -> Iterator[tuple[str, nn.Module]]:
+    """The base's modules by name, without what is inside modules of the `closed` types."""
     inside: tuple[str, ...] = ()
     for name, module in model.get_base_model().named_modules():
-        if name.startswith(inside) if inside else False:
+        if name.startswith(inside):
             continue
-        if isinstance(module, LoraLayer):
+        if isinstance(module, closed):
             inside += (f"{name}.",)
-            yield _stored(module.get_base_layer(), f"{name}.weight", *lora_weight(name, module))
-            bias = getattr(module.get_base_layer(), "bias", None)
-            if bias is not None:
-                yield TrainedWeight(f"{name}.bias", bias.data.float(), _lora_bias(module))
-        elif isinstance(module, TrainableTokensWrapper):
-            inside += (f"{name}.",)
-            layer = module.token_adapter
-            for own, parameter in layer.base_layer.named_parameters():
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    base = parameter.data.float()
-                    changed = layer.get_merged_weights(layer.active_adapters).data if own == "weight" else base
-                    yield TrainedWeight(f"{name}.{own}", base, changed)
-        elif isinstance(module, ModulesToSaveWrapper):
-            inside += (f"{name}.",)
-            originals = dict(module.original_module.named_parameters())
-            for own, parameter in module.modules_to_save[module.active_adapter].named_parameters():
-                yield TrainedWeight(f"{name}.{own}", originals[own].data.float(), parameter.data.float())
-        else:
-            for own, parameter in module.named_parameters(recurse=False):
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    dense = _dequantized(module) if own == "weight" else parameter.data.float()
-                    yield _stored(module, f"{name}.{own}", dense, dense)
+        yield name, module
 
 
-def _stored(layer: nn.Module, name: str, base: Tensor, trained: Tensor) -> TrainedWeight:
-    """As a checkpoint holds it: transposed where a Conv1D, which is stored as (in, out), was quantized."""
+def _adapted(name: str, module: Any) -> Iterator[TrainedWeight]:
+    """Weight and bias of a layer with LoRA."""
+    layer = module.get_base_layer()
+    yield _as_stored(layer, f"{name}.weight", *lora_weight(name, module))
+    if getattr(layer, "bias", None) is not None:
+        yield TrainedWeight(f"{name}.bias", layer.bias.data.float(), _lora_bias(module))
+
+
+def _trained_in_full(name: str, module: Any) -> Iterator[TrainedWeight]:
+    """A module in `modules_to_save`: PEFT trained a copy of it."""
+    originals = dict(module.original_module.named_parameters())
+    for own, parameter in module.modules_to_save[module.active_adapter].named_parameters():
+        yield TrainedWeight(f"{name}.{own}", originals[own].data.float(), parameter.data.float())
+
+
+def _with_trained_rows(name: str, module: Any, shared: set[int]) -> Iterator[TrainedWeight]:
+    """An embedding or LM head with `trainable_token_indices`."""
+    layer = module.token_adapter
+    for own, parameter in _not_yet(layer.base_layer.named_parameters(), shared):
+        base = parameter.data.float()
+        trained = layer.get_merged_weights(layer.active_adapters).data if own == "weight" else base
+        yield TrainedWeight(f"{name}.{own}", base, trained)
+
+
+def _untouched(name: str, module: nn.Module, shared: set[int]) -> Iterator[TrainedWeight]:
+    """A module's own parameters, which the adapter leaves alone."""
+    for own, parameter in _not_yet(module.named_parameters(recurse=False), shared):
+        values = _dequantized(module) if own == "weight" else parameter.data.float()
+        yield _as_stored(module, f"{name}.{own}", values, values)
+
+
+def _not_yet(parameters: Iterable[tuple[str, nn.Parameter]], shared: set[int]) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that did not come before under another name, such as an LM head tied to the embedding."""
+    for name, parameter in parameters:
+        if id(parameter) not in shared:
+            shared.add(id(parameter))
+            yield name, parameter
+
+
+def _as_stored(layer: nn.Module, name: str, base: Tensor, trained: Tensor) -> TrainedWeight:
+    """As a checkpoint holds it: a Conv1D is stored as (in, out), and quantized as (out, in)."""
     from transformers.pytorch_utils import Conv1D
 
     if getattr(layer, "source_cls", None) is Conv1D and trained.dim() == 2:
-        same = trained is base
+        unchanged = trained is base
         base = base.T
-        trained = base if same else trained.T
+        trained = base if unchanged else trained.T
     return TrainedWeight(name, base, trained)
 
 
@@ -179,7 +221,11 @@ def _lora_bias(layer: Any) -> Tensor:
 
 
 def lora_weight(name: str, layer: Any) -> tuple[Tensor, Tensor]:
-    """(base, trained) weight of a LoRA layer, float32, in the base layer's own orientation."""
+    """(base, trained) weight of a LoRA layer, float32, in the base layer's own orientation.
+
+    Raises:
+        ExportError: it is not a linear layer or an embedding.
+    """
     from peft.tuners.lora import Embedding, Linear
 
     base_layer = layer.get_base_layer()
@@ -207,37 +253,42 @@ def lora_weight(name: str, layer: Any) -> tuple[Tensor, Tensor]:
 def round_weights(model: PeftModel, dtype_of: Callable[[str], torch.dtype]) -> None:
     """Makes the live model the one a faultless export is: each weight rounded once to its dtype in the export.
 
-    Weights over quantized layers are made anew in every forward, so the model stays as small as it was. There is no
-    way back.
+    A weight over a quantized layer is computed anew in every forward, so the model stays as small as it was. There is
+    no way back.
 
     Args:
         model: the live model.
-        dtype_of: dtype of a tensor in the export, by its name in a dense checkpoint.
+        dtype_of: dtype of a tensor in the export, by its name in a merged checkpoint.
     """
     from peft.tuners.lora import LoraLayer
 
     quantized = {id(layer) for layer in quantized_linears(model).values()}
-    inside: list[str] = []
-    for name, module in model.get_base_model().named_modules():
-        if any(name.startswith(prefix) for prefix in inside):
-            continue
+    for name, module in _modules(model, (LoraLayer,)):
+        layer = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        if id(layer) in quantized:
+            module.forward = partial(_rounded_forward, name, module, dtype_of(f"{name}.weight"))
         if isinstance(module, LoraLayer):
-            inside.append(f"{name}.")
-            layer = module.get_base_layer()
-            if getattr(layer, "bias", None) is not None:
-                layer.bias.data = _lora_bias(module).to(dtype_of(f"{name}.bias")).float()
-            if id(layer) in quantized:
-                module.forward = partial(_rounded_forward, name, module, dtype_of(f"{name}.weight"))
-            else:
-                rounded = lora_weight(name, module)[1].to(dtype_of(f"{name}.weight")).float()
-                layer.weight = nn.Parameter(rounded, requires_grad=False)
-                module.merged_adapters.extend(module.active_adapters)
+            _round_adapted(name, module, dtype_of, merge=id(layer) not in quantized)
         else:
-            if id(module) in quantized:
-                module.forward = partial(_rounded_forward, name, module, dtype_of(f"{name}.weight"))
-            for own, parameter in module.named_parameters(recurse=False):
-                if parameter.is_floating_point():
-                    parameter.data = parameter.data.to(dtype_of(_dense_name(f"{name}.{own}"))).float()
+            _round_own(name, module, dtype_of)
+
+
+def _round_adapted(name: str, module: Any, dtype_of: Callable[[str], torch.dtype], *, merge: bool) -> None:
+    """Rounds the bias of a layer with LoRA; with `merge` also its trained weight, which replaces the base layer's."""
+    layer = module.get_base_layer()
+    if getattr(layer, "bias", None) is not None:
+        layer.bias.data = _lora_bias(module).to(dtype_of(f"{name}.bias")).float()
+    if merge:
+        rounded = lora_weight(name, module)[1].to(dtype_of(f"{name}.weight")).float()
+        layer.weight = nn.Parameter(rounded, requires_grad=False)
+        module.merged_adapters.extend(module.active_adapters)
+
+
+def _round_own(name: str, module: nn.Module, dtype_of: Callable[[str], torch.dtype]) -> None:
+    """Rounds a module's own parameters, but for quantized ones, which its new forward rounds."""
+    for own, parameter in module.named_parameters(recurse=False):
+        if _has_plain_values(parameter):
+            parameter.data = parameter.data.to(dtype_of(_merged_name(f"{name}.{own}"))).float()
 
 
 def _rounded_forward(name: str, module: Any, dtype: torch.dtype, x: Tensor) -> Tensor:
@@ -250,8 +301,8 @@ def _rounded_forward(name: str, module: Any, dtype: torch.dtype, x: Tensor) -> T
     return F.linear(x, weight.to(dtype).float(), layer.bias)
 
 
-def _dense_name(name: str) -> str:
-    """A parameter's name in a dense checkpoint, without what PEFT puts around saved modules and trained rows."""
+def _merged_name(name: str) -> str:
+    """A parameter's name in a merged checkpoint, without what PEFT puts around saved modules and trained rows."""
     head, wrapped, tail = name.partition(".modules_to_save.")
     if wrapped:
         return f"{head}.{tail.partition('.')[2]}"

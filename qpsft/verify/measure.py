@@ -1,6 +1,6 @@
-"""What a causal LM says on given tokens: the numbers by which two models are compared.
+"""A causal LM's log-probabilities on given tokens, and the distance between two models' log-probabilities.
 
-Everything is computed in float32 and kept on the CPU, so that one model can be freed before the next one is loaded.
+Everything is kept as float32 on the CPU, so that one model can be freed before the next one is loaded.
 """
 
 from __future__ import annotations
@@ -14,17 +14,23 @@ from torch import Tensor
 from qpsft.model.generation import neutral_settings
 
 LOGITS_BYTES = 256 * 2**20
-"""Logits (rows, length, vocabulary) of one batch, in float32."""
+"""At most, of the logits (rows, length, vocabulary) of one batch, in float32."""
 
 KEPT_BYTES = 128 * 2**20
-"""Distributions over the whole vocabulary that are kept for the KL divergence, in float32."""
+"""At most, of the distributions over the whole vocabulary that are kept for the KL divergence, in float32."""
 
 HIDDEN_TOKENS = 64
+"""Tokens of the first sequence whose hidden states are kept."""
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """Token ids, and the index of the first that the live model wrote itself (`len(ids)` when it wrote none)."""
+    """A tokenized text.
+
+    Attributes:
+        ids: its tokens.
+        written_from: index of the first token that the live model generated; `len(ids)` when it generated none.
+    """
 
     ids: list[int]
     written_from: int
@@ -32,14 +38,15 @@ class Sequence:
 
 @dataclass
 class Measurement:
-    """A model's numbers at all N positions of the sequences that have a next token, in order.
+    """A model's log-probabilities at all N positions of the sequences that have a next token, in order.
 
     Attributes:
         chosen: log-probability of the next token, nats (N,), float32.
         best: the likeliest next token (N,), int64.
         lead: log-probability of the likeliest minus that of the second (N,), float32.
         full: log-probabilities of the whole vocabulary at `kept_positions` (P, V), float32.
-        hidden: hidden states of the first sequence after the embedding and after each layer, (L + 1, T, width).
+        hidden: hidden states of the first sequence after the embedding and after each of L layers, for its first T
+            tokens (L + 1, T, width).
     """
 
     chosen: Tensor
@@ -50,7 +57,7 @@ class Measurement:
 
 
 def kept_positions(total: int, vocabulary: int) -> Tensor:
-    """Evenly spaced positions, as many as `KEPT_BYTES` of float32 distributions allow, (P,) int64."""
+    """The positions whose whole distribution is kept: evenly spaced, as many as `KEPT_BYTES` allow, (P,) int64."""
     count = max(1, min(total, KEPT_BYTES // (4 * vocabulary)))
     return torch.linspace(0, total - 1, count).round().long()
 
@@ -111,7 +118,7 @@ def _batches(sequences: list[Sequence], vocabulary: int) -> list[list[int]]:
 def _forward(
     model: Any, rows: list[list[int]], device: torch.device, *, wants_hidden: bool
 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-    """Right-padded forward: a token never sees what comes after it, so padding there changes nothing."""
+    """Logits (rows, length, V) and hidden states. Padding is on the right, which a causal LM's tokens never see."""
     length = max(map(len, rows))
     ids = torch.zeros(len(rows), length, dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -131,7 +138,7 @@ def _first_row(hidden: tuple[Tensor, ...], row: int, length: int) -> Tensor:
 def continue_greedily(
     model: Any, prompts: list[list[int]], *, max_new_tokens: int, stop: set[int], pad: int
 ) -> list[list[int]]:
-    """The model's likeliest continuation of each prompt, at most `max_new_tokens` tokens, a stop token included."""
+    """The greedy continuation of each prompt: at most `max_new_tokens` tokens, a stop token included."""
     from transformers import GenerationConfig
 
     width = max(map(len, prompts))
@@ -155,14 +162,14 @@ def continue_greedily(
 
 @dataclass(frozen=True)
 class Distance:
-    """How far a model is from another on the same sequences; log-probabilities and KL in nats.
+    """How far a second model is from a first on the same sequences; log-probabilities and KL in nats.
 
     Attributes:
-        max_abs, mean_abs: |Δ log-probability| of the next token.
-        kl: mean KL divergence of the second from the first.
+        max_abs, mean_abs: of |Δ log-probability| of the next token, over all positions.
+        kl: mean of KL(first ‖ second) over the kept positions.
         top1: share of positions with the same likeliest token.
-        greedy: share of the first model's own continuation that the second writes before its first other token.
-        flips: positions where the likeliest token differs although it leads by more than `near_tie`.
+        greedy: share of the first model's greedy continuations up to where the second model's likeliest token differs.
+        flips: positions where the likeliest token differs although in the first it leads by more than a near tie.
     """
 
     max_abs: float
@@ -174,7 +181,13 @@ class Distance:
 
 
 def distance(first: Measurement, second: Measurement, sequences: list[Sequence], near_tie: float) -> Distance:
-    """Compares two measurements of the same sequences; not-a-number anywhere in the second makes it infinite."""
+    """The distance between two measurements of the same sequences.
+
+    Args:
+        first, second: the measurements. A value in the second that is not finite makes the distance infinite.
+        sequences: what was measured.
+        near_tie: lead of the likeliest token, in nats, up to which another likeliest token is no fault.
+    """
     difference = (first.chosen - second.chosen).abs()
     if not bool(torch.isfinite(second.chosen).all()):
         return Distance(float("inf"), float("inf"), float("inf"), 0.0, 0.0, len(difference))
@@ -195,7 +208,7 @@ def distance(first: Measurement, second: Measurement, sequences: list[Sequence],
 
 
 def _greedy_agreement(same: Tensor, sequences: list[Sequence]) -> float:
-    """Under the first model's own words, the second's likeliest tokens are its continuation until they differ."""
+    """See `Distance.greedy`. Until the first difference, both models' continuations are the same tokens."""
     agreed = written = start = 0
     for sequence in sequences:
         end = start + len(sequence.ids) - 1

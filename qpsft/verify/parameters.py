@@ -5,17 +5,15 @@ The experts of a mixture, for instance, lie on disk one by one, often under anot
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from qpsft.model.skeleton import build_skeleton, is_part
+from qpsft.model.skeleton import LoadingRules, build_skeleton, is_part
 from qpsft.verify.exported import ExportedWeights
 
-_BROKEN = (RuntimeError, ValueError, IndexError, KeyError, AttributeError, TypeError)
+_CONVERSION_ERRORS = (RuntimeError, ValueError, IndexError, KeyError, AttributeError, TypeError)
 """What a conversion raises when tensors are missing or have other shapes."""
 
 
@@ -24,14 +22,14 @@ class _Source:
     """Stored tensors that become one parameter or, together, several.
 
     Attributes:
-        names: of the stored tensors, each with the pattern of the converter that it matches.
-        first: the parameter that transformers calls the conversion by.
-        converter: how; None for one tensor that is the parameter as it is.
+        tensors: names of the stored tensors, each with the converter's pattern that it matches.
+        parameter: the first parameter that they become.
+        pattern: of the conversion (`LoadingRules.parameter_of`); None for one tensor that is the parameter as it is.
     """
 
-    names: list[tuple[str, str]]
-    first: str
-    converter: Any
+    tensors: list[tuple[str, str]]
+    parameter: str
+    pattern: str | None
 
 
 class ExportedParameters:
@@ -44,76 +42,73 @@ class ExportedParameters:
     def __init__(self, weights: ExportedWeights):
         self._weights = weights
         self._skeleton = build_skeleton(weights.folder)
-        self._parameters = self._skeleton.state_dict()
+        self._rules = LoadingRules(self._skeleton)
         self._sources: dict[str, _Source] = {}
         self._shapes: dict[str, list[int]] = {}
         self._tied: dict[str, str] = {}
         self.left_over: list[str] = []
         for source in self._group():
             self._place(source)
-        for target, origin in self._skeleton.all_tied_weights_keys.items():
-            for name, other in ((target, origin), (origin, target)):
-                if name not in self._sources and other in self._sources:
-                    self._sources[name], self._shapes[name] = self._sources[other], self._shapes[other]
-                    self._tied[name] = other
+        self._tie()
 
     def __contains__(self, name: str) -> bool:
         return name in self._sources
 
     def shape_of(self, name: str) -> list[int]:
+        """The parameter's shape."""
         return self._shapes[name]
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The parameter's dtype in the export; the export's most common one for a name it lacks."""
         source = self._sources.get(name)
-        return self._weights.dtype_of(source.names[0][0] if source else name)
+        return self._weights.dtype_of(source.tensors[0][0] if source else name)
 
     def tensor(self, name: str) -> Tensor:
         """The parameter as float32 on the CPU. Raises BaseModelError when its bytes cannot be read."""
         source = self._sources[name]
-        tensors = {stored: self._weights.tensor(stored) for stored, _ in source.names}
+        tensors = {stored: self._weights.tensor(stored) for stored, _ in source.tensors}
         return self._convert(source, tensors)[self._tied.get(name, name)]
 
     def _group(self) -> list[_Source]:
         """The stored tensors, put together as transformers does when it loads them."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+        from transformers.core_model_loading import dot_natural_key
 
-        rules = get_model_conversion_mapping(self._skeleton)
-        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        prefix = self._skeleton.base_model_prefix
-        part = is_part(self._skeleton, self._weights.folder)  # the others' tensors lie beside the language model's
+        part = is_part(self._skeleton, self._weights.folder)  # the other parts' tensors are no parameters of ours
         groups: dict[str, _Source] = {}
-        for stored in sorted(self._weights.names(), key=dot_natural_key):
-            name, pattern = rename_source_key(stored, renamings, converters, prefix, self._parameters)
-            if name not in self._parameters and stored in self._parameters:
-                name, pattern = rename_source_key(stored, [], [], prefix, self._parameters)
-            if name not in self._parameters:
-                if not part:
-                    self.left_over.append(stored)
-                continue
-            converter = None if pattern is None else by_pattern[pattern]
-            groups.setdefault(name, _Source([], name, converter)).names.append((stored, pattern or stored))
+        for stored in sorted(self._weights.names(), key=dot_natural_key):  # experts in the order of their numbers
+            place = self._rules.parameter_of(stored)
+            if place is not None:
+                name, pattern = place
+                groups.setdefault(name, _Source([], name, pattern)).tensors.append((stored, pattern or stored))
+            elif not part:
+                self.left_over.append(stored)
         return list(groups.values())
 
     def _place(self, source: _Source) -> None:
-        """Notes which parameters a group becomes: found by converting tensors without memory."""
-        shapes = {stored: self._weights.shape_of(stored) for stored, _ in source.names}
+        """Notes which parameters a group becomes, by converting tensors without memory."""
+        shapes = {stored: self._weights.shape_of(stored) for stored, _ in source.tensors}
         empty = {stored: torch.empty(shape, device="meta") for stored, shape in shapes.items()}
         try:
-            made = self._convert(source, empty)
-        except _BROKEN:
-            return  # what it should have become is then missing from the export
-        for name, tensor in made.items():
+            parameters = self._convert(source, empty)
+        except _CONVERSION_ERRORS:
+            return  # the parameters that it should have become are then missing from the export
+        for name, tensor in parameters.items():
             self._sources[name], self._shapes[name] = source, list(tensor.shape)
 
     def _convert(self, source: _Source, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        if source.converter is None:
-            return {source.first: tensors[source.names[0][0]]}
-        converter = copy.deepcopy(source.converter)
-        for stored, pattern in source.names:
-            converter.add_tensor(source.first, stored, pattern, tensors[stored])
-        made = converter.convert(source.first, model=self._skeleton, config=self._skeleton.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        """The parameters that a group's tensors become, by name."""
+        if source.pattern is None:
+            return {source.parameter: tensors[source.tensors[0][0]]}
+        converter = self._rules.converter(source.pattern)
+        for stored, pattern in source.tensors:
+            converter.add_tensor(source.parameter, stored, pattern, tensors[stored])
+        parameters = converter.convert(source.parameter, model=self._skeleton, config=self._skeleton.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in parameters.items()}
+
+    def _tie(self) -> None:
+        """A tied parameter is stored once, under either name."""
+        for target, origin in self._skeleton.all_tied_weights_keys.items():
+            for name, other in ((target, origin), (origin, target)):
+                if name not in self._sources and other in self._sources:
+                    self._sources[name], self._shapes[name] = self._sources[other], self._shapes[other]
+                    self._tied[name] = other

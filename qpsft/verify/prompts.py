@@ -1,4 +1,4 @@
-"""The texts two models are compared on: held-out rows of the training, a file of the user's, or a built-in set."""
+"""The texts on which two models are compared: held-out rows of the training, a file, or a built-in set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 PROMPTS_FILE = "verify_prompts.jsonl"
 LONGEST = 512
-"""Tokens of a prompt that are looked at; a prompt is cut there, never dropped."""
+"""Tokens of a prompt at most; a longer one is cut there, never dropped."""
 
 BUILT_IN = (
     "Write one sentence about the weather today.",
@@ -52,7 +52,7 @@ class Prompt:
 def read_prompts(
     prompts: str | Path | list[Any] | None, adapter: Path, tokenizer: PreTrainedTokenizerBase, limit: int, context: int
 ) -> tuple[list[Prompt], str]:
-    """The prompts to compare on, and a phrase that says where they come from.
+    """The prompts to compare on, and where they come from, in words.
 
     Args:
         prompts: a JSONL file, or a list; each line or item is a string, or an object with `text`, or with `input_ids`

@@ -1,4 +1,4 @@
-"""Do two tokenizers write the same tokens, and do two model folders stop at the same ones?"""
+"""Do the tokenizers of two model folders make the same tokens, and do both folders stop at the same ones?"""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# With and without a system turn, with two turns of a user, and with an assistant's turn at the end.
 CONVERSATIONS: tuple[list[dict[str, str]], ...] = (
     [{"role": "user", "content": "Hello!"}],
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 2?"}],
@@ -34,20 +35,20 @@ def template_difference(trained: PreTrainedTokenizerBase, exported: PreTrainedTo
         return None
     for number, conversation in enumerate(CONVERSATIONS, 1):
         for opened in (False, True):
-            expected, found = (_render(tokenizer, conversation, opened) for tokenizer in (trained, exported))
-            if expected != found:
-                return f"the chat template renders conversation {number} differently: {_first(expected, found)}"
+            expected, actual = (_render(tokenizer, conversation, opened) for tokenizer in (trained, exported))
+            if expected != actual:
+                return f"the chat template renders conversation {number} differently: {_first(expected, actual)}"
     return None
 
 
 def tokens_difference(
     trained: PreTrainedTokenizerBase, exported: PreTrainedTokenizerBase, texts: list[str]
 ) -> str | None:
-    """The first text the two tokenizers make other tokens of, in words; None when they agree on all."""
+    """The first text of which the two tokenizers make other tokens, in words; None when they agree on all."""
     for text in texts:
-        expected, found = (tokenizer(text, verbose=False)["input_ids"] for tokenizer in (trained, exported))
-        if expected != found:
-            return f"the tokenizer makes other tokens of {text!r}: {_first(expected, found)}"
+        expected, actual = (tokenizer(text, verbose=False)["input_ids"] for tokenizer in (trained, exported))
+        if expected != actual:
+            return f"the tokenizer makes other tokens of {text!r}: {_first(expected, actual)}"
     return None
 
 
@@ -59,14 +60,15 @@ def _render(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _first(expected: list[int] | None, found: list[int] | None) -> str:
-    if expected is None or found is None:
+def _first(expected: list[int] | None, actual: list[int] | None) -> str:
+    """Where two lists of tokens begin to differ, in words; None is a conversation that the template refuses."""
+    if expected is None or actual is None:
         return f"{'the trained' if expected is None else 'the exported'} one refuses it"
     place = next(
-        (index for index, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b),
-        min(len(expected), len(found)),
+        (index for index, (a, b) in enumerate(zip(expected, actual, strict=False)) if a != b),
+        min(len(expected), len(actual)),
     )
-    return f"at token {place}, {expected[place : place + 8]} became {found[place : place + 8]}"
+    return f"at token {place}, {expected[place : place + 8]} became {actual[place : place + 8]}"
 
 
 def stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:

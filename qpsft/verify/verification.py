@@ -3,11 +3,12 @@
 Three things are compared, with one model in memory at a time:
 
 1. every weight of the export with the live model's (`qpsft.verify.weights`);
-2. what both say on real prompts: log-probabilities, KL divergence, likeliest tokens, greedy continuation;
-3. the tokens the tokenizer, the chat template and the stop tokens make.
+2. the tokens that tokenizer, chat template and stop tokens make (`qpsft.verify.text`);
+3. the log-probabilities on real prompts: their differences, KL divergence, likeliest tokens, greedy continuation
+   (`qpsft.verify.measure`).
 
-The bound for (2) is measured, not guessed: the live model's own weights, rounded once to the export's dtype, are what
-a faultless export holds, and an export may be `SLACK` times as far from the live model as they are. See `Bounds`.
+The bound for (3) is measured, not guessed: the live model's own weights, rounded once to the export's dtype, are what
+a faultless export holds, and an export may be twice as far from the live model as they are (`Bounds`).
 """
 
 from __future__ import annotations
@@ -16,111 +17,37 @@ import dataclasses
 import gc
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from qpsft.errors import NotTheSameModelError
 from qpsft.model.base import load_tokenizer
-from qpsft.model.folder import check_folder
-from qpsft.terminal import wrap
+from qpsft.model.folder import MERGE_REPORT, check_folder
 from qpsft.verify.exported import ExportedWeights, load_exported, read_text_config
-from qpsft.verify.live import LiveModel, load_live, round_weights
-from qpsft.verify.measure import Distance, Measurement, Sequence, continue_greedily, distance, measure
+from qpsft.verify.live import load_live, round_weights
+from qpsft.verify.measure import Measurement, Sequence, continue_greedily, distance, measure
 from qpsft.verify.parameters import ExportedParameters
-from qpsft.verify.prompts import Prompt, read_prompts
+from qpsft.verify.prompts import read_prompts
+from qpsft.verify.report import SLACK, Bounds, VerifyReport
 from qpsft.verify.text import stop_tokens, stops_difference, template_difference, tokens_difference
-from qpsft.verify.weights import WeightsComparison, compare_weights
-
-SLACK = 2.0
-"""Another order of the same roundings (twice rounded, truncated) may double the error; KL grows with its square."""
-
-NOISE_LOGPROB = 1e-3
-NOISE_MEAN = 1e-4
-NOISE_KL = 1e-8
-"""Nats. What float32 arithmetic in another order does; measured on the demo base and on stories260K: 3e-5, 3e-6 and
-1e-11. Thirty times that, because errors grow with depth and with the log-probabilities' size."""
+from qpsft.verify.weights import compare_weights
 
 
 @dataclass(frozen=True)
-class Bounds:
-    """How far an export may be from the live model: `SLACK` times what rounding alone does, plus arithmetic's noise."""
-
-    max_abs: float
-    mean_abs: float
-    kl: float
-
-    @classmethod
-    def from_rounding(cls, rounding: Distance) -> Bounds:
-        """The bounds, from the distance between the live model and its own weights rounded once."""
-        return cls(
-            max_abs=SLACK * rounding.max_abs + NOISE_LOGPROB,
-            mean_abs=SLACK * rounding.mean_abs + NOISE_MEAN,
-            kl=SLACK**2 * rounding.kl + NOISE_KL,
-        )
-
-
-@dataclass
-class VerifyReport:
-    """The verdict on an export.
-
-    Attributes:
-        adapter: folder of the adapter.
-        exported: folder of the export.
-        dtype: the export's dtype, such as "bfloat16".
-        prompts: where the prompts come from.
-        numbers: everything measured, ready for JSON; log-probabilities and KL in nats.
-        reasons: why it is another model; empty when it is the same.
-        failing_layer: the first weight (or layer) that is not the trained one, if the fault is in the weights.
-        notes: what the user should know though it is the same model.
-    """
+class VerifyOptions:
+    """The arguments of `verify_export`, which explains them."""
 
     adapter: Path
     exported: Path
-    dtype: str
-    prompts: str
-    numbers: dict[str, Any]
-    reasons: list[str] = field(default_factory=list)
-    failing_layer: str | None = None
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def same_model(self) -> bool:
-        """The verdict: nothing speaks against it."""
-        return not self.reasons
-
-    def require_same(self) -> None:
-        """Raises NotTheSameModelError with the reasons when it is another model."""
-        if self.reasons:
-            raise NotTheSameModelError(
-                f"{self.exported} is not the model that was trained in {self.adapter}: {'; '.join(self.reasons)}.",
-                "Merge again with qpsft merge; if it says the same then, please report it.",
-            )
-
-    def summary(self, *, on_purpose: bool = False) -> str:
-        """A few lines for a terminal.
-
-        Args:
-            on_purpose: it was merged onto the original weights, so that it is another model is no fault.
-        """
-        verdict, mark = "the same model" if self.same_model else "NOT the same model", "✗"
-        if on_purpose and not self.same_model:
-            verdict, mark = "as expected: merged onto the original weights, which is never the trained model", "-"
-        lines = [wrap(f"verify: {verdict} ({self.dtype}, {self.numbers['prompts']} prompts: {self.prompts})")]
-        found, alone, bound = (self.numbers.get(key) for key in ("distance", "rounding_only", "bounds"))
-        if found:
-            rows = [("max |Δ log-prob|", "max_abs"), ("mean |Δ log-prob|", "mean_abs"), ("KL(live ‖ export)", "kl")]
-            lines += [f"  {'':20}{'export':>11}{'rounding':>11}{'bound':>11}"]
-            lines += [f"  {name:20}{found[key]:11.2g}{alone[key]:11.2g}{bound[key]:11.2g}" for name, key in rows]
-            rows = [("top-1 agreement", "top1"), ("greedy continuation", "greedy")]
-            lines += [f"  {name:20}{found[key]:11.2%}{alone[key]:11.2%}" for name, key in rows]
-        lines += [f"  {self.numbers['weights']['compared']} weights compared"]
-        lines += [wrap(f"  {mark} {reason}", "    ") for reason in self.reasons]
-        lines += [wrap(f"  note: {note}", "    ") for note in self.notes]
-        return "\n".join(lines)
+    base: str | Path | None
+    onto: str
+    prompts: str | Path | list[Any] | None
+    max_prompts: int
+    max_new_tokens: int
+    show_progress: bool
 
 
 def verify_export(
@@ -151,63 +78,154 @@ def verify_export(
         A report; `report.same_model` is the verdict and `report.require_same()` raises when it is another model.
 
     Raises:
-        BaseModelError: adapter, base or export cannot be loaded.
+        BaseModelError: adapter, base or export cannot be loaded, or the adapter is not this base's.
         DataError: the prompts cannot be read.
     """
-    exported = Path(exported).expanduser()
+    adapter, exported = Path(adapter).expanduser(), Path(exported).expanduser()
     check_folder(exported)
-    options = (prompts, max_prompts, max_new_tokens, show_progress)
+    options = VerifyOptions(adapter, exported, base, onto, prompts, max_prompts, max_new_tokens, show_progress)
     try:
-        return _verify(adapter, exported, base, onto, "auto", *options)
+        return _Comparison(options, "auto").run()
     except torch.OutOfMemoryError:
         _free_memory()
         if show_progress:
             print("verify: the card's memory is too small for float32 arithmetic; using the CPU.", flush=True)
-    return _verify(adapter, exported, base, onto, "cpu", *options)
+    return _Comparison(options, "cpu").run()
 
 
-def _verify(
-    adapter: str | Path,
-    exported: Path,
-    base: str | Path | None,
-    onto: str,
-    device: str,
-    prompts: str | Path | list[Any] | None,
-    max_prompts: int,
-    max_new_tokens: int,
-    show_progress: bool,
-) -> VerifyReport:
-    config = read_text_config(exported)
-    weights = ExportedWeights(exported)
-    parameters = ExportedParameters(weights)
-    tokenizer = load_tokenizer(exported)
-    live = load_live(adapter, base, quantized=onto != "original", device=device)
-    adapter = Path(adapter).expanduser()
-    context = getattr(live.model.config.get_text_config(), "max_position_embeddings", None) or 2**20
-    max_new_tokens = min(max_new_tokens, context // 2)
-    chosen, place = read_prompts(prompts, adapter, live.tokenizer, max_prompts, context - max_new_tokens)
-    stops = stop_tokens(live.base_folder, live.tokenizer)
+class _Comparison:
+    """One live model and one export, and the report that each step adds to."""
 
-    report = VerifyReport(adapter, exported, weights.main_dtype(), place, {"prompts": len(chosen), "onto": onto})
-    with tqdm(total=4, desc="verify", unit="step", disable=None if show_progress else True, leave=False) as bar:
-        bar.set_postfix_str("weights")
-        compared = compare_weights(live.model, parameters)
-        _report_weights(report, compared)
-        bar.update()
-        _report_text(report, live, tokenizer, chosen, stops, stop_tokens(exported, tokenizer))
-        if config.get("vocab_size") == live.model.config.get_text_config().vocab_size:
-            _compare_words(report, live, weights, parameters, chosen, stops, max_new_tokens, bar)
-        else:
-            report.reasons.insert(0, f"its vocabulary has {config.get('vocab_size')} tokens")
-    if not report.same_model and onto == "trained" and _merged_onto(exported) == "original":
-        report.notes.append("it was merged --onto original on purpose, which is never the model that was trained")
-    return report
+    def __init__(self, options: VerifyOptions, device: str):
+        self.options = options
+        exported = options.exported
+        self.weights = ExportedWeights(exported)
+        self.parameters = ExportedParameters(self.weights)
+        self.exported_tokenizer = load_tokenizer(exported)
+        self.live = load_live(options.adapter, options.base, quantized=options.onto != "original", device=device)
+        self.device = self.live.model.device
+        config = self.live.model.config.get_text_config()
+        self.vocabulary = config.vocab_size
+        context = getattr(config, "max_position_embeddings", None) or 2**20
+        self.max_new_tokens = min(options.max_new_tokens, context // 2)
+        self.prompts, place = read_prompts(
+            options.prompts, options.adapter, self.live.tokenizer, options.max_prompts, context - self.max_new_tokens
+        )
+        self.stops = stop_tokens(self.live.base_folder, self.live.tokenizer)
+        numbers = {"prompts": len(self.prompts), "onto": options.onto}
+        self.report = VerifyReport(options.adapter, exported, self.weights.main_dtype(), place, numbers)
+        self.bar = tqdm(
+            total=4, desc="verify", unit="step", disable=None if options.show_progress else True, leave=False
+        )
 
+    def run(self) -> VerifyReport:
+        """All steps, one after the other. The live model is gone afterwards."""
+        with self.bar:
+            self._compare_weights()
+            self._compare_texts()
+            if self._same_vocabulary():
+                self._compare_logprobs()
+        self._note_other_target()
+        return self.report
 
-def _merged_onto(exported: Path) -> str | None:
-    """What the folder's merge_report.json says it was merged onto."""
-    path = exported / "merge_report.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("onto") if path.is_file() else None
+    def _compare_weights(self) -> None:
+        self.bar.set_postfix_str("weights")
+        compared, report = compare_weights(self.live.model, self.parameters), self.report
+        report.numbers["weights"] = compared.numbers()
+        report.reasons += compared.reasons()
+        report.failing_layer = compared.first_wrong
+        if compared.kept is not None and compared.kept < 0.5 and not compared.reasons():
+            report.notes.append(
+                f"only {compared.kept:.0%} of the adapter's update survives rounding to {report.dtype} "
+                f"({compared.least_kept_name} keeps {compared.least_kept:.0%}); merge with --dtype float32 to keep it"
+            )
+        self.bar.update()
+
+    def _compare_texts(self) -> None:
+        trained, exported = self.live.tokenizer, self.exported_tokenizer
+        texts = [trained.decode(prompt.ids) for prompt in self.prompts]
+        exported_stops = stop_tokens(self.options.exported, exported)
+        differences = {
+            "tokenizer_equal": tokens_difference(trained, exported, texts),
+            "chat_template_equal": template_difference(trained, exported),
+            "stop_tokens_equal": stops_difference(self.stops, exported_stops, trained),
+        }
+        for name, difference in differences.items():
+            self.report.numbers[name] = difference is None
+            if difference is not None:
+                self.report.reasons.append(difference)
+
+    def _same_vocabulary(self) -> bool:
+        """Whether log-probabilities can be compared at all."""
+        size = read_text_config(self.options.exported).get("vocab_size")
+        if size != self.vocabulary:
+            self.report.reasons.insert(0, f"its vocabulary has {size} tokens")
+        return size == self.vocabulary
+
+    def _compare_logprobs(self) -> None:
+        sequences = self._sequences()
+        trained = self._measure("live model", self.live.model, sequences)
+        round_weights(self.live.model, self.parameters.dtype_of)
+        rounded = self._measure("rounding alone", self.live.model, sequences)
+        self.live.model = None
+        _free_memory()
+        exported = self._measure("export", load_exported(self.weights, self.device), sequences)
+        self._judge(sequences, trained, rounded, exported)
+
+    def _measure(self, what: str, model: Any, sequences: list[Sequence]) -> Measurement:
+        self.bar.set_postfix_str(what)
+        measurement = measure(model, sequences, self.vocabulary, self.device)
+        self.bar.update()
+        return measurement
+
+    def _sequences(self) -> list[Sequence]:
+        """Every prompt followed by the live model's own continuation, and every answer known from the data."""
+        starts = [prompt.ids[: prompt.prompt_length] for prompt in self.prompts]
+        written: list[list[int]] = [[] for _ in starts]
+        if self.max_new_tokens:
+            pad = self.live.tokenizer.pad_token_id or 0
+            written = continue_greedily(
+                self.live.model, starts, max_new_tokens=self.max_new_tokens, stop=self.stops, pad=pad
+            )
+        own = [Sequence(start + more, len(start)) for start, more in zip(starts, written, strict=True)]
+        answered = [prompt for prompt in self.prompts if prompt.prompt_length < len(prompt.ids)]
+        known = [Sequence(prompt.ids, len(prompt.ids)) for prompt in answered]
+        return [sequence for sequence in own + known if len(sequence.ids) > 1]
+
+    def _judge(
+        self, sequences: list[Sequence], trained: Measurement, rounded: Measurement, exported: Measurement
+    ) -> None:
+        """Adds the distances to the report, and what is out of bounds to its reasons."""
+        report = self.report
+        rounding = distance(trained, rounded, sequences, near_tie=math.inf)
+        bounds = Bounds.from_rounding(rounding)
+        # A likeliest token that leads by more than twice the bound cannot lose its place by differences within it.
+        measured = distance(trained, exported, sequences, near_tie=2 * bounds.max_abs)
+        report.numbers |= {
+            "tokens": sum(len(sequence.ids) - 1 for sequence in sequences),
+            "distance": dataclasses.asdict(measured),
+            "rounding_only": dataclasses.asdict(rounding),
+            "bounds": dataclasses.asdict(bounds),
+        }
+        over = bounds.exceeded_by(measured)
+        report.reasons += over
+        if over and report.failing_layer is None:
+            report.failing_layer = _first_other_layer(trained, rounded, exported)
+            if report.failing_layer is not None:
+                report.reasons.append(
+                    f"the weights are right and the hidden states differ from {report.failing_layer} on: check "
+                    "config.json"
+                )
+
+    def _note_other_target(self) -> None:
+        """Says so where a folder is another model because it was merged onto the original weights."""
+        path = self.options.exported / MERGE_REPORT
+        if self.report.same_model or self.options.onto != "trained" or not path.is_file():
+            return
+        if json.loads(path.read_text(encoding="utf-8")).get("onto") == "original":
+            self.report.notes.append(
+                "it was merged --onto original on purpose, which is never the model that was trained"
+            )
 
 
 def _free_memory() -> None:
@@ -216,118 +234,16 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _report_weights(report: VerifyReport, compared: WeightsComparison) -> None:
-    report.numbers["weights"] = compared.numbers()
-    report.reasons += compared.reasons()
-    report.failing_layer = compared.first_wrong
-    if compared.kept is not None and compared.kept < 0.5 and not compared.reasons():
-        report.notes.append(
-            f"only {compared.kept:.0%} of the adapter's update survives rounding to {report.dtype} "
-            f"({compared.least_kept_name} keeps {compared.least_kept:.0%}); merge with --dtype float32 to keep it"
-        )
-
-
-def _report_text(
-    report: VerifyReport, live: LiveModel, tokenizer: Any, chosen: list[Prompt], stops: set[int], found: set[int]
-) -> None:
-    texts = [live.tokenizer.decode(prompt.ids) for prompt in chosen]
-    differences = {
-        "tokenizer_equal": tokens_difference(live.tokenizer, tokenizer, texts),
-        "chat_template_equal": template_difference(live.tokenizer, tokenizer),
-        "stop_tokens_equal": stops_difference(stops, found, live.tokenizer),
-    }
-    for name, difference in differences.items():
-        report.numbers[name] = difference is None
-        if difference is not None:
-            report.reasons.append(difference)
-
-
-def _compare_words(
-    report: VerifyReport,
-    live: LiveModel,
-    weights: ExportedWeights,
-    parameters: ExportedParameters,
-    chosen: list[Prompt],
-    stops: set[int],
-    max_new_tokens: int,
-    bar: Any,
-) -> None:
-    """Measures live, live rounded, and export, and adds the numbers and the verdict to the report."""
-    bar.set_postfix_str("live model")
-    vocabulary = live.model.config.get_text_config().vocab_size
-    sequences = _sequences(live, chosen, stops, max_new_tokens)
-    device = live.model.device
-    trained = measure(live.model, sequences, vocabulary, device)
-    bar.update()
-
-    bar.set_postfix_str("rounding alone")
-    round_weights(live.model, parameters.dtype_of)
-    rounded = measure(live.model, sequences, vocabulary, device)
-    bar.update()
-    live.model = None
-    _free_memory()
-
-    bar.set_postfix_str("export")
-    found = measure(load_exported(weights, device), sequences, vocabulary, device)
-    bar.update()
-
-    alone = distance(trained, rounded, sequences, near_tie=math.inf)
-    bounds = Bounds.from_rounding(alone)
-    # A likeliest token that leads by more than twice the bound cannot lose its place by differences within it.
-    result = distance(trained, found, sequences, near_tie=2 * bounds.max_abs)
-    report.numbers |= {
-        "tokens": sum(len(sequence.ids) - 1 for sequence in sequences),
-        "distance": dataclasses.asdict(result),
-        "rounding_only": dataclasses.asdict(alone),
-        "bounds": dataclasses.asdict(bounds),
-    }
-    _judge(report, result, bounds)
-    if report.failing_layer is None and _too_far(result, bounds):
-        report.failing_layer = _first_other_layer(trained, rounded, found)
-        if report.failing_layer is not None:
-            report.reasons.append(
-                f"the weights are right and the hidden states differ from {report.failing_layer} on: check config.json"
-            )
-
-
-def _sequences(live: LiveModel, chosen: list[Prompt], stops: set[int], max_new_tokens: int) -> list[Sequence]:
-    """Every prompt followed by the live model's own continuation, and every answer known from the data."""
-    starts = [prompt.ids[: prompt.prompt_length] for prompt in chosen]
-    written: list[list[int]] = [[] for _ in starts]
-    if max_new_tokens:
-        pad = live.tokenizer.pad_token_id
-        written = continue_greedily(
-            live.model, starts, max_new_tokens=max_new_tokens, stop=stops, pad=0 if pad is None else pad
-        )
-    own = [Sequence(start + more, len(start)) for start, more in zip(starts, written, strict=True)]
-    known = [Sequence(prompt.ids, len(prompt.ids)) for prompt in chosen if prompt.prompt_length < len(prompt.ids)]
-    return [sequence for sequence in own + known if len(sequence.ids) > 1]
-
-
-def _too_far(found: Distance, bounds: Bounds) -> bool:
-    return found.max_abs > bounds.max_abs or found.mean_abs > bounds.mean_abs or found.kl > bounds.kl or found.flips > 0
-
-
-def _judge(report: VerifyReport, found: Distance, bounds: Bounds) -> None:
-    names = {"max_abs": "max |Δ log-prob|", "mean_abs": "mean |Δ log-prob|", "kl": "KL"}
-    for key, name in names.items():
-        value, bound = getattr(found, key), getattr(bounds, key)
-        if value > bound:
-            report.reasons.append(f"{name} {value:.3g} nats, over {bound:.3g}")
-    if found.flips:
-        report.reasons.append(f"{found.flips} likeliest tokens differ that were no near ties")
-
-
-def _first_other_layer(trained: Measurement, rounded: Measurement, found: Measurement) -> str | None:
+def _first_other_layer(trained: Measurement, rounded: Measurement, exported: Measurement) -> str | None:
     """By bisection, the first layer after which the export's hidden states are farther off than rounding puts them."""
-    if trained.hidden.shape != found.hidden.shape:
+    if trained.hidden.shape != exported.hidden.shape:
         return "the number of layers"
 
     def differs(layer: int) -> bool:
         """Whether hidden states number `layer` (0: the embedding's) are farther off than rounding explains."""
         size = trained.hidden[layer].norm()
-        alone = (rounded.hidden[layer] - trained.hidden[layer]).norm() / size
-        return bool((found.hidden[layer] - trained.hidden[layer]).norm() / size > SLACK * alone + 1e-4)
+        rounding = (rounded.hidden[layer] - trained.hidden[layer]).norm() / size
+        return bool((exported.hidden[layer] - trained.hidden[layer]).norm() / size > SLACK * rounding + 1e-4)
 
     low, high = 0, len(trained.hidden) - 1
     if not differs(high):

@@ -1,12 +1,13 @@
 """Every weight of an export against the live model's, one at a time.
 
-Two questions per weight. Is it where rounding the trained weight puts it? And if it was adapted: did the update
-arrive? The second is asked by projection: with W0 the base's weight, D = W − W0 the trained update and X the export,
+Two questions are asked of each. Is it as close to the trained weight as rounding puts it? And where it was adapted:
+is the adapter's update in it? The second is answered by projection. With W0 the base's weight, D = W − W0 the trained
+update and X the export's weight,
 
     arrived = ⟨X − W0, D⟩ / ⟨D, D⟩
 
 is 1 when the whole update is there, 0 when it was lost, 2 when it was added twice. Rounding errors are nearly
-independent of D and average out over millions of weights, so an update far smaller than the dtype's rounding step,
+independent of D and average out over millions of weights. So an update far smaller than the dtype's rounding step,
 which no log-probability would show, is still seen to be there or not.
 """
 
@@ -28,11 +29,13 @@ NOISE = 2e-6
 """Relative. The update is a float32 sum over the rank, which another order of summation changes by about 1e-7."""
 
 SIGMAS = 6.0
+"""Standard errors by which `arrived` may miss its expected value, beside `ARRIVED_NOISE`."""
+
 ARRIVED_NOISE = 0.01
 
 MOSTLY_UPDATE = 0.1
-"""A weight that differs from the base by more than this share of the update in other directions holds something else
-than the update at another scale, and how much of the update it holds means nothing."""
+"""Where the export's difference from the base, without its part along the update, is larger than this share of the
+update, it is another weight and not the update at another scale; then `arrived` says nothing."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,11 @@ class WeightError:
         name: in the export.
         error: ‖X − W‖ / ‖W‖.
         rounding: the same for W rounded once.
-        arrived: share of the update found in the export; None where there is no update.
+        arrived: share of the update that the export holds; None where there is no update.
         expected: the same for W rounded once: 1, or less where rounding erases the update.
-        doubt: standard error of `arrived` under rounding.
+        standard_error: of `arrived` under rounding.
         update: ‖D‖ / ‖W‖; 0 where there is no update.
-        beside: ‖X − W0 − arrived · D‖ / ‖W‖, the part of the export's difference that is not the update, scaled.
+        other: ‖X − W0 − arrived · D‖ / ‖W‖, the part of the export's difference that is not along the update.
     """
 
     name: str
@@ -55,25 +58,41 @@ class WeightError:
     rounding: float
     arrived: float | None = None
     expected: float | None = None
-    doubt: float = 0.0
+    standard_error: float = 0.0
     update: float = 0.0
-    beside: float = 0.0
+    other: float = 0.0
 
     @property
     def wrong(self) -> str | None:
-        """What is wrong with it, in words."""
-        if self.arrived is not None and abs(self.arrived - self.expected) > SIGMAS * self.doubt + ARRIVED_NOISE:
-            if self.beside <= SLACK * self.rounding + NOISE + MOSTLY_UPDATE * self.update:
+        """What is wrong with it, as the subject and verb of a sentence; None when it is right."""
+        if self._misses_the_update():
+            if self.other <= SLACK * self.rounding + NOISE + MOSTLY_UPDATE * self.update:
                 return f"{self.name} holds {self.arrived:.3g} times the adapter's update instead of {self.expected:.3g}"
             return f"{self.name} is another weight, {self.error / self.update:.3g} times the adapter's update away"
         if not self.error <= SLACK * self.rounding + NOISE:
             return f"{self.name} is off by {self.error:.2e} of its size where rounding explains {self.rounding:.2e}"
         return None
 
+    def _misses_the_update(self) -> bool:
+        if self.arrived is None:
+            return False
+        return abs(self.arrived - self.expected) > SIGMAS * self.standard_error + ARRIVED_NOISE
+
 
 @dataclass
 class WeightsComparison:
-    """All weights: how many were compared, which are wrong, and how much of the update the export's dtype keeps."""
+    """All weights: how many were compared, which are wrong, and how much of the update the export's dtype keeps.
+
+    Attributes:
+        compared: how many.
+        wrong: those that differ.
+        absent: names of weights of the model that the export lacks.
+        misshapen: sentences about those with another shape.
+        left_over: names of tensors in the export that are no weight of the model.
+        kept: mean share of the update that rounding to the export's dtype keeps; None without any update.
+        least_kept, least_kept_name: the smallest such share, and the weight that has it.
+        largest_error: largest relative error of a weight.
+    """
 
     compared: int = 0
     wrong: list[WeightError] = field(default_factory=list)
@@ -106,7 +125,7 @@ class WeightsComparison:
         return reasons
 
     def numbers(self) -> dict[str, Any]:
-        """For JSON."""
+        """The same, ready for JSON."""
         return {
             "compared": self.compared,
             "wrong": [item.name for item in self.wrong],
@@ -138,34 +157,39 @@ def compare_weights(model: PeftModel, exported: ExportedParameters) -> WeightsCo
             shapes = f"{exported.shape_of(name)} instead of {list(weight.trained.shape)}"
             result.misshapen.append(f"{name} has shape {shapes}")
             continue
-        found = _compare(name, weight, exported)
+        error = _compare(name, weight, exported)
         result.compared += 1
-        result.largest_error = max(result.largest_error, found.error)
-        if found.wrong:
-            result.wrong.append(found)
-        if found.expected is not None:
-            shares.append(found.expected)
-            if found.expected < result.least_kept:
-                result.least_kept, result.least_kept_name = found.expected, name
+        result.largest_error = max(result.largest_error, error.error)
+        if error.wrong:
+            result.wrong.append(error)
+        if error.expected is not None:
+            shares.append(error.expected)
+            if error.expected < result.least_kept:
+                result.least_kept, result.least_kept_name = error.expected, name
     result.kept = sum(shares) / len(shares) if shares else None
     return result
 
 
 def _compare(name: str, weight: TrainedWeight, exported: ExportedParameters) -> WeightError:
-    found = exported.tensor(name).to(weight.trained.device)
+    values = exported.tensor(name).to(weight.trained.device)
     rounded = weight.trained.to(exported.dtype_of(name)).float()
     size = float(weight.trained.norm()) or 1.0
-    error = float((found - weight.trained).norm())
-    alone = float((rounded - weight.trained).norm())
+    error, rounding = (float((x - weight.trained).norm()) for x in (values, rounded))
+    unchanged = WeightError(name, error / size, rounding / size)
     if weight.trained is weight.base:
-        return WeightError(name, error / size, alone / size)
+        return unchanged
     update = weight.trained - weight.base
     length = float(update.norm())
     if length <= NOISE * size:
-        return WeightError(name, error / size, alone / size)
-    arrived, expected = (float(((x - weight.base) * update).sum()) / length**2 for x in (found, rounded))
-    doubt = max(alone, NOISE * size) / found.numel() ** 0.5 / length
-    beside = float((found - weight.base - arrived * update).norm())
+        return unchanged
+    arrived, expected = (float(((x - weight.base) * update).sum()) / length**2 for x in (values, rounded))
     return WeightError(
-        name, error / size, alone / size, arrived, expected, doubt, update=length / size, beside=beside / size
+        name,
+        error / size,
+        rounding / size,
+        arrived,
+        expected,
+        standard_error=max(rounding, NOISE * size) / values.numel() ** 0.5 / length,
+        update=length / size,
+        other=float((values - weight.base - arrived * update).norm()) / size,
     )
