@@ -30,11 +30,12 @@ from qpsft.model.base_record import (
 from qpsft.model.folder import DEMO, check_folder, config_sha256, one_line, resolve_folder
 from qpsft.model.hardware import (
     base_dtype,
-    check_attention,
+    check_run,
     compute_dtype_for,
     hardware_of,
     pick_device,
     pick_dtype,
+    warn_if_slow,
 )
 from qpsft.terminal import wrap
 
@@ -109,11 +110,13 @@ def load_base(
     device = pick_device(device)
     folder = resolve_folder(name_or_path, revision=revision, remote_code=trust_remote_code)
     config_dict = check_folder(folder, trust_remote_code=trust_remote_code)
-    compute_dtype = base_dtype(device, dtype, config_dict)
+    hardware = hardware_of(device)
+    compute_dtype = base_dtype(hardware, dtype, config_dict)
+    warn_if_slow(hardware, dtype, config_dict)
     prequantized = config_dict.get("quantization_config") is not None
     if quantization != "none" or prequantized:
         _require_bitsandbytes(device)
-    check_attention(attn_implementation, hardware_of(device), compute_dtype)
+    check_run(hardware, attention=attn_implementation, dtype=compute_dtype)
 
     config = load_config(folder, trust_remote_code)
     kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
