@@ -118,7 +118,7 @@ def _read_config(adapter: Path) -> LoraConfig:
     try:
         config = LoraConfig.from_pretrained(adapter)
     except (TypeError, ValueError) as error:
-        raise ExportError(f"{adapter / ADAPTER_CONFIG} is no LoRA config: {error}.", "Merge it instead.") from error
+        raise ExportError(f"{adapter / ADAPTER_CONFIG} is not a LoRA config: {error}.", "Merge it instead.") from error
     cannot = {
         "DoRA": config.use_dora,
         "modules trained in full (modules_to_save)": bool(config.modules_to_save),
