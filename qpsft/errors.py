@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class QpsftError(Exception):
-    """A mistake or a condition the user can mend. The command line prints it without a traceback and exits with 2.
+    """A mistake or a condition the user can change. The command line prints it without a traceback and exits with 2.
 
     Args:
         what: what happened and where, one sentence or two, with the file, line, row or key it is about.
@@ -40,7 +40,7 @@ class OutputError(QpsftError):
 
 
 class TrainingError(QpsftError):
-    """Training cannot start or go on: nothing to supervise, loss not finite, adapters changed under way."""
+    """Training cannot start or go on: nothing to supervise, loss not finite, an adapter that was changed during the run."""
 
 
 class DivergedError(TrainingError):

@@ -52,7 +52,7 @@ def logprobs(model):
 
 
 @pytest.mark.parametrize(
-    ("backend", "capability", "dtype"),
+    ("device_type", "capability", "dtype"),
     [
         ("cuda", (9, 0), torch.bfloat16),
         ("cuda", (8, 0), torch.bfloat16),
@@ -61,17 +61,17 @@ def logprobs(model):
         ("cuda", (6, 1), torch.float32),
         ("cuda", (6, 0), torch.float16),
         ("cuda", (12, 0), torch.bfloat16),
-        ("rocm", "gfx90a:sramecc+:xnack-", torch.bfloat16),
-        ("rocm", "gfx1100", torch.bfloat16),
-        ("rocm", "gfx906", torch.float16),
-        ("rocm", "gfx1030", torch.float16),
+        ("cuda", "gfx90a:sramecc+:xnack-", torch.bfloat16),
+        ("cuda", "gfx1100", torch.bfloat16),
+        ("cuda", "gfx906", torch.float16),
+        ("cuda", "gfx1030", torch.float16),
         ("xpu", None, torch.bfloat16),
         ("mps", None, torch.float32),
         ("cpu", None, torch.float32),
     ],
 )
-def test_dtype_of_each_kind_of_hardware(backend, capability, dtype):
-    assert pick_dtype(backend, capability) == dtype
+def test_dtype_of_each_kind_of_hardware(device_type, capability, dtype):
+    assert pick_dtype(device_type, capability) == dtype
 
 
 def test_cuda_dtype_needs_a_capability():

@@ -12,16 +12,17 @@ from safetensors.torch import load_file, save_file
 from qpsft.errors import ExportError, OutputError
 from qpsft.export import gguf as gguf_module
 from qpsft.export import gguf_check, llama_cpp
-from qpsft.export.gguf import export_gguf, without_generation_markers
-from qpsft.export.gguf_check import BLOCK_ERROR, GgufFile, check_gguf, interleave_halves, join_halves, rounding_error
+from qpsft.export.gguf import export_gguf
+from qpsft.export.gguf_check import BLOCK_ERROR, check_gguf, rounding_error
+from qpsft.export.gguf_file import GgufFile, interleave_halves, join_halves
 from qpsft.export.gguf_lora import export_gguf_lora
 from qpsft.export.gguf_run import llama_cpp_python, run_gguf
 from qpsft.export.gguf_texts import COUNT, varied_texts
+from qpsft.export.merged_model import MergedModel, without_generation_markers
 from qpsft.files import process_mark
 from qpsft.model.base import load_tokenizer
 from qpsft.model.folder import MODEL_DIR
 from qpsft.verify.prompts import read_prompts
-from qpsft.verify.text import stop_tokens
 
 needs_llama_cpp_python = pytest.mark.skipif(llama_cpp_python() is None, reason="llama-cpp-python is not installed")
 
@@ -68,9 +69,7 @@ def exported(merged, tools) -> Path:
 
 
 def check(path: Path, folder: Path, gguf):
-    tokenizer = load_tokenizer(folder)
-    tokenizer.chat_template = gguf_module.plain_template(tokenizer)
-    return check_gguf(path, folder, gguf, tokenizer, stop_tokens(folder, tokenizer))
+    return check_gguf(path, MergedModel.load(folder), gguf)
 
 
 def test_an_adapter_is_merged_verified_and_converted(adapter, tools, tmp_path):
@@ -173,8 +172,7 @@ def test_special_tokens_that_became_plain_text_are_caught(merged, tools, gguf, t
     arguments = [str(merged), "--outtype", "f16"]
     llama_cpp.run_converter(tools, llama_cpp.CONVERTER, arguments, path, expected=1, show_progress=False)
     with pytest.raises(ExportError, match=r"its token '<\|end\|>' is plain text"):
-        tokenizer = load_tokenizer(merged)
-        check_gguf(path, merged, gguf, tokenizer, {3})
+        check_gguf(path, MergedModel(merged, load_tokenizer(merged), {3}), gguf)
 
 
 def test_a_lost_merge_order_is_refused_where_it_cannot_be_run(merged, tools, tmp_path):
@@ -386,10 +384,10 @@ def test_llama_cpp_that_computes_another_model_fails(merged, exported, gguf, tmp
     """The weights are right (reading back says so) and the rotary base is another: only running it tells."""
     other = copy_folder(merged, tmp_path / "other")
     edit_json(other / "config.json", rope_parameters={"rope_theta": 500.0, "rope_type": "default"})
-    tokenizer = load_tokenizer(other)
-    prompts, _ = read_prompts(None, other, tokenizer, 8, 512)
+    model = MergedModel.load(other)
+    prompts, _ = read_prompts(None, other, model.tokenizer, 8, 512)
     with pytest.raises(ExportError, match="other log-probabilities"):
-        run_gguf(exported, other, gguf, tokenizer, {3}, prompts)
+        run_gguf(exported, model, gguf, prompts)
 
 
 @pytest.mark.slow

@@ -1,10 +1,13 @@
 """What is decided for each kind of hardware, by faking device properties: dtype, loss scaling, kernels, optimizers."""
 
+import json
 import re
+import warnings
 
 import pytest
 import torch
 import transformers.training_args
+from peft import get_peft_model
 from small_runs import make_base, make_config, make_lora, make_rows
 from tiny_models import save_tiny_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -14,15 +17,19 @@ from qpsft.errors import BaseModelError, RecipeError
 from qpsft.model.base import load_base
 from qpsft.model.hardware import (
     base_dtype,
-    check_attention,
-    check_optimizer,
-    hardware,
+    check_run,
+    hardware_for,
     hardware_of,
     has_kernels,
     overflowing_type,
     settle_precision,
+    warn_if_slow,
 )
+from qpsft.plan import make_plan
+from qpsft.plan.cards import Card
+from qpsft.plan.planned_config import PlannedConfig
 from qpsft.psft import config
+from qpsft.recipe.file import load_recipe
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 BUILD_CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
@@ -113,30 +120,43 @@ def test_a_card_that_cannot_be_served_is_told_what_can_be_done(card):
     assert "was built for sm_75, sm_80" in caught.value.what and "cuda:0 is sm_70" in caught.value.what
     assert "CUDA 12.6 or older" in caught.value.todo and "use_cpu: true" in caught.value.todo
     with pytest.raises(BaseModelError, match="This card is sm_52; bitsandbytes has kernels from sm_60"):
-        hardware("cuda", (5, 2))
+        hardware_for("cuda", (5, 2))
     card("gfx1030", ["gfx90a", "gfx1100"])
     with pytest.raises(BaseModelError, match="built for gfx90a, gfx1100; cuda:0 is gfx1030"):
         hardware_of("cuda:0")
 
 
 def test_kernels_that_are_not_there_are_refused_by_name():
-    t4, ampere = hardware("cuda", (7, 5)), hardware("cuda", (8, 6))
+    t4, ampere, mps, cpu = (hardware_for(*kind) for kind in (("cuda", (7, 5)), ("cuda", (8, 6)), ("mps",), ("cpu",)))
     with pytest.raises(BaseModelError, match="flash_attention_2 has no kernels for sm_75. Leave attn_implementation"):
-        check_attention("flash_attention_2", t4, F16)
+        check_run(t4, attention="flash_attention_2", dtype=F16)
     with pytest.raises(BaseModelError, match="flash_attention_2 has no kernels for float32"):
-        check_attention("flash_attention_2", ampere, F32)
+        check_run(ampere, attention="flash_attention_2", dtype=F32)
     for optimizer in ("paged_adamw_8bit", "paged_lion_32bit"):
         with pytest.raises(RecipeError, match="pages to host memory, which bitsandbytes cannot do on cpu"):
-            check_optimizer(optimizer, hardware("cpu"))
+            check_run(cpu, optimizer=optimizer)
     for optimizer in ("adamw_8bit", "adamw_bnb_8bit", "lion_32bit", "ademamix_8bit", "rmsprop_bnb"):
         with pytest.raises(RecipeError, match="no optimizer kernels for mps. Use adamw_torch_fused"):
-            check_optimizer(optimizer, hardware("mps"))
-        check_optimizer(optimizer, t4)
-    check_attention("flash_attention_2", ampere, BF16)
+            check_run(mps, optimizer=optimizer)
+        check_run(t4, optimizer=optimizer)
+    check_run(ampere, attention="flash_attention_2", dtype=BF16)
     for attention in (None, "sdpa", "eager"):
-        check_attention(attention, hardware("cpu"), F32)
+        check_run(cpu, attention=attention, dtype=F32)
     for optimizer in ("adamw_torch_fused", "adafactor", "sgd", "adamw_torch_8bit"):
-        check_optimizer(optimizer, hardware("mps"))
+        check_run(mps, optimizer=optimizer)
+
+
+def test_precision_that_cannot_be_trained_in_is_refused():
+    t4, cpu, gemma = hardware_for("cuda", (7, 5)), hardware_for("cpu"), {"model_type": "gemma2"}
+    with pytest.raises(RecipeError, match="fp16 needs loss scaling, which torch does not have on cpu"):
+        check_run(cpu, mixed_precision="fp16")
+    with pytest.raises(RecipeError, match="gemma2 models overflow in float16"):
+        check_run(t4, mixed_precision="fp16", config=gemma)
+    for mixed_precision in ("no", "bf16"):
+        with pytest.raises(RecipeError, match="The base is in float16 and fp16 is off"):
+            check_run(t4, mixed_precision=mixed_precision, dtype=F16)
+    check_run(t4, mixed_precision="fp16", dtype=F16, config={"model_type": "llama"})
+    check_run(t4, dtype=F16)  # load_base, which does not know the trainer's mixed precision
 
 
 def test_the_checks_stand_before_the_work(tmp_path):
@@ -196,45 +216,81 @@ def test_models_known_to_overflow_in_float16(config_json, found):
     assert overflowing_type(config_json) == found
 
 
-def test_the_base_of_an_overflowing_model_is_computed_in_float32_on_a_t4(card):
-    card((7, 5))
-    t4, gemma = torch.device("cuda:0"), {"model_type": "gemma2"}
-    with pytest.warns(UserWarning, match=r"gemma2 models overflow in float16 \(found by vLLM\).* computing in float32"):
-        assert base_dtype(t4, "auto", gemma) == F32
+def test_the_base_of_an_overflowing_model_is_computed_in_float32_on_a_t4():
+    t4, gemma, llama = hardware_for("cuda", (7, 5)), {"model_type": "gemma2"}, {"model_type": "llama"}
+    assert base_dtype(t4, "auto", gemma) == F32
+    with pytest.warns(UserWarning, match=r"gemma2 models overflow in float16 \(says vLLM\).* computing in float32"):
+        warn_if_slow(t4, "auto", gemma)
     with pytest.raises(BaseModelError, match="gemma2 models overflow in float16 .*Use dtype float32"):
         base_dtype(t4, "float16", gemma)
-    assert base_dtype(t4, "auto", {"model_type": "llama"}) == base_dtype(t4, "float16", {"model_type": "llama"}) == F16
+    assert base_dtype(t4, "auto", llama) == base_dtype(t4, "float16", llama) == F16
     assert base_dtype(t4, "bfloat16", gemma) == BF16
-    card((8, 9))
-    assert base_dtype(t4, "auto", gemma) == BF16
+    assert base_dtype(hardware_for("cuda", (8, 9)), "auto", gemma) == BF16
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for dtype, config_json in (("auto", llama), ("float32", gemma)):
+            warn_if_slow(t4, dtype, config_json)
 
 
 def test_the_trainer_turns_off_or_refuses_float16_for_an_overflowing_model(monkeypatch, card, tmp_path):
     save_tiny_model(tmp_path / "gemma", "gemma2")
     with pytest.raises(BaseModelError, match="gemma2 models overflow in float16"):
         load_base(tmp_path / "gemma", device="cpu", dtype="float16", verbose=False)
-    gemma, tokenizer = load_base(tmp_path / "gemma", device="cpu", verbose=False)
+    gemma = AutoModelForCausalLM.from_pretrained(tmp_path / "gemma")  # past load_base
     chosen = config_on_a_card(monkeypatch, card, (7, 5), tmp_path)
     settle_precision(gemma, chosen)
     assert (chosen.fp16, chosen.mixed_precision) == (False, "no")
     asked = config_on_a_card(monkeypatch, card, (7, 5), tmp_path, fp16=True)
     with pytest.raises(RecipeError, match="gemma2 models overflow in float16"):
-        PSFTTrainer(gemma, args=asked, train_dataset=make_rows(4), processing_class=tokenizer, peft_config=make_lora())
-    gemma, _ = load_base(tmp_path / "gemma", device="cpu", quantization="none", verbose=False)
-    gemma.half()  # by hand, past load_base
+        PSFTTrainer(gemma, args=asked, train_dataset=make_rows(4), peft_config=make_lora())
     with pytest.raises(RecipeError, match="The base is in float16 and fp16 is off"):
-        settle_precision(gemma, config_on_a_card(monkeypatch, card, (7, 5), tmp_path))
+        settle_precision(gemma.half(), config_on_a_card(monkeypatch, card, (7, 5), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "mixed_precision"),
+    [
+        ((7, 5), "float16", "fp16"),
+        ((7, 5), "bfloat16", "bf16"),
+        ((7, 5), "float32", "no"),
+        ((8, 0), "bfloat16", "bf16"),
+        ((8, 0), "float32", "no"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:bfloat16 is emulated")
+def test_a_loaded_base_is_trained_in_the_dtype_it_was_asked_for(
+    monkeypatch, card, tmp_path, capability, dtype, mixed_precision
+):
+    """`dtype` of a recipe, in training as in the plan: no 16-bit autocast over a base that is float32 on purpose."""
+    folder = make_base(tmp_path / "llama")
+    llama, _ = load_base(folder, device="cpu", dtype=dtype, verbose=False)
+    for model in (llama, get_peft_model(llama, make_lora())):
+        args = config_on_a_card(monkeypatch, card, capability, tmp_path)
+        settle_precision(model, args)
+        assert (args.mixed_precision, args.bf16, args.fp16) == (
+            mixed_precision, mixed_precision == "bf16", mixed_precision == "fp16"
+        )  # fmt: skip
+    config_json = json.loads((folder / "config.json").read_text())
+    recipe = load_recipe(None, [f"--model_name_or_path={folder}", f"--dtype={dtype}"], PlannedConfig)
+    planned = make_plan(recipe, config=config_json, card=Card("a card", 2**34, capability))
+    autocast = {"no": None, "bf16": BF16, "fp16": F16}[mixed_precision]
+    assert planned._planner._passes[False]._target.autocast == autocast
+    by_hand = AutoModelForCausalLM.from_pretrained(folder)  # float32 weights and 16-bit products are usual there
+    args = config_on_a_card(monkeypatch, card, capability, tmp_path)
+    settle_precision(by_hand, args)
+    assert args.mixed_precision == ("fp16" if capability == (7, 5) else "bf16")
+
+
+def test_float16_on_the_cpu_is_refused(tmp_path):
     llama, _ = load_base(make_base(tmp_path / "llama"), device="cpu", dtype="float16", verbose=False)
-    kept = config_on_a_card(monkeypatch, card, (7, 5), tmp_path)
-    settle_precision(llama, kept)
-    assert (kept.fp16, kept.mixed_precision) == (True, "fp16")
-    with pytest.raises(RecipeError, match=re.escape("Set fp16: true (on a GPU), or load the base in float32")):
+    with pytest.raises(RecipeError, match="fp16 needs loss scaling, which torch does not have on cpu"):
         settle_precision(llama, make_config(tmp_path))
+    with pytest.raises(RecipeError, match=re.escape("Set fp16: true (on a GPU), or load the base in float32")):
+        settle_precision(llama, make_config(tmp_path, bf16=False))
 
 
 def test_emulated_bfloat16_warns(monkeypatch, card, tmp_path):
     llama, _ = load_base(make_base(tmp_path / "llama"), device="cpu", verbose=False)
     asked = config_on_a_card(monkeypatch, card, (7, 5), tmp_path, bf16=True)
-    monkeypatch.setattr(type(asked), "device", torch.device("cuda:0"))
     with pytest.warns(UserWarning, match="bfloat16 is emulated on sm_75, which is slow"):
         settle_precision(llama, asked)

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from tqdm.auto import tqdm
 
 from qpsft.errors import ExportError, OutputError
 from qpsft.export.gguf_check import GgufCheck, check_gguf
 from qpsft.export.gguf_run import PROMPTS, GgufRun, llama_cpp_python, run_gguf
 from qpsft.export.llama_cpp import CONVERTER, find_llama_cpp, last_lines, load_gguf, run_converter, run_process
+from qpsft.export.merged_model import MergedModel, count_weights, stage
 from qpsft.files import check_space, put_in_place, work_folder
 from qpsft.model.adapter_folder import AdapterFolder
-from qpsft.model.base import load_tokenizer
-from qpsft.model.folder import check_folder, is_adapter
+from qpsft.model.folder import is_adapter
 from qpsft.terminal import wrap
-from qpsft.verify.exported import ExportedWeights, read_text_config
+from qpsft.verify.exported import ExportedWeights
 from qpsft.verify.prompts import read_prompts
-from qpsft.verify.text import stop_tokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from qpsft.merge.merging import MergeReport
 
 CONVERTED = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 1.07}
@@ -41,7 +37,7 @@ QUANTIZED = (
 """Types that llama-cpp-python makes from an f16 file."""
 
 MERGE_DTYPE = {"f32": "float32", "bf16": "bfloat16"}
-"""What to merge to, so that weights are rounded once; float16 for all other types, which round more than it."""
+"""What an adapter is merged to, so that weights are rounded once; float16 for the others, which round more than it."""
 
 QUANTIZE = """
 import ctypes, sys, llama_cpp
@@ -49,6 +45,49 @@ params = llama_cpp.llama_model_quantize_default_params()
 params.ftype = getattr(llama_cpp, "LLAMA_FTYPE_MOSTLY_" + sys.argv[3].upper())
 sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(params)))
 """
+
+
+@dataclass
+class GgufOptions:
+    """What `export_gguf` takes, which explains each, checked.
+
+    Attributes:
+        outtype: the type that can be made here: f16 where a quantized one was asked for without llama-cpp-python.
+        output: then with f16 in its name.
+        notes: and a note that says so.
+    """
+
+    source: str | Path
+    output: str | Path
+    outtype: str
+    base: str | None
+    onto: str
+    llama_cpp: str | Path | None
+    overwrite: bool
+    verify: bool
+    run: bool
+    prompts: str | Path | list[Any] | None
+    show_progress: bool
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.source, self.output = Path(self.source).expanduser(), Path(self.output).expanduser()
+        self.outtype = wanted = self.outtype.lower()
+        if wanted not in CONVERTED and wanted not in QUANTIZED:
+            raise ExportError(f"outtype {wanted!r} is not known.", f"Use {', '.join((*CONVERTED, *QUANTIZED))}.")
+        if self.output.is_dir():
+            raise OutputError(f"{self.output} is a folder; a GGUF is one file.", "Give a file name that ends in .gguf.")
+        self.from_adapter = is_adapter(self.source)
+        if wanted in QUANTIZED and llama_cpp_python() is None:
+            self.outtype, self.output = "f16", _renamed(self.output, wanted)
+            self.notes.append(
+                f"{wanted} needs llama-cpp-python (pip install llama-cpp-python); the f16 is left as {self.output.name}"
+            )
+
+    @property
+    def converted_type(self) -> str:
+        """What the converter writes, from which llama-cpp-python makes the quantized types."""
+        return self.outtype if self.outtype in CONVERTED else "f16"
 
 
 @dataclass
@@ -60,8 +99,8 @@ class ExportReport:
         outtype: its type, which is f16 where a quantized one was asked for and could not be made.
         bytes: its size.
         source: the adapter or merged folder.
-        check: what reading it back found.
-        run: what running it with llama.cpp found.
+        check: the result of reading it back.
+        run: the result of running it with llama.cpp.
         merge: the report of the merge, if the source was an adapter.
         notes: what the user should know.
         stops: the model's stop tokens, as text.
@@ -122,92 +161,49 @@ def export_gguf(
         NotTheSameModelError: the merge is not the model that was trained.
         OutputError: the output exists or cannot be written, or the disk is too full.
     """
-    source, output, outtype = Path(source).expanduser(), Path(output).expanduser(), outtype.lower()
-    if outtype not in CONVERTED and outtype not in QUANTIZED:
-        raise ExportError(f"outtype {outtype!r} is not known.", f"Use {', '.join((*CONVERTED, *QUANTIZED))}.")
-    if output.is_dir():
-        raise OutputError(f"{output} is a folder; a GGUF is one file.", "Give a file name that ends in .gguf.")
-    from_adapter = is_adapter(source)
-    notes = []
-    wanted = outtype
-    if outtype in QUANTIZED and llama_cpp_python() is None:
-        outtype, output = "f16", _renamed(output, outtype)
-        notes.append(
-            f"{wanted} needs llama-cpp-python (pip install llama-cpp-python); the f16 is left as {output.name}"
-        )
-    first = outtype if outtype in CONVERTED else "f16"
-
-    with work_folder(output, overwrite=overwrite, source=source) as work:
-        check_space(output.parent, _bytes_needed(source, from_adapter, base, first, outtype), "The export")
-        tools = find_llama_cpp(llama_cpp)
+    options = GgufOptions(
+        source, output, outtype, base, onto, llama_cpp, overwrite, verify, run, prompts, show_progress
+    )
+    with work_folder(options.output, overwrite=options.overwrite, source=options.source) as work:
+        check_space(options.output.parent, _bytes_needed(options), "The export")
+        tools = find_llama_cpp(options.llama_cpp)
         gguf = load_gguf(tools)
-        merge, folder = None, source
-        if from_adapter:
-            from qpsft.merge.merging import merge_adapter
-
-            dtype = MERGE_DTYPE.get(first, "float16")
-            merge = merge_adapter(
-                source, work / "merged", base=base, onto=onto, dtype=dtype, verify=verify, show_progress=show_progress
-            )
-            folder = work / "merged"
-        check_folder(folder)
-        staged = stage(folder, work / "staged")
-        weights = ExportedWeights(folder)
-        made = work / "converted.gguf"
-        arguments = [str(staged), "--outtype", first, "--model-name", source.resolve().name]
-        size = int(_count(weights) * CONVERTED[first])
-        run_converter(tools, CONVERTER, arguments, made, expected=size, show_progress=show_progress)
-        if outtype != first:
-            made = _quantize(made, work / "quantized.gguf", outtype, show_progress)
-        tokenizer = load_tokenizer(folder)
-        tokenizer.chat_template = plain_template(tokenizer)
-        stops = stop_tokens(folder, tokenizer)
-        with tqdm(desc="reading back", unit="tensor", disable=None if show_progress else True, leave=False) as bar:
-            check = check_gguf(made, folder, gguf, tokenizer, stops, bar)
-        ran = GgufRun(False, "switched off")
-        if run:
-            context = read_text_config(folder).get("max_position_embeddings")
-            chosen, _ = read_prompts(prompts, source, tokenizer, PROMPTS, context or 2**20)
-            ran = run_gguf(made, folder, gguf, tokenizer, stops, chosen)
-        if check.merge_order_lost and not ran.ran:
-            lacking = AdapterFolder(source).base_folder(base, same_rounding=False) if from_adapter else source
-            raise ExportError(
-                f"{lacking} has no tokenizer.model, so the converter cannot tell the order in which pieces are merged, "
-                "and llama.cpp would make other tokens than training did.",
-                f"Copy tokenizer.model from the original model into {lacking}, and export again.",
-            )
+        merge = _merge(options, work / "merged") if options.from_adapter else None
+        merged = MergedModel.load(options.source if merge is None else work / "merged")
+        made = _convert(merged, options, tools, work)
+        check, ran = _check(made, merged, options, gguf)
         report = ExportReport(
-            output, outtype, made.stat().st_size, source, check, ran, merge, notes + ran.notes,
-            stops=[str(tokenizer.convert_ids_to_tokens(token)) for token in sorted(stops)],
+            options.output, options.outtype, made.stat().st_size, options.source, check, ran, merge,
+            notes=options.notes + ran.notes + _note_on_stops(check, ran), stops=merged.stop_texts(),
         )  # fmt: skip
-        put_in_place(made, output)
-    if check.stops_missing and not ran.ran:
-        names = ", ".join(map(repr, check.stops_missing))
-        report.notes.append(f"the file does not name the stop tokens {names}: a Modelfile or --stop must")
+        put_in_place(made, options.output)
     return report
 
 
-def _renamed(output: Path, wanted: str) -> Path:
-    """The name of the f16 that is left: with f16 for the type in it, or f16 added."""
-    stem = re.sub(re.escape(wanted), "f16", output.stem, flags=re.IGNORECASE)
-    return output.with_name((stem if stem != output.stem else f"{output.stem}-f16") + output.suffix)
+def _merge(options: GgufOptions, folder: Path) -> MergeReport:
+    from qpsft.merge.merging import merge_adapter
+
+    return merge_adapter(
+        options.source,
+        folder,
+        base=options.base,
+        onto=options.onto,
+        dtype=MERGE_DTYPE.get(options.converted_type, "float16"),
+        verify=options.verify,
+        show_progress=options.show_progress,
+    )
 
 
-def _count(weights: ExportedWeights) -> int:
-    return sum(torch.Size(weights.shape_of(name)).numel() for name in weights.names())
-
-
-def _bytes_needed(source: Path, from_adapter: bool, base: str | None, first: str, outtype: str) -> float:
-    """Of the temporary merge, the converted file and the quantized one, at the same time."""
-    needed, folder = 0.0, source
-    if from_adapter:
-        adapter = AdapterFolder(source)
-        record, folder = adapter.record, adapter.base_folder(base, same_rounding=False)
-    count = _count(ExportedWeights(folder))
-    if from_adapter:
-        count *= 2 if record.prequantized else 1  # two 4-bit weights are stored in one byte
-        needed += count * (4 if first == "f32" else 2)
-    return needed + count * (CONVERTED[first] + (CONVERTED["q8_0"] if outtype != first else 0)) + 50e6
+def _convert(merged: MergedModel, options: GgufOptions, tools: Path, work: Path) -> Path:
+    """The GGUF in the work folder."""
+    kind, made = options.converted_type, work / "converted.gguf"
+    staged = stage(merged.folder, work / "staged")
+    arguments = [str(staged), "--outtype", kind, "--model-name", options.source.resolve().name]
+    size = int(count_weights(merged.weights) * CONVERTED[kind])
+    run_converter(tools, CONVERTER, arguments, made, expected=size, show_progress=options.show_progress)
+    if options.outtype != kind:
+        made = _quantize(made, work / "quantized.gguf", options.outtype, options.show_progress)
+    return made
 
 
 def _quantize(source: Path, target: Path, outtype: str, show_progress: bool) -> Path:
@@ -223,46 +219,51 @@ def _quantize(source: Path, target: Path, outtype: str, show_progress: bool) -> 
     return target
 
 
-def stage(folder: Path, staged: Path) -> Path:
-    """A folder of links to a merged model, with what llama.cpp needs to read its tokenizer right.
-
-    - `{% generation %}` markers in the chat template, which only training reads, become `{% if true %}`: llama.cpp's
-      template engines do not know them, and the text rendered is the same.
-    - tokenizer_config.json gets `added_tokens_decoder`. The converter learns from there which pieces of a
-      `tokenizer.model` are special, transformers 5 does not write it any more, and without it "<|user|>" would be
-      plain text to llama.cpp.
-    """
-    staged.mkdir()
-    for path in folder.iterdir():
-        if path.is_file():
-            (staged / path.name).symlink_to(path.resolve())
-    template = staged / "chat_template.jinja"
-    if template.is_file():
-        _replace(template, without_generation_markers(template.read_text(encoding="utf-8")))
-    settings = staged / "tokenizer_config.json"
-    content = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-    if isinstance(content.get("chat_template"), str):
-        content["chat_template"] = without_generation_markers(content["chat_template"])
-    content["added_tokens_decoder"] = {
-        str(number): {"content": token.content, "special": token.special}
-        for number, token in load_tokenizer(folder).added_tokens_decoder.items()
-    }
-    _replace(settings, json.dumps(content, ensure_ascii=False, indent=2))
-    return staged
+def _check(made: Path, merged: MergedModel, options: GgufOptions, gguf: ModuleType) -> tuple[GgufCheck, GgufRun]:
+    """Reads the file back, and runs it if asked to. Raises ExportError where it is not the merged model."""
+    disable = None if options.show_progress else True
+    with tqdm(desc="reading back", unit="tensor", disable=disable, leave=False) as bar:
+        check = check_gguf(made, merged, gguf, bar)
+    ran = GgufRun(False, "switched off")
+    if options.run:
+        context = merged.config.get("max_position_embeddings") or 2**20
+        prompts, _ = read_prompts(options.prompts, options.source, merged.tokenizer, PROMPTS, context)
+        ran = run_gguf(made, merged, gguf, prompts)
+    if check.merge_order_lost and not ran.ran:
+        lacking = options.source
+        if options.from_adapter:
+            lacking = AdapterFolder(options.source).base_folder(options.base, same_rounding=False)
+        raise ExportError(
+            f"{lacking} has no tokenizer.model, so the converter cannot tell the order in which pieces are merged, "
+            "and llama.cpp would make other tokens than training did.",
+            f"Copy tokenizer.model from the original model into {lacking}, and export again.",
+        )
+    return check, ran
 
 
-def _replace(link: Path, text: str) -> None:
-    link.unlink(missing_ok=True)
-    link.write_text(text, encoding="utf-8")
+def _note_on_stops(check: GgufCheck, ran: GgufRun) -> list[str]:
+    """What to do about stop tokens that the file does not name; running the file has its own word on them."""
+    if not check.stops_missing or ran.ran:
+        return []
+    names = ", ".join(map(repr, check.stops_missing))
+    return [f"the file does not name the stop tokens {names}: a Modelfile or --stop must"]
 
 
-def plain_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The tokenizer's chat template as the GGUF holds it."""
-    template = tokenizer.chat_template
-    return without_generation_markers(template) if isinstance(template, str) else template
+def _renamed(output: Path, wanted: str) -> Path:
+    """The name of the f16 that is left: with f16 for the type in it, or f16 added."""
+    stem = re.sub(re.escape(wanted), "f16", output.stem, flags=re.IGNORECASE)
+    return output.with_name((stem if stem != output.stem else f"{output.stem}-f16") + output.suffix)
 
 
-def without_generation_markers(template: str) -> str:
-    """The template with its generation markers replaced by conditions that always hold; spacing marks stay."""
-    opened = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", template)
-    return re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", opened)
+def _bytes_needed(options: GgufOptions) -> float:
+    """Of the temporary merge, the converted file and the quantized one, at the same time."""
+    kind, merge = options.converted_type, 0.0
+    if options.from_adapter:
+        adapter = AdapterFolder(options.source)
+        count = count_weights(ExportedWeights(adapter.base_folder(options.base, same_rounding=False)))
+        count *= 2 if adapter.record.prequantized else 1  # two 4-bit weights are stored in one byte
+        merge = count * (4 if kind == "f32" else 2)
+    else:
+        count = count_weights(ExportedWeights(options.source))
+    quantized = CONVERTED["q8_0"] if options.outtype != kind else 0
+    return merge + count * (CONVERTED[kind] + quantized) + 50e6

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qpsft.errors import ExportError, OutputError
-from qpsft.export.gguf_check import GgufFile, layout_of, rounding_error
+from qpsft.export.gguf_check import rounding_error
+from qpsft.export.gguf_file import GgufFile, layout_of
 from qpsft.export.llama_cpp import LORA_CONVERTER, find_llama_cpp, load_gguf, run_converter
 from qpsft.files import check_space, put_in_place, work_folder
 from qpsft.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFolder
@@ -121,8 +122,8 @@ def _config_without_what_gguf_lacks(adapter: AdapterFolder) -> LoraConfig:
         "trainable token rows": bool(getattr(config, "trainable_token_indices", None)),
         "adapted parameters (target_parameters)": bool(getattr(config, "target_parameters", None)),
     }
-    for what, found in cannot.items():
-        if found:
+    for what, is_there in cannot.items():
+        if is_there:
             raise ExportError(
                 f"The adapter in {adapter.path} has {what}, which a LoRA GGUF cannot hold.",
                 "Use --to gguf, which merges it.",
@@ -169,8 +170,8 @@ def _check(path: Path, tensors: dict[str, Tensor], config: LoraConfig, base: Pat
         expected = tensor.float()
         if part == "B":
             expected = layout_of(file.architecture, f"{layer}.weight", model).forward(expected)
-        found = file.values(target)
-        if found.shape != expected.shape or not rounding_error([(found, expected)], file.type_of(target))[1]:
+        stored = file.values(target)
+        if stored.shape != expected.shape or not rounding_error([(stored, expected)], file.type_of(target))[1]:
             raise _wrong(path, f"{target} does not hold {name}")
     if rest := sorted(set(file.tensors) - seen):
         raise _wrong(path, f"{rest[0]} in it comes from no tensor of the adapter")

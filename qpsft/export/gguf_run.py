@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from qpsft.errors import ExportError
-from qpsft.export.gguf_check import GgufFile, sources_of
+from qpsft.export.gguf_file import GgufFile, sources_of
 from qpsft.export.gguf_texts import varied_texts
+from qpsft.export.merged_model import MergedModel
 from qpsft.model.hardware import pick_device
-from qpsft.verify.exported import ExportedWeights, load_exported, read_text_config
+from qpsft.verify.exported import load_exported
 from qpsft.verify.measure import Sequence, measure
 from qpsft.verify.prompts import Prompt
 
@@ -39,10 +40,10 @@ PROMPTS = 8
 
 @dataclass
 class GgufRun:
-    """What running the file found; `ran` is False when llama-cpp-python is not installed.
+    """The result of running a GGUF.
 
     Attributes:
-        ran: whether it was run.
+        ran: whether it was run; llama-cpp-python may not be installed.
         why_not: why it was not.
         texts: how many texts gave the same tokens.
         numbers: mean and largest |Δ log-probability| of llama.cpp and of rounding alone, and the bound, in nats.
@@ -73,22 +74,13 @@ def llama_cpp_python() -> ModuleType | None:
     return None if importlib.util.find_spec("llama_cpp") is None else importlib.import_module("llama_cpp")
 
 
-def run_gguf(
-    path: Path,
-    merged: Path,
-    gguf: ModuleType,
-    tokenizer: PreTrainedTokenizerBase,
-    stops: set[int],
-    prompts: list[Prompt],
-) -> GgufRun:
+def run_gguf(path: Path, merged: MergedModel, gguf: ModuleType, prompts: list[Prompt]) -> GgufRun:
     """Loads the file with llama-cpp-python, tokenizes and evaluates.
 
     Args:
         path: the GGUF.
-        merged: the folder it was made from.
+        merged: the model it was made from.
         gguf: llama.cpp's gguf-py.
-        tokenizer: the folder's.
-        stops: the folder's stop tokens.
         prompts: texts to evaluate on.
 
     Raises:
@@ -106,43 +98,44 @@ def run_gguf(
         raise ExportError(f"llama.cpp cannot load {path.name}: {error}.", "Try a newer llama.cpp.") from error
     try:
         result = GgufRun(True)
-        result.texts = _compare_tokens(model, tokenizer, path)
-        result.notes = _notes(model, tokenizer, stops, llama_cpp)
-        _compare_logprobs(model, path, merged, gguf, prompts, result)
+        result.texts = _compare_tokens(model, merged.tokenizer, path)
+        result.notes = _notes(model, merged, llama_cpp)
+        result.numbers = _compare_logprobs(model, merged, GgufFile(path, gguf), prompts)
     finally:
         model.close()
     return result
 
 
 def _compare_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, path: Path) -> int:
+    """Returns how many texts were compared."""
     texts = varied_texts(tokenizer)
     for text in texts:
         expected = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        found = model.tokenize(text.encode(), add_bos=False, special=True)
-        if found != expected:
+        made = model.tokenize(text.encode(), add_bos=False, special=True)
+        if made != expected:
             raise ExportError(
-                f"llama.cpp makes other tokens of {text!r} than the model's own tokenizer: {_around(found, expected)}; "
-                f"so {path.name} would not be the model that was trained.",
+                f"llama.cpp makes other tokens of {text!r} than the model's own tokenizer: "
+                f"{_first_difference(made, expected)}; so {path.name} would not be the model that was trained.",
                 "Use the merged safetensors folder, or a base whose tokenizer llama.cpp knows. (--no_run skips this.)",
             )
     return len(texts)
 
 
-def _around(found: list[int], expected: list[int]) -> str:
+def _first_difference(made: list[int], expected: list[int]) -> str:
     place = next(
-        (index for index, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b),
-        min(len(found), len(expected)),
+        (index for index, (a, b) in enumerate(zip(made, expected, strict=False)) if a != b),
+        min(len(made), len(expected)),
     )
     start = max(0, place - 2)
-    return f"{found[start : place + 6]} instead of {expected[start : place + 6]} from token {start} on"
+    return f"{made[start : place + 6]} instead of {expected[start : place + 6]} from token {start} on"
 
 
-def _notes(model: Any, tokenizer: PreTrainedTokenizerBase, stops: set[int], llama_cpp: ModuleType) -> list[str]:
-    notes = []
+def _notes(model: Any, merged: MergedModel, llama_cpp: ModuleType) -> list[str]:
+    notes, tokenizer = [], merged.tokenizer
     vocabulary = llama_cpp.llama_model_get_vocab(model.model)
-    deaf = [token for token in sorted(stops) if not llama_cpp.llama_vocab_is_eog(vocabulary, token)]
-    if deaf:
-        names = ", ".join(repr(tokenizer.convert_ids_to_tokens(token)) for token in deaf)
+    passed = [token for token in sorted(merged.stops) if not llama_cpp.llama_vocab_is_eog(vocabulary, token)]
+    if passed:
+        names = ", ".join(repr(tokenizer.convert_ids_to_tokens(token)) for token in passed)
         notes.append(f"llama.cpp does not stop at {names} by itself: give it as a stop string (a Modelfile does)")
     plain, own = model.tokenize(b"a", add_bos=True, special=True), tokenizer("a", verbose=False)["input_ids"]
     if plain != own and tokenizer.chat_template is None:
@@ -152,11 +145,9 @@ def _notes(model: Any, tokenizer: PreTrainedTokenizerBase, stops: set[int], llam
     return notes
 
 
-def _compare_logprobs(
-    model: Any, path: Path, merged: Path, gguf: ModuleType, prompts: list[Prompt], result: GgufRun
-) -> None:
-    config = read_text_config(merged)
-    weights, file = ExportedWeights(merged), GgufFile(path, gguf)
+def _compare_logprobs(model: Any, merged: MergedModel, file: GgufFile, prompts: list[Prompt]) -> dict[str, float]:
+    """Returns the numbers of `GgufRun`. Raises ExportError where rounding does not explain the difference."""
+    config, weights = merged.config, merged.weights
     sequences = [Sequence(prompt.ids[:LONGEST], len(prompt.ids)) for prompt in prompts[:PROMPTS] if len(prompt.ids) > 1]
     stored = {source.sources[0]: source for source in sources_of(file, weights, config) if len(source.sources) == 1}
 
@@ -169,22 +160,23 @@ def _compare_logprobs(
     rounding = load_exported(weights, device, in_file)
     _round_inputs(rounding, {name: file.type_of(source.name) for name, source in stored.items()})
     rounded = measure(rounding, sequences, vocabulary, device).chosen
-    found = torch.cat([_chosen(model, sequence.ids) for sequence in sequences])
-    difference, alone = (found - exact).abs(), (rounded - exact).abs()
+    computed = torch.cat([_next_logprobs(model, sequence.ids) for sequence in sequences])
+    difference, alone = (computed - exact).abs(), (rounded - exact).abs()
     bound = SLACK * float(alone.mean()) + NOISE_MEAN
-    result.numbers = {
+    numbers = {
         "mean_abs": float(difference.mean()),
         "max_abs": float(difference.max()),
         "rounding_mean_abs": float(alone.mean()),
         "rounding_max_abs": float(alone.max()),
         "bound": bound,
     }
-    if not result.numbers["mean_abs"] <= bound:
+    if not numbers["mean_abs"] <= bound:
         raise ExportError(
-            f"llama.cpp computes other log-probabilities with {path.name}: {result.numbers['mean_abs']:.2g} nats off "
+            f"llama.cpp computes other log-probabilities with {file.path.name}: {numbers['mean_abs']:.2g} nats off "
             f"on average, where its rounding explains {bound:.2g}.",
             "Try a newer llama.cpp with --llama_cpp, or use the merged safetensors folder.",
         )
+    return numbers
 
 
 def _round_inputs(model: Any, types: dict[str, str]) -> None:
@@ -207,7 +199,7 @@ def _rounded_input(kind: str, module: nn.Module, args: tuple[Tensor, ...]) -> tu
     return (((blocks / scale).round() * scale).flatten(-2),)
 
 
-def _chosen(model: Any, ids: list[int]) -> Tensor:
+def _next_logprobs(model: Any, ids: list[int]) -> Tensor:
     """Log-probability of each next token, (len(ids) − 1,) float32."""
     model.reset()
     model.eval(ids)

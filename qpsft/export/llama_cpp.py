@@ -1,7 +1,7 @@
-"""llama.cpp's own converters: found where the user has them, or obtained once, and run beside this process.
+"""llama.cpp's own converters: the user's, or a copy that is downloaded once; each runs in a process of its own.
 
-They know every architecture and are in no wheel; llama-cpp-python's source distribution on PyPI carries them with the
-gguf-py they belong to. One version is pinned by its SHA-256, and only the converters are unpacked from it.
+No wheel holds them. llama-cpp-python's source distribution on PyPI does, with the gguf-py they belong to. One version
+is pinned by its SHA-256, and only the converters are unpacked from it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def find_llama_cpp(path: str | Path | None = None, *, verbose: bool = True) -> P
     """A folder with llama.cpp's converters and gguf-py.
 
     Args:
-        path: a llama.cpp checkout; None is $LLAMA_CPP, else the copy in the cache folder, obtained if it is not there.
+        path: a llama.cpp checkout; None is $LLAMA_CPP, else the copy in the cache folder, downloaded if need be.
         verbose: say so when something is downloaded.
 
     Raises:
@@ -67,11 +67,11 @@ def find_llama_cpp(path: str | Path | None = None, *, verbose: bool = True) -> P
         return folder
     folder = cache_folder() / f"llama.cpp-{VERSION}"
     if not (folder / CONVERTER).is_file():
-        _obtain(folder, verbose)
+        _download_converters(folder, verbose)
     return folder
 
 
-def _obtain(folder: Path, verbose: bool) -> None:
+def _download_converters(folder: Path, verbose: bool) -> None:
     """Downloads the pinned source distribution and unpacks the converters; the finished folder or none."""
     if verbose:
         print(
@@ -100,19 +100,19 @@ def _download(folder: Path) -> Path:
     done = subprocess.run(
         [*command, "--dest", str(folder), "-r", str(requirements)], capture_output=True, text=True, check=False
     )
-    found = sorted(folder.glob("llama_cpp_python-*.tar.gz"))
-    if done.returncode != 0 or not found:
+    archives = sorted(folder.glob("llama_cpp_python-*.tar.gz"))
+    if done.returncode != 0 or not archives:
         raise ExportError(
             f"pip could not download llama-cpp-python {VERSION}: {last_lines(done.stderr or done.stdout, 3)}",
             "Check the connection, or get llama.cpp's source otherwise and give its folder with --llama_cpp.",
         )
-    sha256 = digest(found[0].read_bytes())
+    sha256 = digest(archives[0].read_bytes())
     if sha256 != SHA256:
         raise ExportError(
             f"The download of llama-cpp-python {VERSION} has SHA-256 {sha256}, not {SHA256}.",
             "Do not use it. Get llama.cpp's source otherwise and give its folder with --llama_cpp.",
         )
-    return found[0]
+    return archives[0]
 
 
 def _unpack(archive: Path, target: Path) -> None:
@@ -139,7 +139,7 @@ def check_requirements() -> None:
 
 
 def load_gguf(llama_cpp: Path) -> ModuleType:
-    """The gguf package of this llama.cpp, whatever other version is installed or already imported."""
+    """The gguf package of this llama.cpp, even where another version is installed or imported already."""
     path, loaded = sys.path[:], {name: sys.modules.pop(name) for name in list(sys.modules) if _is_gguf(name)}
     try:
         sys.path.insert(0, str(llama_cpp / "gguf-py"))

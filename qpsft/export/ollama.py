@@ -1,8 +1,8 @@
 """A folder for `ollama create`: the GGUF and a Modelfile with the template, the stop tokens and the context length.
 
-The template is derived by rendering: conversations made of placeholders go through the model's own chat template, what
-stands around the placeholders becomes Ollama's template, and that must then render other conversations to the very same
-text. A template that does not come apart like this is left to Ollama, which reads the one in the GGUF.
+The template is derived by rendering: conversations made of placeholders go through the model's own chat template. What
+stands around the placeholders becomes Ollama's template, which must then render other conversations to the same text.
+Where that fails, Ollama is left to read the chat template in the GGUF.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ Render = Callable[[Messages, bool], "str | None"]
 
 @dataclass(frozen=True)
 class ChatPieces:
-    """What a chat template writes around each turn.
+    """What a chat template writes around each turn, from which Ollama's template is made.
 
     Attributes:
         head: before everything.
         default_system: after the head when there is no system turn.
         turns: role -> (before, after) the content.
-        opening: what opens the assistant's next turn.
+        opening: the generation prompt, which opens the assistant's next turn.
     """
 
     head: str
@@ -53,7 +53,7 @@ class ChatPieces:
     opening: str
 
     def render(self, messages: Messages, *, opened: bool) -> str:
-        """What Ollama's template below renders, in Python, with the opening if `opened`."""
+        """What `go_template` renders, in Python; with the generation prompt if `opened`."""
         text = self.head
         if not any(message["role"] == "system" for message in messages):
             text += self.default_system
@@ -197,7 +197,7 @@ def _cache_bytes(config: dict[str, Any], length: int) -> float:
 
 
 def derive_template(tokenizer: PreTrainedTokenizerBase, *, adds_bos: bool) -> tuple[ChatPieces | None, str]:
-    """The pieces of a tokenizer's chat template, or None and the reason why it does not come apart.
+    """The pieces of a tokenizer's chat template, or None and the reason why it has no such pieces.
 
     Args:
         tokenizer: with or without a chat template.
@@ -211,8 +211,8 @@ def derive_template(tokenizer: PreTrainedTokenizerBase, *, adds_bos: bool) -> tu
 
     if tokenizer.chat_template is None:
         return None, "the model has no chat template"
-    for take_apart, opened in ((_take_apart, (False, True)), (_take_apart_opened, (True,))):
-        pieces = take_apart(render)
+    for derive, opened in ((_from_conversations, (False, True)), (_from_prompts, (True,))):
+        pieces = derive(render)
         if pieces is not None and _renders_the_same(pieces, render, opened):
             if '"""' in pieces.go_template():
                 return None, 'the chat template contains """'
@@ -221,7 +221,12 @@ def derive_template(tokenizer: PreTrainedTokenizerBase, *, adds_bos: bool) -> tu
 
 
 def _renders_the_same(pieces: ChatPieces, render: Render, opened: tuple[bool, ...]) -> bool:
-    """Whether the pieces give the chat template's text; where only opened ones count, conversations end with a user."""
+    """Whether the pieces render conversations as the chat template does.
+
+    Args:
+        opened: whether the generation prompt follows: never, always, or both are tried. With it alone, conversations
+            end with a user's turn.
+    """
     conversations = _conversations("system" in pieces.turns)
     if opened == (True,):
         conversations = [messages for messages in conversations if messages[-1]["role"] == "user"]
@@ -230,8 +235,8 @@ def _renders_the_same(pieces: ChatPieces, render: Render, opened: tuple[bool, ..
     )
 
 
-def _take_apart(render: Render) -> ChatPieces | None:
-    """By what each turn adds to the ones before it."""
+def _from_conversations(render: Render) -> ChatPieces | None:
+    """The pieces, by what each turn adds to the text of the turns before it."""
     user, answer = {"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}
     one, two = render([user], False), render([user, answer], False)
     three, opened = render([user, answer, user], False), render([user], True)
@@ -247,11 +252,11 @@ def _take_apart(render: Render) -> ChatPieces | None:
     return _with_system(one[: len(one) - len(again)], turns, opened[len(one) :], both, again)
 
 
-def _take_apart_opened(render: Render) -> ChatPieces | None:
-    """By conversations that end with a user's turn and the assistant's opening, which is all that Ollama renders.
+def _from_prompts(render: Render) -> ChatPieces | None:
+    """The pieces, by conversations that end with a user's turn and the generation prompt: Ollama renders no others.
 
-    Some templates end or trim a conversation otherwise when it is not opened. What stands between two turns may be
-    counted to either.
+    Some templates end or trim a conversation in another way where no generation prompt follows. What stands between two
+    turns may be counted to either.
     """
     user, answer = {"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}
     one, three = render([user], True), render([user, answer, user], True)
@@ -268,7 +273,12 @@ def _take_apart_opened(render: Render) -> ChatPieces | None:
 
 
 def _with_system(head: str, turns: dict[str, tuple[str, str]], opening: str, both: str | None, rest: str) -> ChatPieces:
-    """Adds the system turn, if `both`, a system turn followed by `rest`, shows one of its own."""
+    """The pieces, with a system turn if the template has one.
+
+    Args:
+        both: the text of a system turn followed by a user's; None: the template refuses it.
+        rest: the end of that text, without the system turn.
+    """
     default = ""
     if both is not None and SYSTEM in both and both.endswith(rest):
         before, _, after = both.removesuffix(rest).partition(SYSTEM)

@@ -1,12 +1,12 @@
 """The rounding of weights to 4 bits and back, as the live model does it, on tensors that stay on disk.
 
 "The weights training saw" are what the live forward multiplies by: bitsandbytes dequantizes a 4-bit weight to the
-dtype of the activations, code · absmax rounded once to the compute dtype, and so does `RoundedWeight`. It works on the
-CPU only, on any machine: the arithmetic per weight is the same there and on a GPU, whereas the mean of the block
-maxima (an offset in double quantization) is summed in another order, which can move it by its last bit.
+dtype of the activations, code · absmax rounded once to the compute dtype, and so does `RoundedWeight`, on the CPU of
+any machine. A GPU does the same arithmetic for each weight. Only the mean of the block maxima, which double
+quantization subtracts, is summed in another order there, and can differ in its last bit.
 
-Quantization here gives bitsandbytes' CPU results bit for bit and is ten times as fast: its `bucketize` takes 100 ns a
-weight, fifteen vectorized comparisons take 8.
+Quantization here gives bitsandbytes' CPU results bit for bit in a tenth of the time: its `bucketize` takes 100 ns a
+weight, fifteen vectorized comparisons take 8 ns.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def dequantize(codes: Tensor, absmax: Tensor, count: int, rounding: Rounding, dt
 
 
 def double_quantize(absmax: Tensor) -> Tensor:
-    """Block maxima after their own rounding to 8 bits and back, as with bitsandbytes' `compress_statistics`."""
+    """Block maxima rounded to 8 bits and back, as by bitsandbytes' `compress_statistics`."""
     from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 
     offset = absmax.mean()
@@ -114,7 +114,7 @@ def double_quantize(absmax: Tensor) -> Tensor:
 
 
 class PlainWeight:
-    """A weight the live model holds unrounded, in `dtype`; None leaves it as it is stored."""
+    """A weight that the live model does not round, in `dtype`; None: as it is stored."""
 
     def __init__(self, read: Callable[[int, int], Tensor], dtype: torch.dtype | None):
         self._read = read

@@ -2,7 +2,7 @@
 
 The format (https://github.com/huggingface/safetensors): 8 bytes with the header's length, little-endian; a JSON header
 with dtype, shape and offsets of each tensor; then the tensors' bytes, one after the other. Files are read into small
-buffers and not mapped: pages of a map count as this process's memory once touched.
+buffers, not mapped: once read, the pages of a mapped file count as this process's memory.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ class ShardWriter:
             raise ExportError(f"{self.path} is {self._left:,} bytes short of what its header says.", "Merge again.")
 
     def abandon(self) -> None:
-        """Closes the file as it is."""
+        """Closes the unfinished file."""
         self._file.close()
 
 

@@ -24,7 +24,7 @@ Read = Callable[[int, int], Tensor]
 
 
 class MergedTensor:
-    """What is merged onto, and what the adapter does to it; `pieces` are the result.
+    """A tensor of the base and what the adapter changes in it; `pieces` yields the result.
 
     Args:
         tensor: the base's.
@@ -98,14 +98,17 @@ class MergedTensor:
         return RoundedWeight(self._flat(tensor.stored), self.rows * self.columns, rounding)
 
     def _flat(self, stored) -> Read:
-        """Reads by flat position; of a transposed tensor, in its transpose, which is then held as a whole."""
+        """A function that reads a tensor by flat position. A transposed one is read as a whole and turned first."""
         if not self.tensor.transposed:
             return stored.read
         values = stored.read().T.contiguous().view(-1)
         return lambda start, stop: values[start:stop]
 
     def _rows_per_piece(self) -> int:
-        """So many that a piece starts on a block (of an even number of weights, so on a byte of codes too)."""
+        """As many rows as `PIECE` weights have, but such that each piece starts with a block of the quantization.
+
+        Blocks have an even number of weights, so a piece also starts with a byte of codes.
+        """
         block = self._rounding.block_size if self._rounding else 0
         together = block // math.gcd(self.columns, block) if block else 1
         return max(PIECE // self.columns // together, 1) * together

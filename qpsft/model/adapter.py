@@ -55,7 +55,7 @@ def add_adapter(model: PreTrainedModel, lora: LoraArguments) -> PeftModel:
     from peft import get_peft_model
 
     config = lora_config(model, lora)
-    kinds = sorted({name.rpartition(".")[2] for name in linear_names(model)})  # before PEFT's own are among them
+    kinds = sorted({name.rpartition(".")[2] for name in linear_names(model)})  # before PEFT adds its own
     try:
         peft_model = get_peft_model(model, config)
     except ValueError as error:

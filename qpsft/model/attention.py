@@ -1,11 +1,18 @@
-"""SDPA for packed rows, one call per piece: causal attention inside it, and nothing else is computed.
+"""Two things that transformers' SDPA attention lacks.
 
-A block-diagonal mask over a row of L tokens costs L x L products and bytes, most of them for blocks that are masked
-out, and keeps SDPA from its causal kernels. Piece by piece neither is needed, a packed token gets the very kernel that
-the row alone would get, and no FlashAttention package is needed, which old cards (T4) and Windows do not have.
+**Packed rows, piece by piece.** A row is made of several texts (pieces) that must not see each other. A block-diagonal
+mask over a row of L tokens costs L x L products and bytes, most of them for blocks that are masked out, and keeps SDPA
+from its causal kernels. One causal call per piece needs neither, gives a packed token the very kernel that its text
+alone would get, and works without the FlashAttention package, which old cards (T4) and Windows do not have. It is an
+attention implementation of transformers, `sdpa_by_piece`, which equals `sdpa` in all forwards that bring no
+`seq_lengths`. A model has it while it is trained on packed rows.
 
-It is an attention implementation of transformers, `sdpa_by_piece`, that is SDPA in all but forwards which bring
-`seq_lengths`; a model has it while it is trained on packed rows.
+**Repeated keys.** Most models have fewer key heads than query heads. Without a mask, transformers asks SDPA to group
+the queries itself (`enable_gqa`). Not every fused kernel can do that: FlashAttention does from sm_80 on and in 16 bits,
+where a build has it (those for Windows may not). Elsewhere (a T4; float32 anywhere) torch silently falls back to plain
+products and a softmax, whose memory grows with the square of the length. With the keys repeated, as transformers does
+beside a mask, its memory-efficient kernel serves. So torch is asked what it can do. See transformers' issue #48633 and
+its pull request #45776.
 """
 
 from __future__ import annotations
@@ -22,6 +29,11 @@ from transformers.integrations import sdpa_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+HALF = (torch.bfloat16, torch.float16)
+"""Dtypes of 16 bits."""
+
+# --- packed rows, piece by piece ---
+
 NAME = "sdpa_by_piece"
 _without_mask = False
 
@@ -37,7 +49,7 @@ def fits(config: Any, max_length: int) -> bool:
 
 @contextlib.contextmanager
 def attention_by_piece(causal_lm: nn.Module) -> Iterator[None]:
-    """The model has `sdpa_by_piece` inside, its own implementation again outside."""
+    """Inside the context the model attends by `sdpa_by_piece`, outside by its own implementation again."""
     before = causal_lm.config._attn_implementation
     causal_lm.set_attn_implementation(NAME)
     try:
@@ -48,7 +60,7 @@ def attention_by_piece(causal_lm: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_mask() -> Iterator[None]:
-    """A model with `sdpa_by_piece` makes no mask inside: the forward's `seq_lengths` say what attends to what."""
+    """Inside the context a model with `sdpa_by_piece` makes no mask; `seq_lengths` say which tokens see each other."""
     global _without_mask
     before, _without_mask = _without_mask, True
     try:
@@ -70,7 +82,7 @@ def _attention(
     seq_lengths: Sequence[Sequence[int]] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """`sdpa_attention_forward`, per piece where `attention_mask` is None and `seq_lengths` are given.
+    """transformers' `sdpa_attention_forward`, piece by piece where there is no mask and `seq_lengths` are given.
 
     Args:
         query, key, value: (batch, heads, sequence, head size), as in transformers.
@@ -99,15 +111,8 @@ AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, _mask)
 
 
-# Attention with fewer key heads than query heads, where torch has no fused kernel for it.
-#
-# Without a mask, transformers asks SDPA to group the queries itself (`enable_gqa`). Not every fused kernel can do that:
-# FlashAttention does from sm_80 on and in 16 bits, where a build has it (those for Windows may not). Elsewhere (a T4;
-# float32 anywhere) torch silently falls back to plain products and a softmax, whose memory grows with the square of the
-# length. With the keys repeated, as transformers does beside a mask, its memory-efficient kernel serves. See
-# transformers' issue #48633 and its pull request #45776. So torch is asked what it can do.
+# --- repeated keys ---
 
-HALF = (torch.bfloat16, torch.float16)
 _asked_by_transformers = sdpa_attention.use_gqa_in_sdpa
 
 
@@ -134,7 +139,11 @@ def kernel_groups(key: Tensor, value: Tensor) -> bool:
 
 @functools.cache
 def fused_grouping(device: torch.device, dtype: torch.dtype, size: int, value_size: int) -> bool:
-    """What torch says of training causal attention with two query heads to a key head. Sizes are a head's."""
+    """Whether torch has a fused kernel for training causal attention with two query heads to a key head.
+
+    Args:
+        size, value_size: of a key head and of a value head.
+    """
 
     def states(heads: int, width: int) -> Tensor:
         return torch.empty(1, heads, 8, width, dtype=dtype, device=device, requires_grad=True)

@@ -1,4 +1,4 @@
-"""The base model and its tokenizer: loaded once, rounded to 4 bits, frozen, in the dtype the hardware is good at.
+"""The base model and its tokenizer: loaded once, rounded to 4 bits, frozen, in the dtype that suits the hardware.
 
 What is loaded is always a local folder of safetensors (`qpsft.model.folder` finds and checks it). Linear layers are
 quantized by bitsandbytes; the LM head, the embeddings and the norms keep an ordinary dtype. What the folder of an
@@ -30,11 +30,12 @@ from qpsft.model.base_record import (
 from qpsft.model.folder import DEMO, check_folder, config_sha256, one_line, resolve_folder
 from qpsft.model.hardware import (
     base_dtype,
-    check_attention,
+    check_run,
     compute_dtype_for,
     hardware_of,
     pick_device,
     pick_dtype,
+    warn_if_slow,
 )
 from qpsft.terminal import wrap
 
@@ -56,7 +57,7 @@ __all__ = [
 
 QUANTIZATIONS = ("nf4", "fp4", "none")
 
-# Tokens that models reserve for padding, or that no text of theirs is made of, best first.
+# Tokens that models reserve for padding or that do not occur in their texts, best first.
 PAD_TOKENS = (
     "<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<PAD>", "<|padding|>", "<|PAD_TOKEN|>", "<pad_id>",
     "<unk>", "[UNK]",
@@ -91,8 +92,8 @@ def load_base(
 
     Returns:
         (model in eval mode with no parameter requiring gradients, tokenizer). A quantized Linear of shape (out, in)
-        holds out·in/2 bytes of uint8. The forward of a `Linear4bit` never repacks its
-        weight, so eval and training mode compute the same numbers.
+        holds out·in/2 bytes of uint8. The forward of a `Linear4bit` never repacks its weight, so eval and training mode
+        compute the same numbers.
 
     Raises:
         BaseModelError: no such model; its folder is incomplete, truncated, pickle only, not a causal LM, or stored
@@ -109,11 +110,13 @@ def load_base(
     device = pick_device(device)
     folder = resolve_folder(name_or_path, revision=revision, remote_code=trust_remote_code)
     config_dict = check_folder(folder, trust_remote_code=trust_remote_code)
-    compute_dtype = base_dtype(device, dtype, config_dict)
+    hardware = hardware_of(device)
+    compute_dtype = base_dtype(hardware, dtype, config_dict)
+    warn_if_slow(hardware, dtype, config_dict)
     prequantized = config_dict.get("quantization_config") is not None
     if quantization != "none" or prequantized:
         _require_bitsandbytes(device)
-    check_attention(attn_implementation, hardware_of(device), compute_dtype)
+    check_run(hardware, attention=attn_implementation, dtype=compute_dtype)
 
     config = load_config(folder, trust_remote_code)
     kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
@@ -237,7 +240,7 @@ def modules_to_skip(model: PreTrainedModel) -> list[str]:
 def bitsandbytes_config(
     quantization: str, double_quant: bool, compute_dtype: torch.dtype, skip: list[str]
 ) -> BitsAndBytesConfig:
-    """How linear layers are rounded, for one of `QUANTIZATIONS` but "none"."""
+    """transformers' settings for rounding linear layers to "nf4" or "fp4"."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -246,7 +249,7 @@ def bitsandbytes_config(
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=compute_dtype,
         bnb_4bit_quant_storage=storage_dtype(compute_dtype),
-        llm_int8_skip_modules=skip,  # the name is from int8; 4 bits heed it too
+        llm_int8_skip_modules=skip,  # the option of 4 bits too, in spite of its name
     )
 
 

@@ -90,8 +90,8 @@ def refuse_int8(model: nn.Module) -> None:
 def check_read_back(model: nn.Module) -> None:
     """Makes sure that bitsandbytes reads 4-bit weights back as it stored them.
 
-    Its CPU kernel (0.50.2) goes row by row, and where rows end within a block it takes another block's scale, for
-    widths that are a multiple of 16 and not of the block size: errors of the weights' own size, silently.
+    Its CPU kernel (0.50.2) works row by row. Where the width is a multiple of 16 but not of the block size, a row ends
+    within a block, and the kernel silently takes another block's scale: errors as large as the weights.
 
     Raises:
         BaseModelError: it does not, naming the layer.
@@ -106,8 +106,8 @@ def check_read_back(model: nn.Module) -> None:
         widths.add(state.shape[-1])
         in_one_row = copy.copy(state)
         in_one_row.shape = (1, state.shape.numel())
-        read, right = (bitsandbytes.functional.dequantize_4bit(module.weight, how) for how in (state, in_one_row))
-        if not torch.equal(read.flatten(), right.flatten()):
+        read, expected = (bitsandbytes.functional.dequantize_4bit(module.weight, each) for each in (state, in_one_row))
+        if not torch.equal(read.flatten(), expected.flatten()):
             raise BaseModelError(
                 f"{name} has {state.shape[-1]} inputs, no multiple of the block size {state.blocksize}, and "
                 f"bitsandbytes {bitsandbytes.__version__} reads such a weight back wrongly on this CPU.",

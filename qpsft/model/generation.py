@@ -1,8 +1,8 @@
 """Completions of prompts: one greedy and several sampled ones each, decoded together from one cache of the prompt.
 
-Sampling inverts the cumulative distribution at one uniform number per token, and that number belongs to (seed, row,
-sample, position): which rows are decoded together, how many samples are drawn and where the length cap is do not
-change a sample's tokens, except where two runs of the model round a probability differently.
+Sampling inverts the cumulative distribution at one uniform number per token, which depends on (seed, row, sample,
+position) alone. So a sample's tokens do not depend on the rows it is decoded with, on how many samples are drawn or on
+the length cap, except where two runs of the model round a probability differently.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ CPU_BUDGET = 2**30
 """Bytes for the caches and distributions of one batch on the CPU; on CUDA a third of what is free."""
 MOST_SEQUENCES = 1024
 CACHE_ROOM = 32
+"""Tokens that a grown cache has room for beyond what it needs now."""
 COMPACT_SHARE = 0.15
-"""The cache is packed anew once this share of its rows has ended: they cost time, and packing costs a copy."""
+"""Once this share of a batch's sequences has ended, they are taken out of the cache: they cost time, and so does the
+copy without them."""
 
 
 @dataclass
@@ -75,16 +77,16 @@ def generate(
         temperature: divides the logits of the sampled ones; above 0.
         max_new_tokens: length cap. A prompt that comes so near to the model's last position that fewer tokens fit
             gets fewer, one at least.
-        batch_size: sequences decoded at once; None: as many as fit (`CPU_BUDGET`, `MOST_SEQUENCES`).
+        batch_size: sequences decoded at once; None: as many as the memory holds (`CPU_BUDGET`, `MOST_SEQUENCES`).
         description: shown beside a progress bar on a terminal; None: no bar.
 
     Returns:
         One `Completions` per prompt, in the order given.
     """
     copies = int(greedy) + samples
-    found = [Completions() for _ in prompts]
+    completed = [Completions() for _ in prompts]
     if not copies:
-        return found
+        return completed
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, not {temperature}")
     last_position = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -98,7 +100,7 @@ def generate(
                 longest = len(prompts[order[-1]])
                 room = max_new_tokens if last_position is None else max(1, min(max_new_tokens, last_position - longest))
                 size = batch_size or _fitting_sequences(model, longest + room)
-                group = order[-max(1, size // copies) :]  # longest first, so that what does not fit shows at once
+                group = order[-max(1, size // copies) :]  # longest first, so that too little memory shows at once
                 del order[-len(group) :]
                 uniforms = _uniforms(group, seed, greedy, samples, room).to(model.device)
                 parts = uniforms.split(max(1, size)) if size < copies else [uniforms]  # then the group is one prompt
@@ -106,11 +108,11 @@ def generate(
                 completions = [c for part in parts for c in _decode(model, own_prompts, part, stops, temperature)]
                 for index, i in enumerate(group):
                     own = completions[index * copies : (index + 1) * copies]
-                    found[i] = Completions(own[0] if greedy else None, own[int(greedy) :])
+                    completed[i] = Completions(own[0] if greedy else None, own[int(greedy) :])
                 bar.update(len(group))
     finally:
         model.train(was_training)
-    return found
+    return completed
 
 
 def _uniforms(rows: list[int], seed: int, greedy: bool, samples: int, length: int) -> Tensor:
@@ -198,7 +200,7 @@ def _decode(
 
 
 class _RoomyLayer(DynamicLayer):
-    """A layer's cache with room for tokens to come: DynamicLayer copies all of itself for each one."""
+    """A layer's cache with room for more tokens. transformers' DynamicLayer copies the whole cache for each token."""
 
     _buffers: tuple[Tensor, Tensor] | None = None
 
@@ -230,7 +232,10 @@ class _RoomyLayer(DynamicLayer):
 
 
 def _choose(logits: Tensor, logprobs: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
-    """The next tokens (rows,): where `uniforms` is NaN the most likely, else the first whose sum exceeds it."""
+    """The next tokens (rows,): where `uniforms` is NaN the most likely one, else a sample.
+
+    That is the first token up to which the probabilities add up to more than the uniform number.
+    """
     best = logits.argmax(-1)
     greedy = uniforms.isnan()
     probabilities = logprobs.exp() if temperature == 1 else (logits / temperature).softmax(-1)

@@ -2,11 +2,11 @@
 
     x (batch, sequence, hidden) -> tiles of 2,048 tokens -> MLP, one tile at a time -> joined again
 
-The MLP takes every token for itself, so this is exact up to float rounding, gradients included. In training a tile is
-computed again in the backward, when its gradient comes. Under (non-reentrant) gradient checkpointing that is the only
-recomputation of the MLP: x is saved before the tiles are run, and a layer's recomputation stops at the last thing
-saved. (`torch.utils.checkpoint` around every tile would compute the MLP three times instead of twice.) The idea is
-TiledMLP of Arctic Long Sequence Training (arXiv 2506.13996), which DeepSpeed has for its own engine.
+An MLP treats every token alone, so this is exact up to float rounding, gradients included. In training a tile is
+computed again in the backward pass, when its gradient comes. Under (non-reentrant) gradient checkpointing the MLP is
+recomputed only there: x is saved before the tiles are run, and the recomputation of a layer stops once all that was
+saved is there again. (`torch.utils.checkpoint` around every tile would compute the MLP three times instead of twice.)
+The idea is TiledMLP of Arctic Long Sequence Training (arXiv 2506.13996), which DeepSpeed has for its own engine.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 NAMES = ("mlp", "feed_forward", "ffn")
 ROUTERS = ("gate", "router", "experts")
-TILE = (
-    2048  # tokens; fewer make slow products, and other kernels (qpsft.psft.scoring). Each tile dequantizes the weights
-)
+TILE = 2048
+"""Tokens. Each tile dequantizes the weights anew, and with fewer tokens the products are slow or take other kernels
+(`qpsft.psft.scoring`)."""
 
 
 def is_tiled(row: int) -> bool:
@@ -63,7 +63,7 @@ def _in_tiles(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor)
 
 
 def _autocast_now(kind: str) -> Callable[[], contextlib.AbstractContextManager]:
-    """Autocast as it is on a kind of device, to be entered again; the meta device, where plans are made, has none."""
+    """The current autocast of a device type, to be entered again; the meta device, where plans are made, has none."""
     if kind == "meta":
         return contextlib.nullcontext
     enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
@@ -84,7 +84,7 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 
 class _Saved(torch.autograd.Function):
-    """Keeps x for `_Tiles`; a node of its own, because what a node saves is saved after its forward."""
+    """Keeps x for `_Tiles`. It is a node of its own, because a node saves its tensors only after its forward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, always_in_graph: Tensor) -> Tensor:
@@ -109,19 +109,21 @@ class _Tiles(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple:
         (x,) = ctx.saved.saved_tensors
-        of_x, of_trained = [], [torch.zeros_like(p) if p.requires_grad else None for p in ctx.trained]
+        x_gradients = []
+        totals = [torch.zeros_like(p) if p.requires_grad else None for p in ctx.trained]
         cpu_state, (devices, states) = ctx.random
         kind = x.device.type
-        # TRL's activation offloading is in force here too, and would move every tile to the host and back
+        # TRL's activation offloading is active here too, and would move every tile to the host and back
         no_hooks = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
         with no_hooks, torch.random.fork_rng(devices, device_type=kind), torch.enable_grad(), ctx.autocast():
             torch.set_rng_state(cpu_state)
             set_device_states(devices, states, device_type=kind)
-            for tile, of_tile in zip(_tiles(x.detach()), _tiles(gradient), strict=True):
+            for tile, output_gradient in zip(_tiles(x.detach()), _tiles(gradient), strict=True):
                 tile = tile.detach().requires_grad_()
-                first, *others = torch.autograd.grad(ctx.mlp(tile), (tile, *ctx.trained), of_tile, allow_unused=True)
-                of_x.append(first)
-                for total, part in zip(of_trained, others, strict=True):
+                inputs = (tile, *ctx.trained)
+                tile_gradient, *others = torch.autograd.grad(ctx.mlp(tile), inputs, output_gradient, allow_unused=True)
+                x_gradients.append(tile_gradient)
+                for total, part in zip(totals, others, strict=True):
                     if part is not None:
                         total.add_(part)
-        return None, None, torch.cat(of_x, dim=1).view(x.shape), *of_trained
+        return None, None, torch.cat(x_gradients, dim=1).view(x.shape), *totals

@@ -13,18 +13,9 @@ from qpsft.model.adapter_folder import AdapterFolder
 from qpsft.model.attention import fits
 from qpsft.model.continue_adapter import SAME_OPTIONS
 from qpsft.model.folder import one_line
-from qpsft.model.hardware import (
-    DTYPES,
-    OPTIONS,
-    Hardware,
-    check_attention,
-    check_mixed_precision,
-    check_optimizer,
-    hardware_for,
-    overflowing_type,
-)
+from qpsft.model.hardware import MIXED_PRECISION, base_dtype, check_run, hardware_for
 from qpsft.model.tiled_mlp import TILE, is_tiled
-from qpsft.plan.kernels import HALF, STAND_IN, Target
+from qpsft.plan.kernels import STAND_IN, Target
 from qpsft.plan.memory import Memory, Settings, add_up
 from qpsft.plan.optimizers import OptimizerBytes, optimizer_bytes
 from qpsft.plan.passes import Activations, Passes
@@ -69,9 +60,17 @@ class Planner:
         self, recipe: Recipe, shape: Shape, *, device: str, capability: tuple[int, int] | str, processes: int = 1
     ):
         self.shape, self.device, self.capability, self.processes = shape, device, capability, processes
-        self.dtype = _compute_dtype(recipe, shape, device, capability)
-        autocast = _autocast(recipe, self.dtype)
-        _check_card(recipe, shape, hardware_for(device, capability), self.dtype, autocast)
+        hardware, base_config = hardware_for(device, capability), shape.config.to_dict()
+        self.dtype = base_dtype(hardware, recipe.model.dtype, base_config)
+        mixed_precision = _mixed_precision(recipe, self.dtype)
+        check_run(
+            hardware,
+            attention=recipe.model.attn_implementation,
+            optimizer=_name(recipe.trainer.optim),
+            mixed_precision=mixed_precision,
+            dtype=self.dtype,
+            config=base_config,
+        )
         self._flash = (recipe.model.attn_implementation or "").startswith("flash")
         self._model = dataclasses.replace(recipe.model, attn_implementation=STAND_IN) if self._flash else recipe.model
         self.lora, self._trust = _adapter_options(recipe), recipe.trainer.trust_remote_code
@@ -84,6 +83,7 @@ class Planner:
         self.weights: WeightBytes = weight_bytes(skeleton)
         self._base_config = skeleton.get_base_model().config  # which knows its attention implementation
         self.context_length = getattr(shape.config.get_text_config(), "max_position_embeddings", None) or 2**20
+        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
         target = Target(device, capability, autocast)
         self._passes = {
             tiled: Passes(shape.config, functools.partial(self._build, tiled=tiled), self.lora, target)
@@ -235,27 +235,6 @@ def _window_bytes(args: Any, batch: Batch) -> int:
     return 3 * 8 * tokens + (4 * tokens * kept if args.loss_type == "psft" else 0)
 
 
-def _compute_dtype(recipe: Recipe, shape: Shape, device: str, capability: tuple[int, int] | str) -> torch.dtype:
-    """As `qpsft.model.hardware.base_dtype`, for a card that need not be here."""
-    asked = recipe.model.dtype
-    dtype = hardware_for(device, capability).compute_dtype if asked == "auto" else DTYPES[asked]
-    model_type = overflowing_type(shape.config.to_dict())
-    if dtype != torch.float16 or model_type is None:
-        return dtype
-    if asked != "auto":
-        raise BaseModelError(f"{model_type} models overflow in float16.", OPTIONS)
-    return torch.float32
-
-
-def _check_card(
-    recipe: Recipe, shape: Shape, found: Hardware, dtype: torch.dtype, autocast: torch.dtype | None
-) -> None:
-    """Raises what `load_base`, PSFTConfig and PSFTTrainer would on that card."""
-    check_attention(recipe.model.attn_implementation, found, dtype)
-    check_optimizer(_name(recipe.trainer.optim), found)
-    check_mixed_precision(autocast, dtype, overflowing_type(shape.config.to_dict()))
-
-
 def _adapter_options(recipe: Recipe) -> LoraArguments:
     """The recipe's, or those of the adapter that it goes on from."""
     if not recipe.lora.adapter_name_or_path:
@@ -274,9 +253,9 @@ def _name(optim: Any) -> str:
     return str(getattr(optim, "value", optim))
 
 
-def _autocast(recipe: Recipe, dtype: torch.dtype) -> torch.dtype | None:
-    """Mixed precision: as given, else by the compute dtype as `PSFTConfig` would on that device."""
+def _mixed_precision(recipe: Recipe, dtype: torch.dtype) -> str:
+    """As given, else the base's own, as `qpsft.model.hardware.settle_precision` has it."""
+    args = recipe.trainer
     if {"bf16", "fp16"} & set(recipe.given):
-        args = recipe.trainer
-        return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    return dtype if dtype in HALF else None
+        return "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+    return MIXED_PRECISION[dtype]

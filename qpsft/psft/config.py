@@ -12,7 +12,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from trl import SFTConfig
 
 from qpsft.errors import RecipeError
-from qpsft.model.hardware import check_optimizer, compute_dtype_for, hardware_of, pick_device
+from qpsft.model.hardware import check_run, hardware_of, pick_device
 from qpsft.psft.losses import EPSILON
 
 LOSS_TYPES = ("psft", "nll", "dft")
@@ -119,17 +119,12 @@ class PSFTConfig(SFTConfig):
         self.cpu_is_asked_for = self.use_cpu
         if not torch.accelerator.is_available():
             self.use_cpu = True  # transformers refuses bf16 on the CPU unless it is said
-        device = "cpu" if self.use_cpu else pick_device()
+        self.hardware = hardware_of("cpu" if self.use_cpu else pick_device())
         self.automatic_precision = self.bf16 is None and not self.fp16
-        if self.automatic_precision:
-            dtype = compute_dtype_for(device)
+        if self.automatic_precision:  # until the model is known: see settle_precision
+            dtype = self.hardware.compute_dtype
             self.bf16, self.fp16 = dtype == torch.bfloat16, dtype == torch.float16
-        if self.fp16 and not hardware_of(device).loss_scaling:
-            raise RecipeError(
-                f"fp16 needs loss scaling, which torch does not have on {device}.",
-                "Use dtype float32 or bfloat16 there.",
-            )
-        check_optimizer(self.optim, hardware_of(device))
+        check_run(self.hardware, optimizer=self.optim, mixed_precision="fp16" if self.fp16 else None)
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # the adapter's are all used; looking for others costs each step
         super().__post_init__()
