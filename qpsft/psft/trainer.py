@@ -21,7 +21,7 @@ from qpsft.errors import DivergedError, RecipeError, TrainingError
 from qpsft.model.attention import attention_by_piece, repeat_keys_where_no_kernel_groups
 from qpsft.model.environment import check_machine, use_triton_where_it_runs
 from qpsft.model.hardware import OPTIONS, settle_precision
-from qpsft.model.tiled_mlp import tile_mlps
+from qpsft.model.tiled_mlp import TileMlpsAgain, tile_mlps
 from qpsft.psft import checkpoint
 from qpsft.psft.config import PSFTConfig
 from qpsft.psft.float16 import repeat_until_finite
@@ -108,6 +108,7 @@ class PSFTTrainer(SFTTrainer):
             )
         if self.args.tiled_mlp:
             tile_mlps(self.model)
+            self.add_callback(TileMlpsAgain)
         self.policy_bytes = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
         self.reference_placement = self.args.reference_placement
         if self.reference_placement == "auto":
