@@ -114,6 +114,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
         print(data_line(rows, len(train_rows), len(held_out)), flush=True)
         warn_past_context(recipe, rows.counts.longest)
         warn_if_short(recipe, train_rows)
+    _forget_earlier_peak()
     model, _ = load_base(
         recipe.model.model_name_or_path,
         quantization=recipe.model.quantization,
@@ -309,6 +310,12 @@ def _verify_prompt(row: dict, tokenizer) -> dict:
         "input_ids": row["input_ids"],
         "prompt_length": supervised[0] if supervised else len(row["input_ids"]),
     }
+
+
+def _forget_earlier_peak() -> None:
+    """Another run in this process, a comparison's for instance, does not count in this one's `peak_bytes`."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _peak_bytes() -> int:
