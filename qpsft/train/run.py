@@ -33,6 +33,7 @@ from qpsft.psft.sharding import whole_policy
 from qpsft.psft.trainer import PSFTTrainer
 from qpsft.recipe.file import Recipe
 from qpsft.train.model_card import WRITTEN, model_card, resolved_recipe
+from qpsft.train.out_of_memory import is_out_of_memory, out_of_memory
 from qpsft.train.plot import draw_training
 from qpsft.train.progress import ConsoleCallback, MetricsCallback, read_metrics
 
@@ -113,7 +114,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
     if is_main():
         print(data_line(rows, len(train_rows), len(held_out)), flush=True)
         warn_past_context(recipe, rows.counts.longest)
-        warn_if_short(recipe, train_rows)
+    plan = warn_if_short(recipe, train_rows) if is_main() else None
     _forget_earlier_peak()
     model, _ = load_base(
         recipe.model.model_name_or_path,
@@ -140,7 +141,13 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
     from_main(lambda: write_base_record(model, folder))
     from_main(lambda: keep_chat_date(recipe.data.chat_date, folder))
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=recipe.run.resume or None)
+    try:
+        trainer.train(resume_from_checkpoint=recipe.run.resume or None)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        step = trainer.state.global_step + 1
+        raise out_of_memory(error, step, plan, newest_complete_checkpoint(folder)) from error
     seconds = time.perf_counter() - started
     numbers = from_main(lambda: [line for line in read_metrics(folder / METRICS) if "nll" in line][-1])
     summary = RunSummary(folder, numbers, seconds, _peak_bytes())
