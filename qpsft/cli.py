@@ -21,6 +21,7 @@ AFTER_INTERRUPT = {
 # verb -> its package, and what it does
 VERBS = {
     "demo": ("demo", "train the embedded base model and show what it learned"),
+    "doctor": ("doctor", "whether this machine can train, and the cure where it cannot"),
     "train": ("train", "train an adapter as a recipe says"),
     "preview": ("train", "show the rows as the model will see them"),
     "plan": ("plan", "the memory a recipe needs, and whether a card has it"),

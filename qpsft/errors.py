@@ -40,7 +40,7 @@ class OutputError(QpsftError):
 
 
 class TrainingError(QpsftError):
-    """Training cannot start or go on: nothing to supervise, loss not finite, an adapter that was changed during the run."""
+    """Training cannot start or go on: nothing to supervise, a loss that is not finite, a changed adapter."""
 
 
 class DivergedError(TrainingError):

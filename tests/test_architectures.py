@@ -71,6 +71,10 @@ TEXT = {  # model_type: what of its config is not as in tiny_models.SIZES, and t
     "gemma4_unified_text": (GEMMA4_12B, LLAMA),
     "qwen3_5_text": (QWEN3_5, LLAMA | DELTANET),
     "lfm2": ({"layer_types": ["conv", "full_attention"]}, LFM2),
+    # an MLP that adds the residual itself, and a mixture whose config names its experts otherwise than TRL expects
+    "bloom": ({"n_layer": 2, "n_head": 4}, {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
+    "mpt": ({"d_model": 64, "n_layers": 2, "n_heads": 4}, {"Wqkv", "out_proj", "up_proj", "down_proj"}),
+    "granitemoe": ({"num_local_experts": 4, "num_experts_per_tok": 2}, ATTENTION),
 }
 MULTIMODAL = {  # as their Hub folders are: one config for text, vision and sound; qpsft trains the text part
     "gemma3": (GEMMA3, LLAMA),
@@ -227,6 +231,16 @@ def test_the_merge_is_the_trained_model(tmp_path, model_type):
         before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "base", tmp_path / "merged"))
         seeing = [name for name in before if "visual" in name]
         assert seeing and all(torch.equal(after[name], before[name]) for name in seeing)
+
+
+def test_a_model_that_cannot_be_trained_is_refused_by_name(tmp_path):
+    folder = save_tiny_model(tmp_path / "base", "phimoe", num_local_experts=4, num_experts_per_tok=2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not in linear layers")
+        base, tokenizer = load_base(folder, device="cpu", verbose=False)
+    model = add_adapter(base, LoraArguments(lora_r=4))
+    with pytest.raises(RecipeError, match="phimoe models cannot be trained here: its router draws random numbers"):
+        PSFTTrainer(model, args=make_config(tmp_path / "out"), train_dataset=make_rows(8), processing_class=tokenizer)
 
 
 def test_a_vision_model_without_a_text_class_is_refused_by_name(tmp_path):

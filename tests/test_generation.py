@@ -1,15 +1,19 @@
 """Completions: the same as transformers', whatever they are decoded with, and samples from the model's distribution."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from tiny_models import VOCABULARY, save_tiny_model
 
 from qpsft.evaluate.likelihood import row_sums
+from qpsft.model import generation
 from qpsft.model.base import load_base
 from qpsft.model.generation import generate
 
 STOP = 7
+GB = 10**9
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +114,13 @@ def test_the_mode_of_the_model_is_kept(tiny):
         tiny.train(training)
         generate(tiny, [[1, 2, 3]], stop_ids=(), max_new_tokens=2)
         assert tiny.training == training
+
+
+def test_what_torch_holds_in_reserve_is_room_for_sequences(tiny, monkeypatch):
+    on_a_card = SimpleNamespace(config=tiny.config, dtype=torch.bfloat16, device=torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (GB // 1000, 8 * GB))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * GB)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * GB)
+    short = generation._fitting_sequences(on_a_card, 64)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * GB + 9 * GB // 1000)
+    assert generation._fitting_sequences(on_a_card, 64) == pytest.approx(10 * short, abs=10)

@@ -1,5 +1,6 @@
 """What is decided for each kind of hardware, by faking device properties: dtype, loss scaling, kernels, optimizers."""
 
+import contextlib
 import json
 import re
 import warnings
@@ -14,10 +15,15 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qpsft import PSFTConfig, PSFTTrainer
 from qpsft.errors import BaseModelError, RecipeError
+from qpsft.evaluate.model import dtype_here, load_evaluated
+from qpsft.model import base as base_module
+from qpsft.model.adapter import add_adapter, save_adapter
 from qpsft.model.base import load_base
+from qpsft.model.base_record import quantized_linears
 from qpsft.model.hardware import (
     base_dtype,
     check_run,
+    default_stream,
     hardware_for,
     hardware_of,
     has_kernels,
@@ -29,6 +35,7 @@ from qpsft.plan import make_plan
 from qpsft.plan.cards import Card
 from qpsft.plan.planned_config import PlannedConfig
 from qpsft.psft import config
+from qpsft.recipe.arguments import LoraArguments
 from qpsft.recipe.file import load_recipe
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -170,6 +177,68 @@ def test_the_checks_stand_before_the_work(tmp_path):
     int8 = AutoModelForCausalLM.from_pretrained(base, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
     with pytest.raises(BaseModelError, match="is in int8, and qpsft trains on bases in 4 bits"):
         PSFTTrainer(int8, args=make_config(tmp_path), train_dataset=make_rows(4), peft_config=make_lora())
+
+
+def test_weights_are_rounded_on_the_stream_that_bitsandbytes_uses(monkeypatch, tmp_path):
+    """Its kernels go to CUDA's default stream; what they read must have been copied there, not on the user's own."""
+    on = []
+
+    @contextlib.contextmanager
+    def stream(one):
+        on.append(one)
+        yield
+        on.pop()
+
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: f"the default one of {device}")
+    with default_stream(torch.device("cuda:1")):
+        assert on == ["the default one of cuda:1"]
+    with default_stream(torch.device("cpu")):
+        assert not on
+    monkeypatch.setattr(base_module, "default_stream", lambda device: stream(device))
+    load, during = base_module._load_model, []
+    monkeypatch.setattr(base_module, "_load_model", lambda *args: during.extend(on) or load(*args))
+    load_base(make_base(tmp_path / "base"), device="cpu", verbose=False)
+    assert during == [torch.device("cpu")]
+
+
+@pytest.mark.parametrize(
+    ("capability", "trained", "model_type", "computed"),
+    [
+        ((7, 5), "bfloat16", "llama", F16),
+        ((7, 5), "bfloat16", "gemma2", F32),
+        ((6, 1), "bfloat16", "llama", F32),
+        ((7, 5), "float16", "llama", None),
+        ((8, 9), "bfloat16", "llama", None),
+        ((8, 9), "float16", "llama", None),
+    ],
+)
+def test_an_adapter_from_another_card_computes_in_what_this_one_is_good_at(
+    card, capability, trained, model_type, computed
+):
+    card(capability)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = dtype_here(trained, {"model_type": model_type}, torch.device("cuda:0"))
+    assert found == (computed or getattr(torch, trained))
+    told = [str(one.message) for one in said if "The adapter was trained in bfloat16" in str(one.message)]
+    assert len(told) == (computed is not None)
+    assert computed is None or f"computing in {str(computed).removeprefix('torch.')}" in told[0]
+    assert dtype_here(trained, {"model_type": model_type}, torch.device("cpu")) == getattr(torch, trained)
+
+
+def test_its_base_is_rounded_as_in_training_all_the_same(tmp_path, monkeypatch):
+    base, tokenizer = load_base(make_base(tmp_path / "base"), device="cpu", dtype="bfloat16", verbose=False)
+    adapter = save_adapter(add_adapter(base, LoraArguments(lora_r=2)), tmp_path / "adapter")
+    tokenizer.save_pretrained(adapter)
+    there, _ = load_evaluated(str(adapter))
+    monkeypatch.setattr("qpsft.evaluate.model.dtype_here", lambda *args: F16)
+    here, _ = load_evaluated(str(adapter))
+    assert (there.dtype, here.dtype) == (BF16, F16)
+    weights = [{name: layer.weight for name, layer in quantized_linears(model).items()} for model in (there, here)]
+    assert len(weights[0]) == 14 and all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    logprobs = [model(torch.arange(3, 40).unsqueeze(0)).logits.float().log_softmax(-1) for model in (there, here)]
+    assert 0 < (logprobs[0] - logprobs[1]).abs().max() < 0.2 and logprobs[1].isfinite().all()
 
 
 # --- the trainer's mixed precision ---

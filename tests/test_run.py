@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -321,3 +322,19 @@ def test_truncated_rows_are_mentioned(capsys, tmp_path):
     out = capsys.readouterr().out
     assert "truncated at 60 tokens" in out and "qpsft merge" in out
     assert all(len(line) <= 80 for line in out.splitlines() if line.startswith(("data:", "  README")))
+
+
+def test_the_peak_of_an_earlier_run_does_not_count(tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr(run, "_forget_earlier_peak", lambda: order.append("peak"))
+    monkeypatch.setattr(run, "load_base", lambda *args, **kwargs: order.append("base") or sys.exit())
+    recipe = load_recipe(None, [*FLAGS, f"--output_dir={tmp_path}"], PSFTConfig)
+    with pytest.raises(SystemExit):
+        run.train(recipe)
+    assert order == ["peak", "base"]
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: order.append("reset"))
+    run._forget_earlier_peak()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    run._forget_earlier_peak()
+    assert order[2:] == ["reset"]

@@ -15,6 +15,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
 from qpsft.model.base import load_base
+from qpsft.model.hardware import free_device_bytes
 from qpsft.plan.live_bytes import LiveBytes
 from qpsft.psft import reference, scoring
 from qpsft.psft.checkpoint import remove_folder
@@ -300,11 +301,11 @@ def test_the_reference_lives_where_memory_is_not_short(card, free, copy, place):
 
 
 def test_how_much_memory_a_device_has_left(monkeypatch):
-    assert reference.free_device_bytes(torch.device("cpu")) is None
+    assert free_device_bytes(torch.device("cpu")) is None
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GB, 8 * GB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * GB)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * GB)
-    assert reference.free_device_bytes(torch.device("cuda:0")) == 6 * GB
+    assert free_device_bytes(torch.device("cuda:0")) == 6 * GB
 
 
 def test_the_reference_s_place_does_not_change_a_run_stopped_and_resumed_too(base, tmp_path):

@@ -158,11 +158,45 @@ def test_hooks_on_saved_tensors_do_not_reach_a_tiles_graph(base, short_tiles, ch
     assert plain.keys() == hooked.keys() and all(torch.equal(plain[name], hooked[name]) for name in plain)
 
 
-@pytest.mark.parametrize("model_type,count", [("qwen2", 2), ("gemma2", 2), ("gpt_neox", 2), ("qwen3_moe", 0)])
+SIZES = {
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32},
+    "bloom": {"n_layer": 2, "n_head": 4},  # whose MLP adds the residual itself: forward(x, residual)
+    "mpt": {"d_model": 64, "n_layers": 2, "n_heads": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "count"), [("qwen2", 2), ("gemma2", 2), ("gpt_neox", 2), ("qwen3_moe", 0), ("bloom", 0), ("mpt", 0)]
+)
 def test_which_mlps_are_tiled(tmp_path, model_type, count):
-    experts = {"num_experts": 4, "moe_intermediate_size": 32} if model_type == "qwen3_moe" else {}
-    save_tiny_model(tmp_path, model_type, **experts)
+    save_tiny_model(tmp_path, model_type, **SIZES.get(model_type, {}))
     assert len(tile_mlps(load_base(tmp_path, verbose=False, quantization="none")[0])) == count
+
+
+def liger(model, config=None):
+    """What Liger does to the MLPs of a model that is there already: a forward of its own, bound to the instance."""
+
+    def swiglu(self, x):
+        return self.down_proj(torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    for module in model.modules():
+        if hasattr(module, "gate_proj") and hasattr(module, "down_proj"):
+            module.__dict__["forward"] = swiglu.__get__(module, type(module))
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["tiles first", "Liger first"])
+def test_with_liger_long_rows_are_tiled_all_the_same(base, tmp_path, short_tiles, monkeypatch, before):
+    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", liger)  # which is called when training begins
+    rows = make_rows(24, longest=40)
+    model, _ = load_base(base, verbose=False)
+    if before:
+        liger(model)
+    settings = {"use_liger_kernel": True, "max_steps": 2}
+    trainer = make_trainer(base, tmp_path / "out", model=model, lora=make_lora(), rows=rows, **settings)
+    seen = watch_mlp(trainer.model)
+    trainer.train()
+    assert any("swiglu" in repr(m.forward) for m in trainer.model.modules())  # it is Liger's forward that is tiled
+    assert max(seen) < 32  # two tiles are 16 tokens of a row, and there are two rows
 
 
 def test_runs_with_long_rows_use_it_unless_told_otherwise(base, tmp_path, short_tiles):

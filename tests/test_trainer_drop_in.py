@@ -22,6 +22,7 @@ from transformers import BitsAndBytesConfig, set_seed
 from qpsft import PSFTConfig, PSFTTrainer
 from qpsft.errors import RecipeError
 from qpsft.model.base import load_base
+from qpsft.psft import policy as policy_module
 
 PEFT_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 
@@ -51,6 +52,23 @@ def test_a_path_a_quantization_config_and_a_peft_config_as_in_sft_trainer(base, 
     trainer.train()
     assert same(frozen(trainer.model), before)  # not repacked by the evaluations, on CPUs with AVX512-BF16 either
     assert {p.dtype for p in policy(trainer.model).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [({}, {"": torch.device("cuda:1")}), ({"device_map": "auto"}, "auto"), ({"device_map": None}, None)],
+)
+def test_a_model_by_name_is_put_on_one_card_unless_a_map_is_given(tmp_path, monkeypatch, given, used):
+    """TRL's own map shares it out over all cards that are visible, and what is computed ends on the last of them."""
+    args = make_config(tmp_path, model_init_kwargs=given)
+    asked = {}
+    monkeypatch.setattr(policy_module, "create_model_from_path", lambda name, **kwargs: asked.update(kwargs))
+    policy_module._load("some/model", args, None)
+    assert asked.get("device_map") == given.get("device_map")  # on the CPU it is TRL's own choice
+    asked.clear()
+    monkeypatch.setattr(type(args), "device", torch.device("cuda:1"))
+    policy_module._load("some/model", args, None)
+    assert asked["device_map"] == used
 
 
 def test_a_path_alone_names_the_output_folder_as_sft_trainer_does(base, tmp_path, monkeypatch):

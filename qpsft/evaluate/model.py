@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from torch import nn
 
 from qpsft.errors import BaseModelError
 from qpsft.model.adapter_folder import ADAPTER_CONFIG, AdapterFolder
 from qpsft.model.base import describe, load_base
+from qpsft.model.base_record import quantized_linears
 from qpsft.model.folder import MERGE_REPORT
+from qpsft.model.hardware import base_dtype, hardware_of
+from qpsft.model.skeleton import dtype_named
 from qpsft.recipe.arguments import DataArguments
 
 RECIPES = ("recipe.resolved.yaml", "recipe.yaml")
@@ -59,9 +66,41 @@ def load_evaluated(
         device=device,
         verbose=False,
     )
+    here = dtype_here(record.compute_dtype, model.config.to_dict(), model.device)
+    if here != dtype_named(record.compute_dtype):
+        compute_in(model, here)
     # A Hub id says more than the snapshot's folder it was loaded from.
     model.qpsft_source = replace(model.qpsft_source, name=record.base_model_name_or_path)
     return adapter.put_on(model), adapter.tokenizer(base_folder)
+
+
+def dtype_here(trained: str, config: Mapping[str, Any], device: torch.device) -> torch.dtype:
+    """The dtype to compute in: training's, unless that was bfloat16 and the card only emulates it, which is said.
+
+    Args:
+        trained: the compute dtype in the adapter's record.
+        config: the base's `config.json`.
+    """
+    dtype = dtype_named(trained)
+    if device.type != "cuda" or dtype != torch.bfloat16 or hardware_of(device).compute_dtype == dtype:
+        return dtype
+    here = base_dtype(device, "auto", config)
+    warnings.warn(
+        f"The adapter was trained in bfloat16, which {hardware_of(device).name} only emulates: computing in "
+        f"{str(here).removeprefix('torch.')}, on the weights rounded as in training. Numbers differ by rounding.",
+        stacklevel=2,
+    )
+    return here
+
+
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Has a loaded base compute in another dtype. Its 4-bit weights stay as they are; the others are converted."""
+    loaded = model.dtype
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype == loaded:  # some architectures hold some weights in float32 whatever the dtype
+            tensor.data = tensor.data.to(dtype)
+    for layer in quantized_linears(model).values():
+        layer.compute_dtype = layer.weight.quant_state.dtype = dtype
 
 
 def describe_evaluated(model: Any) -> str:

@@ -32,6 +32,7 @@ from qpsft.model.hardware import (
     base_dtype,
     check_run,
     compute_dtype_for,
+    default_stream,
     hardware_of,
     pick_device,
     pick_dtype,
@@ -125,7 +126,8 @@ def load_base(
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         skip = modules_to_skip(skeleton)
         kwargs["quantization_config"] = bitsandbytes_config(quantization, double_quant, compute_dtype, skip)
-    model = _load_model(folder, config, compute_dtype, device, trust_remote_code, kwargs)
+    with default_stream(device):
+        model = _load_model(folder, config, compute_dtype, device, trust_remote_code, kwargs)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
 
     _keep_one_kernel(model, compute_dtype)

@@ -20,8 +20,10 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from qpsft.model.hardware import free_device_bytes
+
 CPU_BUDGET = 2**30
-"""Bytes for the caches and distributions of one batch on the CPU; on CUDA a third of what is free."""
+"""Bytes for the caches and distributions of one batch on the CPU; on CUDA a third of what torch can still have."""
 MOST_SEQUENCES = 1024
 CACHE_ROOM = 32
 """Tokens that a grown cache has room for beyond what it needs now."""
@@ -131,7 +133,8 @@ def _fitting_sequences(model: Any, length: int) -> int:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize * length
     distributions = 24 * config.vocab_size  # logits, log-probabilities, probabilities and their float64 sums
-    budget = torch.cuda.mem_get_info(model.device)[0] // 3 if model.device.type == "cuda" else CPU_BUDGET
+    free = free_device_bytes(model.device)
+    budget = CPU_BUDGET if free is None else free // 3
     # Appending a token to a cache copies it: twice its size for a moment.
     return max(1, min(MOST_SEQUENCES, budget // (2 * cache + distributions)))
 

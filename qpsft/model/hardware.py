@@ -12,6 +12,7 @@ attention, PSFTConfig for optimizer and mixed precision, PSFTTrainer for the mod
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import warnings
@@ -87,6 +88,22 @@ def pick_device(device: torch.device | str = "auto") -> torch.device:
     if hasattr(torch, "xpu") and torch.xpu.is_available():
         return torch.device("xpu", torch.xpu.current_device())
     return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
+
+
+def free_device_bytes(device: torch.device) -> int | None:
+    """Memory that a CUDA device has left, what torch holds in reserve included; None for other devices."""
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def default_stream(device: torch.device) -> contextlib.AbstractContextManager:
+    """CUDA's default stream inside; nothing elsewhere.
+
+    bitsandbytes (0.50) rounds weights on that stream whatever the current one is, so what it reads must be made there.
+    """
+    return torch.cuda.stream(torch.cuda.default_stream(device)) if device.type == "cuda" else contextlib.nullcontext()
 
 
 # --- what it can do ---

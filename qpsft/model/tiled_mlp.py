@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
+from transformers import TrainerCallback
 
 NAMES = ("mlp", "feed_forward", "ffn")
 ROUTERS = ("gate", "router", "experts")
@@ -37,7 +39,8 @@ def tile_mlps(model: nn.Module) -> list[str]:
 
     Args:
         model: a transformers model, with or without an adapter in it. Mixtures of experts are left as they are: each
-            expert sees a part of the tokens already.
+            expert sees a part of the tokens already. So are MLPs that take more than x (BLOOM's and MPT's add the
+            residual themselves).
 
     Returns: the names of the MLPs; [] when there is none that can be tiled.
     """
@@ -47,9 +50,18 @@ def tile_mlps(model: nn.Module) -> list[str]:
         if not is_mlp or any(hasattr(module, router) for router in ROUTERS):
             continue
         if not isinstance(module.forward, functools.partial):
+            if len(inspect.signature(module.forward).parameters) != 1:
+                continue
             module.forward = functools.partial(_in_tiles, module, module.forward)
         tiled.append(name)
     return tiled
+
+
+class TileMlpsAgain(TrainerCallback):
+    """Tiles what has been given another forward since: Liger gives every MLP one when training begins."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        tile_mlps(model)
 
 
 def _in_tiles(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

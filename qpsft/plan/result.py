@@ -87,6 +87,11 @@ class MemoryPlan:
             return None
         return self.needed_bytes <= self.gpu_bytes
 
+    @property
+    def offloads(self) -> bool:
+        """Whether activations go to host memory, or cannot because they are there already."""
+        return self._recipe.trainer.activation_offloading or self._planner.device != "cuda"
+
     @functools.cached_property
     def saved_otherwise(self) -> dict[str, int]:
         """Bytes of the saved activations with checkpointing turned on or off, and with offloading to host memory."""
@@ -115,15 +120,17 @@ class MemoryPlan:
 
     @functools.cached_property
     def suggestion(self) -> Suggestion | None:
-        """The cheapest change that makes it fit, planned anew; None when it fits, none was found, or none is known.
+        """The cheapest change that makes it fit, planned anew; None when it fits, none was found, or none is known."""
+        return self.within(self.gpu_bytes) if self.fits is False and self.complete else None
+
+    def within(self, limit: int) -> Suggestion | None:
+        """The cheapest change after which the run needs at most `limit` bytes; None when none was found.
 
         Before rows shorter than half of what is asked for comes a smaller model, where one is known that fits.
         """
-        if self.fits is not False or not self.complete:
-            return None
         cuda, longest = self._planner.device == "cuda", self._planner.context_length
         with self._trying() as needed:
-            found = suggest(self._recipe, needed, self.gpu_bytes, cuda=cuda, longest=longest)
+            found = suggest(self._recipe, needed, limit, cuda=cuda, longest=longest)
         options = dict(found.options) if found else {}
         length = options.pop("max_length", None)
         half = min(self._recipe.trainer.max_length, longest) / 2
@@ -133,7 +140,7 @@ class MemoryPlan:
             planner = self._planner.of_another(self._recipe, find_shape(name))
             for others in [{}, options] if options else [{}]:
                 need = _needed(planner.measure(changed(self._recipe, others), self._free))
-                if need <= self.gpu_bytes:
+                if need <= limit:
                     return Suggestion({"model_name_or_path": name} | others, need)
         return found
 

@@ -18,6 +18,12 @@ from trl.trainer.utils import create_model_from_path
 from qpsft.errors import RecipeError
 from qpsft.psft.config import PSFTConfig
 
+REFUSED = {
+    "phimoe": "its router draws random numbers in training, so two passes over the same weights differ, and PEFT puts "
+    "no adapter on it"
+}
+"""Models that the trainer cannot train, by `model_type`, and why."""
+
 
 def default_config(model: str | nn.Module) -> PSFTConfig:
     """The configuration of a trainer that was given none: SFTTrainer's convention, a folder named after the model."""
@@ -36,8 +42,8 @@ def prepare_policy(
     The trainable parameters of an adapter are float32, as PEFT made them or widened (exactly) from 16 bits.
 
     Raises:
-        RecipeError: an adapter on a model that has one; a chat template that needs new tokens in the embedding; packed
-            rows for a model that would let them see each other.
+        RecipeError: a model of `REFUSED`; an adapter on a model that has one; a chat template that needs new tokens in
+            the embedding; packed rows for a model that would let them see each other.
     """
     if isinstance(model, str):
         model = _load(model, args, quantization_config)
@@ -57,6 +63,8 @@ def prepare_policy(
     for parameter in adapter_parameters(model):
         if parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
+    _refuse_by_name(model)
+    _name_experts_for_trl(model)
     _keep_one_kernel(model)
     if args.packing or args.padding_free:
         _refuse_packing(model)
@@ -121,6 +129,19 @@ def warn_of_noise(model: nn.Module, args: PSFTConfig) -> None:
 
 def _is_base_dropout(name: str, module: nn.Module) -> bool:
     return isinstance(module, nn.Dropout) and "lora_dropout" not in name
+
+
+def _refuse_by_name(model: nn.Module) -> None:
+    model_type = model.config.get_text_config().model_type
+    if model_type in REFUSED:
+        raise RecipeError(f"{model_type} models cannot be trained here: {REFUSED[model_type]}.", "Use another base.")
+
+
+def _name_experts_for_trl(model: nn.Module) -> None:
+    # TRL (1.16) looks for `num_experts` where a mixture's load is balanced; Granite's config has another name for it
+    config = model.config.get_text_config()
+    if not hasattr(config, "num_experts") and hasattr(config, "num_local_experts"):
+        config.num_experts = config.num_local_experts
 
 
 def _keep_one_kernel(model: nn.Module) -> None:

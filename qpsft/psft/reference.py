@@ -42,14 +42,6 @@ def choose_placement(free_bytes: int | None, copy_bytes: int) -> str:
     return "host" if copy_bytes > LARGE_SHARE * (free_bytes - 3 * copy_bytes) else "device"
 
 
-def free_device_bytes(device: torch.device) -> int | None:
-    """Memory that a CUDA device has left, what torch holds in reserve included; None for other devices."""
-    if device.type != "cuda":
-        return None
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
-
-
 class ReferencePolicy:
     """A frozen copy of a model's trainable parameters.
 

@@ -20,8 +20,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from qpsft.errors import DivergedError, RecipeError, TrainingError
 from qpsft.model.attention import attention_by_piece, repeat_keys_where_no_kernel_groups
 from qpsft.model.environment import check_machine, use_triton_where_it_runs
-from qpsft.model.hardware import OPTIONS, settle_precision
-from qpsft.model.tiled_mlp import tile_mlps
+from qpsft.model.hardware import OPTIONS, free_device_bytes, settle_precision
+from qpsft.model.tiled_mlp import TileMlpsAgain, tile_mlps
 from qpsft.psft import checkpoint
 from qpsft.psft.config import PSFTConfig
 from qpsft.psft.float16 import repeat_until_finite
@@ -31,7 +31,7 @@ from qpsft.psft.losses import NotFiniteError, dft_loss, loss_statistics, nll_los
 from qpsft.psft.metrics import RunStatistics
 from qpsft.psft.packing import check_packing, packed_collator
 from qpsft.psft.policy import default_config, float32_adapter, prepare_policy, warn_of_noise
-from qpsft.psft.reference import ReferencePolicy, choose_placement, free_device_bytes
+from qpsft.psft.reference import ReferencePolicy, choose_placement
 from qpsft.psft.schedule import BlockSampler, BlockSchedule, StepPosition, row_order
 from qpsft.psft.scoring import as_in_training, real_tokens, token_budget
 from qpsft.psft.sharding import check_sharding
@@ -108,6 +108,7 @@ class PSFTTrainer(SFTTrainer):
             )
         if self.args.tiled_mlp:
             tile_mlps(self.model)
+            self.add_callback(TileMlpsAgain)
         self.policy_bytes = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
         self.reference_placement = self.args.reference_placement
         if self.reference_placement == "auto":

@@ -33,6 +33,7 @@ from qpsft.psft.sharding import whole_policy
 from qpsft.psft.trainer import PSFTTrainer
 from qpsft.recipe.file import Recipe
 from qpsft.train.model_card import WRITTEN, model_card, resolved_recipe
+from qpsft.train.out_of_memory import is_out_of_memory, out_of_memory
 from qpsft.train.plot import draw_training
 from qpsft.train.progress import ConsoleCallback, MetricsCallback, read_metrics
 
@@ -113,7 +114,8 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
     if is_main():
         print(data_line(rows, len(train_rows), len(held_out)), flush=True)
         warn_past_context(recipe, rows.counts.longest)
-        warn_if_short(recipe, train_rows)
+    plan = warn_if_short(recipe, train_rows) if is_main() else None
+    _forget_earlier_peak()
     model, _ = load_base(
         recipe.model.model_name_or_path,
         quantization=recipe.model.quantization,
@@ -139,7 +141,13 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
     from_main(lambda: write_base_record(model, folder))
     from_main(lambda: keep_chat_date(recipe.data.chat_date, folder))
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=recipe.run.resume or None)
+    try:
+        trainer.train(resume_from_checkpoint=recipe.run.resume or None)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        step = trainer.state.global_step + 1
+        raise out_of_memory(error, step, plan, newest_complete_checkpoint(folder)) from error
     seconds = time.perf_counter() - started
     numbers = from_main(lambda: [line for line in read_metrics(folder / METRICS) if "nll" in line][-1])
     summary = RunSummary(folder, numbers, seconds, _peak_bytes())
@@ -309,6 +317,12 @@ def _verify_prompt(row: dict, tokenizer) -> dict:
         "input_ids": row["input_ids"],
         "prompt_length": supervised[0] if supervised else len(row["input_ids"]),
     }
+
+
+def _forget_earlier_peak() -> None:
+    """Another run in this process, a comparison's for instance, does not count in this one's `peak_bytes`."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _peak_bytes() -> int:
