@@ -22,7 +22,7 @@ from qpsft.terminal import quiet_libraries
 HERE = Path(__file__).resolve().parent
 SHELF = HERE.parent / "adapters"
 OUTPUT = HERE / "results" / "evidence"
-ARMS = "sft,sft_matched,sft_blocks,dft,psft,psft_visits,last_visit"
+ARMS = "sft,sft_matched,sft_blocks,dft,psft,psft_visits"
 TUNED = {"arms": ARMS, "tune": True, "tune_seeds": 2, "seeds": 5}
 PARTS = {
     "noisy": (SHELF / "demo-noisy", TUNED),

@@ -52,7 +52,6 @@ LONG_CONTEXT = {  # options of PSFTConfig for long rows; those that this version
     "gradient_checkpointing": True,
     "activation_offloading": True,
     "optim": "adamw_bnb_8bit",
-    "reference_placement": "host",
     "tiled_mlp": True,
 }
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"

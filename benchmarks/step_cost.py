@@ -17,9 +17,9 @@ need no reference pass, so its median, mostly of the other steps, is rather too 
 the same rows for both, and is the ratio over a run. Rows are random tokens of random lengths: the time does not
 depend on which tokens they are.
 
-The grid (step_grid.py) adds K = 2, 4, 8, 16, four visits, both places of the reference, peak memory, and the goals as
-PASS or FAIL (step_goals.py). Rows there have one length. It keeps each cell in benchmarks/results/step_cost_DEVICE.json
-as soon as it is measured, and the same command goes on with the next one.
+The grid (step_grid.py) adds K = 2, 4, 8, 16, four visits, peak memory, and the goals as PASS or FAIL (step_goals.py).
+Rows there have one length. It keeps each cell in benchmarks/results/step_cost_DEVICE.json as soon as it is measured,
+and the same command goes on with the next one.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def the_grid(args: argparse.Namespace) -> int:
     from machine import AGAIN, GOAL_MISSED, RESULTS, Budget, Results, describe, device_name, environment, slug
     from real_shapes import SHAPES, build_model
     from step_goals import ARMS
-    from step_grid import Cell, chosen_arms, run_grid
+    from step_grid import Cell, run_grid
 
     named = args.arms.split(",") if args.arms else list(ARMS)
     for kind, names, known in (("shape", [args.shape] if args.shape else [], SHAPES), ("arm", named, ARMS)):
@@ -216,7 +216,7 @@ def the_grid(args: argparse.Namespace) -> int:
         warmup=args.warmup,
     )
     cells = [Cell(shape, *size, **settings) for size in sizes]
-    arms = chosen_arms(named)
+    arms = {name: ARMS[name] for name in named}
     folder = Path(args.results or RESULTS)
     found = environment(device)
     print(describe(found))

@@ -18,17 +18,15 @@ SMALL_MICRO_BATCH = 2
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train: which trainer, and for PSFT its K, V and where the reference lies.
+    """One way to train: which trainer, and for PSFT its K and V.
 
     Attributes:
         trainer: `trl` (trl.SFTTrainer), `nll` or `psft` (qpsft's).
-        placement: `device` or `host`.
     """
 
     trainer: str
     reference_steps: int = 8
     num_iterations: int = 1
-    placement: str = "device"
 
     @property
     def is_psft(self) -> bool:
@@ -50,7 +48,6 @@ ARMS = {
     "psft K=8": Arm("psft", 8),
     "psft K=16": Arm("psft", 16),
     "psft K=8 V=4": Arm("psft", 8, 4),
-    "psft K=8 host": Arm("psft", 8, placement="host"),
 }
 
 
@@ -136,6 +133,4 @@ def goals(
         else:
             limit = arm.bound()
         found.append(Goal(f"{name} / nll, time", ratio(seconds, name, "nll"), limit))
-    for name in ("psft K=8", "psft K=8 host"):
-        found.append(Goal(f"{name} / nll, peak memory", ratio(peaks, name, "nll"), PEAK_OVER_NLL))
-    return found
+    return [*found, Goal("psft K=8 / nll, peak memory", ratio(peaks, "psft K=8", "nll"), PEAK_OVER_NLL)]

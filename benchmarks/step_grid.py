@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,15 @@ import torch
 from machine import Budget, Results, clean_up, memory_meter
 from peft import LoraConfig
 from real_shapes import held_tensors, plain_tokenizer, random_rows, sharing_base
-from step_goals import ARMS, Arm, goals, scoring_share, step_seconds
+from step_goals import Arm, goals, scoring_share, step_seconds
 from transformers import PreTrainedModel, PrinterCallback, Trainer
 from trl import SFTConfig, SFTTrainer
 from turns import StepClock, Turns, clock_of, train_in_turns
 
 from qpsft import PSFTConfig, PSFTTrainer
 
-PEAK_ARMS = ("trl", "nll", "psft K=8", "psft K=8 host")
+PEAK_ARMS = ("trl", "nll", "psft K=8")
 PEAK_STEPS = 3  # snapshot, scored, snapshot: K = 2 there, since memory does not depend on K
-PLACEMENT = "reference_placement"
 
 
 @dataclass(frozen=True)
@@ -72,11 +71,6 @@ class Cell:
         return asdict(self)
 
 
-def has_placement() -> bool:
-    """Whether this version of qpsft can be told where the reference lies."""
-    return PLACEMENT in {field.name for field in fields(PSFTConfig)}
-
-
 def make_config(name: str, arm: Arm, cell: Cell, dtype: torch.dtype, out: str, max_steps: int) -> SFTConfig:
     shared: dict[str, Any] = dict(
         per_device_train_batch_size=cell.micro_batch,
@@ -102,8 +96,6 @@ def make_config(name: str, arm: Arm, cell: Cell, dtype: torch.dtype, out: str, m
         return SFTConfig(folder, **shared)
     if arm.is_psft:
         shared |= dict(reference_steps=arm.reference_steps, num_iterations=arm.num_iterations)
-        if has_placement():
-            shared[PLACEMENT] = arm.placement
     return PSFTConfig(folder, loss_type=arm.trainer, **shared)
 
 
@@ -119,11 +111,6 @@ def make_trainer(base: PreTrainedModel, config: SFTConfig, rank: int, rows: Any,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def chosen_arms(names: list[str]) -> dict[str, Arm]:
-    """Arms by name, without those this version of qpsft cannot run."""
-    return {name: ARMS[name] for name in names if ARMS[name].placement == "device" or has_placement()}
 
 
 # ---- alone: peak memory, and the noise of the ratio ----

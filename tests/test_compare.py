@@ -291,7 +291,6 @@ def test_methods_of_the_arms(tmp_path):
     # the same order as psft_visits, another loss
     order = {name: methods["psft_visits"][name] for name in ("reference_steps", "num_iterations", "sft_warmup_steps")}
     assert methods["sft_blocks"] == {"loss_type": "nll", "block_order": True, **order}
-    assert methods["last_visit"] == {"loss_type": "psft", "epsilon": 0.28, "reference": "last_visit"}
 
 
 def test_unknown_arms_get_the_nearest_name():

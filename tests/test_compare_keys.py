@@ -110,8 +110,8 @@ def test_samples_of_a_base_are_those_of_its_rounding(tmp_path):
 
 
 def test_a_control_at_another_learning_rate_is_none():
-    arms = find_arms(["sft", "sft_matched", "psft", "last_visit"])
-    rates = {"sft": 1e-3, "sft_matched": 2e-3, "psft": 2e-3, "last_visit": 4e-3}
-    with_sft = [("sft_matched", "sft"), ("psft", "sft"), ("last_visit", "sft")]
+    arms = find_arms(["sft", "sft_matched", "sft_blocks", "psft", "psft_visits"])
+    rates = {"sft": 1e-3, "sft_matched": 2e-3, "sft_blocks": 2e-3, "psft": 2e-3, "psft_visits": 4e-3}
+    with_sft = [(name, "sft") for name in ("sft_matched", "sft_blocks", "psft", "psft_visits")]
     assert pairs(arms, rates) == [*with_sft, ("psft", "sft_matched")]
-    assert pairs(arms, rates | {"last_visit": 2e-3}) == [*pairs(arms, rates), ("last_visit", "sft_matched")]
+    assert pairs(arms, rates | {"psft_visits": 2e-3}) == [*pairs(arms, rates), ("psft_visits", "sft_blocks")]

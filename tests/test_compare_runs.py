@@ -26,7 +26,7 @@ from qpsft.psft.config import PSFTConfig
 from qpsft.train import run
 from qpsft.train.progress import read_metrics
 
-ARMS = "sft,psft_visits,last_visit"
+ARMS = "sft,dft,psft_visits"
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from small_runs import (
     log_lines,
     make_base,
     make_lora,
-    make_rows,
     make_trainer,
     policy,
     same,
@@ -62,7 +61,6 @@ def run(base, out, overflows, init_scale=SCALE, autocast=False, **settings):
 PLANS = {
     "one visit": dict(),
     "visits and warm-up": dict(num_iterations=2, sft_warmup_steps=1, dataloader_num_workers=1),
-    "last visit": dict(reference="last_visit", rows=make_rows(12)),
     "nll": dict(loss_type="nll"),
 }
 # on and after snapshots, in the warm-up, in the second visit, the first and the last step, one and several on end
@@ -71,7 +69,7 @@ OVERFLOWS = {0: 1, 1: 2, 3: 1, 4: 3, 6: 1, 8: 2}
 
 def state(made):
     optimizer = made.optimizer.optimizer.state_dict()["state"]
-    kept = [made._scores, made._last_visit.state_dict(), made.reference.state_dict() if made.reference else None]
+    kept = [made._scores, made.reference.state_dict() if made.reference else None]
     return [policy(made.model), optimizer, made.lr_scheduler.state_dict(), *kept]
 
 

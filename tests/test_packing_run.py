@@ -29,7 +29,7 @@ def packed_run(tmp_path_factory):
     folder, trainers, make_trainer = tmp_path_factory.mktemp("run") / "a", [], run.make_trainer
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "make_trainer", lambda *args: trainers.append(make_trainer(*args)) or trainers[0])
-        assert train(folder, "--reference_placement=host") == 0
+        assert train(folder) == 0
     return folder, trainers[0]
 
 
@@ -62,14 +62,13 @@ def test_the_log_counts_real_tokens_and_each_block_starts_at_ratio_1(packed_run)
     assert [line["ratio_max"] == 1.0 for line in lines] == [True, False, False, False, True, False]
 
 
-def test_it_says_what_was_packed_and_where_the_reference_is(packed_run):
+def test_it_says_what_was_packed(packed_run):
     _, trainer = packed_run
-    packing, placement = run.setup_lines(trainer, 58)
+    (packing,) = run.setup_lines(trainer, 58)
     count = len(trainer.train_dataset)
     assert " ".join(packing.split()).startswith(f"packing: 58 rows in {count} of 128 tokens, ")
     assert packing.split()[-5:] == ["4", "packed", "rows", "a", "step"]
-    assert placement == "reference policy: 0.1 MB in host memory, on the device to score"
-    assert all(len(line) <= 80 for text in (packing, placement) for line in text.split("\n"))
+    assert all(len(line) <= 80 for line in packing.split("\n"))
 
 
 def test_resumed_it_ends_in_the_same_bytes(packed_run, tmp_path):
@@ -88,7 +87,6 @@ def test_resumed_it_ends_in_the_same_bytes(packed_run, tmp_path):
         (["--packing_strategy=wrapped"], "packing_strategy wrapped cuts rows in two"),
         (["--packing_strategy=bfd_split"], "packing_strategy has no effect in `qpsft train`"),
         (["--max_length=none"], "packing needs max_length"),
-        (["--reference=last_visit"], "last_visit needs rows that are not packed"),
     ],
 )
 def test_what_cannot_be_packed_is_a_clear_error(tmp_path, capsys, flags, said):

@@ -123,7 +123,7 @@ def test_a_sharded_run_is_the_run_that_is_not(base, found, tmp_path):
         swap = rank["sharded"]["swap"]
         assert swap["policy_moved"] > 1e-3 and swap["scored_is_the_snapshot_s"] and swap["policy_is_back"]
         assert swap["setting_data_changed_nothing"]  # the other way to swap: no error, and no effect
-        assert rank["sharded"]["placement"] == "device"  # no other is made of a sharded copy
+        assert not rank["sharded"]["reference_in_host_memory"]
 
 
 def test_a_sharded_run_on_packed_rows_is_the_run_that_is_not(found):
@@ -161,7 +161,6 @@ def test_what_sharding_needs_is_checked_before_training(found):
         )
         assert "optim adamw_8bit is not supported with FSDP" in refused["optimizer"]
         assert "Use adamw_torch_fused, the default." in refused["optimizer"]
-        assert "reference_placement: host is not supported with FSDP" in refused["placement"]
     trainer = SimpleNamespace(is_deepspeed_enabled=True, is_fsdp_enabled=True, args=SimpleNamespace())
     with pytest.raises(RecipeError, match="DeepSpeed is not supported"):
         check_sharding(trainer)
@@ -196,7 +195,6 @@ def test_what_is_done_once(found):
 
 def test_what_several_processes_cannot_do_is_refused(found):
     for rank in found[0]:
-        assert "last_visit needs a data set of known length and one process" in rank["last_visit"]
         assert "average_tokens_across_devices: false is not supported" in rank["n_per_process"]
 
 

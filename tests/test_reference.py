@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from small_runs import MODULES, make_base, make_lora, make_rows, policy, same
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pad_sequence
 
 from qpsft.errors import TrainingError
@@ -37,7 +38,7 @@ def shake(model, seed=2, scale=0.3):
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
-                p.add_(torch.randn(p.shape, generator=generator) * scale)
+                p.add_(torch.randn(p.shape, generator=generator).to(p.device) * scale)
 
 
 def collate(rows, left=False):
@@ -298,14 +299,28 @@ def test_only_the_trainable_adapter_of_two_is_copied(base):
     assert all(".second." in name for name in ReferencePolicy(model).state_dict())
 
 
-def test_kept_in_host_memory_it_scores_the_same(base):
-    model = adapted(base)
+def test_on_a_gpu_the_copy_is_in_host_memory_and_comes_to_the_device_to_score():
+    """With tensors that have a device and no data: on a CPU alone too."""
+    with FakeTensorMode():
+        model = torch.nn.Module()
+        model.weight = torch.nn.Parameter(torch.empty(3, 3, device="cuda"))
+        reference = ReferencePolicy(model)
+        assert reference.in_host_memory and reference.state_dict()["weight"].device.type == "cpu"
+        with reference.active():
+            assert model.weight.device.type == "cuda"
+        reference.load_state_dict({"weight": torch.empty(3, 3)})
+    on_cpu = torch.nn.Linear(3, 3)
+    assert not ReferencePolicy(on_cpu).in_host_memory
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_scores_as_the_policy_did_from_pinned_memory(base):
+    model = get_peft_model(load_base(base, device="cuda", verbose=False)[0], make_lora(init_lora_weights=False))
+    reference, batches = ReferencePolicy(model), [{k: v.cuda() for k, v in b.items()} for b in ragged_batches()]
+    assert reference.in_host_memory and all(t.is_pinned() for t in reference.state_dict().values())
+    at_snapshot = reference.score(batches)
     shake(model)
-    parked, resident = ReferencePolicy(model, park=True), ReferencePolicy(model)
-    shake(model, seed=3)
-    batches = ragged_batches()
-    assert same(parked.score(batches, token_budget=40), resident.score(batches, token_budget=40))
-    assert {t.device.type for t in parked.state_dict().values()} == {"cpu"}
+    assert same(reference.score(batches), at_snapshot)
 
 
 def test_state_dict_round_trip_and_refusals(base):

@@ -9,16 +9,14 @@ import torch
 import trl.trainer.utils
 from live_bytes import peak_of_scoring, peak_of_training
 from peft import get_peft_model
-from small_runs import make_base, make_lora, make_rows, make_trainer, policy, same
+from small_runs import make_base, make_lora, make_rows, make_trainer
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
 from qpsft.model.base import load_base
-from qpsft.model.hardware import free_device_bytes
 from qpsft.plan.live_bytes import LiveBytes
 from qpsft.psft import reference, scoring
-from qpsft.psft.checkpoint import remove_folder
 from qpsft.psft.forward import needs_mask, policy_forward
 from qpsft.psft.reference import ReferencePolicy
 from qpsft.psft.scoring import default_token_budget, groups, real_tokens, row_lengths
@@ -279,48 +277,3 @@ def test_models_that_see_ahead_or_balance_experts_keep_their_mask():
 
     assert not needs() and not needs(is_causal=True, use_bidirectional_attention=None, output_router_logits=False)
     assert needs(is_causal=False) and needs(use_bidirectional_attention=True) and needs(output_router_logits=True)
-
-
-GB, MB = 2**30, 2**20
-
-
-@pytest.mark.parametrize(
-    "card,free,copy,place",
-    [
-        ("8 GB, 8B base, rank 16", 2 * GB, 168 * MB, "host"),
-        ("12 GB, 8B base, rank 32", 6 * GB, 336 * MB, "host"),
-        ("24 GB, 8B base, rank 32", 18 * GB, 336 * MB, "device"),
-        ("80 GB, 8B base, rank 256", 74 * GB, 2688 * MB, "device"),
-        ("8 GB, 0.5B base, rank 16", 7 * GB, 35 * MB, "device"),
-        ("nothing left", 0, 35 * MB, "host"),
-        ("the CPU", None, 10 * GB, "device"),
-    ],
-)
-def test_the_reference_lives_where_memory_is_not_short(card, free, copy, place):
-    assert reference.choose_placement(free, copy) == place, card
-
-
-def test_how_much_memory_a_device_has_left(monkeypatch):
-    assert free_device_bytes(torch.device("cpu")) is None
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GB, 8 * GB))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * GB)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * GB)
-    assert free_device_bytes(torch.device("cuda:0")) == 6 * GB
-
-
-def test_the_reference_s_place_does_not_change_a_run_stopped_and_resumed_too(base, tmp_path):
-    def train(name, placement, **settings):
-        trainer = make_trainer(
-            base, tmp_path / name, reference_placement=placement, num_iterations=2, max_steps=12, **settings
-        )
-        trainer.train(resume_from_checkpoint=settings.get("save_strategy") == "no" and name == "parts")
-        assert trainer.reference.park == (placement == "host")
-        return policy(trainer.model)
-
-    on_device = train("device", "device", save_strategy="no")
-    assert same(train("auto", "auto", save_strategy="no"), on_device)
-    assert same(train("host", "host", save_strategy="no"), on_device)
-    train("parts", "host", save_steps=5, save_strategy="steps", save_total_limit=None)
-    for step in (10, 12):  # back to step 5, in the middle of a block
-        remove_folder(tmp_path / "parts" / f"checkpoint-{step}")
-    assert same(train("parts", "device", save_strategy="no"), on_device)

@@ -55,7 +55,7 @@ def test_an_average_step_is_that_of_whole_blocks(k, v):
 
 def test_goals_pass_fail_or_say_that_they_were_not_measured():
     seconds = {"trl": 1.0, "nll": 1.02, "psft K=2": 1.3, "psft K=8": 1.2, "psft K=8 V=4": 1.06}
-    peaks = {"nll": 1000, "psft K=8": 1020, "psft K=8 host": 1005}
+    peaks = {"nll": 1000, "psft K=8": 1020}
     found = {g.name: g for g in step_goals.goals(seconds, peaks, micro_batch=1, checkpointing=True)}
     passed = {name: goal.passed for name, goal in found.items()}
     assert passed == {
@@ -65,9 +65,7 @@ def test_goals_pass_fail_or_say_that_they_were_not_measured():
         "psft K=8 / nll, time": False,  # 1.176 > 1.15
         "psft K=16 / nll, time": None,
         "psft K=8 V=4 / nll, time": True,
-        "psft K=8 host / nll, time": None,
         "psft K=8 / nll, peak memory": False,
-        "psft K=8 host / nll, peak memory": True,
     }
     large = {g.name: g for g in step_goals.goals(seconds, peaks, micro_batch=8, checkpointing=True)}
     assert large["psft K=8 / nll, time"].passed and large["psft K=8 / nll, time"].limit == pytest.approx(
@@ -150,13 +148,6 @@ def test_an_arm_that_does_not_fit_leaves_the_others_and_their_goals(base, monkey
     assert "  trl             out of memory" in said
     only = step_grid.measure_cell(base, CELL, {"trl": ARMS["trl"]}, "cpu")
     assert only["out_of_memory"] is True
-
-
-def test_the_host_placement_is_left_out_where_it_does_not_exist(monkeypatch):
-    monkeypatch.setattr(step_grid, "has_placement", lambda: False)
-    assert "psft K=8 host" not in step_grid.chosen_arms(list(ARMS))
-    monkeypatch.setattr(step_grid, "has_placement", lambda: True)
-    assert "psft K=8 host" in step_grid.chosen_arms(list(ARMS))
 
 
 def test_step_cost_of_the_embedded_base(capsys, tmp_path):

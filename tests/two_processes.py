@@ -23,7 +23,6 @@ from test_resume import contents
 from torch.distributed.fsdp import FSDPModule
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-import qpsft.psft.trainer
 from qpsft import cli, processes
 from qpsft.errors import DataError, QpsftError
 from qpsft.model import base
@@ -112,14 +111,12 @@ def sharded() -> dict:
     refused = {"checkpoints": refusal()}
     os.environ |= fsdp_environment()
     refused["optimizer"] = refusal(optim="adamw_8bit")
-    refused["placement"] = refusal(reference_placement="host")
     storage = base.storage_dtype
     base.storage_dtype = lambda compute_dtype: torch.uint8
     model, _ = base.load_base(BASE, verbose=False, dtype="bfloat16")
     base.storage_dtype = storage
     refused["storage"] = refusal(model=model, lora=make_lora())
 
-    qpsft.psft.trainer.free_device_bytes = lambda device: 1  # a full card, where "auto" is the host's memory
     trainer = make_trainer(BASE, OUT / "fsdp", **SETTINGS, **SAVING)
     trainer.train()
     policy = sharding.whole_policy(trainer.model)
@@ -135,7 +132,7 @@ def sharded() -> dict:
     flags = [*FLAGS, f"--model_name_or_path={BASE}", f"--dataset_name={ROWS}", f"--output_dir={OUT / 'fsdp_cli'}"]
     return {
         "refused": refused,
-        "placement": trainer.reference_placement,
+        "reference_in_host_memory": trainer.reference.in_host_memory,
         "packed": a_packed_run("sharded_packed"),
         "rows_that_mix": rows_that_mix(),
         "layers_sharded": [isinstance(layer, FSDPModule) for layer in layers],
@@ -248,7 +245,6 @@ if __name__ == "__main__":
         "packed": a_packed_run("packed"),
         "overflow": an_overflow_in_one_process(),
         "once": what_is_done_once(),
-        "last_visit": refusal(reference="last_visit", num_iterations=1),
         "n_per_process": refusal(average_tokens_across_devices=False),
         "command_line_resumed": the_command_line_resumed(),
         "sharded": sharded(),  # last: it changes the environment

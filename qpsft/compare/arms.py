@@ -15,7 +15,7 @@ from qpsft.errors import RecipeError
 
 VISITS = 4
 METHOD_OPTIONS = frozenset(
-    {"loss_type", "epsilon", "reference_steps", "num_iterations", "sft_warmup_steps", "block_order", "reference"}
+    {"loss_type", "epsilon", "reference_steps", "num_iterations", "sft_warmup_steps", "block_order"}
 )
 """Options that belong to an arm; the other options of a recipe are the same for all arms."""
 
@@ -30,7 +30,6 @@ class Arm:
         loss_type: of PSFTConfig.
         visits: whether it goes through each block several times, after one block of plain SFT.
         block_order: whether it takes PSFT's order of the rows though its loss needs none.
-        last_visit: whether a row's reference is the policy at that row's own last visit.
         rate_of: arms whose learning rate it takes, the first that takes part; none: it has its own.
         control: the arm that differs from it in the loss alone.
     """
@@ -40,7 +39,6 @@ class Arm:
     loss_type: str
     visits: bool = False
     block_order: bool = False
-    last_visit: bool = False
     rate_of: tuple[str, ...] = ()
     control: str | None = None
 
@@ -54,8 +52,6 @@ class Arm:
         found: dict[str, Any] = {"loss_type": self.loss_type}
         if self.loss_type == "psft":
             found["epsilon"] = epsilon
-        if self.last_visit:
-            return found | {"reference": "last_visit"}
         if self.block_order:
             found["block_order"] = True
         if self.loss_type == "psft" or self.block_order:
@@ -69,19 +65,18 @@ ARMS: dict[str, Arm] = {
     arm.name: arm
     for arm in (
         Arm("sft", "plain SFT at its own learning rate", "nll"),
-        Arm("sft_matched", "plain SFT at PSFT's learning rate", "nll", rate_of=("psft", "psft_visits", "last_visit")),
+        Arm("sft_matched", "plain SFT at PSFT's learning rate", "nll", rate_of=("psft", "psft_visits")),
         Arm(
             "sft_blocks",
             "plain SFT at PSFT's learning rate, in its order of blocks and visits",
             "nll",
             visits=True,
             block_order=True,
-            rate_of=("psft_visits", "psft", "last_visit"),
+            rate_of=("psft_visits", "psft"),
         ),
         Arm("dft", "DFT", "dft"),
         Arm("psft", "PSFT, one visit (the paper)", "psft", control="sft_matched"),
         Arm("psft_visits", "PSFT, several visits, one block of SFT first", "psft", visits=True, control="sft_blocks"),
-        Arm("last_visit", "PSFT against each row's own last visit", "psft", last_visit=True, control="sft_matched"),
     )
 }
 DEFAULT_ARMS = ("sft", "sft_matched", "dft", "psft", "psft_visits")

@@ -22,7 +22,6 @@ STYLES: dict[str, dict[str, Any]] = {
     "dft": {"color": "#b0609a", "linestyle": "-.", "marker": "^"},
     "psft": {"color": "#d55e00", "linestyle": "-", "marker": "v"},
     "psft_visits": {"color": "#009e73", "linestyle": "-", "marker": "P", "linewidth": 2.2},
-    "last_visit": {"color": "#c08a00", "linestyle": "--", "marker": "X"},
 }
 """Colours that differ in hue and in lightness, a dash and a marker for each arm."""
 BASE = {"color": "0.45", "linestyle": (0, (1, 1.5)), "linewidth": 1.2}

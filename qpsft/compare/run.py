@@ -105,8 +105,6 @@ class RunSpec:
         if not self.method:
             return "base"
         kind = self.method["loss_type"]
-        if self.method.get("reference") == "last_visit":
-            kind += "-last_visit"
         if self.method.get("num_iterations", 1) > 1:
             kind += f"-{self.method['num_iterations']}visits"
         return f"{kind}-lr{short_rate(self.learning_rate)}-seed{self.seed}"

@@ -84,7 +84,7 @@ def dtype_here(trained: str, config: Mapping[str, Any], device: torch.device) ->
     dtype = dtype_named(trained)
     if device.type != "cuda" or dtype != torch.bfloat16 or hardware_of(device).compute_dtype == dtype:
         return dtype
-    here = base_dtype(device, "auto", config)
+    here = base_dtype(hardware_of(device), "auto", config)
     warnings.warn(
         f"The adapter was trained in bfloat16, which {hardware_of(device).name} only emulates: computing in "
         f"{str(here).removeprefix('torch.')}, on the weights rounded as in training. Numbers differ by rounding.",

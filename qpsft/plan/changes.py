@@ -83,8 +83,6 @@ def _changes(recipe: Recipe, cuda: bool) -> Iterator[dict[str, Any]]:
         yield {"optim": "adamw_8bit"}
     if "adamw" in optim and "paged" not in optim and cuda:
         yield {"optim": "paged_adamw_8bit"}
-    if cuda and args.reference_placement != "host" and args.loss_type == "psft":
-        yield {"reference_placement": "host"}
     if not args.tiled_mlp:
         yield {"tiled_mlp": True}
     if cuda and not args.activation_offloading:

@@ -48,7 +48,7 @@ class Memory:
         held: alive all the time.
         phases: total of each phase of an optimizer step, `held` included.
         margin: the last two parts, which torch does not count.
-        host: in host memory for the device's sake: a parked reference, paged state, offloaded activations.
+        host: in host memory for the device's sake: the reference, paged state, offloaded activations.
     """
 
     parts: dict[str, int]

@@ -22,7 +22,7 @@ from qpsft.plan.after import after_training
 from qpsft.plan.cards import Card, gib, this_card
 from qpsft.plan.changes import changed
 from qpsft.plan.planner import Planner
-from qpsft.plan.result import MemoryPlan, free_bytes
+from qpsft.plan.result import MemoryPlan
 from qpsft.plan.shapes import Shape, find_shape, read_shape
 from qpsft.processes import world_size
 from qpsft.psft.sharding import fsdp_is_asked
@@ -82,7 +82,7 @@ def make_plan(
 
 
 def _plan(recipe: Recipe, planner: Planner, gpu_bytes: int | None, card: str) -> MemoryPlan:
-    measured, args = planner.measure(recipe, free_bytes(gpu_bytes)), recipe.trainer
+    measured, args = planner.measure(recipe), recipe.trainer
     memory, training = measured.memory, measured.activations.training
     stored = getattr(planner.shape.config, "dtype", None) or torch.bfloat16
     after = after_training(args, stored.itemsize, planner.weights, measured.optimizer)

@@ -23,7 +23,6 @@ from qpsft.plan.shapes import Shape
 from qpsft.plan.step import Batch
 from qpsft.plan.weights import WeightBytes, build_skeleton, weight_bytes
 from qpsft.psft.forward import needs_mask
-from qpsft.psft.reference import choose_placement
 from qpsft.psft.scoring import default_token_budget
 from qpsft.psft.sharding import fsdp_is_asked
 from qpsft.recipe.arguments import LoraArguments
@@ -102,20 +101,15 @@ class Planner:
         """The same for another base."""
         return Planner(recipe, shape, device=self.device, capability=self.capability, processes=self.processes)
 
-    def measure(self, recipe: Recipe, free_bytes: int | None) -> Measured:
+    def measure(self, recipe: Recipe) -> Measured:
         """The memory of `recipe`, whose base and adapter are those the planner was made for.
-
-        Args:
-            recipe: the run.
-            free_bytes: of the card before anything is loaded, by which the reference is placed; None: not known.
 
         Raises:
             RecipeError: there is no longest row.
         """
         args = recipe.trainer
-        placement = self._placement(args, free_bytes)
         batch = self._batch(args)
-        score_batch = self._score_batch(args, batch, placement) if _scores(args) else None
+        score_batch = self._score_batch(args, batch) if _scores(args) else None
         every, notes = _checkpointing(args)
         tiled = args.tiled_mlp and is_tiled(batch.length)
         activations = self._activations(batch, score_batch, tiled, every, args.activation_offloading)
@@ -144,7 +138,7 @@ class Planner:
         settings = Settings(
             cuda=self.device == "cuda",
             capability=self.capability,
-            reference=placement,
+            reference=self._reference(args),
             accumulates=args.gradient_accumulation_steps > 1,
             processes=self.processes,
             window_bytes=_window_bytes(args, batch),
@@ -186,7 +180,7 @@ class Planner:
             return Batch(1, rows * length, masked=False)  # laid end to end
         return Batch(rows, length, masked=not fits(self._base_config, length))
 
-    def _score_batch(self, args: Any, batch: Batch, placement: str) -> Batch:
+    def _score_batch(self, args: Any, batch: Batch) -> Batch:
         """The largest batch of the reference pass, as `qpsft.psft.scoring` makes it."""
         budget = args.score_token_budget
         if budget is None:
@@ -197,26 +191,22 @@ class Planner:
                 checkpointing=args.gradient_checkpointing,
                 offloading=args.activation_offloading,
                 tiled=args.tiled_mlp and is_tiled(batch.length),
-                spare_bytes=0 if placement == "host" else self.weights.adapter,
+                spare_bytes=0 if self._reference(args) == "host" else self.weights.adapter,
             )
         if budget == 0 or (args.packing and self._flash):
             return batch
         rows = max(1, min(args.per_device_train_batch_size * args.gradient_accumulation_steps, budget // batch.length))
         return dataclasses.replace(batch, rows=rows)
 
-    def _placement(self, args: Any, free_bytes: int | None) -> str:
-        if args.loss_type != "psft" or args.reference != "snapshot":
+    def _reference(self, args: Any) -> str:
+        """Where the reference's copy is, as `qpsft.psft.reference.ReferencePolicy` keeps it."""
+        if args.loss_type != "psft":
             return "none"
-        if args.reference_placement != "auto" or self.device == "cpu" or free_bytes is None:
-            return "host" if args.reference_placement == "host" and self.device == "cuda" else "device"
-        weights = self.weights
-        loaded = weights.quantized + weights.constants + weights.unquantized + weights.adapter
-        return choose_placement(free_bytes - loaded, weights.adapter)
+        return "host" if self.device == "cuda" else "device"
 
 
 def _scores(args: Any) -> bool:
-    blocks = args.loss_type == "psft" and args.reference == "snapshot"
-    return blocks and (args.reference_steps > 1 or args.num_iterations > 1)
+    return args.loss_type == "psft" and (args.reference_steps > 1 or args.num_iterations > 1)
 
 
 def _checkpointing(args: Any) -> tuple[int | None, list[str]]:

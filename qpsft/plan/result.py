@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from qpsft.plan.cards import CONTEXT, GIB, USABLE, gib
+from qpsft.plan.cards import GIB, USABLE, gib
 from qpsft.plan.changes import Suggestion, changed, longest_that_fits, suggest
 from qpsft.plan.planner import Measured, Planner
 from qpsft.plan.shapes import find_shape, smaller_models
@@ -139,7 +139,7 @@ class MemoryPlan:
         for name in smaller_models(self.model):
             planner = self._planner.of_another(self._recipe, find_shape(name))
             for others in [{}, options] if options else [{}]:
-                need = _needed(planner.measure(changed(self._recipe, others), self._free))
+                need = _needed(planner.measure(changed(self._recipe, others)))
                 if need <= limit:
                     return Suggestion({"model_name_or_path": name} | others, need)
         return found
@@ -156,11 +156,7 @@ class MemoryPlan:
             yield needed
 
     def _measure(self, recipe: Recipe) -> Measured:
-        return self._planner.measure(recipe, self._free)
-
-    @property
-    def _free(self) -> int | None:
-        return free_bytes(self.gpu_bytes)
+        return self._planner.measure(recipe)
 
     @staticmethod
     def usable(size: float) -> int:
@@ -183,11 +179,6 @@ class MemoryPlan:
 
 def _needed(measured: Measured) -> int:
     return measured.memory.peak + measured.memory.margin
-
-
-def free_bytes(gpu_bytes: int | None) -> int | None:
-    """What a card has before anything is loaded."""
-    return None if gpu_bytes is None else gpu_bytes - CONTEXT
 
 
 def render(plan: MemoryPlan) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import get_scheduler
@@ -16,10 +16,8 @@ from qpsft.model.hardware import check_run, hardware_of, pick_device
 from qpsft.psft.losses import EPSILON
 
 LOSS_TYPES = ("psft", "nll", "dft")
-REFERENCES = ("snapshot", "last_visit")
 # Values of `report_to` that `get_available_reporting_integrations` does not tell.
 _NOT_TOLD = ("all", "none", "azure_ml", "flyte", "kubeflow")
-PLACEMENTS = ("auto", "device", "host")
 
 
 def _option(default: Any, help: str, **metadata: Any) -> Any:
@@ -53,11 +51,6 @@ class PSFTConfig(SFTConfig):
         "K: optimizer steps' worth of data in a block; the reference policy is renewed at each block's start. 8 as in "
         "the paper (64/8 and 256/32); 4 when the data fill few blocks; 1 with one visit is plain SFT.",
     )
-    reference: Literal["snapshot", "last_visit"] = _option(
-        "snapshot",
-        "The reference policy. snapshot: a copy of the adapter, renewed every block. last_visit: for each row the "
-        "policy at that row's own last visit, recorded in training at no cost; the first epoch is its warm-up.",
-    )
     num_iterations: int = _option(
         1,
         "How often each block is gone through before the next snapshot (PPO epochs). Visits count as epochs. 1 as in "
@@ -73,11 +66,6 @@ class PSFTConfig(SFTConfig):
         "Tokens per batch, padding included, in the reference pass. Unset: as many as take no more memory than "
         "training on the step's largest micro-batch. 0: the micro-batches as they are trained, which is slower and "
         "free of rounding noise: without a change of the weights the ratio is 1 to the bit.",
-    )
-    reference_placement: Literal["auto", "device", "host"] = _option(
-        "auto",
-        "Where the snapshot is kept between scoring passes; the results are the same. host: in host memory, which "
-        "frees one adapter's bytes on the device. auto: host where device memory is short.",
     )
     block_order: bool = _option(
         False, "nll and dft go through the data in PSFT's order (blocks and visits), as a control. psft always does."
@@ -151,8 +139,6 @@ class PSFTConfig(SFTConfig):
     def _check(self) -> None:
         if self.loss_type not in LOSS_TYPES:
             raise RecipeError(f"loss_type {self.loss_type!r} is not known.", f"Use one of {', '.join(LOSS_TYPES)}.")
-        if self.reference not in REFERENCES:
-            raise RecipeError(f"reference {self.reference!r} is not known.", f"Use {' or '.join(REFERENCES)}.")
         if self.packing and self.packing_strategy == "wrapped":
             raise RecipeError(
                 "packing_strategy wrapped cuts rows in two and lets them see each other.",
@@ -160,11 +146,6 @@ class PSFTConfig(SFTConfig):
             )
         if self.packing and self.max_length is None:
             raise RecipeError("packing needs max_length, the length of a packed row.", "Set max_length, such as 2048.")
-        if self.reference_placement not in PLACEMENTS:
-            known = ", ".join(PLACEMENTS)
-            raise RecipeError(f"reference_placement {self.reference_placement!r} is not known.", f"Use {known}.")
-        if self.reference == "last_visit" and (self.packing or self.padding_free):
-            raise RecipeError("reference: last_visit needs rows that are not packed.", "Turn packing off.")
         at_least_one = (
             "reference_steps",
             "num_iterations",
@@ -211,8 +192,7 @@ class PSFTConfig(SFTConfig):
         for name, why in refused.items():
             if getattr(self, name):
                 raise RecipeError(f"{name} is not supported.", why)
-        blocks = self.loss_type == "psft" and self.reference == "snapshot"
-        if blocks and self.reference_steps == 1 and self.num_iterations == 1:
+        if self.loss_type == "psft" and self.reference_steps == 1 and self.num_iterations == 1:
             warnings.warn(
                 "reference_steps = 1 with one visit is plain SFT: the ratio is 1 at every step and nothing is ever "
                 "clipped. Use reference_steps 4 to 8 for PSFT.",

@@ -23,24 +23,6 @@ from qpsft.psft.forward import policy_forward
 from qpsft.psft.scoring import Batch, fused_limits, gather, groups, row_lengths
 from qpsft.psft.sharding import as_sharded, exchanged, is_sharded, whole
 
-LARGE_SHARE = 1 / 20
-
-
-def choose_placement(free_bytes: int | None, copy_bytes: int) -> str:
-    """Where the reference is kept: "host" where a copy on the device would take a good part of what training needs.
-
-    Args:
-        free_bytes: device memory left after the base and the policy were loaded; None: not a CUDA device.
-        copy_bytes: size of the copy, which is that of the policy.
-
-    Returns:
-        "host" when the copy is more than a twentieth of what gradients and AdamW's two moments leave for activations:
-        moving it for every scoring pass takes milliseconds, and the activations get that much more. Else "device".
-    """
-    if free_bytes is None:
-        return "device"
-    return "host" if copy_bytes > LARGE_SHARE * (free_bytes - 3 * copy_bytes) else "device"
-
 
 class ReferencePolicy:
     """A frozen copy of a model's trainable parameters.
@@ -50,32 +32,36 @@ class ReferencePolicy:
             `requires_grad` is the policy, the rest is the base that both share.
         fused_lm_head: the model has TRL's fused LM head (`trl.trainer.utils.add_fused_lm_head`), which returns
             log-probabilities without building (batch, sequence, vocabulary) logits.
-        park: keep the copy in host memory (pinned where there is a GPU) and bring it to the device only to score.
+
+    The copy of a policy on a CUDA device is kept in pinned host memory and comes to the device to score, when no
+    gradients and no activations are there. Elsewhere, and of a sharded model, it is beside the policy.
+
+    Attributes:
+        in_host_memory: whether the copy is in host memory for a policy that is on a GPU.
 
     Raises:
         TrainingError: the model has no trainable parameter.
     """
 
-    def __init__(self, model: nn.Module, *, fused_lm_head: bool = False, park: bool = False):
+    def __init__(self, model: nn.Module, *, fused_lm_head: bool = False):
         self.model = model
         self.fused_lm_head = fused_lm_head
         self.sharded = is_sharded(model)
-        self.park = park and not self.sharded
         self._policy = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self._policy:
             raise TrainingError(
                 "The model has no trainable parameter, so there is nothing to take a snapshot of.",
                 "Add an adapter (`peft_config=LoraConfig(...)`), or load yours with `is_trainable=True`.",
             )
+        self.in_host_memory = not self.sharded and all(p.device.type == "cuda" for p in self._policy.values())
         self._copy = {name: self._empty_like(p) for name, p in self._policy.items()}
         self._limits = fused_limits(model)
         self.snapshot()
 
     def _empty_like(self, parameter: Tensor) -> Tensor:
-        if not self.park:
+        if not self.in_host_memory:
             return torch.empty_like(parameter, requires_grad=False)
-        pin = parameter.device.type == "cuda"
-        return torch.empty_like(parameter, device="cpu", requires_grad=False, pin_memory=pin)
+        return torch.empty_like(parameter, device="cpu", requires_grad=False, pin_memory=True)
 
     @property
     def nbytes(self) -> int:

@@ -40,8 +40,8 @@ def check_sharding(trainer: Trainer) -> None:
     """Looks at a trainer before it shards its model, and turns FSDP's own mixed precision off.
 
     Raises:
-        RecipeError: DeepSpeed, FSDP 1, FSDP with float16, checkpoints in shards, bitsandbytes' optimizers or a
-            reference in host memory, or with 4-bit weights whose storage differs from the other frozen weights' dtype.
+        RecipeError: DeepSpeed, FSDP 1, FSDP with float16, checkpoints in shards or bitsandbytes' optimizers, or
+            with 4-bit weights whose storage differs from the other frozen weights' dtype.
     """
     if trainer.is_deepspeed_enabled:
         raise RecipeError("DeepSpeed is not supported.", "Use torchrun (DDP), or accelerate's FSDP 2 for a large base.")
@@ -65,11 +65,6 @@ def check_sharding(trainer: Trainer) -> None:
         raise RecipeError(
             f"optim {optimizer} is not supported with FSDP: bitsandbytes' optimizers cannot step sharded parameters.",
             "Use adamw_torch_fused, the default.",
-        )
-    if trainer.args.reference_placement == "host":
-        raise RecipeError(
-            "reference_placement: host is not supported with FSDP, where each card holds its part of the reference.",
-            "Use auto, the default.",
         )
     frozen = trainer.model.get_input_embeddings().weight.dtype
     for name, parameter in trainer.model.named_parameters():

@@ -20,18 +20,17 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from qpsft.errors import DivergedError, RecipeError, TrainingError
 from qpsft.model.attention import attention_by_piece, repeat_keys_where_no_kernel_groups
 from qpsft.model.environment import check_machine, use_triton_where_it_runs
-from qpsft.model.hardware import OPTIONS, free_device_bytes, settle_precision
+from qpsft.model.hardware import OPTIONS, settle_precision
 from qpsft.model.tiled_mlp import TileMlpsAgain, tile_mlps
 from qpsft.psft import checkpoint
 from qpsft.psft.config import PSFTConfig
 from qpsft.psft.float16 import repeat_until_finite
 from qpsft.psft.forward import policy_forward
-from qpsft.psft.last_visit import LastVisit
 from qpsft.psft.losses import NotFiniteError, dft_loss, loss_statistics, nll_loss, psft_loss
 from qpsft.psft.metrics import RunStatistics
 from qpsft.psft.packing import check_packing, packed_collator
 from qpsft.psft.policy import default_config, float32_adapter, prepare_policy, warn_of_noise
-from qpsft.psft.reference import ReferencePolicy, choose_placement
+from qpsft.psft.reference import ReferencePolicy
 from qpsft.psft.schedule import BlockSampler, BlockSchedule, StepPosition, row_order
 from qpsft.psft.scoring import as_in_training, real_tokens, token_budget
 from qpsft.psft.sharding import check_sharding
@@ -110,19 +109,10 @@ class PSFTTrainer(SFTTrainer):
             tile_mlps(self.model)
             self.add_callback(TileMlpsAgain)
         self.policy_bytes = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
-        self.reference_placement = self.args.reference_placement
-        if self.reference_placement == "auto":
-            # the copy of a sharded policy stays on the device: it is exchanged with its shards
-            free = None if self.is_fsdp_enabled else free_device_bytes(self.args.device)
-            self.reference_placement = choose_placement(free, self.policy_bytes)
         if self._visits() > 1 and not has_length(self.train_dataset):
             raise RecipeError(
                 "num_iterations above 1 needs a data set of known length, not a stream.",
                 "Load it without streaming, or set num_iterations to 1.",
-            )
-        if self.args.reference == "last_visit" and (not has_length(self.train_dataset) or self.args.world_size > 1):
-            raise RecipeError(
-                "reference: last_visit needs a data set of known length and one process.", "Use reference: snapshot."
             )
         self._start_over()
         warn_of_noise(self.model, self.args)
@@ -132,7 +122,6 @@ class PSFTTrainer(SFTTrainer):
         self._schedule: BlockSchedule | None = None
         self._position: StepPosition | None = None
         self._scores: dict[int, list[Tensor]] = {}  # old log-probabilities of the block, by mini-batch
-        self._last_visit = LastVisit()
         self._resumed: tuple | None = None
         self._statistics = RunStatistics()
 
@@ -160,7 +149,7 @@ class PSFTTrainer(SFTTrainer):
         )
 
     def _visits(self) -> int:
-        blocks = (self.args.loss_type == "psft" and self.args.reference == "snapshot") or self.args.block_order
+        blocks = self.args.loss_type == "psft" or self.args.block_order
         return self.args.num_iterations if blocks else 1
 
     def _data_seed(self) -> int:
@@ -179,7 +168,7 @@ class PSFTTrainer(SFTTrainer):
                 seed=self._data_seed(),
                 permute=row_order(self.args.train_sampling_strategy, self.train_dataset, self.rows_per_step()),
             )
-            self._schedule.check(psft=self.args.loss_type == "psft" and self.args.reference == "snapshot")
+            self._schedule.check(psft=self.args.loss_type == "psft")
         return self._schedule
 
     # ---- one optimizer step ----
@@ -199,15 +188,12 @@ class PSFTTrainer(SFTTrainer):
         self._window = batches, num_items
         self._position = self._get_schedule().position(self.state.global_step)
         if self.args.loss_type == "psft" and not self._position.is_warmup:
-            if self.args.reference == "last_visit":
-                self._last_visit.attach(batches, self._schedule.rows(self.state.global_step))
-            else:
-                self._attach_old_logprobs(batches)
+            self._attach_old_logprobs(batches)
         return batches, num_items
 
     def _attach_old_logprobs(self, batches: list[dict[str, Tensor]]) -> None:
         if self.reference is None:
-            self.reference = ReferencePolicy(self.model, fused_lm_head=True, park=self.reference_placement == "host")
+            self.reference = ReferencePolicy(self.model, fused_lm_head=True)
             if self._resumed is not None:
                 state, scores = self._resumed
                 if state is not None:
@@ -230,8 +216,8 @@ class PSFTTrainer(SFTTrainer):
             batch["old_logprobs"] = old
 
     def _score(self, batches: list[dict[str, Tensor]]) -> list[Tensor]:
-        # training holds gradients; scoring holds none, but a parked reference is then on the device too
-        spare = 0 if self.reference.park else self.policy_bytes
+        # training holds gradients; scoring holds none, but on a GPU the reference is then on the device too
+        spare = 0 if self.reference.in_host_memory else self.policy_bytes
         budget = token_budget(self.args, self.model, batches, spare)
         with as_in_training(self.model, self.args.device, self.args.seed + self.state.global_step):
             return self.reference.score(batches, token_budget=budget)
@@ -243,8 +229,7 @@ class PSFTTrainer(SFTTrainer):
         """
         if return_outputs or not self.model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        names = ("old_logprobs", "micro_batch", "seen", "row_numbers")
-        old_logprobs, micro_batch, seen, rows = (inputs.pop(name, None) for name in names)
+        old_logprobs, micro_batch = (inputs.pop(name, None) for name in ("old_logprobs", "micro_batch"))
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         right_padded = isinstance(self.data_collator, DataCollatorForLanguageModeling)
@@ -254,8 +239,6 @@ class PSFTTrainer(SFTTrainer):
             old_logprobs = logprobs.detach().float()
             if self._visits() > 1:
                 self._scores[self._position.mini_batch][micro_batch] = old_logprobs
-        if rows is not None:
-            old_logprobs = self._last_visit.visit(logprobs.detach().float(), old_logprobs, seen, rows)
         try:
             loss = self._loss(logprobs, old_logprobs, mask, num_items_in_batch)
         except NotFiniteError as error:
@@ -366,9 +349,8 @@ class PSFTTrainer(SFTTrainer):
         super()._save_checkpoint(model, trial)
         if self.args.loss_type == "psft":
             reference = self.reference.state_dict() if self.reference else None
-            scores = self._scores if self.args.reference == "snapshot" else self._last_visit.state_dict()
             reference = reference if self.args.should_save else None
-            checkpoint.save_psft_state(folder, self.args.process_index, reference, scores)
+            checkpoint.save_psft_state(folder, self.args.process_index, reference, self._scores)
         num_tokens = self._statistics.tokens_so_far(self.accelerator)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -379,7 +361,6 @@ class PSFTTrainer(SFTTrainer):
         """What decides which rows a step sees."""
         return {
             "loss_type": self.args.loss_type,
-            "reference": self.args.reference,
             "rows": len(self.train_dataset) if has_length(self.train_dataset) else None,
             "rows_sha256": checkpoint.rows_sha256(self.train_dataset) if has_length(self.train_dataset) else None,
             "processes": self.args.world_size,
@@ -399,5 +380,3 @@ class PSFTTrainer(SFTTrainer):
         self._statistics.num_tokens = checkpoint.load_run(folder, self._order_settings())
         if self.args.loss_type == "psft":
             self._resumed = checkpoint.load_psft_state(folder, self.args.process_index)
-            if self.args.reference == "last_visit":
-                self._last_visit.load_state_dict(self._resumed[1])

@@ -13,7 +13,7 @@ from qpsft.plan.result import MemoryPlan
 
 LESS = 0.85
 """Of what was planned: a change that saves less would hardly help a run for which the plan was too low."""
-SAME_STEPS = {"gradient_checkpointing", "tiled_mlp", "activation_offloading", "reference_placement"}
+SAME_STEPS = {"gradient_checkpointing", "tiled_mlp", "activation_offloading"}
 """Options that a resumed run may change: every step still sees the same rows, and the optimizer's state fits."""
 # torch's allocators raise OutOfMemoryError on a GPU; others say it in the words of a RuntimeError
 SIGNS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")

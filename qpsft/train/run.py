@@ -176,10 +176,6 @@ def setup_lines(trainer: PSFTTrainer, rows: int) -> list[str]:
             f"packing: {rows:,} rows in {len(packed):,} of {arguments.max_length:,} tokens, {full:.1%} full; "
             f"{trainer.rows_per_step()} packed rows a step"
         )
-    scores = arguments.loss_type == "psft" and arguments.reference == "snapshot"
-    if scores and trainer.reference_placement == "host":
-        size = trainer.policy_bytes / 1e6
-        lines.append(f"reference policy: {size:,.1f} MB in host memory, on the device to score")
     return [textwrap.fill(line, 80, subsequent_indent="  ") for line in lines]
 
 
