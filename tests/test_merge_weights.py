@@ -11,9 +11,10 @@ from tiny_models import save_tiny_model
 
 from qpsft.errors import ExportError
 from qpsft.merge import merge_adapter
-from qpsft.merge.rounding import RoundedWeight, Rounding, dequantize, double_quantize, quantize
+from qpsft.merge.rounding import RoundedWeight, Rounding, dequantize, quantize
 from qpsft.model.base import load_base
 from qpsft.model.base_record import quantized_linears
+from qpsft.model.block_maxima import round_maxima, rounding_of
 
 FLOAT = torch.float32
 
@@ -49,19 +50,21 @@ def test_an_odd_count_dequantizes_as_its_even_part():
     assert odd.shape == (129,) and torch.equal(odd, even[:129])
 
 
+@pytest.mark.parametrize("quantized_on", ["cpu", "cuda"])
 @pytest.mark.parametrize("shape", [(96, 172), (1000, 64), (7, 1024)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_double_quantization_in_pieces_is_that_of_the_whole(monkeypatch, shape, dtype):
+def test_double_quantization_in_pieces_is_that_of_the_whole(monkeypatch, shape, dtype, quantized_on):
     monkeypatch.setattr("qpsft.merge.rounding.PIECE", 2048)
     weight = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
-    packed, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    with rounding_of(quantized_on, "cpu"):
+        packed, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
     expected = bnb.dequantize_4bit(packed, state).float().view(-1)
-    rounding = Rounding("nf4", True, 64, dtype, dtype)
+    rounding = Rounding("nf4", True, 64, dtype, dtype, quantized_on)
     found = RoundedWeight(lambda start, stop: weight.view(-1)[start:stop], weight.numel(), rounding)
     for start in range(0, weight.numel(), 1024):
         stop = min(start + 1024, weight.numel())
         assert torch.equal(found.values(start, stop), expected[start:stop])
-    assert not torch.equal(double_quantize(found._absmax), found._absmax) or shape == (7, 1024)
+    assert not torch.equal(round_maxima(found._absmax, quantized_on), found._absmax) or shape == (7, 1024)
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16", "float16"])

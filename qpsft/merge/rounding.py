@@ -2,8 +2,9 @@
 
 "The weights training saw" are what the live forward multiplies by: bitsandbytes dequantizes a 4-bit weight to the
 dtype of the activations, code · absmax rounded once to the compute dtype, and so does `RoundedWeight`, on the CPU of
-any machine. A GPU does the same arithmetic for each weight. Only the mean of the block maxima, which double
-quantization subtracts, is summed in another order there, and can differ in its last bit.
+any machine. Block maxima are rounded as on the device of the training (`qpsft.model.block_maxima`). A GPU does the same
+arithmetic for each weight. Only the mean of the block maxima, which double quantization subtracts, is summed in another
+order there, and can differ in its last bit.
 
 Quantization here gives bitsandbytes' CPU results bit for bit in a tenth of the time: its `bucketize` takes 100 ns a
 weight, fifteen vectorized comparisons take 8 ns.
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from qpsft.merge.safetensors_stream import StoredTensor
+from qpsft.model.block_maxima import round_maxima
 
 PIECE = 1 << 19  # weights worked on at a time: a few MB of temporaries, and small enough for the CPU's caches
 
@@ -35,6 +37,7 @@ class Rounding:
         block_size: weights per block maximum.
         weights_dtype: what the checkpoint's values are cast to before they are quantized.
         compute_dtype: what they are dequantized to.
+        quantized_on: type of the torch device that quantized them; it decides how block maxima are rounded.
     """
 
     kind: str
@@ -42,6 +45,7 @@ class Rounding:
     block_size: int
     weights_dtype: torch.dtype
     compute_dtype: torch.dtype
+    quantized_on: str = "cpu"
 
 
 class Weight(Protocol):
@@ -104,15 +108,6 @@ def dequantize(codes: Tensor, absmax: Tensor, count: int, rounding: Rounding, dt
     return values.view(-1)[:count].float()
 
 
-def double_quantize(absmax: Tensor) -> Tensor:
-    """Block maxima rounded to 8 bits and back, as by bitsandbytes' `compress_statistics`."""
-    from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
-
-    offset = absmax.mean()
-    rounded, state = quantize_blockwise(absmax - offset, blocksize=256)
-    return dequantize_blockwise(rounded, state) + offset
-
-
 class PlainWeight:
     """A weight that the live model does not round, in `dtype`; None: as it is stored."""
 
@@ -140,7 +135,7 @@ class RoundedWeight:
         self._codes = torch.cat(codes)
         self._absmax = torch.cat(absmax)
         if rounding.double_quant:
-            self._absmax = double_quantize(self._absmax)
+            self._absmax = round_maxima(self._absmax, rounding.quantized_on)
 
     def values(self, start: int, stop: int) -> Tensor:
         block = self.rounding.block_size

@@ -109,4 +109,5 @@ def _rounding(record: BaseRecord | None) -> Rounding | None:
         block_size=record.block_size,
         weights_dtype=dtype_named(record.weights_dtype),
         compute_dtype=dtype_named(record.compute_dtype),
+        quantized_on=record.quantized_on or "cpu",
     )

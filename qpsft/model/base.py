@@ -27,6 +27,7 @@ from qpsft.model.base_record import (
     stored_bytes,
     write_base_record,
 )
+from qpsft.model.block_maxima import rounding_of
 from qpsft.model.folder import DEMO, check_folder, config_sha256, one_line, resolve_folder
 from qpsft.model.hardware import (
     base_dtype,
@@ -75,6 +76,7 @@ def load_base(
     revision: str | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    quantized_on: str | None = None,
     verbose: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a causal LM, quantized and frozen, and its tokenizer with a pad token.
@@ -89,6 +91,8 @@ def load_base(
         revision: branch, tag or commit of a Hub id.
         attn_implementation: as in transformers.
         trust_remote_code: run Python code that comes with the model.
+        quantized_on: round block maxima as this type of torch device does, "cpu" or "cuda", as an adapter's record
+            names it; None: as `device` does (`qpsft.model.block_maxima`).
         verbose: print what was loaded.
 
     Returns:
@@ -126,7 +130,7 @@ def load_base(
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         skip = modules_to_skip(skeleton)
         kwargs["quantization_config"] = bitsandbytes_config(quantization, double_quant, compute_dtype, skip)
-    with default_stream(device):
+    with default_stream(device), rounding_of(quantized_on or device.type, device.type):
         model = _load_model(folder, config, compute_dtype, device, trust_remote_code, kwargs)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
 
@@ -146,6 +150,7 @@ def load_base(
         revision=_revision_of(folder, revision),
         config_sha256=config_sha256(config_dict),
         prequantized=prequantized,
+        quantized_on=quantized_on or device.type,
     )
     if verbose:
         print(wrap(describe(model, device, compute_dtype), "      "), flush=True)

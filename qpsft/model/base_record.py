@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import json
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,7 @@ class BaseSource:
     revision: str | None
     config_sha256: str
     prequantized: bool
+    quantized_on: str | None = None  # None: where its weights are
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class BaseRecord:
         weights_dtype: dtype the checkpoint's tensors were cast to before they were quantized.
         prequantized: the base was quantized on disk; its own bytes are the trained ones.
         unquantized_modules: names of linear modules that were not quantized (the LM head).
+        quantized_on: type of the torch device that quantized it, such as "cpu" or "cuda", which round block maxima
+            differently (`qpsft.model.block_maxima`); None where nothing was quantized while loading.
     """
 
     qpsft_version: str
@@ -66,6 +70,7 @@ class BaseRecord:
     weights_dtype: str
     prequantized: bool
     unquantized_modules: list[str]
+    quantized_on: str | None = None
 
 
 def quantized_linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -163,12 +168,12 @@ def base_record(model: nn.Module, name_or_path: str | None = None) -> dict:
             revision=source.revision,
             config_sha256=source.config_sha256,
             prequantized=source.prequantized,
-            **_settings(base),
+            **_settings(base, source),
         )
     )
 
 
-def _settings(base: nn.Module) -> dict:
+def _settings(base: nn.Module, source: BaseSource) -> dict:
     """Quantization settings, read off the weights themselves."""
     refuse_int8(base)
     linears = quantized_linears(base)
@@ -197,6 +202,7 @@ def _settings(base: nn.Module) -> dict:
         "quant_storage": _name(first.weight.dtype),
         "compute_dtype": _name(first.compute_dtype or base.dtype),
         "weights_dtype": _name(state.dtype),
+        "quantized_on": None if source.prequantized else source.quantized_on or first.weight.device.type,
     }
 
 
@@ -251,7 +257,7 @@ def read_base_record(folder: str | os.PathLike) -> BaseRecord:
     if not isinstance(content, dict):
         raise BaseModelError(f"{path} is not a JSON object.", advice)
     names = [field.name for field in dataclasses.fields(BaseRecord)]
-    missing = [name for name in names if name not in content]
+    missing = [name for name in names if name not in content and name != "quantized_on"]
     if missing:
         raise BaseModelError(f"{path} lacks {', '.join(missing)}.", advice)
     if content["quantization"] == "int8":
@@ -259,7 +265,23 @@ def read_base_record(folder: str | os.PathLike) -> BaseRecord:
             f"{path} says that the base was in int8, and qpsft works with bases in 4 bits or unquantized ones.",
             "Load the adapter with PEFT beside the base it was trained on, or train again with quantization: nf4.",
         )
+    if "quantized_on" not in content:
+        content["quantized_on"] = _assumed_device(path, content)
     return BaseRecord(**{name: content[name] for name in names})
+
+
+def _assumed_device(path: Path, content: dict) -> str | None:
+    """Where a base was quantized, for a record older than `quantized_on`: GPUs compute in 16 bits, the CPU in 32."""
+    if content["quantization"] == "none" or content["prequantized"]:
+        return None
+    device = "cpu" if content["compute_dtype"] == "float32" else "cuda"
+    if content["double_quant"]:
+        warnings.warn(
+            f"{path} does not say where the base was quantized. Assumed, from its compute dtype "
+            f"{content['compute_dtype']}: {device}. Give --quantized_on cpu or cuda if it was elsewhere.",
+            stacklevel=3,
+        )
+    return device
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,7 +1,7 @@
 """How bitsandbytes rounds the block maxima of a 4-bit weight to 8 bits (double quantization), here and on a GPU.
 
-A 4-bit weight keeps one scale, its largest absolute value, for each block of 64 weights. Under double quantization these
-scales, less their mean, are rounded too: each block of 256 of them is divided by its largest, and every quotient
+A 4-bit weight keeps one scale, its largest absolute value, for each block of 64 weights. Under double quantization
+these scales, less their mean, are rounded too: each block of 256 of them is divided by its largest, and every quotient
 becomes the number of a code value. bitsandbytes 0.50's CPU kernel takes a neighbour of the nearest code value for
 about 0.1 % of them (`backends/cpu/ops.py`); its GPU kernels take the nearest. An adapter corrects the weights it was
 trained on, so whoever loads or merges its base rounds as the device of the training did, whatever is at hand.
