@@ -35,23 +35,36 @@ def test_zeros_are_zeros():
     assert largest.tolist() == [0.0, 0.0] and not functional.create_dynamic_map()[numbers.long()].any()
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("quantized_on", ["cpu", "cuda"])
-def test_a_weight_quantized_inside_has_the_maxima_rounded_so(quantized_on):
+def test_a_weight_quantized_inside_has_its_maxima_rounded_so(quantized_on, device):
+    """`device` "cuda" takes the branch of a GPU, on CPU tensors."""
     weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(2))
     plain = functional.quantize_4bit(weight, quant_type="nf4", blocksize=64)[1].absmax
-    own = functional.quantize_blockwise
-    with rounding_of(quantized_on, "cpu"):
-        codes, state = functional.quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=True)
-    assert functional.quantize_blockwise is own
+    own = functional.quantize_4bit
+    with rounding_of(quantized_on, device):
+        packed, state = functional.quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=True)
+    assert functional.quantize_4bit is own
     kept = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
     assert torch.equal(kept, round_maxima(plain, quantized_on))
-    other = "cuda" if quantized_on == "cpu" else "cpu"
-    assert not torch.equal(kept, round_maxima(plain, other))
+    assert not torch.equal(kept, round_maxima(plain, "cuda" if quantized_on == "cpu" else "cpu"))
+    assert state.nested and functional.dequantize_4bit(packed, state).shape == weight.shape
 
 
-def test_a_gpu_can_round_as_the_cpu_did(maxima):
-    """The branch for a base that was rounded on the CPU and is loaded on a GPU, run here on CPU tensors."""
+def test_the_cpu_s_own_rounding_is_bitsandbytes():
+    weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(2))
+    _, expected = functional.quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=True)
     with rounding_of("cpu", "cuda"):
-        numbers, state = functional.quantize_blockwise(maxima, blocksize=256)
-    expected, expected_state = functional.quantize_blockwise(maxima, blocksize=256)
-    assert torch.equal(numbers, expected) and torch.equal(state.absmax, expected_state.absmax)
+        _, state = functional.quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=True)
+    assert torch.equal(state.absmax, expected.absmax) and torch.equal(state.offset, expected.offset)
+    assert torch.equal(state.state2.absmax, expected.state2.absmax)
+
+
+def test_the_order_of_summation_does_not_matter_on_a_gpu():
+    """A mean that is summed in float32 depends on it, and an ulp moves maxima to the next code value."""
+    maxima = torch.rand(1 << 16, generator=torch.Generator().manual_seed(3)) + 1e-3
+    order = torch.randperm(len(maxima), generator=torch.Generator().manual_seed(4))
+    orders = [maxima, maxima[order], maxima.flip(0), *(maxima.roll(k) for k in (1, 7, 1000))]
+    means = {float(m.double().mean().float()) for m in orders}
+    assert len(means) == 1
+    assert round_maxima(maxima, "cuda").mean() == pytest.approx(float(maxima.mean()), rel=1e-3)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qpsft.errors import DataError
-from qpsft.recipe.arguments import Quantization
+from qpsft.recipe.arguments import QUANTIZED_ON, Quantization, QuantizedOn
 from qpsft.recipe.flags import option
 
 
@@ -30,6 +30,7 @@ class ChatOptions:
     use_chat_template: Literal["auto", "always", "never"] | None = option(None, "(default: as in training)")
     prompt_format: str | None = option(None, "text around a prompt (default: as in training)")
     quantization: Quantization | None = option(None, "of a model without adapter (default: nf4; none for a merged one)")
+    quantized_on: QuantizedOn | None = option(None, QUANTIZED_ON)
     device: str = option("auto", "cpu, cuda, …", metavar="NAME")
 
     def __post_init__(self) -> None:

@@ -64,6 +64,7 @@ def load_evaluated(
         double_quant=record.double_quant,
         dtype=record.weights_dtype,
         device=device,
+        quantized_on=record.quantized_on,
         verbose=False,
     )
     here = dtype_here(record.compute_dtype, model.config.to_dict(), model.device)

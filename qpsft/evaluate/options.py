@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qpsft.errors import DataError
-from qpsft.recipe.arguments import Quantization
+from qpsft.recipe.arguments import QUANTIZED_ON, Quantization, QuantizedOn
 from qpsft.recipe.flags import option
 
 
@@ -52,6 +52,7 @@ class EvaluationOptions:
     apply_chat_template: bool = option(False, "put the tasks' prompts through the chat template")
     base: str | None = option(None, "the adapter's base, if it is no longer where it was", metavar="MODEL")
     quantization: Quantization | None = option(None, "of a model without adapter (default: nf4; none for a merged one)")
+    quantized_on: QuantizedOn | None = option(None, QUANTIZED_ON)
     dtype: str = option("auto", "compute dtype of a model without adapter", metavar="NAME")
     device: str = option("auto", "cpu, cuda, …", metavar="NAME")
     json: str | None = option(None, "write all numbers to this file", metavar="FILE")

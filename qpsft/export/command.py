@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from qpsft.recipe.arguments import QUANTIZED_ON, QuantizedOn
 from qpsft.recipe.flags import Parser, option, parse
 from qpsft.terminal import quiet_libraries
 
@@ -40,6 +41,7 @@ class ExportOptions:
     num_ctx: int | None = option(None, "ollama: context length (default: the model's)")
     overwrite: bool = option(False, "replace an earlier export")
     no_run: bool = option(False, "do not run the GGUF in llama.cpp, only read it back")
+    quantized_on: QuantizedOn | None = option(None, QUANTIZED_ON)
 
 
 @dataclass
@@ -56,6 +58,9 @@ def export(argv: Sequence[str]) -> int:
     """`qpsft export`."""
     options = parse(Parser("qpsft export", "SOURCE --to FORMAT [options]", EXPORT), argv, ExportOptions)
     quiet_libraries()
+    from qpsft.model.base_record import state_quantized_on
+
+    state_quantized_on(options.source, options.quantized_on)
     print(write_export(options).summary())
     return 0
 

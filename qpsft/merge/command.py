@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from qpsft.recipe.arguments import QUANTIZED_ON, QuantizedOn
 from qpsft.recipe.flags import Parser, option, parse
 from qpsft.terminal import quiet_libraries
 
@@ -33,6 +34,7 @@ class MergeOptions:
     max_shard_size: str = option("2GB", "size of one file", metavar="SIZE")
     overwrite: bool = option(False, "replace an earlier merge")
     no_verify: bool = option(False, "do not compare the result with the live model")
+    quantized_on: QuantizedOn | None = option(None, QUANTIZED_ON)
 
 
 def merge(argv: Sequence[str]) -> int:
@@ -40,7 +42,9 @@ def merge(argv: Sequence[str]) -> int:
     options = parse(Parser("qpsft merge", "ADAPTER [options]", DESCRIPTION), argv, MergeOptions)
     quiet_libraries()
     from qpsft.merge.merging import merge_adapter
+    from qpsft.model.base_record import state_quantized_on
 
+    state_quantized_on(options.adapter, options.quantized_on)
     report = merge_adapter(
         options.adapter,
         options.output,

@@ -224,17 +224,19 @@ def write_base_record(model: nn.Module, folder: str | os.PathLike, name_or_path:
     Raises:
         OutputError: the folder cannot be written.
     """
-    folder = Path(folder)
-    text = json.dumps(base_record(model, name_or_path), indent=2, ensure_ascii=False) + "\n"
-    target = folder / RECORD_FILE
+    path = Path(folder) / RECORD_FILE
+    _write_record(path, base_record(model, name_or_path))
+    return path
+
+
+def _write_record(path: Path, record: dict) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(target, text)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         raise OutputError(
-            f"{target} cannot be written: {error.strerror or error}.", "Check the disk and its permissions."
+            f"{path} cannot be written: {error.strerror or error}.", "Check the disk and its permissions."
         ) from error
-    return target
 
 
 def read_base_record(folder: str | os.PathLike) -> BaseRecord:
@@ -268,6 +270,28 @@ def read_base_record(folder: str | os.PathLike) -> BaseRecord:
     if "quantized_on" not in content:
         content["quantized_on"] = _assumed_device(path, content)
     return BaseRecord(**{name: content[name] for name in names})
+
+
+def state_quantized_on(folder: str | os.PathLike, quantized_on: str | None) -> None:
+    """Writes into an adapter's record where its base was quantized, if the record does not say; None does nothing.
+
+    Raises:
+        BaseModelError: there is no record, or it says something else.
+        OutputError: the folder cannot be written.
+    """
+    if quantized_on is None:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the assumption that this replaces
+        record = read_base_record(folder)
+    path = Path(folder) / RECORD_FILE
+    stated = json.loads(path.read_text(encoding="utf-8")).get("quantized_on")
+    if stated == quantized_on:
+        return
+    if stated is not None or record.quantized_on is None:
+        where = f"on {stated}" if stated else "on disk, before training, or not at all"
+        raise BaseModelError(f"--quantized_on {quantized_on}: {path} says it was {where}.", "Leave the flag out.")
+    _write_record(path, dataclasses.asdict(dataclasses.replace(record, quantized_on=quantized_on)))
 
 
 def _assumed_device(path: Path, content: dict) -> str | None:

@@ -5,12 +5,16 @@ these scales, less their mean, are rounded too: each block of 256 of them is div
 becomes the number of a code value. bitsandbytes 0.50's CPU kernel takes a neighbour of the nearest code value for
 about 0.1 % of them (`backends/cpu/ops.py`); its GPU kernels take the nearest. An adapter corrects the weights it was
 trained on, so whoever loads or merges its base rounds as the device of the training did, whatever is at hand.
+
+On a GPU the mean, too, depends on the order of summation, and an ulp there moves a few maxima to the next code value.
+So `load_base` leaves the rounding of maxima on a GPU to this module, which sums in float64: the same bits everywhere.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -48,45 +52,45 @@ def round_maxima(maxima: Tensor, quantized_on: str) -> Tensor:
         maxima: (blocks,) float32, on the CPU.
         quantized_on: type of the torch device that rounded them in training, such as "cpu" or "cuda".
     """
-    from bitsandbytes import functional
+    from bitsandbytes.functional import dequantize_blockwise
 
-    offset = maxima.mean()
-    quantize = functional.quantize_blockwise if quantized_on == "cpu" else _quantize_to_nearest
-    numbers, state = quantize(maxima - offset, blocksize=BLOCK)
-    return functional.dequantize_blockwise(numbers, state) + offset
+    numbers, offset, state = _rounded(maxima, quantized_on)
+    return dequantize_blockwise(numbers, state) + offset
 
 
 @contextlib.contextmanager
 def rounding_of(quantized_on: str, device: str) -> Iterator[None]:
-    """Inside, bitsandbytes on `device` rounds block maxima as it does on `quantized_on` (types of torch devices)."""
+    """Inside, bitsandbytes on `device` rounds block maxima as on `quantized_on` (types of torch devices)."""
     from bitsandbytes import functional
 
-    own = functional.quantize_blockwise
-    if quantized_on == "cpu" and device != "cpu":
-        functional.quantize_blockwise = _quantize_on_the_cpu
-    elif quantized_on != "cpu" and device == "cpu":
-        functional.quantize_blockwise = _quantize_to_nearest
+    own = functional.quantize_4bit
+    if (quantized_on, device) != ("cpu", "cpu"):
+        functional.quantize_4bit = functools.partial(_quantize_4bit, own, quantized_on)
     try:
         yield
     finally:
-        functional.quantize_blockwise = own
+        functional.quantize_4bit = own
 
 
-def _quantize_to_nearest(values: Tensor, *, blocksize: int):
-    """`bitsandbytes.functional.quantize_blockwise` as on a GPU, for values on any device."""
+def _rounded(maxima: Tensor, quantized_on: str):
+    """The numbers of code values (uint8), the mean (float32) and bitsandbytes' state that turns numbers into values."""
     from bitsandbytes import functional
 
-    code = functional.create_dynamic_map().to(values.device)
-    numbers, largest = nearest_codes(values, code, blocksize)
-    return numbers, functional.QuantState(absmax=largest, code=code, blocksize=blocksize, dtype=values.dtype)
+    if quantized_on == "cpu":
+        offset = maxima.mean()
+        numbers, state = functional.quantize_blockwise(maxima - offset, blocksize=BLOCK)
+        return numbers, offset, state
+    offset, code = maxima.double().mean().float(), functional.create_dynamic_map()
+    numbers, largest = nearest_codes(maxima - offset, code)
+    return numbers, offset, functional.QuantState(absmax=largest, code=code, blocksize=BLOCK, dtype=maxima.dtype)
 
 
-def _quantize_on_the_cpu(values: Tensor, *, blocksize: int):
-    """`bitsandbytes.functional.quantize_blockwise` by its CPU kernel, for values on any device."""
-    from bitsandbytes import functional
-
-    code = functional.create_dynamic_map()
-    numbers, largest = torch.ops.bitsandbytes.quantize_blockwise.default(values.cpu(), code, blocksize)
-    state = functional.QuantState(absmax=largest, code=code, blocksize=blocksize, dtype=values.dtype)
-    state.to(values.device)
-    return numbers.to(values.device), state
+def _quantize_4bit(own: Callable, quantized_on: str, weight: Tensor, *, compress_statistics: bool = False, **settings):
+    """`bitsandbytes.functional.quantize_4bit`, the block maxima rounded as on `quantized_on`."""
+    packed, state = own(weight, compress_statistics=False, **settings)
+    if compress_statistics:
+        numbers, offset, nested = _rounded(state.absmax.cpu(), quantized_on)
+        nested.to(weight.device)
+        state.absmax, state.offset, state.state2 = numbers.to(weight.device), offset.to(weight.device), nested
+        state.nested = True
+    return packed, state

@@ -14,6 +14,9 @@ from typing import Any, Literal
 from qpsft.errors import RecipeError
 
 Quantization = Literal["nf4", "fp4", "none"]
+QuantizedOn = Literal["cpu", "cuda"]
+QUANTIZED_ON = "where the adapter's base was quantized in training; for an adapter whose record does not say"
+"""Help of the flag that merge, verify, export, chat and evaluate share."""
 
 
 def _option(default: Any, help: str) -> Any:

@@ -21,6 +21,7 @@ from qpsft.data.tokenize import TokenizedRows, load_dataset
 from qpsft.errors import OutputError, QpsftError, RecipeError
 from qpsft.files import finished_files
 from qpsft.model.adapter import POLICY, add_adapter, save_adapter
+from qpsft.model.adapter_folder import AdapterFolder
 from qpsft.model.base import load_base, set_pad_token
 from qpsft.model.base_record import RECORD_FILE, base_record, read_base_record, write_base_record
 from qpsft.model.continue_adapter import check_start, continue_adapter, recipe_tokenizer, warn_past_context
@@ -125,6 +126,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
         attn_implementation=recipe.model.attn_implementation,
         revision=recipe.model.model_revision,
         trust_remote_code=arguments.trust_remote_code,
+        quantized_on=quantized_before(recipe, folder),
         verbose=is_main(),
     )
     set_pad_token(model, tokenizer)
@@ -177,6 +179,16 @@ def setup_lines(trainer: PSFTTrainer, rows: int) -> list[str]:
             f"{trainer.rows_per_step()} packed rows a step"
         )
     return [textwrap.fill(line, 80, subsequent_indent="  ") for line in lines]
+
+
+def quantized_before(recipe: Recipe, folder: Path) -> str | None:
+    """The kind of device that rounded the base of a run to be resumed, or of an adapter to be trained further."""
+    if recipe.run.resume and (folder / RECORD_FILE).is_file():
+        return read_base_record(folder).quantized_on
+    if recipe.lora.adapter_name_or_path:
+        adapter = AdapterFolder.find(recipe.lora.adapter_name_or_path)
+        return adapter.record.quantized_on if adapter.has_record else None
+    return None
 
 
 def check_same_base(folder: Path, record: dict[str, Any]) -> None:

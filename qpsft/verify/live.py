@@ -82,6 +82,7 @@ def load_live(
         # A quantized base has been rounded already; another one is rounded from `weights_dtype`.
         dtype=record.compute_dtype if record.prequantized else record.weights_dtype,
         device=device,
+        quantized_on=record.quantized_on,
         verbose=False,
     )
     _compute_in_float32(model, dtype_named(record.compute_dtype))
