@@ -53,8 +53,8 @@ class GgufOptions:
 
     Attributes:
         outtype: the type that can be made here: f16 where a quantized one was asked for without llama-cpp-python.
-        output: then with f16 in its name.
-        notes: and a note that says so.
+        output: the file; its name says f16 too in that case.
+        notes: what the user should know; a line about that case.
     """
 
     source: str | Path

@@ -203,7 +203,7 @@ def _check_special_tokens(file: GgufFile, merged: MergedModel, check: GgufCheck)
 
 
 def _note_tokenizer(file: GgufFile, merged: MergedModel, check: GgufCheck) -> None:
-    """What llama.cpp will do otherwise than the merged model's tokenizer, and the file cannot be blamed for."""
+    """Where llama.cpp will treat texts in another way than the merged model's tokenizer: no fault of the conversion."""
     scores, types = file.value("tokenizer.ggml.scores") or [], file.value("tokenizer.ggml.token_type") or []
     plain = int(file.gguf.TokenType.NORMAL)
     of_plain_tokens = {score for score, kind in zip(scores, types, strict=False) if kind == plain}

@@ -1,4 +1,4 @@
-"""What a merge says of itself: the lines for a terminal, `merge_report.json`, and the card of the merged model."""
+"""The report of a merge: lines for a terminal, `merge_report.json`, and the card of the merged model."""
 
 from __future__ import annotations
 

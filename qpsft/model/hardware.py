@@ -49,7 +49,7 @@ OVERFLOWS_IN_FLOAT16 = {
 says so: vLLM in `_FLOAT16_NOT_SUPPORTED_MODELS` (vllm/config/model.py), Unsloth in `FORCE_FLOAT32`
 (unsloth/models/loader.py); Gemma 3 also in huggingface/transformers issue 36822."""
 
-OPTIONS = "Use dtype float32 (slower), a card with bfloat16 (CUDA sm_80 or newer), or another model."
+INSTEAD_OF_FLOAT16 = "Use dtype float32 (slower), a card with bfloat16 (CUDA sm_80 or newer), or another model."
 
 
 # --- which device ---
@@ -256,7 +256,7 @@ def base_dtype(hardware: Hardware, requested: str, config: Mapping[str, Any]) ->
     if dtype != torch.float16 or overflowing_type(config) is None:
         return dtype
     if requested != "auto":
-        raise BaseModelError(f"{_overflow(config)}.", OPTIONS)
+        raise BaseModelError(f"{_overflow(config)}.", INSTEAD_OF_FLOAT16)
     return torch.float32
 
 
@@ -391,7 +391,7 @@ def _check_precision(
             "Use dtype float32 or bfloat16 there.",
         )
     if mixed_precision == "fp16" and overflowing_type(config) is not None:
-        raise RecipeError(f"{_overflow(config)}.", OPTIONS)
+        raise RecipeError(f"{_overflow(config)}.", INSTEAD_OF_FLOAT16)
     if dtype == torch.float16 and mixed_precision in ("no", "bf16"):
         raise RecipeError(
             "The base is in float16 and fp16 is off: without loss scaling small gradients become 0.",

@@ -1,4 +1,4 @@
-"""What meta tensors do not show of a device: its attention kernels, autocast's casts, and memory inside kernels.
+"""What meta tensors do not show: a device's attention kernels, autocast's casts, and the memory inside kernels.
 
 Sources: torch's docs on autocast's operator lists and `aten/src/ATen/native/transformers/cuda/` (`sdp_utils.cpp` for
 the choice, `flash_attn/flash_api.cpp` and `attention_backward.cu` for the buffers), and
@@ -64,8 +64,8 @@ class AsOnTarget(TorchFunctionMode):
 
     Args:
         target: the device.
-        masked: attention gets a mask. It is the answer to every question that the code asks about values, which meta
-            tensors lack; transformers asks whether a mask can be left out.
+        masked: attention gets a mask. Code that branches on values, which meta tensors lack, gets the answer that leads
+            there: transformers asks whether a mask can be left out.
     """
 
     def __init__(self, target: Target, masked: bool):

@@ -1,4 +1,4 @@
-"""Bytes of the tensors that are alive, as they come and go, on any device; on `meta` nothing is allocated at all."""
+"""Counts the bytes of the tensors that are alive, on any device; on `meta` nothing is allocated."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         workspace: given an operator and its arguments, the bytes that its kernel allocates and frees again, which no
-            output shows, and how many of them are dequantized weights.
+            output shows, and the part of them that is dequantized weights.
         block: given a storage's size, what the allocator counts for it.
         is_dequantization: whether an operator's outputs are dequantized weights or constants, counted apart too.
 
@@ -63,8 +63,8 @@ class LiveBytes(TorchDispatchMode):
         dequantized = self._is_dequantization(func)
         for tensor in _tensors((result,)):
             self._add(tensor.untyped_storage(), dequantized)
-        inside, of_it_dequantized = self._workspace(func, args, kwargs)
-        self._note(inside, of_it_dequantized)
+        inside, dequantized_inside = self._workspace(func, args, kwargs)
+        self._note(inside, dequantized_inside)
         return result
 
     def _add(self, storage: torch.UntypedStorage, dequantized: bool) -> None:

@@ -16,7 +16,8 @@ PAGED_FROM = 100_000
 
 @dataclass(frozen=True)
 class OptimizerBytes:
-    """
+    """Memory of an optimizer beside the parameters and their gradients.
+
     Attributes:
         device: state on the device, exact.
         host: state that bitsandbytes pages, in host memory.
@@ -42,10 +43,9 @@ def optimizer_bytes(args: Any, shapes: Sequence[torch.Size]) -> OptimizerBytes:
         state, paged, step = _state(args, [nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes])
     except (ValueError, ImportError, RuntimeError, NotImplementedError, TypeError, AttributeError):
         return OptimizerBytes(8 * numel, 0, 4 * numel, known=False)
-    in_host = {id(t) for of_one in state for t in of_one if paged and t.dim() > 0 and t.numel() >= PAGED_FROM}
-    tensors = {id(t): t for of_one in state for t in of_one}
-    host = sum(t.nbytes for key, t in tensors.items() if key in in_host)
-    device = sum(t.nbytes for t in tensors.values()) - host
+    tensors = {id(t): t for kept in state for t in kept}.values()  # each once, where parameters share one
+    host = sum(t.nbytes for t in tensors if paged and t.dim() > 0 and t.numel() >= PAGED_FROM)
+    device = sum(t.nbytes for t in tensors) - host
     return OptimizerBytes(device, host, step)
 
 
@@ -60,16 +60,16 @@ def _state(args: Any, parameters: list[nn.Parameter]) -> tuple[list[list[Tensor]
         for number, parameter in enumerate(parameters):
             optimizer.init_state(optimizer.param_groups[0], parameter, 0, number)
         return _tensors(optimizer, parameters), paged, 0
-    fused = kwargs.pop("fused", False)  # only where its kernel is
+    fused = kwargs.pop("fused", False)  # the meta device has no kernel for it
     optimizer = cls(parameters, **kwargs)
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
     optimizer.step()
     tensors = _tensors(optimizer, parameters)
     if not fused:  # the step counter stays on the CPU
-        tensors = [[t for t in of_one if t.dim() > 0] for of_one in tensors]
+        tensors = [[t for t in kept if t.dim() > 0] for kept in tensors]
     sizes = [parameter.nbytes for parameter in parameters]
-    if cls.__module__.startswith("torch.optim"):  # on all parameters at once, with one more tensor for each
+    if cls.__module__.startswith("torch.optim"):  # steps all parameters at once, with a temporary tensor for each
         return tensors, False, 0 if fused else sum(sizes)
     return tensors, False, 3 * max(sizes)
 

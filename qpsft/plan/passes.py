@@ -45,7 +45,7 @@ class Activations:
 
     @classmethod
     def unknown(cls, batch: Batch, score_batch: Batch | None) -> Activations:
-        """Of a model whose code does not run on the meta device."""
+        """For a model whose code does not run on the meta device."""
         return cls(batch, score_batch, TrainingBytes(*(0 for _ in dataclasses.fields(TrainingBytes))), 0, known=False)
 
 
@@ -138,10 +138,10 @@ def _names_layers(lora: LoraArguments) -> bool:
 
 
 def _pattern(config: PretrainedConfig) -> tuple[int, int]:
-    """How many of the first layers have all kinds of layers, and after how many layers their order repeats.
+    """How many of the first layers hold every kind of layer, and after how many layers the order of kinds repeats.
 
-    Kinds of attention that differ in reach only take the same memory: they repeat at once. So do the layers with
-    experts, which in many models come after a few without.
+    Kinds of attention that differ in their reach only take the same memory, so they count as one. Layers with experts
+    come after a few without in many models, and are all alike.
     """
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None) or [None]

@@ -31,7 +31,7 @@ from qpsft.recipe.file import Recipe
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What `Planner.measure` found for one recipe."""
+    """What `Planner.measure` returns for one recipe."""
 
     memory: Memory
     activations: Activations
@@ -97,8 +97,8 @@ class Planner:
             config, self._model, self.lora, self.dtype, tiled_mlp=tiled, trust_remote_code=self._trust
         )
 
-    def of_another(self, recipe: Recipe, shape: Shape) -> Planner:
-        """The same for another base."""
+    def for_base(self, recipe: Recipe, shape: Shape) -> Planner:
+        """A planner for the same device and another base."""
         return Planner(recipe, shape, device=self.device, capability=self.capability, processes=self.processes)
 
     def measure(self, recipe: Recipe) -> Measured:
@@ -163,10 +163,10 @@ class Planner:
     def _optimizer(self, args: Any) -> OptimizerBytes:
         key = (str(args.optim), args.optim_args)
         if key not in self._optimizers:
-            found = optimizer_bytes(args, self.weights.trainable)
+            optimizer = optimizer_bytes(args, self.weights.trainable)
             if self.device == "cpu":  # there is nothing to page from
-                found = dataclasses.replace(found, device=found.device + found.host, host=0)
-            self._optimizers[key] = found
+                optimizer = dataclasses.replace(optimizer, device=optimizer.device + optimizer.host, host=0)
+            self._optimizers[key] = optimizer
         return self._optimizers[key]
 
     def _batch(self, args: Any) -> Batch:

@@ -42,7 +42,7 @@ class MemoryPlan:
         peak_bytes: the largest phase: what `torch.cuda.max_memory_allocated()` shows.
         margin_bytes: the CUDA context and fragmentation, which it does not show.
         gpu_bytes: what there is, or None.
-        host_bytes: host memory used for the device's sake.
+        host_bytes: host memory for what would otherwise be on the device.
         disk_bytes: of "base", "adapter" (with checkpoints), "merge", "export" to an f16 GGUF (with the merged model),
             and "quantized": what a quantized GGUF needs beside that.
         merge_ram_bytes, verify_ram_bytes: of a merge, and of verifying it (on the GPU where there is one).
@@ -120,29 +120,29 @@ class MemoryPlan:
 
     @functools.cached_property
     def suggestion(self) -> Suggestion | None:
-        """The cheapest change that makes it fit, planned anew; None when it fits, none was found, or none is known."""
+        """The cheapest change that makes it fit, planned anew; None when it fits, or no such change is known."""
         return self.within(self.gpu_bytes) if self.fits is False and self.complete else None
 
     def within(self, limit: int) -> Suggestion | None:
-        """The cheapest change after which the run needs at most `limit` bytes; None when none was found.
+        """The cheapest change after which the run needs at most `limit` bytes; None when no such change is known.
 
-        Before rows shorter than half of what is asked for comes a smaller model, where one is known that fits.
+        A smaller model is preferred to rows of less than half the length that is asked for.
         """
         cuda, longest = self._planner.device == "cuda", self._planner.context_length
         with self._trying() as needed:
-            found = suggest(self._recipe, needed, limit, cuda=cuda, longest=longest)
-        options = dict(found.options) if found else {}
+            change = suggest(self._recipe, needed, limit, cuda=cuda, longest=longest)
+        options = dict(change.options) if change else {}
         length = options.pop("max_length", None)
         half = min(self._recipe.trainer.max_length, longest) / 2
-        if found is not None and (length is None or length >= half):
-            return found
+        if change is not None and (length is None or length >= half):
+            return change
         for name in smaller_models(self.model):
-            planner = self._planner.of_another(self._recipe, find_shape(name))
+            planner = self._planner.for_base(self._recipe, find_shape(name))
             for others in [{}, options] if options else [{}]:
                 need = _needed(planner.measure(changed(self._recipe, others)))
                 if need <= limit:
                     return Suggestion({"model_name_or_path": name} | others, need)
-        return found
+        return change
 
     @contextlib.contextmanager
     def _trying(self) -> Iterator[Callable[[Recipe], int]]:
@@ -233,7 +233,7 @@ def _verdict(plan: MemoryPlan) -> list[str]:
         if plan.max_length:
             lines.append(f"longest max_length that fits: {plan.max_length:,} (as it is now, {plan.length:,})")
     if plan.host_bytes:
-        lines.append(f"host memory for the card's sake: {gib(plan.host_bytes)} GiB")
+        lines.append(f"host memory in place of the card's: {gib(plan.host_bytes)} GiB")
     disk = plan.disk_bytes
     lines += [
         f"disk: base {gib(disk['base'])}, adapter and checkpoints {gib(disk['adapter'])}, merge {gib(disk['merge'])}, "

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from qpsft.errors import DivergedError
-from qpsft.model.hardware import OPTIONS
+from qpsft.model.hardware import INSTEAD_OF_FLOAT16
 
 MOST_REPEATS = 20
 """From GradScaler's first scale, 65536, twenty halvings lead to 1/16: below 1, scaling is not what overflows."""
@@ -71,7 +71,7 @@ def repeat_until_finite(
     raise DivergedError(
         f"The gradients of optimizer step {trainer.state.global_step + 1} overflow in float16, "
         f"{MOST_REPEATS + 1} times on end, down to a loss scale of {scaler.get_scale():g} ({_name(trainer.model)}).",
-        f"This model does not train in float16. {OPTIONS}",
+        f"This model does not train in float16. {INSTEAD_OF_FLOAT16}",
         trainer.state.global_step + 1,
     )
 

@@ -20,7 +20,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from qpsft.errors import DivergedError, RecipeError, TrainingError
 from qpsft.model.attention import attention_by_piece, repeat_keys_where_no_kernel_groups
 from qpsft.model.environment import check_machine, use_triton_where_it_runs
-from qpsft.model.hardware import OPTIONS, settle_precision
+from qpsft.model.hardware import INSTEAD_OF_FLOAT16, settle_precision
 from qpsft.model.tiled_mlp import TileMlpsAgain, tile_mlps
 from qpsft.psft import checkpoint
 from qpsft.psft.config import PSFTConfig
@@ -283,7 +283,7 @@ class PSFTTrainer(SFTTrainer):
         step = self.state.global_step + 1
         return DivergedError(
             f"Training stopped at optimizer step {step}{rows}: {what}.",
-            (f"In float16, activations may overflow. {OPTIONS} " if self.args.fp16 else "")
+            (f"In float16, activations may overflow. {INSTEAD_OF_FLOAT16} " if self.args.fp16 else "")
             + "Lower the learning rate, or look at these rows (counted from 0, in the prepared data). "
             + (f"The last good checkpoint is {last}." if last else "No checkpoint had been saved yet."),
             step,
