@@ -222,6 +222,19 @@ def test_a_whole_weight_under_an_adapted_layer_is_unknown(tmp_path):
         AdapterFolder(folder).base_folder()
 
 
+@pytest.mark.parametrize("kind", ["torch.compile", "DDP", "FSDP", "part of a larger model"])
+def test_names_on_a_base_whose_names_transformers_converts(tmp_path, kind):
+    """PEFT converts names of an older transformers on a mixture of experts; the error shows the file's own."""
+    base = save_tiny_model(tmp_path / "base", "mixtral", num_local_experts=4, num_experts_per_tok=2)
+    folder = save_peft_adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
+    file = folder / "adapter_model.safetensors"
+    tensors = {RENAMED[kind](name): tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file)
+    with pytest.raises(BaseModelError, match="has other names than adapter_config.json calls for") as error:
+        AdapterFolder(folder).base_folder()
+    assert f"it holds {RENAMED[kind](f'{QUERY}lora_A.weight')} in place of {QUERY}lora_A.weight." in error.value.what
+
+
 def test_the_record_says_which_base(tmp_path):
     """One question for all verbs: another configuration, and one rounded on disk, are refused by name."""
     base, other = save_tiny_model(tmp_path / "base"), save_tiny_model(tmp_path / "other", rms_norm_eps=0.5)

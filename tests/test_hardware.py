@@ -227,7 +227,10 @@ def test_an_adapter_from_another_card_computes_in_what_this_one_is_good_at(
     assert dtype_here(trained, {"model_type": model_type}, torch.device("cpu")) == getattr(torch, trained)
 
 
-def test_its_base_is_rounded_as_in_training_all_the_same(tmp_path, monkeypatch):
+@pytest.mark.parametrize("storage", [torch.uint8, BF16])
+def test_its_base_is_rounded_as_in_training_all_the_same(tmp_path, monkeypatch, storage):
+    """Also where the 4-bit codes are stored as the very dtype that is converted."""
+    monkeypatch.setattr("qpsft.model.base.storage_dtype", lambda compute_dtype: storage)
     base, tokenizer = load_base(make_base(tmp_path / "base"), device="cpu", dtype="bfloat16", verbose=False)
     adapter = save_adapter(add_adapter(base, LoraArguments(lora_r=2)), tmp_path / "adapter")
     tokenizer.save_pretrained(adapter)
@@ -235,8 +238,11 @@ def test_its_base_is_rounded_as_in_training_all_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr("qpsft.evaluate.model.dtype_here", lambda *args: F16)
     here, _ = load_evaluated(str(adapter))
     assert (there.dtype, here.dtype) == (BF16, F16)
-    weights = [{name: layer.weight for name, layer in quantized_linears(model).items()} for model in (there, here)]
-    assert len(weights[0]) == 14 and all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    codes = [
+        {name: layer.weight.data.view(torch.uint8) for name, layer in quantized_linears(model).items()}
+        for model in (there, here)
+    ]
+    assert len(codes[0]) == 14 and all(torch.equal(codes[0][name], codes[1][name]) for name in codes[0])
     logprobs = [model(torch.arange(3, 40).unsqueeze(0)).logits.float().log_softmax(-1) for model in (there, here)]
     assert 0 < (logprobs[0] - logprobs[1]).abs().max() < 0.2 and logprobs[1].isfinite().all()
 

@@ -1,11 +1,10 @@
-"""What is evaluated or talked to: an adapter on its base, rounded as in training, or a model by itself."""
+"""Loads what `evaluate` and `chat` work on: an adapter on its base, rounded as in training, or a model by itself."""
 
 from __future__ import annotations
 
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import nn
 from qpsft.errors import BaseModelError
 from qpsft.model.adapter_folder import ADAPTER_CONFIG, AdapterFolder
 from qpsft.model.base import describe, load_base
-from qpsft.model.base_record import quantized_linears
+from qpsft.model.base_record import is_packed, quantized_linears
 from qpsft.model.folder import MERGE_REPORT
 from qpsft.model.hardware import base_dtype, hardware_of
 from qpsft.model.skeleton import dtype_named
@@ -34,16 +33,21 @@ def load_evaluated(
     dtype: str = "auto",
     device: str = "auto",
 ) -> tuple[Any, Any]:
-    """An adapter on its base, rounded as in training, or a model by itself; and the tokenizer.
+    """Loads an adapter on its base, rounded as in training, or a model by itself.
 
     Args:
         name: folder of an adapter, or what `load_base` takes.
         base: where an adapter's base is now, if it is no longer where its record says.
-        quantization, dtype: of a model without adapter; None: nf4, and none for a merged model.
+        quantization: of a model without adapter; None is nf4, and "none" for a merged model. An adapter's base is
+            always rounded as its record says.
+        dtype: of a model without adapter, as in `load_base`.
         device: as in `load_base`.
 
+    Returns:
+        (model in eval mode: the PEFT model of an adapter; tokenizer).
+
     Raises:
-        BaseModelError: as `load_base`, or the adapter does not fit its base.
+        BaseModelError: as `load_base` and `AdapterFolder.base_folder`, or an option does not go with `name`.
     """
     folder = Path(name).expanduser()
     if not (folder / ADAPTER_CONFIG).exists():
@@ -57,21 +61,12 @@ def load_evaluated(
             "Leave --quantization out.",
         )
     adapter = AdapterFolder(folder)
-    record, base_folder = adapter.record, adapter.base_folder(base)
-    model, _ = load_base(
-        base_folder,
-        quantization="none" if record.prequantized else record.quantization,
-        double_quant=record.double_quant,
-        dtype=record.weights_dtype,
-        device=device,
-        quantized_on=record.quantized_on,
-        verbose=False,
-    )
-    here = dtype_here(record.compute_dtype, model.config.to_dict(), model.device)
-    if here != dtype_named(record.compute_dtype):
+    base_folder = adapter.base_folder(base)
+    model = adapter.load_base(base_folder, device=device)
+    trained_in = adapter.record.compute_dtype
+    here = dtype_here(trained_in, model.config.to_dict(), model.device)
+    if here != dtype_named(trained_in):
         compute_in(model, here)
-    # A Hub id says more than the snapshot's folder it was loaded from.
-    model.qpsft_source = replace(model.qpsft_source, name=record.base_model_name_or_path)
     return adapter.put_on(model), adapter.tokenizer(base_folder)
 
 
@@ -98,7 +93,8 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
     """Has a loaded base compute in another dtype. Its 4-bit weights stay as they are; the others are converted."""
     loaded = model.dtype
     for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.dtype == loaded:  # some architectures hold some weights in float32 whatever the dtype
+        # Some architectures keep some weights in float32 whatever the dtype.
+        if tensor.dtype == loaded and not is_packed(tensor):
             tensor.data = tensor.data.to(dtype)
     for layer in quantized_linears(model).values():
         layer.compute_dtype = layer.weight.quant_state.dtype = dtype
@@ -116,10 +112,12 @@ def is_merged(folder: Path) -> bool:
 
 
 def trained_options(folder: Path) -> dict[str, Any]:
-    """The options an adapter was trained with, as far as its folder knows; a merged folder knows its adapter's.
+    """The options that an adapter was trained with, from the recipe in its folder; {} where there is none.
+
+    A merged folder names its adapter, whose recipe is read then.
 
     Raises:
-        BaseModelError: the recipe there is not valid YAML.
+        BaseModelError: the recipe is not valid YAML.
     """
     for name in RECIPES:
         path = folder / name
@@ -139,6 +137,6 @@ def trained_options(folder: Path) -> dict[str, Any]:
 
 
 def prompt_arguments(folder: Path, **given: Any) -> DataArguments:
-    """How prompts are written: as in training, unless an option given here (and not None) says otherwise."""
+    """Options for writing prompts: those of training, but for options given here that are not None."""
     trained = {name: value for name, value in trained_options(folder).items() if name in PROMPT_OPTIONS}
     return DataArguments(**trained | {name: value for name, value in given.items() if value is not None})

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qpsft.errors import ExportError
 from qpsft.merge.base_tensors import same_values
 from qpsft.merge.safetensors_stream import StoredTensor, TensorFile
+from qpsft.model.adapter import POLICY
 from qpsft.model.adapter_folder import PREFIX, AdapterFolder
 
 if TYPE_CHECKING:
@@ -30,7 +31,10 @@ class LowRank:
     """ΔW = scale · left @ right, W being (rows, columns). With `magnitude` (rows,), DoRA: the rows' norms.
 
     Attributes:
+        left, right: B (rows, r) and A (r, columns), as stored.
+        scale: alpha / r, or alpha / √r for rsLoRA.
         transposed: the factors are stored as (r, rows) and (columns, r), as PEFT does for embeddings.
+        magnitude: DoRA's, or None.
     """
 
     left: StoredTensor
@@ -49,10 +53,11 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of one parameter: replaced, then a low-rank product added, then single rows replaced.
+    """How one parameter changes: it is replaced, then a low-rank product is added, then single rows are replaced.
 
     Attributes:
         replacement: the whole parameter, trained (`modules_to_save`, biases).
+        low_rank: the product; None where the parameter has none.
         rows: trained rows of an embedding (`trainable_token_indices`): positions and values.
         shift: for a bias: values and the factor they are added with (`lora_bias`).
     """
@@ -139,15 +144,15 @@ class _Reading:
             self.tied_rows.add(f"{name}.weight")
         elif isinstance(module, TrainableTokensWrapper):
             delta = self._stored(f"{name}.token_adapter.trainable_tokens_delta")
-            positions = tuple(module.token_adapter.token_indices["default"])
+            positions = tuple(module.token_adapter.token_indices[POLICY])
             self._change(f"{name}.weight", rows=(positions, delta))
 
     def _linear(self, name: str, module: nn.Module) -> None:
         left, right = self._stored(f"{name}.lora_B.weight"), self._stored(f"{name}.lora_A.weight")
         magnitude = self._stored(f"{name}.lora_magnitude_vector") if module.lora_magnitude_vector else None
-        scale = module.scaling["default"]
+        scale = module.scaling[POLICY]
         self._change(f"{name}.weight", low_rank=LowRank(left, right, scale, magnitude=magnitude))
-        if module.lora_bias["default"]:
+        if module.lora_bias[POLICY]:
             if f"{name}.bias" not in self.parameters:
                 raise ExportError(
                     f"The adapter adds a bias to {name} (lora_bias), which has none in the base's architecture.",
@@ -162,7 +167,7 @@ class _Reading:
                 "Use DoRA on linear layers only.",
             )
         left, right = self._stored(f"{name}.lora_embedding_A"), self._stored(f"{name}.lora_embedding_B")
-        low_rank = LowRank(left, right, module.scaling["default"], transposed=True)
+        low_rank = LowRank(left, right, module.scaling[POLICY], transposed=True)
         self._change(f"{name}.weight", low_rank=low_rank)
 
     def _whole_parameters(self) -> None:

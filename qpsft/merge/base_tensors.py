@@ -135,6 +135,7 @@ class _Mapping:
         self.rounded = (linear | self.conv1d) - set(record.unquantized_modules) if quantizing else set()
 
     def result(self) -> BaseTensors:
+        """All tensors, tied ones once, and whatever else is in the folder. Raises as `open_base`."""
         states = self._quantization_states()
         beside = {tensor.name for state in states.values() for tensor in state.values()}
         tensors, left_out, part = [], [], is_part(self.skeleton, self.folder)
@@ -163,6 +164,7 @@ class _Mapping:
         return {name: state for name, state in states.items() if name in self.stored}
 
     def _tensor(self, stored: StoredTensor, state: dict[str, StoredTensor]) -> BaseTensor | None:
+        """The tensor of the merged checkpoint that a stored one becomes; None where the trained model lacks it."""
         place = self.rules.parameter_of(stored.name)
         if place is None:
             return None
@@ -171,28 +173,31 @@ class _Mapping:
         rounded = bool(state) or (module in self.rounded and kind == "weight")
         if conversion is not None:
             if rounded:
-                raise ExportError(
-                    f"transformers fuses or splits {stored.name} of {self.folder} while loading, and training rounded "
-                    f"the result ({parameter}) to {self.record.quantization}: that rounding cannot be repeated tensor "
-                    "by tensor.",
-                    "Merge onto the original weights, or load and save the base once with this transformers.",
-                )
+                raise self._rounded_after_conversion(stored, parameter)
             return BaseTensor(stored.name, stored, None, parameter, stored.shape, False, False)
         transposed = module in self.conv1d
         shape = stored.shape
         if state:
             shape = tuple(quant_state(state).shape)
-        if transposed and state:
-            shape = shape[::-1]
-        if shape != tuple(self.parameters[parameter].shape):
+            shape = shape[::-1] if transposed else shape
+        expected = tuple(self.parameters[parameter].shape)
+        if shape != expected:
             raise BaseModelError(
                 f"{stored.file.path} holds {stored.name} with shape {shape}; the architecture in config.json has "
-                f"{tuple(self.parameters[parameter].shape)} there.",
+                f"{expected} there.",
                 "config.json and the weights belong to different models: download both again.",
             )
         return BaseTensor(stored.name, stored, parameter, None, shape, rounded, transposed, state)
 
+    def _rounded_after_conversion(self, stored: StoredTensor, parameter: str) -> ExportError:
+        return ExportError(
+            f"transformers fuses or splits {stored.name} of {self.folder} while loading, and training rounded the "
+            f"result ({parameter}) to {self.record.quantization}: that rounding cannot be repeated tensor by tensor.",
+            "Merge onto the original weights, or load and save the base once with this transformers.",
+        )
+
     def _tie(self, tensors: list[BaseTensor], tied: dict[str, str]) -> list[BaseTensor]:
+        """Keeps one tensor of each tied pair, under the name of the one that the other is tied to."""
         by_parameter = {tensor.parameter: tensor for tensor in tensors}
         for target, source in tied.items():
             if target not in by_parameter:

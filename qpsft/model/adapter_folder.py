@@ -1,26 +1,26 @@
 """An adapter's folder as PEFT writes it, opened: config, tensors, the record of its base, tokenizer.
 
-Every verb that uses an adapter opens it here and asks `base_folder` for its base. So "is this its base?" and "does its
-file hold exactly the tensors that its config calls for?" have one answer everywhere. PEFT alone would only warn of
-missing tensors, stay silent about unknown ones, and run the bare base.
+Every verb that uses an adapter opens it here and asks `base_folder` for its base. So two questions have one answer
+everywhere: is this its base, and does its file hold exactly the tensors that its config calls for?
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 import os
 import warnings
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from qpsft.errors import BaseModelError, ExportError
-from qpsft.model.base import load_tokenizer
+from qpsft.model.adapter import POLICY
+from qpsft.model.adapter_tensors import check_tensors
+from qpsft.model.base import load_base, load_tokenizer
 from qpsft.model.base_record import RECORD_FILE, BaseRecord, read_base_record, source_of
 from qpsft.model.folder import (
     ADAPTER_CONFIG,
@@ -36,7 +36,7 @@ from qpsft.model.skeleton import build_skeleton
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig, PeftModel
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
@@ -45,9 +45,6 @@ HUB_FILES = [ADAPTER_CONFIG, ADAPTER_WEIGHTS, RECORD_FILE, "token*", "special_to
 
 PREFIX = "base_model.model."
 """What PEFT puts before the base's own names, in its model and in its files."""
-
-NAME = "default"
-"""What the adapter is called in a PEFT model; its file has no such name in it."""
 
 # Features of PEFT's LoRA whose forward is not W + a low-rank product, or that merging does not know.
 _OTHER_FORWARDS = (
@@ -176,7 +173,7 @@ class AdapterFolder:
         Args:
             folder: a base model's.
             same_rounding: also refuse a base that was quantized on disk where the trained one was not, or the other
-                way round: its rounded weights can be others.
+                way round: its rounded weights may differ.
             trust_remote_code: run Python code that comes with the base.
 
         Raises:
@@ -202,7 +199,7 @@ class AdapterFolder:
             kinds = {True: "quantized on disk", False: "not quantized on disk"}
             raise BaseModelError(
                 f"The adapter in {self.path} was trained on a base that was {kinds[record.prequantized]}, and {folder} "
-                f"is {kinds[source.prequantized]}: its rounded weights can be others.",
+                f"is {kinds[source.prequantized]}: its rounded weights may differ.",
                 f"Give the base it was trained on ({record.base_model_name_or_path}) with --base.",
             )
 
@@ -220,7 +217,7 @@ class AdapterFolder:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                return get_peft_model(skeleton, config, adapter_name=NAME, low_cpu_mem_usage=True)
+                return get_peft_model(skeleton, config, adapter_name=POLICY, low_cpu_mem_usage=True)
             except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
                 raise BaseModelError(
                     f"The adapter in {self.path} does not fit the base, a {type(skeleton).__name__}: {one_line(error)}",
@@ -228,73 +225,42 @@ class AdapterFolder:
                 ) from error
 
     def check_tensors(self, model: PeftModel, base: Any) -> None:
-        """The second half of `check_base`: the weights file holds every tensor of the adapter's layers, and no other.
-
-        Weights of the base that PEFT saves beside an adapter (embeddings) may be there too.
+        """The second half of `check_base`: the file holds the tensors of the adapter's layers on `model`, no others.
 
         Args:
-            model: with the adapter's layers on it, on the meta device or with values.
-            base: what errors call the base.
+            model: with the layers on it, on the meta device or with values.
+            base: what messages call the base.
 
         Raises:
-            BaseModelError: tensors are missing, unknown or of another shape; it names the first of them, for a renamed
-                one both names, and says how many they are.
+            BaseModelError: tensors are missing, unknown or of another shape; see `qpsft.model.adapter_tensors`.
         """
-        wanted, stored = _wanted_shapes(model), self._loaded_shapes(model, base)
-        known = _base_shapes(model) | wanted
-        missing = sorted(set(wanted) - set(stored))
-        unknown = sorted(set(stored) - set(known))
-        if missing and unknown:
-            near = difflib.get_close_matches(missing[0], unknown[:1000], n=1, cutoff=0.0)[0]
-            raise BaseModelError(
-                f"{self.weights_file} has other names than {ADAPTER_CONFIG} calls for on {base}: it holds {near} in "
-                f"place of {missing[0]}. {len(missing)} of {len(wanted)} tensors are missing, and {len(unknown)} of "
-                f"the file's {len(stored)} are unknown.",
-                "Save the adapter again with PEFT's save_pretrained, from the model without the wrappers of "
-                "torch.compile, DDP or FSDP, or rename the tensors in the file. If the names are right, give the base "
-                "that it was trained on.",
-            )
-        if missing:
-            raise BaseModelError(
-                f"{self.weights_file} lacks {missing[0]}, which {ADAPTER_CONFIG} calls for on {base} ({len(missing)} "
-                f"of {len(wanted)} tensors are missing).",
-                "Copy the adapter's files again. If they are whole, they do not belong together, or the adapter is for "
-                "another base.",
-            )
-        if unknown:
-            raise BaseModelError(
-                f"{self.weights_file} holds {unknown[0]}, which {ADAPTER_CONFIG} does not call for on {base} "
-                f"({len(unknown)} of its {len(stored)} tensors are unknown).",
-                "Copy the adapter's files again. If they are whole, they do not belong together, or the adapter is for "
-                "another base.",
-            )
-        misshapen = sorted(name for name, shape in stored.items() if shape != known[name])
-        if misshapen:
-            name = misshapen[0]
-            raise BaseModelError(
-                f"{name} in {self.weights_file} has shape {stored[name]}; on {base}, with the rank in "
-                f"{ADAPTER_CONFIG}, it would have {known[name]} ({len(misshapen)} of {len(stored)} tensors have other "
-                "shapes).",
-                "The files do not belong together, the adapter is for another base, or the vocabulary was resized: "
-                "give the base it was trained on.",
-            )
+        check_tensors(self.weights_file, self.shapes, model, base)
 
-    def _loaded_shapes(self, model: PeftModel, base: Any) -> dict[str, tuple[int, ...]]:
-        """Shapes of the stored tensors by the names they are loaded under.
+    def load_base(self, folder: Path, *, rounded: bool = True, device: str = "auto") -> PreTrainedModel:
+        """The base as training had it, loaded from what `base_folder` returned.
 
-        Those are the names in the file, except where transformers has renamed or fused modules since it was written.
+        Args:
+            folder: the base's.
+            rounded: False loads the base's original weights, which training never saw.
+            device: as in `qpsft.model.base.load_base`.
+
+        Raises:
+            BaseModelError: no record, or as `qpsft.model.base.load_base`.
         """
-        from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
-
-        empty = {name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()}
-        try:
-            loaded = convert_peft_adapter_state_dict_for_transformers(model, model.peft_config[NAME], empty, NAME)
-        except (ValueError, RuntimeError, KeyError, IndexError, TypeError) as error:
-            raise BaseModelError(
-                f"The tensors in {self.weights_file} cannot be converted for {base}: {one_line(error)}",
-                "Copy the adapter's files again, or save it with the versions of peft and transformers in use here.",
-            ) from error
-        return {name: tuple(tensor.shape) for name, tensor in loaded.items()}
+        record = self.record
+        model, _ = load_base(
+            folder,
+            quantization=record.quantization if rounded and not record.prequantized else "none",
+            double_quant=record.double_quant,
+            # A base that was quantized on disk has been rounded already; any other is rounded from `weights_dtype`.
+            dtype=record.compute_dtype if record.prequantized else record.weights_dtype,
+            device=device,
+            quantized_on=record.quantized_on,
+            verbose=False,
+        )
+        # A Hub id says more than the snapshot's folder that it was loaded from.
+        model.qpsft_source = replace(model.qpsft_source, name=record.base_model_name_or_path)
+        return model
 
     def put_on(self, model: nn.Module) -> PeftModel:
         """The adapter with its values on its loaded base, for inference: in eval mode, frozen, float32.
@@ -304,7 +270,7 @@ class AdapterFolder:
         from peft import PeftModel
 
         try:
-            return PeftModel.from_pretrained(model, self.path, adapter_name=NAME)
+            return PeftModel.from_pretrained(model, self.path, adapter_name=POLICY)
         except (RuntimeError, ValueError, KeyError, OSError) as error:
             raise BaseModelError(
                 f"The adapter in {self.path} cannot be put on its base: {one_line(error)}",
@@ -361,7 +327,7 @@ def _not_an_adapter(folder: Path) -> BaseModelError:
     elif inside:  # PEFT puts an adapter that is not called "default" into a folder of its own
         what, todo = f"has no {ADAPTER_CONFIG}", f"Did you mean {' or '.join(map(str, inside[:3]))}?"
     elif (folder / "config.json").is_file():
-        what, todo = f"has no {ADAPTER_CONFIG}", "It is a whole model: there is nothing to merge."
+        what, todo = f"has no {ADAPTER_CONFIG}", "It is a whole model: give the folder of an adapter."
     else:
         what, todo = f"has no {ADAPTER_CONFIG}", "Give the folder that training wrote."
     return BaseModelError(f"{folder} {what}, so it is not an adapter's folder.", todo)
@@ -377,27 +343,3 @@ def _check_weights(folder: Path) -> None:
         + (f"; it holds {pickles[0]}, and loading a pickle can run any code." if pickles else "."),
         "Copy the folder again, or save the adapter with safetensors.",
     )
-
-
-def _wanted_shapes(model: PeftModel) -> dict[str, tuple[int, ...]]:
-    """The tensors that PEFT would save of the adapter on `model`: their shapes by their names in the file."""
-    from peft import get_peft_model_state_dict
-
-    tensors = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def _base_shapes(model: PeftModel) -> dict[str, tuple[int, ...]]:
-    """The base's own parameters under PEFT's layers: their shapes by the names PEFT saves them under."""
-    trained = (".lora_", ".modules_to_save.", ".original_module.", ".token_adapter.")
-    return {
-        name: _logical_shape(parameter)
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if not any(part in name for part in trained)
-    }
-
-
-def _logical_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """The shape of the values; a 4-bit weight is stored in another."""
-    state = getattr(parameter, "quant_state", None)
-    return tuple(parameter.shape if state is None else state.shape)

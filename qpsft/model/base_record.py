@@ -82,6 +82,11 @@ def quantized_linears(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def is_packed(tensor: torch.Tensor) -> bool:
+    """Whether a parameter holds packed 4-bit codes. They may be stored as a floating point dtype, as FSDP needs it."""
+    return getattr(tensor, "quant_state", None) is not None
+
+
 def refuse_int8(model: nn.Module) -> None:
     """Raises BaseModelError for a model with layers in bitsandbytes' int8, however it was loaded."""
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Training that goes on from an adapter that exists: qpsft's own, or one that TRL, Unsloth or plain PEFT trained."""
+"""Training that continues a trained adapter: qpsft's own, or one that TRL, Unsloth or plain PEFT trained."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ SAME_OPTIONS = {
     "use_rslora": "use_rslora",
     "use_dora": "use_dora",
 }
-"""Options that an adapter brings along, and their names in PEFT's config."""
+"""Options that a continued adapter decides, and their names in PEFT's config."""
 ROUNDING = ("quantization", "double_quant", "block_size")
+"""Entries of the base's record that say how it is rounded."""
 
 
 def check_start(recipe: Recipe) -> None:
@@ -42,17 +43,17 @@ def check_start(recipe: Recipe) -> None:
     folder = adapter.path
     if output.resolve() in (folder.resolve(), folder.resolve().parent):  # the run's adapter, or a checkpoint's
         raise RecipeError(
-            f"output_dir {output} holds the adapter that training is to go on from, {folder}.",
-            "Choose another --output_dir, so that the start stays what it is.",
+            f"output_dir {output} holds the adapter that training is to continue, {folder}.",
+            "Choose another --output_dir, so that this adapter is kept.",
         )
     config, given = adapter.mergeable_config(), recipe.given
     for name, own in SAME_OPTIONS.items():
         if name in given and given[name] != getattr(config, own):
-            raise _another(folder, name, given[name], getattr(config, own))
+            raise _other_option(folder, name, given[name], getattr(config, own))
     if "lora_modules_to_save" in given:
         asked, has = (sorted(names or []) for names in (given["lora_modules_to_save"], config.modules_to_save))
         if asked != has:
-            raise _another(folder, "lora_modules_to_save", ", ".join(asked) or None, ", ".join(has) or None)
+            raise _other_option(folder, "lora_modules_to_save", ", ".join(asked) or None, ", ".join(has) or None)
     adapter.check_base(_base_folder(recipe), same_rounding=False, trust_remote_code=recipe.trainer.trust_remote_code)
 
 
@@ -61,7 +62,8 @@ def continue_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
 
     Args:
         model: what `load_base` returned.
-        recipe: `lora_dropout` is used too; all else is the adapter's own, and options that were given must say so.
+        recipe: its `lora_dropout` is used; all other LoRA options are the adapter's own, and where one is given it
+            must have the same value.
 
     Returns:
         The PEFT model, its adapter called "default" whatever it was called before. Exactly the adapter's parameters
@@ -84,7 +86,7 @@ def continue_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     _refuse_adapted_head(adapter, peft_model)
     if wanted is not None and wanted != adapted_layers(peft_model):
         own = sorted({name.rpartition(".")[2] for name in adapted_layers(peft_model)})
-        raise _another(adapter.path, "lora_target_modules", asked, ", ".join(own))
+        raise _other_option(adapter.path, "lora_target_modules", asked, ", ".join(own))
     return peft_model
 
 
@@ -111,9 +113,9 @@ def _with_values(adapter: AdapterFolder, model: PreTrainedModel, dropout: float)
     return peft_model
 
 
-def _another(folder: Path, name: str, asked: Any, has: Any) -> RecipeError:
+def _other_option(folder: Path, name: str, asked: Any, has: Any) -> RecipeError:
     return RecipeError(
-        f"{name} is {asked}, and the adapter in {folder} that training is to go on from has {has}.",
+        f"{name} is {asked}, and the adapter in {folder} that training is to continue has {has}.",
         f"Leave {name} out: the adapter brings its own. For a new adapter leave adapter_name_or_path out.",
     )
 
@@ -159,7 +161,7 @@ def _base_folder(recipe: Recipe) -> Path:
 
 
 def recipe_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The tokenizer a recipe trains with: that of the adapter it goes on from if it has its own, else the base's."""
+    """The tokenizer that a recipe trains with: that of the adapter it continues if it has one, else the base's."""
     trust = recipe.trainer.trust_remote_code
     if recipe.lora.adapter_name_or_path:
         adapter = AdapterFolder.find(recipe.lora.adapter_name_or_path)
@@ -171,12 +173,16 @@ def recipe_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def warn_past_context(recipe: Recipe, longest: int) -> None:
-    """Warns where the longest row, in tokens, goes on past the base's context. Raises BaseModelError as `load_base`."""
+    """Warns where the longest row, in tokens, is longer than the base's context.
+
+    Raises:
+        BaseModelError: the base's configuration cannot be had or read.
+    """
     config = load_config(_base_folder(recipe), recipe.trainer.trust_remote_code)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context is not None and longest > context:
         warnings.warn(
-            f"The model's context ends at {context} tokens: rows of up to {longest} would train it on positions that "
-            f"it has never seen. Set max_length: {context}.",
+            f"The model's context ends at {context} tokens: rows of up to {longest} tokens would train it on positions "
+            f"that it has never seen. Set max_length: {context}.",
             stacklevel=2,
         )

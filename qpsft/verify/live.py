@@ -18,8 +18,7 @@ from torch.nn import functional as F
 
 from qpsft.errors import ExportError
 from qpsft.model.adapter_folder import AdapterFolder
-from qpsft.model.base import load_base
-from qpsft.model.base_record import BaseRecord, quantized_linears
+from qpsft.model.base_record import is_packed, quantized_linears
 from qpsft.model.skeleton import dtype_named
 
 if TYPE_CHECKING:
@@ -34,13 +33,11 @@ class LiveModel:
     Attributes:
         model: the PEFT model, in eval mode, every unquantized weight float32.
         tokenizer: the one that training used.
-        record: how the base was rounded.
         base_folder: the base's local folder.
     """
 
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
-    record: BaseRecord
     base_folder: Path
 
 
@@ -74,26 +71,17 @@ def load_live(
         BaseModelError: not an adapter's folder, no record, another base, or tensors that do not fit it.
     """
     opened = AdapterFolder(adapter)
-    record, folder = opened.record, opened.base_folder(base, same_rounding=quantized)
-    model, _ = load_base(
-        folder,
-        quantization=record.quantization if quantized and not record.prequantized else "none",
-        double_quant=record.double_quant,
-        # A quantized base has been rounded already; another one is rounded from `weights_dtype`.
-        dtype=record.compute_dtype if record.prequantized else record.weights_dtype,
-        device=device,
-        quantized_on=record.quantized_on,
-        verbose=False,
-    )
-    _compute_in_float32(model, dtype_named(record.compute_dtype))
+    folder = opened.base_folder(base, same_rounding=quantized)
+    model = opened.load_base(folder, rounded=quantized, device=device)
+    _compute_in_float32(model, dtype_named(opened.record.compute_dtype))
     peft_model = opened.put_on(model).requires_grad_(False)
-    return LiveModel(peft_model, opened.tokenizer(folder), record, folder)
+    return LiveModel(peft_model, opened.tokenizer(folder), folder)
 
 
 def _compute_in_float32(model: nn.Module, compute_dtype: torch.dtype) -> None:
     """Makes the arithmetic float32 and leaves the weights the values that training multiplied by.
 
-    Those are values of `compute_dtype`: what is not quantized was loaded in it, and bitsandbytes dequantizes to it.
+    Those are values of `compute_dtype`: training held unquantized weights in it, and bitsandbytes dequantizes to it.
     """
     loaded = model.dtype
     for parameter in model.parameters():
@@ -112,8 +100,8 @@ def _compute_in_float32(model: nn.Module, compute_dtype: torch.dtype) -> None:
 
 
 def _has_plain_values(parameter: nn.Parameter) -> bool:
-    """Whether it holds numbers, not packed 4-bit codes, which can be stored as a floating point dtype too."""
-    return parameter.is_floating_point() and getattr(parameter, "quant_state", None) is None
+    """Whether it holds floating point numbers."""
+    return parameter.is_floating_point() and not is_packed(parameter)
 
 
 def _dense_forward(layer: nn.Module, x: Tensor) -> Tensor:
