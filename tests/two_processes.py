@@ -23,7 +23,6 @@ from test_resume import contents
 from torch.distributed.fsdp import FSDPModule
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-import qpsft.psft.trainer
 from qpsft import cli, processes
 from qpsft.errors import DataError, QpsftError
 from qpsft.model import base
