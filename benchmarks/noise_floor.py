@@ -105,7 +105,7 @@ def ratios(
     reference = ReferencePolicy(model, fused_lm_head=True)
     found, budgets = [], []
     for batches in windows(args, tokenizer, micro_batch, device):
-        budgets.append(token_budget(config, model, batches, reference.nbytes))
+        budgets.append(token_budget(config, max(batch["input_ids"].numel() for batch in batches)))
         with autocast(), as_in_training(model, device, 0):
             scored = reference.score(batches, token_budget=budgets[-1])
         for batch, old in zip(batches, scored, strict=True):

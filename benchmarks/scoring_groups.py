@@ -2,18 +2,20 @@
 
     python benchmarks/scoring_groups.py --threads 1 --clock cpu --json benchmarks/results/scoring_groups.json
 
-A PSFT trainer (NF4, K = 8, one visit, gradient checkpointing) trains on GSM8K's ragged rows. At every step that needs
-old log-probabilities, the same window is scored once by each of these, one after the other, in an order that rotates
-from step to step, so that other load on the machine meets all of them alike:
+A PSFT trainer (NF4, K = 8, one visit, gradient checkpointing) trains on ragged rows. At every step that needs old
+log-probabilities, the same window is scored once by each of these, one after the other, in an order that rotates from
+step to step, so that other load on the machine meets all of them alike:
 
-    groups    rows sorted by length, in batches as large as memory allows: PSFTTrainer's own
-    sorted 2  rows sorted by length, in batches of at most the tokens of two of the largest micro-batch
+    sorted    rows sorted by length, in batches of at most two micro-batches' tokens or 512: PSFTTrainer's own
     two       two micro-batches at a time, in the order they come, padded to the longer one
     one       micro-batch by micro-batch, as they are trained
 
-What one costs more than `groups` is given in shares of an average optimizer step, over whole blocks (a snapshot step
-scores nothing). Models: stories260K and a random Llama of 6.9M parameters with the same tokenizer, on GSM8K (345 tokens
-a row at the median); the embedded base on the rows of `qpsft demo` (short ones).
+What another costs more than `sorted` is given in shares of an average optimizer step, over whole blocks (a snapshot
+step scores nothing). Models: stories260K and a random Llama of 6.2M parameters with the same tokenizer, on GSM8K (345
+tokens a row at the median); the embedded base on the rows of `qpsft demo` (short ones).
+
+results/scoring_groups.json was made when PSFTTrainer's own way was another, `memory` there: rows sorted by length, in
+batches as large as training's activations allow by a table of bytes per token. It was not faster than `sorted`.
 """
 
 from __future__ import annotations
@@ -27,13 +29,16 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 LIMIT = 0.03
 """A share of an optimizer step that simpler scoring may cost."""
 K = 8
+OWN = "sorted"
 
 
 def options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -105,7 +110,7 @@ def two_at_a_time(score: Callable, batches: Sequence[dict[str, Any]]) -> list[An
     """`score` of micro-batches in pairs, given back micro-batch by micro-batch."""
     pairs = [batches[i : i + 2] for i in range(0, len(batches), 2)]
     results = []
-    for pair, scores in zip(pairs, score([merged(pair) for pair in pairs], None), strict=True):
+    for pair, scores in zip(pairs, score([merged(pair) for pair in pairs]), strict=True):
         for batch in pair:
             rows, width = batch["labels"].shape
             results.append(scores[:rows, : width - 1])
@@ -114,48 +119,45 @@ def two_at_a_time(score: Callable, batches: Sequence[dict[str, Any]]) -> list[An
 
 
 class ScoredInTurn:
-    """Takes the place of a trainer's scoring: runs every arm on the window, times each, returns the trainer's own.
+    """Scores every window in each way, times it, and gives back what PSFTTrainer's own way gave.
 
     Attributes:
-        seconds: by arm, of every window so far.
-        differences: by arm, the largest distance in nats from the trainer's own log-probabilities.
+        seconds: by way, of every window so far.
+        differences: by way, the largest distance in nats from the trainer's own log-probabilities.
     """
 
-    def __init__(self, trainer: Any, clock: Callable[[], float]):
-        self._clock, self._own = clock, trainer._score
-        self._arms = {
-            "groups": self._own,
-            "sorted 2": lambda batches: self._as_trainer(trainer, batches, 2 * _largest(batches)),
-            "two": lambda batches: two_at_a_time(lambda b, n: self._as_trainer(trainer, b, n), batches),
-            "one": lambda batches: self._as_trainer(trainer, batches, None),
+    def __init__(self, own: Callable, clock: Callable[[], float]):
+        self._clock = clock
+        self._ways = {
+            OWN: own,
+            "two": lambda old_logprobs, batches, step: two_at_a_time(partial(one, old_logprobs, step=step), batches),
+            "one": one,
         }
-        self.seconds: dict[str, list[float]] = {name: [] for name in self._arms}
-        self.differences = dict.fromkeys(self._arms, 0.0)
-        trainer._score = self
+        self.seconds: dict[str, list[float]] = {name: [] for name in self._ways}
+        self.differences = dict.fromkeys(self._ways, 0.0)
 
-    @staticmethod
-    def _as_trainer(trainer: Any, batches: Sequence[dict[str, Any]], budget: int | None) -> list[Any]:
-        from qpsft.psft.scoring import as_in_training
-
-        with as_in_training(trainer.model, trainer.args.device, 0):
-            return trainer.reference.score(batches, token_budget=budget)
-
-    def __call__(self, batches: Sequence[dict[str, Any]]) -> list[Any]:
-        names = list(self._arms)
-        first = len(self.seconds["groups"]) % len(names)
+    def score(self, old_logprobs: Any, batches: Sequence[dict[str, Any]], step: int) -> list[Any]:
+        """In place of `OldLogprobs.score`."""
+        names = list(self._ways)
+        first = len(self.seconds[OWN]) % len(names)
         scores = {}
         for name in names[first:] + names[:first]:
             start = self._clock()
-            scores[name] = self._arms[name](batches)
+            scores[name] = self._ways[name](old_logprobs, batches, step)
             self.seconds[name].append(self._clock() - start)
-        for name, own in scores.items():
-            distances = [(a - b).abs().max().item() for a, b in zip(own, scores["groups"], strict=True)]
+        for name, here in scores.items():
+            distances = [(a - b).abs().max().item() for a, b in zip(here, scores[OWN], strict=True)]
             self.differences[name] = max(self.differences[name], *distances)
-        return scores["groups"]
+        return scores[OWN]
 
 
-def _largest(batches: Sequence[dict[str, Any]]) -> int:
-    return max(batch["input_ids"].numel() for batch in batches)
+def one(old_logprobs: Any, batches: Sequence[dict[str, Any]], step: int) -> list[Any]:
+    """Scores micro-batch by micro-batch, as OldLogprobs would with `score_token_budget` 0."""
+    from qpsft.psft.scoring import as_in_training
+
+    model = old_logprobs.reference.model
+    with as_in_training(model, model.device, step):
+        return old_logprobs.reference.score(batches)
 
 
 def measure_cell(args: argparse.Namespace, model: str, micro_batch: int, accumulation: int) -> dict[str, Any]:
@@ -165,6 +167,7 @@ def measure_cell(args: argparse.Namespace, model: str, micro_batch: int, accumul
     from turns import StepClock, clock_of
 
     from qpsft import PSFTConfig, PSFTTrainer, load_base
+    from qpsft.psft.old_logprobs import OldLogprobs
 
     clock = clock_of("cuda" if torch.cuda.is_available() else "cpu", args.clock)
     steps = StepClock("psft", None, clock)
@@ -192,8 +195,9 @@ def measure_cell(args: argparse.Namespace, model: str, micro_batch: int, accumul
             peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
             callbacks=[steps],
         )
-        turns = ScoredInTurn(trainer, clock)
-        trainer.train()
+        turns = ScoredInTurn(OldLogprobs.score, clock)
+        with mock.patch.object(OldLogprobs, "score", lambda *args: turns.score(*args)):
+            trainer.train()
     scored_per_block = K - 1
     spent = {name: seconds[scored_per_block:] for name, seconds in turns.seconds.items()}
     blocks = []
@@ -201,9 +205,9 @@ def measure_cell(args: argparse.Namespace, model: str, micro_batch: int, accumul
         mine = slice(block * scored_per_block, (block + 1) * scored_per_block)
         scored = {name: sum(seconds[mine]) for name, seconds in spent.items()}
         whole = sum(step.seconds for step in steps.steps[K * (block + 1) : K * (block + 2)])
-        blocks.append({"step": (whole - sum(scored.values()) + scored["groups"]) / K, "scored": scored})
+        blocks.append({"step": (whole - sum(scored.values()) + scored[OWN]) / K, "scored": scored})
     extra = {
-        name: [(block["scored"][name] - block["scored"]["groups"]) / (K * block["step"]) for block in blocks]
+        name: [(block["scored"][name] - block["scored"][OWN]) / (K * block["step"]) for block in blocks]
         for name in spent
     }
     return {
@@ -248,12 +252,12 @@ def line(result: dict[str, Any]) -> str:
     costs = "   ".join(
         f"{name} {share:+.1%} ({min(by_block):+.1%} to {max(by_block):+.1%})"
         for name, share in result["costs_more"].items()
-        if name != "groups" and (by_block := result["costs_more_by_block"][name])
+        if name != OWN and (by_block := result["costs_more_by_block"][name])
     )
     return (
         f"{result['model']}, {result['parameters'] / 1e6:.2f}M parameters, "
         f"{result['micro_batch']} x {result['accumulation']}: a step {result['step_seconds']:.2f} s, "
-        f"scoring {result['scoring_share']['groups']:.1%} of it\n  {costs}"
+        f"scoring {result['scoring_share'][OWN]:.1%} of it\n  {costs}"
     )
 
 

@@ -25,6 +25,7 @@ from trl import SFTConfig, SFTTrainer
 from turns import StepClock, Turns, clock_of, train_in_turns
 
 from qpsft import PSFTConfig, PSFTTrainer
+from qpsft.psft.forward import policy_forward
 
 PEAK_ARMS = ("trl", "nll", "psft K=8")
 PEAK_STEPS = 3  # snapshot, scored, snapshot: K = 2 there, since memory does not depend on K
@@ -160,20 +161,11 @@ def ratio_noise(trainer: PSFTTrainer) -> dict[str, float]:
     batches = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
     trainer.model.train()
     trainer.reference.snapshot()
-    scores, trained = trainer._score(batches), []
-    loss = trainer._loss
-
-    def noted(logprobs: torch.Tensor, old: torch.Tensor, mask: torch.Tensor, num_items: Any) -> torch.Tensor:
-        trained.append((logprobs.detach().float(), mask))
-        return loss(logprobs, old, mask, num_items)
-
-    trainer._loss = noted
-    for batch, old in zip(batches, scores, strict=True):
-        trainer.compute_loss(trainer.model, {**batch, "old_logprobs": old})
-    del trainer._loss
-    distances = [
-        ((logprobs - old).exp() - 1).abs()[mask] for (logprobs, mask), old in zip(trained, scores, strict=True)
-    ]
+    distances = []
+    for batch, old in zip(batches, trainer.old_logprobs.score(batches, 0), strict=True):
+        with trainer.compute_loss_context_manager():
+            outputs = policy_forward(trainer.model, batch, right_padded=True)
+        distances.append(((outputs.log_probs.detach().float() - old).exp() - 1).abs()[outputs.label_mask])
     distance = torch.cat(distances)
     above = distance.topk(distance.numel() // 1000 + 1).values
     return {"max": float(above[0]), "p999": float(above[-1]), "tokens": distance.numel()}

@@ -95,11 +95,16 @@ class StepClock(TrainerCallback):
         self._scoring: list[float] = []
 
     def watch(self, trainer: Trainer) -> None:
-        """Times the reference pass of a PSFTTrainer."""
+        """Times the reference pass of a PSFTTrainer, too, in its next run."""
         self._trainer = trainer
-        if getattr(trainer.args, "loss_type", None) != "psft":
-            return
-        score = trainer._score
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if getattr(args, "takes_snapshots", False):
+            self._time_scoring(self._trainer.old_logprobs)
+        self._since = self.clock()
+
+    def _time_scoring(self, old_logprobs: Any) -> None:
+        score = old_logprobs.score
 
         def timed(*args: Any) -> Any:
             start = self.clock()
@@ -108,10 +113,7 @@ class StepClock(TrainerCallback):
             finally:
                 self._scoring.append(self.clock() - start)
 
-        trainer._score = timed
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._since = self.clock()
+        old_logprobs.score = timed
 
     def on_step_end(self, args, state, control, **kwargs):
         self.steps.append(Step(self.clock() - self._since, sum(self._scoring), self._kind()))
@@ -123,7 +125,7 @@ class StepClock(TrainerCallback):
 
     def _kind(self) -> str:
         position = getattr(self._trainer, "_position", None)
-        if position is None or self._trainer.args.loss_type != "psft":
+        if position is None or not self._trainer.args.takes_snapshots:
             return "plain"
         return "snapshot" if position.is_snapshot else "scored" if self._scoring else "kept"
 

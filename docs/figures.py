@@ -15,8 +15,9 @@ import argparse
 import io
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from qpsft.terminal import quiet_libraries
@@ -71,22 +72,25 @@ COLOURS = 48
 # ---- the clip ----
 
 
-def token_curve(loss: Callable[..., Any], ratios: Sequence[float], old_probability: float) -> tuple[list, list]:
+def token_curve(loss_type: str, ratios: Sequence[float], old_probability: float) -> tuple[list, list]:
     """One token's loss and its push on the token's log-probability, −∂L/∂log π, at each ratio.
 
     Args:
-        loss: of `qpsft.psft.losses`.
+        loss_type: of `qpsft.psft.losses.LOSSES`.
         ratios: the token's probability over its old one.
         old_probability: the token's, under the reference policy.
     """
     import torch
 
+    from qpsft.psft.losses import EPSILON, LOSSES, OLD_LOGPROBS
+
     values, pushes = [], []
+    options = SimpleNamespace(epsilon=EPSILON)
     mask = torch.ones(1, 1, dtype=torch.bool)
     old_logprobs = torch.full((1, 1), math.log(old_probability), dtype=torch.float64)
     for ratio in ratios:
         logprobs = (old_logprobs + math.log(ratio)).requires_grad_()
-        value = loss(logprobs, old_logprobs, mask)
+        value = LOSSES[loss_type](logprobs, mask, {OLD_LOGPROBS: old_logprobs}, options, 1)
         value.backward()
         values.append(value.item())
         pushes.append(-logprobs.grad.item())
@@ -95,18 +99,18 @@ def token_curve(loss: Callable[..., Any], ratios: Sequence[float], old_probabili
 
 def draw_clip(path: Path) -> None:
     """The three losses of one token, and their gradients, against its ratio."""
-    from qpsft.psft.losses import EPSILON, dft_loss, nll_loss, psft_loss
+    from qpsft.psft.losses import EPSILON
 
     old_probability = 0.4
     ratios = [0.3 + 0.005 * i for i in range(341)]
     curves = {
-        "PSFT": (psft_loss, {"color": "black", "linewidth": 2.4}),
-        "SFT, nats": (nll_loss, {"color": "#0072b2", "linewidth": 1.7, "linestyle": "--"}),
-        "DFT, nats": (dft_loss, {"color": "#a0508a", "linewidth": 1.9, "linestyle": ":"}),
+        "PSFT": ("psft", {"color": "black", "linewidth": 2.4}),
+        "SFT, nats": ("nll", {"color": "#0072b2", "linewidth": 1.7, "linestyle": "--"}),
+        "DFT, nats": ("dft", {"color": "#a0508a", "linewidth": 1.9, "linestyle": ":"}),
     }
     figure, (left, right) = new_figure(2, width=4.6, height=3.5)
-    for name, (loss, style) in curves.items():
-        values, pushes = token_curve(loss, ratios, old_probability)
+    for name, (loss_type, style) in curves.items():
+        values, pushes = token_curve(loss_type, ratios, old_probability)
         left.plot(ratios, values, label=name, **style)
         # the push jumps to 0 at the clip: no line may join the two sides
         cut = next((i for i, push in enumerate(pushes) if push == 0.0), len(ratios))

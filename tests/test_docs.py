@@ -27,7 +27,7 @@ from noise_study import NoiseOptions
 from qpsft import cli
 from qpsft.compare.options import CompareOptions
 from qpsft.psft.config import PSFTConfig
-from qpsft.psft.losses import EPSILON, dft_loss, nll_loss, psft_loss
+from qpsft.psft.losses import EPSILON
 from qpsft.recipe.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments
 from qpsft.recipe.file import load_recipe
 from qpsft.recipe.flags import option_types
@@ -264,11 +264,11 @@ def test_every_figure_is_shown_and_small():
 def test_the_clip_is_drawn_from_the_losses():
     token_curve = load_script("figures").token_curve
     ratios = [0.5, 1.0, 1.27, 1.29, 2.0]
-    values, pushes = token_curve(psft_loss, ratios, 0.4)
+    values, pushes = token_curve("psft", ratios, 0.4)
     assert values == pytest.approx([-0.5, -1.0, -1.27, -1 - EPSILON, -1 - EPSILON])
     assert pushes == pytest.approx([0.5, 1.0, 1.27, 0.0, 0.0])
-    assert token_curve(nll_loss, ratios, 0.4)[1] == pytest.approx([1.0] * 5)
-    assert token_curve(dft_loss, ratios, 0.4)[1] == pytest.approx([0.4 * ratio for ratio in ratios])
+    assert token_curve("nll", ratios, 0.4)[1] == pytest.approx([1.0] * 5)
+    assert token_curve("dft", ratios, 0.4)[1] == pytest.approx([0.4 * ratio for ratio in ratios])
 
 
 @pytest.mark.filterwarnings("ignore")

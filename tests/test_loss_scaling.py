@@ -69,8 +69,7 @@ OVERFLOWS = {0: 1, 1: 2, 3: 1, 4: 3, 6: 1, 8: 2}
 
 def state(made):
     optimizer = made.optimizer.optimizer.state_dict()["state"]
-    kept = [made._scores, made.reference.state_dict() if made.reference else None]
-    return [policy(made.model), optimizer, made.lr_scheduler.state_dict(), *kept]
+    return [policy(made.model), optimizer, made.lr_scheduler.state_dict(), made.old_logprobs.state_dict()]
 
 
 def lines(made):

@@ -1,15 +1,29 @@
 """The losses: hand-computed values, gradients, invariants, and extreme inputs."""
 
+import inspect
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qpsft.psft.losses import NotFiniteError, dft_loss, loss_statistics, mean_statistics, nll_loss, psft_loss
+from qpsft.psft.config import PSFTConfig
+from qpsft.psft.losses import (
+    LOSSES,
+    NotFiniteError,
+    dft_loss,
+    loss_statistics,
+    mean_statistics,
+    nll_loss,
+    psft_loss,
+)
 
-LOSSES = {"nll": nll_loss, "dft": dft_loss, "psft": psft_loss}
+
+def loss_of(name, logprobs, old, mask, num_items=None, epsilon=0.28):
+    """A loss as the trainer calls it."""
+    return LOSSES[name](logprobs, mask, {"old_logprobs": old}, SimpleNamespace(epsilon=epsilon), num_items)
 
 
 def tensors(*rows):
@@ -23,10 +37,8 @@ def test_hand_computed_values():
     assert psft_loss(logprobs, old, mask).item() == pytest.approx(-(1.28 + 0.8) / 2, rel=1e-12)
     assert psft_loss(logprobs, old, mask, epsilon=2.0).item() == pytest.approx(-(2.0 + 0.8) / 2, rel=1e-12)
     assert psft_loss(logprobs, old, mask, num_items=8).item() == pytest.approx(-(1.28 + 0.8) / 8, rel=1e-12)
-    assert nll_loss(logprobs, None, mask).item() == pytest.approx((math.log(2) + math.log(5)) / 2, rel=1e-12)
-    assert dft_loss(logprobs, None, mask).item() == pytest.approx(
-        (0.5 * math.log(2) + 0.2 * math.log(5)) / 2, rel=1e-12
-    )
+    assert nll_loss(logprobs, mask).item() == pytest.approx((math.log(2) + math.log(5)) / 2, rel=1e-12)
+    assert dft_loss(logprobs, mask).item() == pytest.approx((0.5 * math.log(2) + 0.2 * math.log(5)) / 2, rel=1e-12)
 
 
 def test_it_is_ppo_s_two_term_surrogate_with_advantage_one():
@@ -54,9 +66,9 @@ def test_gradients_equal_finite_differences(name):
     else:
 
         def loss(x):
-            return LOSSES[name](x, old, mask)
+            return loss_of(name, x, old, mask)
 
-    LOSSES[name](logprobs, old, mask).backward()
+    loss_of(name, logprobs, old, mask).backward()
     step = 1e-6
     for index in range(logprobs.numel()):
         delta = torch.zeros(8, dtype=torch.float64)
@@ -67,6 +79,21 @@ def test_gradients_equal_finite_differences(name):
         assert logprobs.grad.flatten()[index].item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-9)
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_declares_all_that_its_function_takes(name):
+    loss = LOSSES[name]
+    taken = [*inspect.signature(loss.function).parameters]
+    assert sorted(taken) == sorted(["logprobs", "mask", "num_items", *loss.needs, *loss.options])
+    assert set(loss.options) <= set(PSFTConfig.__dataclass_fields__)
+
+
+def test_options_and_needs_reach_the_function():
+    logprobs, old, mask = torch.tensor([[-1.0]]), torch.tensor([[-2.0]]), torch.tensor([[True]])
+    assert loss_of("psft", logprobs, old, mask, epsilon=0.5).item() == -1.5
+    assert loss_of("psft", logprobs, logprobs, mask, epsilon=0.5).item() == -1.0
+    assert loss_of("nll", logprobs, old, mask, num_items=4).item() == 0.25
+
+
 def test_right_after_a_snapshot_the_gradient_is_sft_s_in_float32():
     torch.manual_seed(2)
     base = torch.randn(3, 50) * 3 - 3
@@ -74,7 +101,7 @@ def test_right_after_a_snapshot_the_gradient_is_sft_s_in_float32():
     psft, nll = base.clone().requires_grad_(), base.clone().requires_grad_()
     loss = psft_loss(psft, base.clone(), mask)
     loss.backward()
-    nll_loss(nll, None, mask).backward()
+    nll_loss(nll, mask).backward()
     assert loss.item() == -1.0
     torch.testing.assert_close(psft.grad, nll.grad, rtol=1e-6, atol=0)
 
@@ -86,9 +113,9 @@ def test_clipped_and_masked_tokens_have_exactly_zero_gradient():
     psft_loss(logprobs, old, mask).backward()
     assert logprobs.grad[0, 1].item() == 0.0 and logprobs.grad[0, 2].item() == 0.0
     assert logprobs.grad[0, 0].item() == -0.25 and logprobs.grad[0, 3].item() < 0.0
-    for loss in LOSSES.values():
+    for name in LOSSES:
         x = torch.tensor([[-1.0, -2.0]], requires_grad=True)
-        loss(x, torch.tensor([[-1.0, -2.0]]), torch.tensor([[True, False]])).backward()
+        loss_of(name, x, torch.tensor([[-1.0, -2.0]]), torch.tensor([[True, False]])).backward()
         assert x.grad[0, 1].item() == 0.0 and x.grad[0, 0].item() != 0.0
 
 
@@ -105,9 +132,9 @@ def test_micro_batches_with_num_items_add_up_to_the_whole(name):
     logprobs = torch.randn(8, 12, dtype=torch.float64) - 2
     old = logprobs + 0.3 * torch.randn(8, 12, dtype=torch.float64)
     mask = torch.rand(8, 12) > torch.linspace(0.1, 0.9, 8)[:, None]  # ragged: row lengths differ
-    whole = LOSSES[name](logprobs, old, mask)
+    whole = loss_of(name, logprobs, old, mask)
     parts = sum(
-        LOSSES[name](logprobs[i : i + 1], old[i : i + 1], mask[i : i + 1], num_items=mask.sum()) for i in range(8)
+        loss_of(name, logprobs[i : i + 1], old[i : i + 1], mask[i : i + 1], num_items=mask.sum()) for i in range(8)
     )
     assert parts.item() == pytest.approx(whole.item(), rel=1e-12)
 
@@ -120,7 +147,7 @@ def test_not_finite_names_the_row(name):
         broken = logprobs.clone()
         broken[2, 1] = bad
         with pytest.raises(NotFiniteError, match=r"\[2\]") as caught:
-            LOSSES[name](broken, logprobs, mask)
+            loss_of(name, broken, logprobs, mask)
         assert caught.value.rows == [2]
     broken_old = logprobs.clone()
     broken_old[0, 0] = math.nan
@@ -135,14 +162,14 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="shape"):
         psft_loss(x, torch.zeros(1, 3), mask)
     with pytest.raises(ValueError, match="boolean"):
-        nll_loss(x, None, mask.long())
+        nll_loss(x, mask.long())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs_are_computed_in_float32(dtype):
     x = torch.tensor([[-1.0, -2.0]], dtype=dtype)
-    for loss in LOSSES.values():
-        assert loss(x, x, torch.ones(1, 2, dtype=torch.bool)).dtype == torch.float32
+    for name in LOSSES:
+        assert loss_of(name, x, x, torch.ones(1, 2, dtype=torch.bool)).dtype == torch.float32
 
 
 logprob = st.one_of(st.floats(-1e4, 0.0, width=32), st.sampled_from([-1e4, -50.0, 0.0]))
@@ -166,7 +193,7 @@ def cases(draw):
 def test_any_shape_mask_and_extreme_logprobs_give_finite_losses_and_gradients(case, name):
     logprobs, old, mask = case
     leaf = logprobs.clone().requires_grad_()
-    loss = LOSSES[name](leaf, old, mask)
+    loss = loss_of(name, leaf, old, mask)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(leaf.grad).all()
     assert (leaf.grad[~mask] == 0).all()

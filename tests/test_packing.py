@@ -255,7 +255,7 @@ def test_a_run_on_packed_rows(base, tmp_path):
         rows = [trainer.train_dataset[r] for r in trainer._get_schedule().rows(step)]
         pieces = [n for row in rows for n in row["seq_lengths"]]
         tokens.append(sum(pieces))
-        for i, old in enumerate(trainer._scores.get(trainer._position.mini_batch, [])):
+        for i, old in enumerate(trainer.old_logprobs.state_dict()["kept"].get(trainer._position.mini_batch, [])):
             with trainer.reference.active():
                 batch = BY_PIECE(rows[2 * i : 2 * i + 2])
                 counted.append((old - policy_forward(trainer.model, batch, right_padded=True).log_probs).abs().max())

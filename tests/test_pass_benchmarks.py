@@ -1,4 +1,4 @@
-"""`benchmarks/noise_floor.py` and `benchmarks/packing.py` at tiny size: what they measure is what they say."""
+"""`noise_floor.py`, `packing.py` and `scoring_groups.py` of benchmarks/ at tiny size: they measure what they say."""
 
 import json
 import sys
@@ -6,7 +6,11 @@ import sys
 import noise_floor
 import packing
 import pytest
+import scoring_groups
+import torch
 from small_runs import make_base
+from transformers import LlamaForCausalLM
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 pytestmark = pytest.mark.bench
 
@@ -62,3 +66,35 @@ def test_padding_is_counted_by_micro_batch():
             return type("Schedule", (), {"rows": lambda self, step: [3, 0, 1, 2]})()
 
     assert packing.tokens_of(Trainer(), 1) == (18, 2 * 8 + 2 * 5)
+
+
+def test_ways_of_scoring_agree_and_are_timed_on_the_same_windows(base, tmp_path, capsys):
+    rows = [{"question": "w5 w6 " * (i % 4 + 1), "answer": "w7 " * (1 + 5 * (i % 3))} for i in range(64)]
+    data, record = tmp_path / "rows.jsonl", tmp_path / "record.json"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [f"--tokenizer={base}", f"--data={data}", f"--json={record}", "--models=small,llama", "--hidden=16"]
+    assert scoring_groups.main([*flags, "--cells=2x2", "--blocks=1", "--max_length=32"]) == 0
+    small, llama = json.loads(record.read_text())["results"]
+    for result in (small, llama):
+        assert set(result["scoring_share"]) == {"sorted", "two", "one"} and result["costs_more"]["sorted"] == 0
+        assert all(0 < share < 0.9 for share in result["scoring_share"].values())
+        assert result["largest_difference_nats"]["sorted"] == 0 < result["largest_difference_nats"]["one"] < 1e-4
+        extra = result["scoring_share"]["two"] - result["scoring_share"]["sorted"]
+        assert result["costs_more_by_block"]["two"] == [pytest.approx(extra)]
+    assert small["parameters"] == sum(p.numel() for p in LlamaForCausalLM.from_pretrained(base).parameters())
+    assert "2 x 2: a step" in capsys.readouterr().out
+
+
+def test_two_micro_batches_are_scored_as_one_and_given_back_apart():
+    collate = DataCollatorForLanguageModeling(pad_token_id=0)
+    lengths = [[3, 2], [6, 1], [4]]
+    batches = [collate([{"input_ids": [n] * n, "labels": [n] * n} for n in batch]) for batch in lengths]
+    seen = []
+
+    def score(merged):
+        seen.extend(batch["input_ids"].shape for batch in merged)
+        return [batch["labels"][:, 1:].float() for batch in merged]
+
+    scores = scoring_groups.two_at_a_time(score, batches)
+    assert seen == [(4, 6), (1, 4)]
+    assert all(torch.equal(s, b["labels"][:, 1:].float()) for s, b in zip(scores, batches, strict=True))

@@ -22,6 +22,7 @@ from qpsft.plan.planned_config import PlannedConfig
 from qpsft.plan.shapes import known_shapes, read_shape, smaller_models
 from qpsft.plan.step import Batch, training_bytes
 from qpsft.plan.weights import build_skeleton, weight_bytes
+from qpsft.psft.old_logprobs import OldLogprobs
 from qpsft.psft.trainer import PSFTTrainer
 from qpsft.recipe.arguments import LoraArguments, ModelArguments
 
@@ -170,9 +171,10 @@ def real_peaks(folder: Path, out: Path, *, rows: int, length: int, dtype: str, c
 
         return run
 
-    for name in ("training_step", "_score"):
-        setattr(trainer, name, measured(name, getattr(trainer, name)))
-    trainer.train()
+    trainer.training_step = measured("training_step", trainer.training_step)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OldLogprobs, "score", measured("score", OldLogprobs.score))
+        trainer.train()
     return peaks
 
 
@@ -191,7 +193,7 @@ def planned_peaks(folder: Path, *, rows: int, length: int, dtype: str, checkpoin
         checkpointing=1 if checkpointing else None,
         offloading=False,
     )
-    return {"training_step": found.training.peak, "_score": found.scoring}
+    return {"training_step": found.training.peak, "score": found.scoring}
 
 
 @pytest.mark.parametrize(

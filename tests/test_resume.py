@@ -100,12 +100,11 @@ def test_saving_does_not_disturb_a_run_and_the_checks_can_tell_runs_apart(base, 
 def test_a_checkpoint_in_mid_block_holds_the_reference_and_the_block_s_scores(uninterrupted):
     whole = uninterrupted("visits")
     assert not (whole / "checkpoint-2" / "psft_reference.safetensors").exists()  # warm-up: no snapshot yet
-    reference, scores = checkpoint.load_psft_state(whole / "checkpoint-2", 0)
-    assert reference is None and scores == {}
-    _, scores = checkpoint.load_psft_state(whole / "checkpoint-4", 0)
-    assert sorted(scores) == [2, 3] and all(len(micro_batches) == 2 for micro_batches in scores.values())
-    _, scores = checkpoint.load_psft_state(whole / "checkpoint-7", 0)
-    assert sorted(scores) == [2, 3, 4]
+    assert checkpoint.load_psft_state(whole / "checkpoint-2", 0) == {"reference": None, "kept": {}}
+    kept = checkpoint.load_psft_state(whole / "checkpoint-4", 0)["kept"]
+    assert sorted(kept) == [2, 3] and all(len(micro_batches) == 2 for micro_batches in kept.values())
+    kept = checkpoint.load_psft_state(whole / "checkpoint-7", 0)["kept"]
+    assert sorted(kept) == [2, 3, 4]
     names = {(whole / f"checkpoint-{step}" / "psft_reference.safetensors").read_bytes() for step in range(3, 9)}
     assert len(names) == 1  # one block, one reference
     assert (whole / "checkpoint-9" / "psft_reference.safetensors").read_bytes() not in names

@@ -18,8 +18,9 @@ from qpsft.model.base import load_base
 from qpsft.plan.live_bytes import LiveBytes
 from qpsft.psft import reference, scoring
 from qpsft.psft.forward import needs_mask, policy_forward
+from qpsft.psft.old_logprobs import OldLogprobs
 from qpsft.psft.reference import ReferencePolicy
-from qpsft.psft.scoring import default_token_budget, groups, real_tokens, row_lengths
+from qpsft.psft.scoring import Row, groups, real_tokens, row_lengths, token_budget
 
 COLLATE = DataCollatorForLanguageModeling(pad_token_id=0)
 
@@ -61,32 +62,17 @@ def forward(model, batch):
     return policy_forward(model, batch, right_padded=True)
 
 
-@pytest.mark.parametrize(
-    "dtype,checkpointing,head_tile",
-    [
-        (torch.bfloat16, True, 64),
-        (torch.bfloat16, False, 64),
-        (torch.float32, True, 64),
-        (torch.float32, False, 64),
-        (torch.bfloat16, True, 4096),  # the LM head's tile is the peak
-        (torch.float32, False, 4096),
-    ],
-)
-def test_scoring_takes_no_more_memory_than_training_and_nearly_as_much(monkeypatch, dtype, checkpointing, head_tile):
-    monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", head_tile)
-    monkeypatch.setattr(scoring, "HEAD_TILE", (4096, head_tile))
-    monkeypatch.setattr(scoring, "LEAST_BYTES", 0)
-    model, batch = lora_model(dtype, checkpointing), one_row(96)
-    gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    budget = default_token_budget(
-        96, model.config, bits=torch.finfo(dtype).bits, checkpointing=checkpointing, spare_bytes=gradients
-    )
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_scoring_two_micro_batches_takes_no_more_memory_than_training_on_one(monkeypatch, dtype, checkpointing):
+    """With as many layers as models of 1B parameters have; four micro-batches would take more."""
+    monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 64)
+    model, batch = lora_model(dtype, checkpointing, layers=16), one_row(96)
     peak_of_training(forward, model, batch)  # autograd's own first allocations
     training = peak_of_training(forward, model, batch)
     reference = ReferencePolicy(model, fused_lm_head=True)
-    window = [batch] * (2 * budget // 96 + 4)
-    assert 0.4 * training < peak_of_scoring(reference, window, budget) <= training
-    assert peak_of_scoring(reference, window, 2 * budget + 96) > training  # the budget is not needlessly small
+    assert peak_of_scoring(reference, [batch] * 8, 2 * 96) <= training
+    assert (peak_of_scoring(reference, [batch] * 8, 4 * 96) > training) == checkpointing
 
 
 def test_a_row_longer_than_the_budget_takes_less_memory_whole_than_training_did(monkeypatch):
@@ -97,43 +83,36 @@ def test_a_row_longer_than_the_budget_takes_less_memory_whole_than_training_did(
     assert peak_of_scoring(ReferencePolicy(model, fused_lm_head=True), [batch], 16) < 0.9 * training
 
 
-def test_the_default_budget_follows_what_training_holds():
-    llama_8b = LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
-    settings = dict(bits=16, checkpointing=True)
-    plain = default_token_budget(512, llama_8b, **settings)
-    assert 2 * 512 < plain < 4 * 512
-    assert default_token_budget(1024, llama_8b, **settings) == pytest.approx(2 * plain, rel=0.01)
-    gradients = 168 * 2**20  # rank 16 on all linear layers, in float32
-    assert default_token_budget(512, llama_8b, spare_bytes=gradients, **settings) - plain == pytest.approx(
-        0.8 * gradients / (13 * 4096 + 12 * 14336), abs=1
-    )
-    assert default_token_budget(512, llama_8b, bits=16, checkpointing=False) > 20 * 512
-    assert default_token_budget(512, llama_8b, offloading=True, **settings) < plain
-    tiled = default_token_budget(16_384, llama_8b, tiled=True, **settings)
-    assert 16_384 < tiled < default_token_budget(16_384, llama_8b, **settings)
-    small = LlamaConfig(hidden_size=64, intermediate_size=172, num_hidden_layers=5)
-    assert default_token_budget(512, small, **settings) == 64 * 2**20 // (2 * (32768 + 3 * 64))
-    assert default_token_budget(5000, small, **settings) >= 5000  # one micro-batch at least
+def test_the_default_budget_is_two_micro_batches_or_512_tokens():
+    def budget(largest, **options):
+        return token_budget(
+            SimpleNamespace(**dict(score_token_budget=None, activation_offloading=False) | options), largest
+        )
+
+    assert (budget(1000), budget(1000, activation_offloading=True)) == (2000, 1000)
+    assert (budget(100), budget(300), budget(100, activation_offloading=True)) == (512, 600, 512)
+    assert (budget(1000, score_token_budget=7), budget(1000, score_token_budget=0)) == (7, None)
 
 
-def test_scoring_happens_when_no_gradients_and_no_activations_are_alive(base, tmp_path):
+def test_scoring_happens_when_no_gradients_and_no_activations_are_alive(base, tmp_path, monkeypatch):
     trainer = make_trainer(base, tmp_path, rows=make_rows(40, longest=80), max_steps=5, per_device_train_batch_size=4)
     live = LiveBytes()
     seen, during = [], []
-    score = trainer._score
+    score = OldLogprobs.score
 
-    def watched(batches):
+    def watched(self, batches, step):
         seen.append([name for name, p in trainer.model.named_parameters() if p.grad is not None])
         kept = sum(t.nbytes for batch in batches for t in batch.values())
         during.append(live.now - kept)
-        return score(batches)
+        return score(self, batches, step)
 
-    trainer._score = watched
+    monkeypatch.setattr(OldLogprobs, "score", watched)
     with live:
         trainer.train()
     assert len(seen) == 3 and not any(seen)
-    state = 3 * trainer.policy_bytes  # the reference and AdamW's two moments
-    assert all(state <= now < state + trainer.policy_bytes for now in during), (state, during)
+    adapter = trainer.reference.nbytes
+    state = 3 * adapter  # the reference and AdamW's two moments
+    assert all(state <= now < state + adapter for now in during), (state, during)
     assert live.peak > 3 * max(during)  # which activations would have raised
 
 
@@ -151,49 +130,48 @@ def test_lengths_of_rows_and_batches_that_must_stay_together():
         assert row_lengths({**packed, extra: torch.ones(3)}) is None
 
 
-@pytest.mark.parametrize("limits", [[], [12], [7, 64], [100]])
+@pytest.mark.parametrize("least", [1, 13, 65])
 @pytest.mark.parametrize("budget", [1, 30, 10_000])
-def test_groups_hold_every_row_once_within_the_budget_and_on_its_own_batch_s_kernels(limits, budget):
-    lengths = [[3, 2], [20], [9, 9, 1], [1]]
-    batches = [{"input_ids": torch.zeros(len(of_batch), max(of_batch))} for of_batch in lengths]
+def test_groups_hold_every_row_once_by_length_within_the_budget_and_with_the_least_tokens(least, budget):
+    rows = [
+        Row(length, b, r)
+        for b, lengths in enumerate([[3, 2], [20], [9, 9, 1], [1]])
+        for r, length in enumerate(lengths)
+    ]
     seen = []
-    for group in groups(batches, lengths, budget, limits):
-        assert list(group) == sorted(group)
+    for group in groups(rows, budget, least):
         tokens = len(group) * group[-1].length
-        for row in group:
-            least, most = scoring.same_kernels(batches[row.batch]["input_ids"].numel(), limits)
-            assert least <= tokens and (most is None or tokens <= most)
+        assert list(group) == sorted(group) and tokens >= least
         assert tokens <= budget or len(set(group)) == 1 or tokens - group[-1].length < least
         seen += dict.fromkeys(group)
-    assert sorted(seen) == sorted(scoring.Row(n, b, r) for b, of in enumerate(lengths) for r, n in enumerate(of))
+    assert seen == sorted(rows)
+    assert list(groups([], budget, least)) == []
 
 
-def test_scores_do_not_depend_on_the_kernels_thresholds(base, monkeypatch):
+def test_rows_stay_among_the_tokens_of_their_micro_batch_s_kernels(base, monkeypatch):
+    """Up to the limit micro-batches are scored as they are, larger ones in groups above it."""
     model = get_peft_model(load_base(base, verbose=False)[0], make_lora(init_lora_weights=False))
     rows = make_rows(7, seed=5)
     batches = [COLLATE([rows[i] for i in part]) for part in ((0, 1), (2,), (3, 4, 5), (6,))]
     plain = ReferencePolicy(model).score(batches, token_budget=60)
     shapes = []
     model.get_base_model().model.register_forward_pre_hook(
-        lambda module, args, kwargs: shapes.append(kwargs["input_ids"].numel()), with_kwargs=True
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    monkeypatch.setattr(reference, "fused_limits", lambda model: [16, 30])
+    own = [tuple(batch["input_ids"].shape) for batch in batches]
+    limit = sorted(rows * width for rows, width in own)[1]
+    monkeypatch.setattr(reference, "fused_limit", lambda model: limit)
     kept = ReferencePolicy(model).score(batches, token_budget=60)
     assert all((a - b).abs().max() < 1e-5 for a, b in zip(plain, kept, strict=True))
-    own = [batch["input_ids"].numel() for batch in batches]
-    assert {scoring.same_kernels(n, [16, 30]) for n in shapes} == {scoring.same_kernels(n, [16, 30]) for n in own}
+    small = [shape for shape in own if shape[0] * shape[1] <= limit]
+    assert len(small) == 2 and shapes[: len(small)] == small
+    assert all(rows * width > limit for rows, width in shapes[len(small) :]) and len(shapes) > len(small)
 
 
-def test_bounds_of_the_same_kernels():
-    assert scoring.same_kernels(50, []) == (1, None)
-    bounds = {tokens: scoring.same_kernels(tokens, [8, 128]) for tokens in (1, 8, 9, 128, 129, 5000)}
-    assert bounds == {1: (1, 8), 8: (1, 8), 9: (9, 128), 128: (9, 128), 129: (129, None), 5000: (129, None)}
-    assert scoring.fused_limit(lambda *shape: shape[2] <= 37, 1536, 0, torch.bfloat16, 64, 64) == 37
-    assert scoring.fused_limit(lambda *shape: False, 1536, 0, torch.bfloat16, 64, 64) == 0
-
-
-def test_on_the_cpu_there_is_one_kernel(base):
-    assert scoring.fused_limits(load_base(base, verbose=False)[0]) == []
+def test_the_fused_limit_is_that_of_the_layer_with_the_highest(base):
+    assert scoring.layer_fused_limit(lambda *shape: shape[2] <= 37, 1536, 0, torch.bfloat16, 64, 64) == 37
+    assert scoring.layer_fused_limit(lambda *shape: False, 1536, 0, torch.bfloat16, 64, 64) == 0
+    assert scoring.fused_limit(load_base(base, verbose=False)[0]) == 0  # on the CPU there is one kernel
 
 
 CARDS = {
@@ -218,7 +196,7 @@ def test_the_thresholds_of_bitsandbytes_are_those_in_the_table(monkeypatch, card
     monkeypatch.setattr(ops, "_gpu_dispatch_props", lambda device: properties)
     ops._gemm_4bit_use_custom_fn.cache_clear()
     limits = {
-        scoring.fused_limit(ops._gemm_4bit_use_custom_fn, ops._gemm_4bit_custom_max_m, 0, dtype, *shape)
+        scoring.layer_fused_limit(ops._gemm_4bit_use_custom_fn, ops._gemm_4bit_custom_max_m, 0, dtype, *shape)
         for shape in SHAPES
     }
     ops._gemm_4bit_use_custom_fn.cache_clear()

@@ -23,6 +23,7 @@ from qpsft import PSFTConfig, PSFTTrainer
 from qpsft.errors import RecipeError
 from qpsft.model.base import load_base
 from qpsft.psft import policy as policy_module
+from qpsft.psft.losses import LOSSES
 
 PEFT_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 
@@ -162,6 +163,16 @@ def test_evaluation_gives_the_nll_and_does_not_disturb_the_run(base, tmp_path):
     assert last["eval_loss"] == pytest.approx(expected, rel=1e-5)
     assert log_lines(evaluated, "eval_loss")[-2]["eval_loss"] == last["eval_loss"]
     assert last["eval_num_tokens"] == log_lines(evaluated)[-1]["num_tokens"]
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_eval_loss_is_the_nll_whatever_the_loss(base, tmp_path, loss_type):
+    trainer = make_trainer(base, tmp_path, eval_dataset=make_rows(2, seed=11), max_steps=2, loss_type=loss_type)
+    trainer.train()
+    with torch.no_grad():
+        expected = float(nll_by_hand(trainer.model, [trainer.data_collator(list(trainer.eval_dataset))]))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert trainer.args.loss_type == loss_type
 
 
 KINDS = {

@@ -254,7 +254,7 @@ def test_a_real_model_on_real_rows(stories, gsm8k, tmp_path):
             return
         second.load_state_dict(weights, strict=False)
         batch = collated(trainer, trainer._get_schedule().rows(step)[:2])
-        kept = trainer._scores[trainer._position.mini_batch][0]
+        kept = trainer.old_logprobs.state_dict()["kept"][trainer._position.mini_batch][0]
         with torch.no_grad():
             logits = second(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
         labels = batch["labels"][:, 1:]

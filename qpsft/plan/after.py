@@ -44,7 +44,7 @@ class After:
 def after_training(args: Any, stored_bytes: int, weights: WeightBytes, optimizer: OptimizerBytes) -> After:
     """Args: the trainer's options; bytes per weight of the base's files; weights and optimizer of the run."""
     saved = weights.adapter + optimizer.device + optimizer.host
-    if args.loss_type == "psft":
+    if args.takes_snapshots:
         saved += weights.adapter
     kept = 0 if getattr(args.save_strategy, "value", args.save_strategy) == "no" else (args.save_total_limit or 1) + 1
     merged = 2 * weights.parameters

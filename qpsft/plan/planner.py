@@ -23,7 +23,7 @@ from qpsft.plan.shapes import Shape
 from qpsft.plan.step import Batch
 from qpsft.plan.weights import WeightBytes, build_skeleton, weight_bytes
 from qpsft.psft.forward import needs_mask
-from qpsft.psft.scoring import default_token_budget
+from qpsft.psft.scoring import token_budget
 from qpsft.psft.sharding import fsdp_is_asked
 from qpsft.recipe.arguments import LoraArguments
 from qpsft.recipe.file import Recipe
@@ -182,31 +182,21 @@ class Planner:
 
     def _score_batch(self, args: Any, batch: Batch) -> Batch:
         """The largest batch of the reference pass, as `qpsft.psft.scoring` makes it."""
-        budget = args.score_token_budget
-        if budget is None:
-            budget = default_token_budget(
-                batch.rows * batch.length,
-                self.shape.config,
-                bits=8 * self.dtype.itemsize,
-                checkpointing=args.gradient_checkpointing,
-                offloading=args.activation_offloading,
-                tiled=args.tiled_mlp and is_tiled(batch.length),
-                spare_bytes=0 if self._reference(args) == "host" else self.weights.adapter,
-            )
-        if budget == 0 or (args.packing and self._flash):
+        budget = token_budget(args, batch.rows * batch.length)
+        if budget is None or (args.packing and self._flash):
             return batch
         rows = max(1, min(args.per_device_train_batch_size * args.gradient_accumulation_steps, budget // batch.length))
         return dataclasses.replace(batch, rows=rows)
 
     def _reference(self, args: Any) -> str:
         """Where the reference's copy is, as `qpsft.psft.reference.ReferencePolicy` keeps it."""
-        if args.loss_type != "psft":
+        if not args.takes_snapshots:
             return "none"
         return "host" if self.device == "cuda" else "device"
 
 
 def _scores(args: Any) -> bool:
-    return args.loss_type == "psft" and (args.reference_steps > 1 or args.num_iterations > 1)
+    return args.takes_snapshots and (args.reference_steps > 1 or args.num_iterations > 1)
 
 
 def _checkpointing(args: Any) -> tuple[int | None, list[str]]:
@@ -222,7 +212,7 @@ def _window_bytes(args: Any, batch: Batch) -> int:
     """Three int64 tensors per row of the window, and its old log-probabilities: a block's, where they are kept."""
     tokens = batch.rows * batch.length * args.gradient_accumulation_steps
     kept = args.reference_steps if args.num_iterations > 1 else 1
-    return 3 * 8 * tokens + (4 * tokens * kept if args.loss_type == "psft" else 0)
+    return 3 * 8 * tokens + (4 * tokens * kept if args.takes_snapshots else 0)
 
 
 def _adapter_options(recipe: Recipe) -> LoraArguments:

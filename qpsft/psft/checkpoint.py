@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.trainer_utils import has_length
 
 from qpsft.errors import OutputError, TrainingError
 from qpsft.files import digest, write_atomically
@@ -102,6 +102,23 @@ def load_run(folder: Path, settings: Mapping[str, Any]) -> int:
     return run["num_tokens"]
 
 
+def order_settings(args: Any, dataset: Any) -> dict[str, Any]:
+    """What decides which rows a step sees. Args: PSFTConfig; tokenized rows, or a stream."""
+    known = has_length(dataset)
+    return {
+        "loss_type": args.loss_type,
+        "rows": len(dataset) if known else None,
+        "rows_sha256": rows_sha256(dataset) if known else None,
+        "processes": args.world_size,
+        "per_device_train_batch_size": args.train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "reference_steps": args.reference_steps,
+        "num_iterations": args.visits,
+        "seed": args.order_seed,
+        "train_sampling_strategy": str(args.train_sampling_strategy),
+    }
+
+
 def rows_sha256(rows: Sequence[Mapping[str, Any]], sample: int = 256) -> str:
     """A digest of tokenized rows: of `sample` of them at even distances, which is enough to tell two files apart."""
     numbers = sorted({round(i * (len(rows) - 1) / max(1, sample - 1)) for i in range(min(sample, len(rows)))})
@@ -129,48 +146,43 @@ def check_adapter(folder: Path, config: Any) -> None:
             )
 
 
-def save_psft_state(
-    folder: Path, process: int, reference: dict[str, Tensor] | None, scores: dict[int, list[Tensor]]
-) -> None:
+def save_psft_state(folder: Path, state: Mapping[str, Any], process: int, *, with_reference: bool) -> None:
     """Saves what a run must remember in the middle of a block.
 
     Args:
         folder: the checkpoint's folder.
-        process: rank of this process; each keeps the scores of its own micro-batches.
-        reference: the reference policy's tensors (process 0), or None.
-        scores: old log-probabilities of the block's mini-batches, one (batch, sequence - 1) tensor per micro-batch.
+        state: of `OldLogprobs.state_dict`.
+        process: rank of this process; each keeps the old log-probabilities of its own micro-batches.
+        with_reference: whether this process writes the reference policy, which is the same in all.
     """
-    if reference is not None:
-        save_file({k: v.detach().contiguous().cpu() for k, v in reference.items()}, folder / REFERENCE)
-    flat = {f"{m}.{i}": t.contiguous().cpu() for m, tensors in scores.items() for i, t in enumerate(tensors)}
-    save_file(flat, folder / SCORES.format(process=process))
+    if with_reference and state["reference"] is not None:
+        tensors = {name: t.detach().contiguous().cpu() for name, t in state["reference"].items()}
+        save_file(tensors, folder / REFERENCE)
+    kept = {f"{m}.{i}": t.contiguous().cpu() for m, tensors in state["kept"].items() for i, t in enumerate(tensors)}
+    save_file(kept, folder / SCORES.format(process=process))
 
 
-def load_psft_state(folder: Path, process: int) -> tuple[dict[str, Tensor] | None, dict[int, list[Tensor]]]:
-    """Loads what `save_psft_state` saved: the reference (None before the first snapshot) and the block's scores.
+def load_psft_state(folder: Path, process: int) -> dict[str, Any]:
+    """Loads what `save_psft_state` saved, for `OldLogprobs.load_state_dict`.
 
     Raises:
-        TrainingError: the scores of this process are missing (another trainer made the checkpoint).
+        TrainingError: there is nothing of this process (another trainer made the checkpoint).
     """
-    scores_file = folder / SCORES.format(process=process)
-    if not scores_file.is_file():
+    scores = folder / SCORES.format(process=process)
+    if not scores.is_file():
         raise TrainingError(
             f"{folder} holds no old log-probabilities for process {process}.",
             "Resume from a checkpoint that qpsft made with loss_type psft.",
         )
-    scores: dict[int, list[tuple[int, Tensor]]] = {}
-    for key, tensor in load_file(scores_file).items():
+    by_mini_batch: dict[int, dict[int, Tensor]] = {}
+    for key, tensor in load_file(scores).items():
         mini_batch, micro_batch = map(int, key.split("."))
-        scores.setdefault(mini_batch, []).append((micro_batch, tensor))
+        by_mini_batch.setdefault(mini_batch, {})[micro_batch] = tensor
     reference = load_file(folder / REFERENCE) if (folder / REFERENCE).is_file() else None
-    return reference, {m: [t for _, t in sorted(pairs, key=lambda pair: pair[0])] for m, pairs in scores.items()}
+    return {"reference": reference, "kept": {m: [t[i] for i in sorted(t)] for m, t in by_mini_batch.items()}}
 
 
 def remove_folder(folder: Path) -> None:
     """Removes a checkpoint folder; its completeness mark goes first, so that a cut-off removal leaves no doubt."""
     (folder / COMPLETE).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def to_device(scores: dict[int, list[Tensor]], device: torch.device) -> dict[int, list[Tensor]]:
-    return {m: [t.to(device) for t in tensors] for m, tensors in scores.items()}

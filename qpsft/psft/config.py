@@ -13,9 +13,8 @@ from trl import SFTConfig
 
 from qpsft.errors import RecipeError
 from qpsft.model.hardware import check_run, hardware_of, pick_device
-from qpsft.psft.losses import EPSILON
+from qpsft.psft.losses import EPSILON, LOSSES, OLD_LOGPROBS
 
-LOSS_TYPES = ("psft", "nll", "dft")
 # Values of `report_to` that `get_available_reporting_integrations` does not tell.
 _NOT_TOLD = ("all", "none", "azure_ml", "flyte", "kubeflow")
 
@@ -39,7 +38,7 @@ class PSFTConfig(SFTConfig):
     loss_type: str = _option(
         "psft",
         "psft (Proximal SFT, arXiv 2508.17784), nll (plain SFT) or dft (arXiv 2508.05629).",
-        choices=list(LOSS_TYPES),
+        choices=list(LOSSES),
     )
     epsilon: float = _option(
         EPSILON,
@@ -63,8 +62,8 @@ class PSFTConfig(SFTConfig):
     )
     score_token_budget: int | None = _option(
         None,
-        "Tokens per batch, padding included, in the reference pass. Unset: as many as take no more memory than "
-        "training on the step's largest micro-batch. 0: the micro-batches as they are trained, which is slower and "
+        "Tokens per batch, padding included, in the reference pass. Unset: those of two micro-batches (with "
+        "activation_offloading of one), at least 512. 0: the micro-batches as they are trained, which is slower and "
         "free of rounding noise: without a change of the weights the ratio is 1 to the bit.",
     )
     block_order: bool = _option(
@@ -137,8 +136,8 @@ class PSFTConfig(SFTConfig):
             raise RecipeError("split_batches is not supported.", "Give per_device_train_batch_size per process.")
 
     def _check(self) -> None:
-        if self.loss_type not in LOSS_TYPES:
-            raise RecipeError(f"loss_type {self.loss_type!r} is not known.", f"Use one of {', '.join(LOSS_TYPES)}.")
+        if self.loss_type not in LOSSES:
+            raise RecipeError(f"loss_type {self.loss_type!r} is not known.", f"Use one of {', '.join(LOSSES)}.")
         if self.packing and self.packing_strategy == "wrapped":
             raise RecipeError(
                 "packing_strategy wrapped cuts rows in two and lets them see each other.",
@@ -192,7 +191,7 @@ class PSFTConfig(SFTConfig):
         for name, why in refused.items():
             if getattr(self, name):
                 raise RecipeError(f"{name} is not supported.", why)
-        if self.loss_type == "psft" and self.reference_steps == 1 and self.num_iterations == 1:
+        if self.takes_snapshots and self.reference_steps == 1 and self.num_iterations == 1:
             warnings.warn(
                 "reference_steps = 1 with one visit is plain SFT: the ratio is 1 at every step and nothing is ever "
                 "clipped. Use reference_steps 4 to 8 for PSFT.",
@@ -219,6 +218,21 @@ class PSFTConfig(SFTConfig):
                 f"lr_scheduler_type {getattr(self.lr_scheduler_type, 'value', self.lr_scheduler_type)!r}: {error}",
                 "Set lr_scheduler_kwargs, or another.",
             ) from None
+
+    @property
+    def takes_snapshots(self) -> bool:
+        """Whether the loss compares the policy with a reference policy, a snapshot renewed every block."""
+        return OLD_LOGPROBS in LOSSES[self.loss_type].needs
+
+    @property
+    def visits(self) -> int:
+        """How often each block is gone through: `num_iterations` where there are blocks, else 1."""
+        return self.num_iterations if self.takes_snapshots or self.block_order else 1
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of the order of the rows."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     def sft_warmup_steps_of(self, total_steps: int) -> int:
         """`sft_warmup_steps` as a number of optimizer steps, for a run of `total_steps`."""

@@ -1,14 +1,18 @@
-"""The three losses and the numbers logged beside them. Torch only; reads top to bottom like the paper.
+"""The losses, one function each, and the numbers logged beside them. Torch only; reads top to bottom like the papers.
 
 Shapes, everywhere: `logprobs`, `old_logprobs` and `mask` are (batch, sequence - 1), aligned with the labels shifted by
 one; log-probabilities are natural logarithms (nats). `mask` is True on supervised tokens. A loss is a scalar in nats
 (NLL) or a dimensionless surrogate (PSFT), divided by `num_items`: the number of supervised tokens of the whole
 optimizer step, over all micro-batches and processes, so that gradient accumulation does not change the result.
+
+`LOSSES` names them, and says what each needs besides `logprobs` and `mask`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,23 +59,19 @@ def _per_item(total: Tensor, mask: Tensor, num_items: Tensor | int | None) -> Te
     return total / count.clamp(min=1)  # a batch without supervised tokens is 0, not 0/0
 
 
-def nll_loss(
-    logprobs: Tensor, old_logprobs: Tensor | None, mask: Tensor, *, num_items: Tensor | int | None = None
-) -> Tensor:
-    """Negative log-likelihood, plain SFT: -sum(mask * logprobs) / N. `old_logprobs` is ignored.
+def nll_loss(logprobs: Tensor, mask: Tensor, *, num_items: Tensor | int | None = None) -> Tensor:
+    """Negative log-likelihood, plain SFT: -sum(mask * logprobs) / N.
 
-    Returns: scalar, nats per supervised token. Raises: as `psft_loss`.
+    Returns: scalar, nats per supervised token. Args, raises: as `psft_loss`.
     """
     logprobs = _masked("logprobs", logprobs, mask)
     return _per_item(-logprobs.sum(), mask, num_items)
 
 
-def dft_loss(
-    logprobs: Tensor, old_logprobs: Tensor | None, mask: Tensor, *, num_items: Tensor | int | None = None
-) -> Tensor:
+def dft_loss(logprobs: Tensor, mask: Tensor, *, num_items: Tensor | int | None = None) -> Tensor:
     """Dynamic Fine-Tuning (arXiv 2508.05629, Eq. 9): each token's NLL weighted by its own probability, no gradient.
 
-    Returns: scalar. `old_logprobs` is ignored. Raises: as `psft_loss`.
+    Returns: scalar, nats. Args, raises: as `psft_loss`.
     """
     logprobs = _masked("logprobs", logprobs, mask)
     probability = logprobs.detach().exp()
@@ -118,6 +118,45 @@ def psft_loss(
 def _log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     log_ratio = _masked("logprobs", logprobs, mask) - _masked("old_logprobs", old_logprobs.detach(), mask)
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+OLD_LOGPROBS = "old_logprobs"
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss and what it takes.
+
+    Attributes:
+        function: of `logprobs`, `mask`, `num_items` and, by name, what `needs` and `options` name.
+        needs: what the trainer makes for it, micro-batch by micro-batch: `OLD_LOGPROBS`, log-probabilities of the
+            labels under the reference policy, (batch, sequence - 1) float32.
+        options: of PSFTConfig.
+    """
+
+    function: Callable[..., Tensor]
+    needs: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+    def __call__(
+        self,
+        logprobs: Tensor,
+        mask: Tensor,
+        made: Mapping[str, Tensor | None],
+        args: Any,
+        num_items: Tensor | int | None,
+    ) -> Tensor:
+        """The function's value. Args: `made` holds what is needed, by name; `args` has the options as attributes."""
+        by_name = {name: made[name] for name in self.needs} | {name: getattr(args, name) for name in self.options}
+        return self.function(logprobs, mask=mask, num_items=num_items, **by_name)
+
+
+LOSSES = {
+    "psft": Loss(psft_loss, needs=(OLD_LOGPROBS,), options=("epsilon",)),
+    "nll": Loss(nll_loss),
+    "dft": Loss(dft_loss),
+}
+"""By `loss_type`."""
 
 
 SUMS = ("nll", "entropy", "mean_token_accuracy", "clip_fraction", "approx_kl")

@@ -117,7 +117,7 @@ def noise_sources(model: nn.Module, args: PSFTConfig) -> dict[str, float]:
 
 def warn_of_noise(model: nn.Module, args: PSFTConfig) -> None:
     """Warns, for PSFT, of what `noise_sources` finds."""
-    if args.loss_type != "psft":
+    if not args.takes_snapshots:
         return
     for name, size in noise_sources(model, args).items():
         warnings.warn(

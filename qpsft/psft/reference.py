@@ -20,21 +20,21 @@ from torch import Tensor, nn
 
 from qpsft.errors import TrainingError
 from qpsft.psft.forward import policy_forward
-from qpsft.psft.scoring import Batch, fused_limits, gather, groups, row_lengths
+from qpsft.psft.scoring import Batch, Row, fused_limit, gather, groups, row_lengths
 from qpsft.psft.sharding import as_sharded, exchanged, is_sharded, whole
 
 
 class ReferencePolicy:
-    """A frozen copy of a model's trainable parameters.
+    """A frozen copy of a model's trainable parameters, taken when it is made and at every `snapshot()`.
+
+    The copy of a policy on a CUDA device is kept in pinned host memory and comes to the device to score, when no
+    gradients and no activations are there. Elsewhere, and of a sharded model, it is beside the policy.
 
     Args:
         model: a PEFT model (any adapter name, freshly made or already trained), or any module; what has
             `requires_grad` is the policy, the rest is the base that both share.
         fused_lm_head: the model has TRL's fused LM head (`trl.trainer.utils.add_fused_lm_head`), which returns
             log-probabilities without building (batch, sequence, vocabulary) logits.
-
-    The copy of a policy on a CUDA device is kept in pinned host memory and comes to the device to score, when no
-    gradients and no activations are there. Elsewhere, and of a sharded model, it is beside the policy.
 
     Attributes:
         in_host_memory: whether the copy is in host memory for a policy that is on a GPU.
@@ -55,7 +55,7 @@ class ReferencePolicy:
             )
         self.in_host_memory = not self.sharded and all(p.device.type == "cuda" for p in self._policy.values())
         self._copy = {name: self._empty_like(p) for name, p in self._policy.items()}
-        self._limits = fused_limits(model)
+        self._fused_limit = fused_limit(model)
         self.snapshot()
 
     def _empty_like(self, parameter: Tensor) -> Tensor:
@@ -97,27 +97,38 @@ class ReferencePolicy:
     def score(self, batches: Sequence[Batch], *, token_budget: int | None = None) -> list[Tensor]:
         """Log-probabilities of the labels under the reference policy.
 
-        Rows of all batches are sorted by length and run in batches of at most `token_budget` tokens (padding
-        included; one row at least), in the mode (train or eval) the model is in, on the kernels of their own batch.
+        The rows of all batches are sorted by length and run in groups of at most `token_budget` tokens (padding
+        included; one row at least), in the mode (train or eval) the model is in.
 
         Args:
             batches: each with `input_ids`, `labels` (-100: not supervised) and `attention_mask` or, for packed rows,
-                `position_ids`, all (batch, sequence). Batches with anything else in them (images, rows end to end) or
-                with padding on the left are run as they are, and so is everything where the model is sharded.
+                `position_ids`, all (batch, sequence). Run as they are: batches with anything else in them (images, rows
+                end to end), with padding on the left or so small that the GPU has another kernel for them, and all
+                batches of a sharded model, whose processes must make equally many forwards.
             token_budget: None: each batch is run as it is.
 
         Returns:
             One tensor per batch: (batch, sequence - 1), float32, 0 where the label is -100; on the model's device.
         """
         lengths = [row_lengths(batch) for batch in batches]
+        scores: list[Tensor] = []
+        rows: list[Row] = []
         with self.active():
-            if token_budget is None or self.sharded or None in lengths:
-                return [self._logprobs(b, of_batch is not None) for b, of_batch in zip(batches, lengths, strict=True)]
-            return self._score_regrouped(batches, lengths, token_budget)
+            for b, (batch, in_batch) in enumerate(zip(batches, lengths, strict=True)):
+                few_tokens = batch["input_ids"].numel() <= self._fused_limit
+                if token_budget is None or self.sharded or in_batch is None or few_tokens:
+                    scores.append(self._logprobs(batch, right_padded=in_batch is not None))
+                else:
+                    scores.append(torch.zeros(batch["labels"][:, 1:].shape, device=self._device))
+                    rows += [Row(length, b, r) for r, length in enumerate(in_batch)]
+            for group in groups(rows, token_budget or 0, least=self._fused_limit + 1):
+                logprobs = self._logprobs(gather(batches, group), right_padded=True)
+                for i, (length, b, r) in enumerate(group):
+                    scores[b][r, : length - 1] = logprobs[i, : length - 1]
+        return scores
 
-    def _logprobs(self, batch: Batch, right_padded: bool = True) -> Tensor:
-        device = next(iter(self._policy.values())).device
-        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    def _logprobs(self, batch: Batch, *, right_padded: bool) -> Tensor:
+        inputs = {k: v.to(self._device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         if self.fused_lm_head:
             return policy_forward(self.model, inputs, right_padded=right_padded).log_probs.float()
         labels = inputs.pop("labels")[:, 1:]
@@ -125,14 +136,9 @@ class ReferencePolicy:
         picked = logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         return picked.masked_fill(labels == -100, 0.0)
 
-    def _score_regrouped(self, batches: Sequence[Batch], lengths: list[list[int]], token_budget: int) -> list[Tensor]:
-        device = next(iter(self._policy.values())).device
-        scores = [torch.zeros(len(b["labels"]), b["labels"].shape[1] - 1, device=device) for b in batches]
-        for group in groups(batches, lengths, token_budget, self._limits):
-            logprobs = self._logprobs(gather(batches, group))
-            for i, (length, b, r) in enumerate(group):
-                scores[b][r, : length - 1] = logprobs[i, : length - 1]
-        return scores
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._policy.values())).device
 
     def state_dict(self) -> dict[str, Tensor]:
         """The copy, by parameter name (not a clone). Of a sharded model it is gathered: every process must call it."""

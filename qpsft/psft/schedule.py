@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_utils import has_length
 
 from qpsft.errors import RecipeError
 
@@ -126,22 +127,22 @@ class BlockSchedule:
         last = max((self.position(step).mini_batch for step in range(self.total_steps)), default=-1)
         return max(0.0, 1.0 - (last + 1) * self.mini_batch_size / self.num_rows)
 
-    def check(self, *, psft: bool) -> None:
-        """Says what a user may not expect of this schedule.
+    def check(self, *, takes_snapshots: bool) -> None:
+        """Warns of a block longer than the run, and of rows that are never reached.
 
         Args:
-            psft: the loss is PSFT's; False: only the order is used.
+            takes_snapshots: the loss needs a reference policy; False: only the order of the rows is used.
 
         Raises:
             RecipeError: the SFT warm-up takes the whole run.
         """
         left = self.total_steps - self.warmup_steps
-        if psft and left <= 0:
+        if takes_snapshots and left <= 0:
             raise RecipeError(
                 f"sft_warmup_steps takes all {self.total_steps} optimizer steps, so PSFT never begins.",
                 "Lower sft_warmup_steps, or use loss_type nll.",
             )
-        if psft and self.reference_steps > left:
+        if takes_snapshots and self.reference_steps > left:
             warnings.warn(
                 f"A block of reference_steps = {self.reference_steps} is longer than the {left} optimizer steps of "
                 "the run: the reference policy is never renewed. Lower reference_steps or train longer.",
@@ -176,6 +177,31 @@ def row_order(strategy: str, dataset: Any, mini_batch_size: int) -> Callable[[to
         f"train_sampling_strategy {strategy!r} cannot be combined with blocks.",
         "Use random, sequential or group_by_length.",
     )
+
+
+def make_schedule(args: Any, dataset: Any, mini_batch_size: int, total_steps: int) -> BlockSchedule:
+    """The schedule of a run.
+
+    Args:
+        args: PSFTConfig.
+        dataset: tokenized rows, or a stream: its rows come in their own order, and the schedule tells the phases.
+        mini_batch_size, total_steps: as in `BlockSchedule`.
+
+    Raises:
+        RecipeError: as `BlockSchedule.check` and `row_order`.
+    """
+    schedule = BlockSchedule(
+        len(dataset) if has_length(dataset) else mini_batch_size,
+        mini_batch_size,
+        reference_steps=args.reference_steps,
+        num_iterations=args.visits,
+        warmup_steps=args.sft_warmup_steps_of(total_steps),
+        total_steps=total_steps,
+        seed=args.order_seed,
+        permute=row_order(args.train_sampling_strategy, dataset, mini_batch_size),
+    )
+    schedule.check(takes_snapshots=args.takes_snapshots)
+    return schedule
 
 
 class BlockSampler(Sampler[int]):

@@ -1,116 +1,50 @@
-"""Which rows are scored together: as many as take no more memory than training does, on training's kernels.
+"""The batches of the reference pass: rows sorted by length, more at a time than training takes, on training's kernels.
 
-The reference pass runs when no activations and no gradients are alive, so it can take larger batches than training,
-where the GPU is busier. How large follows from what a token costs either pass, in bytes, with hidden size h,
-intermediate size i and L layers. Measured with `tests/live_bytes.py` on Llama layers with LoRA in float32 on all linear
-layers, the largest sum of live tensors:
+Scoring keeps no activations, so a batch of it can hold more tokens than a micro-batch without taking more memory: the
+forward of two micro-batches without gradients stays below what training keeps for one, from about 1B parameters on, and
+above it by less than 64 MiB for smaller models (`qpsft plan` for seven bases; tests/test_plan_verdicts.py holds some of
+them). Sorted by length, rows need little padding. What simpler ways cost is in benchmarks/results/scoring_groups.json.
 
-| compute dtype | training, checkpointing on | off | scoring |
-| --- | --- | --- | --- |
-| 16 bits | 2 hL + 51 h + 14 i | L (37 h + 10 i) | 13 h + 12 i |
-| 32 bits | 4 hL + 27 h + 25 i | L (26 h + 16 i) | 18 h + 16 i |
-
-and in both passes the tile of TRL's LM head, (tokens up to 4,096) x 32,768 logits. A row longer than the budget is run
-alone and whole: its training forward has the same tensors and keeps more of them, so it has been the peak already.
-(Scoring such a row in chunks of sequence would take *more*: the keys and values of all layers would have to be kept.)
+Log-probabilities of two passes can be compared only if both ran the same kernels. `as_in_training` and `fused_limit`
+see to that.
 """
 
 from __future__ import annotations
 
 import contextlib
-from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from qpsft.model.base_record import quantized_linears
-from qpsft.model.tiled_mlp import TILE, is_tiled
 
 Batch = Mapping[str, Any]
 ROW_KEYS = {"input_ids", "attention_mask", "labels", "position_ids", "seq_lengths"}
-HEAD_TILE = (4096, 32768)  # tokens x vocabulary, trl.kernels.chunked_logprob and trl.trainer.utils
-COSTS = {  # bytes per token in a layer: (of h, of i), the table above
-    16: {"recomputed": (51, 14), "kept": (37, 10), "scored": (13, 12)},
-    32: {"recomputed": (27, 25), "kept": (26, 16), "scored": (18, 16)},
-}
-MARGIN = 0.8  # by `qpsft plan`, 0.9 and 0.85 made scoring the peak of Qwen2.5-0.5B at 2 x 1,024 and 1 x 2,048 tokens
-LEAST_BYTES = 64 * 2**20  # small models: less than this is not worth smaller batches
+LEAST_TOKENS = 512
+"""Fewer tokens leave the processor waiting: of short rows, more than two micro-batches are scored together."""
 
 
-def default_token_budget(
-    largest: int,
-    config: Any,
-    *,
-    bits: int,
-    checkpointing: bool,
-    offloading: bool = False,
-    tiled: bool = False,
-    spare_bytes: int = 0,
-) -> int:
-    """Tokens that can be scored at once in the memory that training takes for its largest micro-batch.
+def token_budget(args: Any, largest: int) -> int | None:
+    """Tokens, padding included, that are scored at once; None: each micro-batch as it is.
 
     Args:
-        largest: tokens of that micro-batch, padding included.
-        config: the model's `PretrainedConfig`.
-        bits: of the compute dtype, 16 or 32.
-        checkpointing, offloading: gradient checkpointing; its activations are in host memory.
-        tiled: the micro-batch's rows are so long that their MLPs run in tiles (`qpsft.model.tiled_mlp`).
-        spare_bytes: what training holds besides and scoring does not: gradients.
-
-    Returns: at least `largest`, and at least what fits into 64 MiB.
-    """
-    text = config.get_text_config()
-    hidden, layers = text.hidden_size, text.num_hidden_layers
-    intermediate = getattr(text, "intermediate_size", None) or 4 * hidden
-    intermediate = max(intermediate) if isinstance(intermediate, (list, tuple)) else intermediate  # one for each layer
-    size, (tile_tokens, tile_vocabulary) = bits // 8, HEAD_TILE
-
-    def layer(what: str, tokens: int, mlp_tokens: int) -> int:
-        of_hidden, of_intermediate = COSTS[bits][what]
-        return of_hidden * hidden * tokens + of_intermediate * intermediate * mlp_tokens
-
-    def head(tokens: int) -> int:  # its tile, and its input three times: as it is, normed, and of supervised tokens
-        return size * (min(tokens, tile_tokens) * tile_vocabulary + 3 * hidden * tokens)
-
-    if checkpointing:
-        kept = 0 if offloading else size * hidden * layers * largest
-        training = kept + max(layer("recomputed", largest, TILE if tiled else largest), head(largest))
-    else:
-        training = (1 if offloading else layers) * layer("kept", largest, 0 if tiled else largest) + head(largest)
-    limit = max(LEAST_BYTES, MARGIN * (training + spare_bytes))
-    per_token = layer("scored", 1, 1)
-    if max(per_token, head(1)) * tile_tokens > limit:  # beyond its tile the head takes no more
-        per_token = max(per_token, head(1))
-    return max(largest, int(limit / per_token))
-
-
-def token_budget(args: Any, model: nn.Module, batches: Sequence[Batch], spare_bytes: int) -> int | None:
-    """`args.score_token_budget` (None for 0: no regrouping), or what training on these micro-batches leaves room for.
-
-    Args:
-        args: PSFTConfig.
-        spare_bytes: as in `default_token_budget`.
+        args: PSFTConfig. Its `score_token_budget`, if given (0 stands for None here); else twice the tokens of the
+            largest micro-batch, or once with activation offloading, where training keeps next to nothing; at least
+            `LEAST_TOKENS`.
+        largest: tokens of the step's largest micro-batch, padding included.
     """
     if args.score_token_budget is not None:
         return args.score_token_budget or None
-    return default_token_budget(
-        max(batch["input_ids"].numel() for batch in batches),
-        model.config,
-        bits=16 if model.get_input_embeddings().weight.element_size() == 2 else 32,
-        checkpointing=args.gradient_checkpointing,
-        offloading=args.activation_offloading,
-        tiled=args.tiled_mlp and is_tiled(max(batch["input_ids"].shape[1] for batch in batches)),
-        spare_bytes=spare_bytes,
-    )
+    return max(LEAST_TOKENS, largest if args.activation_offloading else 2 * largest)
 
 
 @contextlib.contextmanager
 def as_in_training(model: nn.Module, device: torch.device, seed: int) -> Iterator[None]:
-    """Scores inside see the model in training's mode: another may choose other kernels.
+    """Scores inside see the model in training mode: another mode may choose other kernels.
 
-    Dropout draws from a stream of its own, `seed`: from training's, a resumed run would differ.
+    Dropout draws from a random stream of its own, `seed`. From training's, a resumed run would draw other numbers.
     """
     was_training = model.training
     model.train()
@@ -147,6 +81,20 @@ def row_lengths(batch: Batch) -> list[int] | None:
     return lengths.clamp(min=1).tolist()
 
 
+def real_tokens(batch: Batch) -> Tensor:
+    """Number of tokens of a batch that are no padding, a scalar on its device."""
+    if "attention_mask" in batch:
+        return batch["attention_mask"].sum()
+    if "seq_lengths" in batch:
+        return torch.tensor(sum(map(sum, batch["seq_lengths"])), device=batch["input_ids"].device)
+    ids, positions = batch["input_ids"], batch.get("position_ids")
+    if positions is None or positions.shape != ids.shape:
+        return torch.tensor(ids.numel(), device=ids.device)
+    # as in `row_lengths`, without bringing them to the host
+    last = torch.arange(1, ids.shape[1] + 1, device=ids.device) * (positions != 0)
+    return last.amax(1).clamp(min=1).sum()
+
+
 class Row(NamedTuple):
     """A row of one of several batches."""
 
@@ -155,32 +103,23 @@ class Row(NamedTuple):
     row: int
 
 
-def groups(
-    batches: Sequence[Batch], lengths: Sequence[list[int]], token_budget: int, limits: list[int]
-) -> Iterator[list[Row]]:
-    """Rows of several batches to be run together, sorted by length.
+def groups(rows: Iterable[Row], token_budget: int, least: int = 1) -> Iterator[list[Row]]:
+    """Rows to be run together, sorted by length.
 
     Args:
-        batches: the micro-batches as they are trained on.
-        lengths: `row_lengths` of each.
-        token_budget: padded tokens of a group; one row at least.
-        limits: of `fused_limits`: a row stays among as many tokens as its micro-batch's kernels take. Where too few
-            are left for that, the last row is repeated.
+        rows: of several micro-batches.
+        token_budget: most tokens of a group, padding included; one row at least.
+        least: fewest tokens of a group. Where the rows have fewer, the last one is repeated.
 
-    Yields: rows in ascending length; a repeated row stands several times.
+    Yields: rows in ascending length.
     """
-    by_kernels: dict[tuple[int, int | None], list[Row]] = {}
-    for b, (batch, of_batch) in enumerate(zip(batches, lengths, strict=True)):
-        bounds = same_kernels(batch["input_ids"].numel(), limits)
-        by_kernels.setdefault(bounds, []).extend(Row(length, b, r) for r, length in enumerate(of_batch))
-    for (least, most), rows in by_kernels.items():
-        budget = token_budget if most is None else min(token_budget, most)
-        group: list[Row] = []
-        for row in sorted(rows):  # ascending lengths: the newest row sets the padded width
-            if group and row.length * (len(group) + 1) > max(budget, least):
-                yield _filled(group, least)
-                group = []
-            group.append(row)
+    group: list[Row] = []
+    for row in sorted(rows):  # the newest row is the longest: it sets the padded width
+        if group and row.length * (len(group) + 1) > max(token_budget, least):
+            yield _filled(group, least)
+            group = []
+        group.append(row)
+    if group:
         yield _filled(group, least)
 
 
@@ -206,41 +145,23 @@ def gather(batches: Sequence[Batch], group: Sequence[Row]) -> dict[str, Any]:
     return gathered
 
 
-def real_tokens(batch: Batch) -> Tensor:
-    """Number of tokens of a batch that are no padding, a scalar on its device."""
-    if "attention_mask" in batch:
-        return batch["attention_mask"].sum()
-    if "seq_lengths" in batch:
-        return torch.tensor(sum(map(sum, batch["seq_lengths"])), device=batch["input_ids"].device)
-    ids, positions = batch["input_ids"], batch.get("position_ids")
-    if positions is None or positions.shape != ids.shape:
-        return torch.tensor(ids.numel(), device=ids.device)
-    # as in `row_lengths`, without bringing them to the host
-    last = torch.arange(1, ids.shape[1] + 1, device=ids.device) * (positions != 0)
-    return last.amax(1).clamp(min=1).sum()
-
-
-# Which of bitsandbytes' matrix products a number of tokens gets: scoring and training must get the same ones.
-#
-# On CUDA, `bitsandbytes.backends.cuda.ops` (0.50) multiplies by a 4-bit weight (N, K) in one of two ways, chosen by the
-# number of tokens M of the batch, the card, N and K: few tokens in one fused kernel, many by dequantizing the weight
-# and calling cuBLAS. The two add up in another order, and round differently. Its own heuristic gives, as the largest M
-# of the fused kernel over the linear layers of Llama-3.1-8B and Qwen2.5-0.5B:
-#
-# | card | T4 | RTX 3060 | RTX 4060 | RTX 4090 | A100 | RTX 5090 |
-# | --- | --- | --- | --- | --- | --- | --- |
-# | M | 128 | 128 | 256 | 128 | 128 | 64 |
-#
-# and never more than 1,536 (small layers on an A100). On the CPU there is one way (dequantize, then `F.linear`). So
-# most micro-batches lie above every threshold, and so do the larger scoring batches; only the smallest need care.
-
 MAX_FUSED_TOKENS = 1536
 
 
-def fused_limits(model: nn.Module) -> list[int]:
-    """The thresholds of a model on its device: M <= limit is a fused kernel, M > limit is not; ascending, distinct.
+def fused_limit(model: nn.Module) -> int:
+    """The most tokens of a batch that some 4-bit layer multiplies in bitsandbytes' fused kernel; 0 where none does.
 
-    Returns: one number for each that some 4-bit layer has; [] where all batches get the same kernel.
+    On CUDA, `bitsandbytes.backends.cuda.ops` (0.50) multiplies by a 4-bit weight (N, K) in one of two ways, chosen by
+    the number of tokens M of the batch, the card, N and K: few tokens in one fused kernel, many by dequantizing the
+    weight and calling cuBLAS. The two add up in another order, and round differently. Its own heuristic gives, as the
+    largest M of the fused kernel over the linear layers of Llama-3.1-8B and Qwen2.5-0.5B:
+
+    | card | T4 | RTX 3060 | RTX 4060 | RTX 4090 | A100 | RTX 5090 |
+    | --- | --- | --- | --- | --- | --- | --- |
+    | M | 128 | 128 | 256 | 128 | 128 | 64 |
+
+    and never more than 1,536 (small layers on an A100). On the CPU there is one way (dequantize, then `F.linear`). So
+    micro-batches up to the limit are scored as they are trained, and the rows of larger ones in groups above it.
     """
     shapes = set()
     for module in quantized_linears(model).values():
@@ -250,22 +171,16 @@ def fused_limits(model: nn.Module) -> list[int]:
             dtype = getattr(module, "compute_dtype", None) or state.dtype
             shapes.add((weight.device.index or 0, dtype, *state.shape))
     if not shapes:
-        return []
+        return 0
     from bitsandbytes.backends.cuda import ops
 
     is_fused = getattr(ops, "_gemm_4bit_use_custom_fn", None)
     most = getattr(ops, "_gemm_4bit_custom_max_m", MAX_FUSED_TOKENS)
     if is_fused is None:  # another version: above this none is fused in any that is known
-        return [most]
-    return sorted({fused_limit(is_fused, most, *shape) for shape in shapes} - {0})
+        return most
+    return max(layer_fused_limit(is_fused, most, *shape) for shape in shapes)
 
 
-def fused_limit(is_fused, most: int, device: int, dtype: torch.dtype, rows: int, columns: int) -> int:
+def layer_fused_limit(is_fused, most: int, device: int, dtype: torch.dtype, rows: int, columns: int) -> int:
     """The largest number of tokens up to `most` for which `is_fused(device, dtype, tokens, rows, columns)`; 0: none."""
     return next((tokens for tokens in range(most, 0, -1) if is_fused(device, dtype, tokens, rows, columns)), 0)
-
-
-def same_kernels(tokens: int, limits: list[int]) -> tuple[int, int | None]:
-    """The smallest and the largest (None: any) number of tokens that get the kernels that `tokens` get."""
-    i = bisect_left(limits, tokens)
-    return (limits[i - 1] + 1 if i else 1), (limits[i] if i < len(limits) else None)

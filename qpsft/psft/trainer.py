@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from peft import PeftConfig, PeftModel
-from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import has_length, rotate_checkpoints
@@ -26,13 +26,14 @@ from qpsft.psft import checkpoint
 from qpsft.psft.config import PSFTConfig
 from qpsft.psft.float16 import repeat_until_finite
 from qpsft.psft.forward import policy_forward
-from qpsft.psft.losses import NotFiniteError, dft_loss, loss_statistics, nll_loss, psft_loss
+from qpsft.psft.losses import LOSSES, OLD_LOGPROBS, Loss, NotFiniteError, loss_statistics
 from qpsft.psft.metrics import RunStatistics
+from qpsft.psft.old_logprobs import OldLogprobs
 from qpsft.psft.packing import check_packing, packed_collator
 from qpsft.psft.policy import default_config, float32_adapter, prepare_policy, warn_of_noise
 from qpsft.psft.reference import ReferencePolicy
-from qpsft.psft.schedule import BlockSampler, BlockSchedule, StepPosition, row_order
-from qpsft.psft.scoring import as_in_training, real_tokens, token_budget
+from qpsft.psft.schedule import BlockSampler, BlockSchedule, StepPosition, make_schedule
+from qpsft.psft.scoring import real_tokens
 from qpsft.psft.sharding import check_sharding
 
 __all__ = ["PSFTConfig", "PSFTTrainer"]
@@ -46,9 +47,8 @@ class PSFTTrainer(SFTTrainer):
     trainer.train()
     ```
 
-    Once per optimizer step, before the first micro-batch, the whole accumulation window is scored under the reference
-    policy; the micro-batches then train, each carrying its `old_logprobs`. What has been scored in a block is kept
-    until the block ends. The first step after a snapshot needs no scoring: its own log-probabilities are the old ones.
+    Before the first micro-batch of an optimizer step, all of them get what the loss needs (`qpsft.psft.losses.LOSSES`):
+    for PSFT the old log-probabilities, made by `qpsft.psft.old_logprobs`. Then they train as in SFTTrainer.
 
     Args:
         model: as in SFTTrainer: a name or path, a model, or a PEFT model (any adapter name, trained before or not).
@@ -90,12 +90,8 @@ class PSFTTrainer(SFTTrainer):
         model = prepare_policy(model, args, peft_config, quantization_config)
         settle_precision(model, args)
         repeat_keys_where_no_kernel_groups()
-        loss_type, args.loss_type = args.loss_type, "nll" if args.loss_type == "psft" else args.loss_type
-        try:
-            with float32_adapter(model):
-                super().__init__(model, args, **kwargs)
-        finally:
-            args.loss_type = loss_type
+        with float32_adapter(model), _nll_for_trl(args):
+            super().__init__(model, args, **kwargs)
 
         check_sharding(self)
         if self.args.packing:
@@ -108,8 +104,7 @@ class PSFTTrainer(SFTTrainer):
         if self.args.tiled_mlp:
             tile_mlps(self.model)
             self.add_callback(TileMlpsAgain)
-        self.policy_bytes = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
-        if self._visits() > 1 and not has_length(self.train_dataset):
+        if self.args.visits > 1 and not has_length(self.train_dataset):
             raise RecipeError(
                 "num_iterations above 1 needs a data set of known length, not a stream.",
                 "Load it without streaming, or set num_iterations to 1.",
@@ -118,12 +113,15 @@ class PSFTTrainer(SFTTrainer):
         warn_of_noise(self.model, self.args)
 
     def _start_over(self) -> None:
-        self.reference: ReferencePolicy | None = None
+        self.old_logprobs = OldLogprobs(self.model, self.args)
         self._schedule: BlockSchedule | None = None
         self._position: StepPosition | None = None
-        self._scores: dict[int, list[Tensor]] = {}  # old log-probabilities of the block, by mini-batch
-        self._resumed: tuple | None = None
         self._statistics = RunStatistics()
+
+    @property
+    def reference(self) -> ReferencePolicy | None:
+        """The reference policy; None before the first snapshot, and with a loss that needs none."""
+        return self.old_logprobs.reference
 
     def _send_telemetry(self) -> None:
         """Nothing is sent anywhere unless the user names a Hub id."""
@@ -148,33 +146,15 @@ class PSFTTrainer(SFTTrainer):
             self._get_schedule, len(train_dataset), self.rows_per_step(), step=lambda: self.state.global_step
         )
 
-    def _visits(self) -> int:
-        blocks = self.args.loss_type == "psft" or self.args.block_order
-        return self.args.num_iterations if blocks else 1
-
-    def _data_seed(self) -> int:
-        return self.args.seed if self.args.data_seed is None else self.args.data_seed
-
     def _get_schedule(self) -> BlockSchedule:
         if self._schedule is None:
-            rows = len(self.train_dataset) if has_length(self.train_dataset) else self.rows_per_step()
-            self._schedule = BlockSchedule(
-                rows,
-                self.rows_per_step(),
-                reference_steps=self.args.reference_steps,
-                num_iterations=self._visits(),
-                warmup_steps=self.args.sft_warmup_steps_of(self.state.max_steps),
-                total_steps=self.state.max_steps,
-                seed=self._data_seed(),
-                permute=row_order(self.args.train_sampling_strategy, self.train_dataset, self.rows_per_step()),
-            )
-            self._schedule.check(psft=self.args.loss_type == "psft")
+            self._schedule = make_schedule(self.args, self.train_dataset, self.rows_per_step(), self.state.max_steps)
         return self._schedule
 
     # ---- one optimizer step ----
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
-        """The step's micro-batches, each with its `old_logprobs` unless they are the step's own."""
+        """The step's micro-batches, each with what the loss needs, and N."""
         if self.state.global_step >= self.state.max_steps:
             # a finished run that is resumed: transformers would take one step more before it looks
             self.control.should_training_stop = True
@@ -187,40 +167,14 @@ class PSFTTrainer(SFTTrainer):
             num_items = self.accelerator.gather(counts).sum()
         self._window = batches, num_items
         self._position = self._get_schedule().position(self.state.global_step)
-        if self.args.loss_type == "psft" and not self._position.is_warmup:
-            self._attach_old_logprobs(batches)
+        if OLD_LOGPROBS in self._loss().needs:
+            self.old_logprobs.attach(batches, self._position, self.state.global_step)
         return batches, num_items
 
-    def _attach_old_logprobs(self, batches: list[dict[str, Tensor]]) -> None:
-        if self.reference is None:
-            self.reference = ReferencePolicy(self.model, fused_lm_head=True)
-            if self._resumed is not None:
-                state, scores = self._resumed
-                if state is not None:
-                    self.reference.load_state_dict(state)
-                self._scores = checkpoint.to_device(scores, self.args.device)
-                self._resumed = None
-        if self._position.is_snapshot:
-            self.reference.snapshot()
-            if self._visits() > 1:
-                self._scores = {self._position.mini_batch: [None] * len(batches)}  # filled by the training forward
-            for i, batch in enumerate(batches):
-                batch["micro_batch"] = i
-            return
-        old_logprobs = self._scores.get(self._position.mini_batch)
-        if old_logprobs is None:
-            old_logprobs = self._score(batches)
-            if self._visits() > 1:
-                self._scores[self._position.mini_batch] = old_logprobs
-        for batch, old in zip(batches, old_logprobs, strict=True):
-            batch["old_logprobs"] = old
-
-    def _score(self, batches: list[dict[str, Tensor]]) -> list[Tensor]:
-        # training holds gradients; scoring holds none, but on a GPU the reference is then on the device too
-        spare = 0 if self.reference.in_host_memory else self.policy_bytes
-        budget = token_budget(self.args, self.model, batches, spare)
-        with as_in_training(self.model, self.args.device, self.args.seed + self.state.global_step):
-            return self.reference.score(batches, token_budget=budget)
+    def _loss(self) -> Loss:
+        """The step's loss: the negative log-likelihood in the SFT warm-up."""
+        warms_up = self.args.takes_snapshots and self._position.is_warmup
+        return LOSSES["nll" if warms_up else self.args.loss_type]
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         """The loss of one micro-batch, divided by the supervised tokens of the whole optimizer step.
@@ -228,19 +182,17 @@ class PSFTTrainer(SFTTrainer):
         In evaluation, and where the outputs are asked for, it is SFTTrainer's: the negative log-likelihood.
         """
         if return_outputs or not self.model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        old_logprobs, micro_batch = (inputs.pop(name, None) for name in ("old_logprobs", "micro_batch"))
+            with _nll_for_trl(self.args):
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        attached = inputs.pop(OLD_LOGPROBS, None)
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         right_padded = isinstance(self.data_collator, DataCollatorForLanguageModeling)
         outputs = policy_forward(model, inputs, right_padded=right_padded)
         logprobs, mask = outputs.log_probs, outputs.label_mask
-        if micro_batch is not None:
-            old_logprobs = logprobs.detach().float()
-            if self._visits() > 1:
-                self._scores[self._position.mini_batch][micro_batch] = old_logprobs
+        old_logprobs = self.old_logprobs.resolve(attached, logprobs)
         try:
-            loss = self._loss(logprobs, old_logprobs, mask, num_items_in_batch)
+            loss = self._loss()(logprobs, mask, {OLD_LOGPROBS: old_logprobs}, self.args, num_items_in_batch)
         except NotFiniteError as error:
             raise self._not_finite(f"{error.name} is NaN or infinite") from error
         if self.args.average_tokens_across_devices:
@@ -257,13 +209,6 @@ class PSFTTrainer(SFTTrainer):
         )
         self._statistics.add(part, real_tokens(inputs))
         return loss
-
-    def _loss(self, logprobs: Tensor, old_logprobs: Tensor | None, mask: Tensor, num_items) -> Tensor:
-        if self.args.loss_type == "dft":
-            return dft_loss(logprobs, None, mask, num_items=num_items)
-        if self.args.loss_type == "nll" or self._position.is_warmup:
-            return nll_loss(logprobs, None, mask, num_items=num_items)
-        return psft_loss(logprobs, old_logprobs, mask, epsilon=self.args.epsilon, num_items=num_items)
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
@@ -292,7 +237,7 @@ class PSFTTrainer(SFTTrainer):
     # ---- logging ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the numbers of DESIGN §2 as token means over the steps since the last log, all processes together."""
+        """Adds the numbers of docs/metrics.md: token means since the last line, over all steps and processes."""
         if self.model.training:
             numbers = self._statistics.read(self.accelerator)
             if numbers and self.accelerator.scaler is not None:
@@ -306,7 +251,7 @@ class PSFTTrainer(SFTTrainer):
         with self._statistics.paused(), self._attention():
             return super().evaluate(*args, **kwargs)
 
-    def _attention(self):
+    def _attention(self) -> AbstractContextManager:
         if not getattr(self.data_collator, "by_piece", False):
             return nullcontext()
         return attention_by_piece(self.model.get_base_model() if is_peft_model(self.model) else self.model)
@@ -316,10 +261,10 @@ class PSFTTrainer(SFTTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
         """As in transformers; `True` resumes from the newest whole checkpoint, skipping half-written ones."""
         if resume_from_checkpoint is True:
-            found = checkpoint.newest_complete_checkpoint(self.args.output_dir)
-            if found is None:
+            newest = checkpoint.newest_complete_checkpoint(self.args.output_dir)
+            if newest is None:
                 raise TrainingError(f"{self.args.output_dir} holds no whole checkpoint to resume from.")
-            resume_from_checkpoint = str(found)
+            resume_from_checkpoint = str(newest)
         self._start_over()
         with self._attention():
             if self.args.packing and self.model.device.type == self.args.device.type:  # FSDP moves others later
@@ -347,36 +292,31 @@ class PSFTTrainer(SFTTrainer):
             checkpoint.remove_folder(folder)
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
-        if self.args.loss_type == "psft":
-            reference = self.reference.state_dict() if self.reference else None
-            reference = reference if self.args.should_save else None
-            checkpoint.save_psft_state(folder, self.args.process_index, reference, self._scores)
+        if self.args.takes_snapshots:
+            state = self.old_logprobs.state_dict()
+            checkpoint.save_psft_state(folder, state, self.args.process_index, with_reference=self.args.should_save)
         num_tokens = self._statistics.tokens_so_far(self.accelerator)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            checkpoint.save_run(folder, self._order_settings(), num_tokens)
+            checkpoint.save_run(folder, checkpoint.order_settings(self.args, self.train_dataset), num_tokens)
             checkpoint.mark_complete(folder)
-
-    def _order_settings(self) -> dict[str, Any]:
-        """What decides which rows a step sees."""
-        return {
-            "loss_type": self.args.loss_type,
-            "rows": len(self.train_dataset) if has_length(self.train_dataset) else None,
-            "rows_sha256": checkpoint.rows_sha256(self.train_dataset) if has_length(self.train_dataset) else None,
-            "processes": self.args.world_size,
-            "per_device_train_batch_size": self.args.train_batch_size,
-            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
-            "reference_steps": self.args.reference_steps,
-            "num_iterations": self._visits(),
-            "seed": self._data_seed(),
-            "train_sampling_strategy": str(self.args.train_sampling_strategy),
-        }
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         folder = Path(resume_from_checkpoint)
         if is_peft_model(self.model):
             checkpoint.check_adapter(folder, self.model.peft_config[self.model.active_adapter])
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._statistics.num_tokens = checkpoint.load_run(folder, self._order_settings())
-        if self.args.loss_type == "psft":
-            self._resumed = checkpoint.load_psft_state(folder, self.args.process_index)
+        settings = checkpoint.order_settings(self.args, self.train_dataset)
+        self._statistics.num_tokens = checkpoint.load_run(folder, settings)
+        if self.args.takes_snapshots:
+            self.old_logprobs.load_state_dict(checkpoint.load_psft_state(folder, self.args.process_index))
+
+
+@contextmanager
+def _nll_for_trl(args: PSFTConfig) -> Iterator[None]:
+    """SFTTrainer, which does not know all of our losses, takes the negative log-likelihood inside."""
+    loss_type, args.loss_type = args.loss_type, "nll"
+    try:
+        yield
+    finally:
+        args.loss_type = loss_type
