@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
-from qpsft.data.template import find_chat_date, keep_chat_date
+from qpsft.data.chat_date import find_chat_date, keep_chat_date
 from qpsft.data.tokenize import TokenizedRows, load_dataset
 from qpsft.errors import OutputError, QpsftError, RecipeError
 from qpsft.files import finished_files
