@@ -85,9 +85,7 @@ def read_text(value: Any, column: str, where: str) -> str:
         raise RowError(f"{where}: {column} must be text, found null.", "Fill it or delete the row.")
     if isinstance(value, float) and math.isnan(value):
         raise RowError(f"{where}: {column} must be text, found NaN, an empty cell.", "Fill it or delete the row.")
-    todo = (
-        "Write text." if isinstance(value, (Mapping, list)) else f'Write text: "{str(value)[:20]}", not a bare value.'
-    )
+    todo = "Write text." if isinstance(value, (Mapping, list)) else f'Write it as text: "{str(value)[:20]}".'
     raise RowError(f"{where}: {column} must be text, found {type(value).__name__} {str(value)[:40]}.", todo)
 
 

@@ -201,7 +201,14 @@ class ChatTemplate:
                 spans = {trained[0]: [(self._start_after(written[:-1], text, tools, place), len(text))]}
             else:
                 spans = self._spans_by_prefix(written, trained, text, tools, place)
-        stripped = self._check_nothing_lost(text, spans, messages, tools, place)
+        losses = find_losses(text, spans, messages, tools)
+        if losses and (to_the_end or not self.is_marked):
+            # What a turn says may begin in the generation prompt (an opening <think>): look behind the header too.
+            turns = {
+                turn: self._with_header(span, written[:turn], text, tools, place) for turn, (span,) in spans.items()
+            }
+            losses = find_losses(text, turns, messages, tools)
+        stripped = self._check_losses(losses, messages, tools, place)
         return Rendered(text, list(itertools.chain.from_iterable(spans.values())), stripped)
 
     # Spans
@@ -280,16 +287,15 @@ class ChatTemplate:
 
     # Losses
 
-    def _check_nothing_lost(
-        self,
-        text: str,
-        spans: dict[int, list[Span]],
-        messages: list[dict],
-        tools: list[dict] | None,
-        place: str,
-    ) -> int:
+    def _with_header(
+        self, span: Span, before: list[dict], text: str, tools: list[dict] | None, place: str
+    ) -> list[Span]:
+        """A turn's stretch with its header."""
+        closed = self._render(before, tools, place)
+        return [(len(closed), span[1]) if text.startswith(closed) else span]
+
+    def _check_losses(self, losses: list[Loss], messages: list[dict], tools: list[dict] | None, place: str) -> int:
         """How many earlier answers have lost their reasoning on purpose. Raises RowError for any other loss."""
-        losses = find_losses(text, spans, messages, tools)
         lost = [loss for loss in losses if not self._is_stripped(loss, messages, tools, place)]
         if lost or (lost := self._losses_of_kind(messages, tools)):
             raise _would_be_lost(lost, messages, place)
