@@ -17,7 +17,7 @@ from typing import Any
 Span = tuple[int, int]
 """Start and end of a stretch of characters, the end not included."""
 
-CLOSE_THINKING = "</think>"
+OPEN_THINKING, CLOSE_THINKING = "<think>", "</think>"
 _OPEN_THINKING = re.compile(r"\s*<think>")
 _SWITCH = re.compile(r"/(no_think|think)\b")
 """Switches that a template (SmolLM3) takes out of a system turn and obeys."""
@@ -109,12 +109,12 @@ def tool_parts(tools: Sequence[dict]) -> list[Part]:
     parts = []
     for tool in tools:
         function = tool["function"]
-        label = f"the tool {function['name']}"
+        label = f"all of the tool {function['name']}"
         parts.append(Part("tool", function["name"].strip(), label, is_word=True))
         if isinstance(description := function.get("description"), str):
-            parts.append(Part("tool", description.strip(), f"the description of {label}"))
+            parts.append(Part("tool", description.strip(), label))
         for text, is_key in _parameters(function.get("parameters")):
-            parts.append(Part("tool", text.strip(), f"the parameters of {label}", is_word=is_key))
+            parts.append(Part("tool", text.strip(), label, is_word=is_key))
     return parts
 
 

@@ -6,10 +6,12 @@ is looked for in the text (`qpsft.data.contents`), and a row of which something 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,11 +23,12 @@ from trl.data_utils import common_prefix_length
 
 from qpsft.data.bad_rows import RowError
 from qpsft.data.chat_date import with_date
-from qpsft.data.contents import Loss, Span, find_losses, message_parts, without_reasoning
+from qpsft.data.contents import CLOSE_THINKING, OPEN_THINKING, Loss, Span, find_losses, message_parts, without_reasoning
 from qpsft.errors import DataError
 
 PROBE = "qpsft"
 USER_PROBE = {"role": "user", "content": "?"}
+DEVELOPER = re.compile(r"""['"]developer['"]""")
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,7 @@ class Dialect:
         if self.developer_as_system and message["role"] == "developer":
             message["role"] = "system"
         if self.inline_reasoning and "reasoning_content" in message:
-            reasoning = message.pop("reasoning_content").strip("\n")
-            message["content"] = f"<think>\n{reasoning}\n</think>\n\n{message['content']}"
+            message["content"] = _with_thought(message.pop("reasoning_content"), message["content"])
         if "tool_calls" in message:
             if self.text_arguments:
                 message["tool_calls"] = [_with_text_arguments(call) for call in message["tool_calls"]]
@@ -80,6 +82,10 @@ class Dialect:
         if self.parts and message["content"] is not None:
             message["content"] = [{"type": "text", "text": message["content"]}]
         return message
+
+
+def _with_thought(reasoning: str, content: str) -> str:
+    return "{}\n{}\n{}\n\n{}".format(OPEN_THINKING, reasoning.strip("\n"), CLOSE_THINKING, content)
 
 
 def _with_text_arguments(call: dict) -> dict:
@@ -110,7 +116,7 @@ class ChatRenderer:
 
     def conversation(self, messages: list[dict], tools: list[dict] | None, place: str) -> Rendered:
         """The rendered conversation, and a span per assistant turn that is trained on: what it says and its end."""
-        return self._template(messages, tools).render(messages, trained_turns(messages), tools, place)
+        return self._template(tools).render(messages, trained_turns(messages), tools, place)
 
     def completion(self, prompt: list[dict], completion: list[dict], tools: list[dict] | None, place: str) -> Rendered:
         """The rendered prompt and completion; supervised is what follows the generation prompt.
@@ -119,19 +125,18 @@ class ChatRenderer:
         """
         messages = [*prompt, *completion]
         trained = [turn for turn in trained_turns(messages) if turn >= len(prompt)]
-        template = self._template(messages, tools)
+        template = self._template(tools)
         return template.render(messages, trained, tools, place, to_the_end=len(completion) == 1)
 
     def reads(self, key: str) -> bool:
         """Whether the templates used so far name a message's key `key`."""
         return any(key in template.source for template in self._templates.values())
 
-    def _template(self, messages: list[dict], tools: list[dict] | None) -> ChatTemplate:
-        """The tokenizer's template; of several, the one for tool use if the row has tools, calls or results."""
+    def _template(self, tools: list[dict] | None) -> ChatTemplate:
+        """The tokenizer's template; of several, the one for tool use if the row has tools, as when a model answers."""
         named = self.tokenizer.chat_template
-        uses_tools = tools or any("tool_calls" in message or message["role"] == "tool" for message in messages)
         if isinstance(named, dict):
-            name = "tool_use" if uses_tools and "tool_use" in named else "default"
+            name = "tool_use" if tools and "tool_use" in named else "default"
             if name not in named:
                 raise DataError(
                     f"The tokenizer has several chat templates ({', '.join(named)}) and none is the default.",
@@ -191,18 +196,33 @@ class ChatTemplate:
             RowError: the template refuses the conversation, would lose something of it, or does not say where a turn
                 to learn begins.
         """
+        try:
+            return self._render_conversation(messages, trained, tools, place, to_the_end)
+        except RowError as error:
+            if trained != [len(messages) - 1]:
+                raise
+            with contextlib.suppress(RowError):
+                return self._render_prompt(messages, tools, place)
+            raise error from None
+
+    def _render_conversation(
+        self, messages: list[dict], trained: list[int], tools: list[dict] | None, place: str, to_the_end: bool
+    ) -> Rendered:
+        """All turns as the template writes them together."""
         written = self.dialect.write(messages)
-        if self.is_marked and not to_the_end:
+        by_markers = self.is_marked and not to_the_end
+        if by_markers:
             text, spans = self._spans_by_markers(written, tools, place)
             spans = {turn: spans[turn] for turn in trained}
         else:
             text = self._render(written, tools, place)
-            if to_the_end and trained:
-                spans = {trained[0]: [(self._start_after(written[:-1], text, tools, place), len(text))]}
-            else:
-                spans = self._spans_by_prefix(written, trained, text, tools, place)
+            try:
+                spans = self._spans_by_prefix(written, trained, text, tools, place, to_the_end)
+            except NotAPrefixError:  # perhaps because something of the earlier turns is gone, which says more
+                self._check_losses(find_losses(text, {}, messages, tools), messages, tools, place)
+                raise
         losses = find_losses(text, spans, messages, tools)
-        if losses and (to_the_end or not self.is_marked):
+        if losses and not by_markers:
             # What a turn says may begin in the generation prompt (an opening <think>): look behind the header too.
             turns = {
                 turn: self._with_header(span, written[:turn], text, tools, place) for turn, (span,) in spans.items()
@@ -210,6 +230,32 @@ class ChatTemplate:
             losses = find_losses(text, turns, messages, tools)
         stripped = self._check_losses(losses, messages, tools, place)
         return Rendered(text, list(itertools.chain.from_iterable(spans.values())), stripped)
+
+    def _render_prompt(self, messages: list[dict], tools: list[dict] | None, place: str) -> Rendered:
+        """The generation prompt, then the last turn as a model would write it, and its end.
+
+        For templates that write a conversation's past otherwise than its present: Mistral's put the system turn before
+        the last question only, DeepSeek-R1-Distill's strip the reasoning of every answer.
+        """
+        *before, answer = self.dialect.write(messages)
+        prompt = self._render(before, tools, place, add_generation_prompt=True)
+        content = answer["content"]
+        if not isinstance(content, str) or "tool_calls" in answer:
+            raise RowError(f"{place}: the last turn holds more than text.")
+        if "reasoning_content" in answer:
+            content = _with_thought(answer["reasoning_content"], content)
+        lead, end = self._frame()
+        opens_thought = prompt.rstrip().endswith(OPEN_THINKING)
+        if opens_thought != (CLOSE_THINKING in content):
+            raise RowError(f"{place}: either the generation prompt or the answer begins a thought.")
+        if opens_thought:
+            lead, content = "", content.strip().removeprefix(OPEN_THINKING)
+        text = f"{prompt}{lead}{content.strip()}{end}"
+        span = (len(prompt), len(text))
+        stripped = self._check_losses(
+            find_losses(text, {len(before): [span]}, messages, tools), messages, tools, place, at_the_end=True
+        )
+        return Rendered(text, [span], stripped)
 
     # Spans
 
@@ -221,12 +267,14 @@ class ChatTemplate:
         turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
         if len(marked) == len(turns):
             return text, {turn: [span] for turn, span in zip(turns, marked, strict=True)}
-        spans, used = {}, 0
-        for turn in turns:
-            through = len(self._render_marked(messages[: turn + 1], tools, place)[1])
-            spans[turn] = marked[used:through]
-            used = max(used, through)
-        if used != len(marked) or not all(spans.values()):
+        starts = [0]
+        for turn in turns[1:]:
+            before = self._render_marked(messages[:turn], tools, place)[1]
+            starts.append(len(os.path.commonprefix([before, marked])))
+        spans = {
+            turn: marked[i:j] for turn, (i, j) in zip(turns, itertools.pairwise([*starts, len(marked)]), strict=True)
+        }
+        if not all(spans.values()):
             raise RowError(
                 f"{place}: the chat template's generation markers cover {len(marked)} stretches, which are not those "
                 f"of the {len(turns)} assistant turns of this row.",
@@ -235,9 +283,17 @@ class ChatTemplate:
         return text, spans
 
     def _spans_by_prefix(
-        self, messages: list[dict], trained: list[int], text: str, tools: list[dict] | None, place: str
+        self,
+        messages: list[dict],
+        trained: list[int],
+        text: str,
+        tools: list[dict] | None,
+        place: str,
+        to_the_end: bool,
     ) -> dict[int, list[Span]]:
         """Turn to learn -> where it stands, from what the template writes up to it."""
+        if to_the_end and trained:
+            return {trained[0]: [(self._start_after(messages[:-1], text, tools, place), len(text))]}
         try:
             return {turn: [self._span(messages, turn, text, tools, place)] for turn in trained}
         except NotAPrefixError:
@@ -294,10 +350,22 @@ class ChatTemplate:
         closed = self._render(before, tools, place)
         return [(len(closed), span[1]) if text.startswith(closed) else span]
 
-    def _check_losses(self, losses: list[Loss], messages: list[dict], tools: list[dict] | None, place: str) -> int:
-        """How many earlier answers have lost their reasoning on purpose. Raises RowError for any other loss."""
+    def _check_losses(
+        self,
+        losses: list[Loss],
+        messages: list[dict],
+        tools: list[dict] | None,
+        place: str,
+        *,
+        at_the_end: bool = False,
+    ) -> int:
+        """How many earlier answers have lost their reasoning on purpose. Raises RowError for any other loss.
+
+        Args:
+            at_the_end: the last turn was put behind the generation prompt.
+        """
         lost = [loss for loss in losses if not self._is_stripped(loss, messages, tools, place)]
-        if lost or (lost := self._losses_of_kind(messages, tools)):
+        if lost or (lost := self._losses_of_kind(messages, tools, at_the_end)):
             raise _would_be_lost(lost, messages, place)
         return len({loss.turn for loss in losses})
 
@@ -308,37 +376,39 @@ class ChatTemplate:
         through = self._render(self.dialect.write(messages[: loss.turn + 1]), tools, place)
         return loss.part.text in through
 
-    def _losses_of_kind(self, messages: list[dict], tools: list[dict] | None) -> list[Loss]:
+    def _losses_of_kind(self, messages: list[dict], tools: list[dict] | None, at_the_end: bool) -> list[Loss]:
         """What the template never writes of a conversation made like this one, whatever its words.
 
         Short words may stand in the text by chance; so each kind of conversation (its roles, calls and tools) is
         rendered once with words that stand nowhere else.
         """
-        kind = tuple(_kind(message) for message in messages), bool(tools)
+        kind = tuple(map(_kind, messages)), bool(tools), at_the_end
         if kind not in self._unwritten:
-            made_up = [_made_up(turn, message) for turn, message in enumerate(messages)]
-            try:
-                text = self._render(self.dialect.write(made_up), tools, "")
-            except RowError:  # it wants something of the words themselves; the row's own text has been looked at
-                self._unwritten[kind] = []
-            else:
-                parts = [(turn, part) for turn, message in enumerate(made_up) for part in message_parts(message)]
-                self._unwritten[kind] = [
-                    Loss(turn, part) for turn, part in parts if part.kind != "reasoning" and part.text not in text
-                ]
+            self._unwritten[kind] = self._losses_of_made_up(
+                messages[:-1] if at_the_end else messages, tools, at_the_end
+            )
         return self._unwritten[kind]
+
+    def _losses_of_made_up(self, messages: list[dict], tools: list[dict] | None, add_prompt: bool) -> list[Loss]:
+        made_up = [_made_up(turn, message) for turn, message in enumerate(messages)]
+        try:
+            text = self._render(self.dialect.write(made_up), tools, "", add_generation_prompt=add_prompt)
+        except RowError:  # it wants something of the words themselves; the row's own text has been looked at
+            return []
+        parts = [(turn, part) for turn, message in enumerate(made_up) for part in message_parts(message)]
+        return [Loss(turn, part) for turn, part in parts if part.kind != "reasoning" and part.text not in text]
 
     # What the template is
 
     def _find_dialect(self) -> Dialect:
         """Tries what can be written in several ways, and takes the first way that the template writes."""
         answer = {"role": "assistant", "content": PROBE}
-        dialect = Dialect(developer_as_system="developer" not in self.source)
+        dialect = Dialect(developer_as_system=not DEVELOPER.search(self.source))
         if not self._writes([USER_PROBE, answer], [PROBE], dialect):
             parts = replace(dialect, parts=True)
             dialect = parts if self._writes([USER_PROBE, answer], [PROBE], parts) else dialect
         thought = {**answer, "reasoning_content": "a thought"}
-        if "<think>" in self.source and not self._writes([USER_PROBE, thought], ["a thought"], dialect):
+        if OPEN_THINKING in self.source and not self._writes([USER_PROBE, thought], ["a thought"], dialect):
             inline = replace(dialect, inline_reasoning=True)
             dialect = inline if self._writes([USER_PROBE, thought], ["a thought"], inline) else dialect
         return self._with_calls(dialect)
@@ -347,14 +417,20 @@ class ChatTemplate:
         function = {"name": "a_function", "arguments": {"a_key": "a_value"}}
         call = {"type": "function", "id": "abcdefgh1", "function": function}
         turns = [USER_PROBE, {"role": "assistant", "content": "", "tool_calls": [call]}]
-        names = [function["name"], "a_key", "a_value"]
+        end = self._try_answer(dialect).rpartition(PROBE)[2]
         for null_content, text_arguments in itertools.product((False, True), (False, True)):
             way = replace(dialect, null_content=null_content, text_arguments=text_arguments)
             text = self._try(way.write(turns))
-            # An object printed as Python writes it is no JSON; a turn that was not meant to be written has no end.
-            if all(name in text for name in names) and "'a_key'" not in text:
-                if not null_content or text.endswith(self._end_of_turn(dialect)):
-                    return way
+            call, _, tail = text.rpartition("a_value")
+            if "a_function" not in call or "a_key" not in call:
+                continue
+            # Not an object as Python prints it, nor an empty answer behind the call, nor a call that is never closed.
+            if (
+                "'a_key'" not in call
+                and tail.count(end.strip() or "\0") <= 1
+                and (not null_content or tail.endswith(end))
+            ):
+                return way
         return dialect
 
     def _writes(self, messages: list[dict], texts: list[str], dialect: Dialect) -> bool:
@@ -367,13 +443,19 @@ class ChatTemplate:
         except RowError:
             return ""
 
-    def _end_of_turn(self, dialect: Dialect) -> str:
-        """What the template writes behind an answer."""
-        return self._try(dialect.write([USER_PROBE, {"role": "assistant", "content": PROBE}])).rpartition(PROBE)[2]
+    def _try_answer(self, dialect: Dialect) -> str:
+        """A question and an answer as the template writes them; "" if it wants more than that."""
+        return self._try(dialect.write([USER_PROBE, {"role": "assistant", "content": PROBE}]))
+
+    def _frame(self) -> tuple[str, str]:
+        """What the template writes between the generation prompt and an answer, and behind the answer."""
+        text = self._try_answer(self.dialect)
+        prompt = self._render(self.dialect.write([USER_PROBE]), None, "", add_generation_prompt=True)
+        head, _, end = text.rpartition(PROBE)
+        return head[len(prompt) :] if head.startswith(prompt) else "", end
 
     def _check_end_of_turn(self) -> None:
-        probe = self.dialect.write([USER_PROBE, {"role": "assistant", "content": PROBE}])
-        if self._try(probe).rstrip().endswith(PROBE):
+        if self._try_answer(self.dialect).rstrip().endswith(PROBE):
             raise DataError(
                 "The chat template writes nothing after an assistant turn, so the model would never learn to stop.",
                 "Put {{ eos_token }} behind the assistant's content in the tokenizer's chat template.",
@@ -390,7 +472,7 @@ class ChatTemplate:
         texts, spans = _render_template(
             self.tokenizer, self.source, messages, tools, place, return_assistant_tokens_mask=True
         )
-        return texts[0], spans[0]
+        return texts[0], [(start, end) for start, end in spans[0] if end > start]
 
 
 def _render_template(
@@ -474,6 +556,7 @@ def _not_a_prefix(place: str, turns: int) -> NotAPrefixError:
 
 def _would_be_lost(losses: Sequence[Loss], messages: list[dict], place: str) -> RowError:
     """What to raise when the template does not write all that a row says."""
+    losses = sorted(losses, key=lambda loss: loss.turn is None)  # calls say more than the tools they call
     labels = []
     for loss in losses:
         turn = "" if loss.turn is None else f" in turn {loss.turn + 1} ({messages[loss.turn]['role']})"
@@ -490,16 +573,16 @@ def _would_be_lost(losses: Sequence[Loss], messages: list[dict], place: str) -> 
 
 def refused(place: str, error: Exception) -> RowError:
     """What to raise when a chat template does not take the conversation of `place`."""
-    said = " ".join(str(error).split()).rstrip(".")
+    said = " ".join(str(error).split())
     if isinstance(error, TemplateError) and not isinstance(error, UndefinedError):
         about_roles = any(word in said.lower() for word in ("role", "alternat", "system"))
         return RowError(
-            f"{place}: the chat template refuses this conversation: {said}.",
+            f"{place}: the chat template refuses this conversation: {said}",
             "Check its roles and their order; some templates take no system turn."
             if about_roles
             else "It is the template's own limit: change the row, or take another base model.",
         )
     return RowError(
-        f"{place}: the chat template fails on this conversation: {type(error).__name__}: {said}.",
+        f"{place}: the chat template fails on this conversation: {type(error).__name__}: {said}",
         "It may not know a part of the row, such as a tool call: change the row, or take another base model.",
     )
