@@ -51,6 +51,7 @@ class RunSummary:
         seconds: wall time of training.
         peak_bytes: the most memory in use: on the CUDA device if there is one, else the process's.
         files: names of what was written.
+        data: what training did not take as it stands in the source, as in `DataCounts.facts`.
     """
 
     folder: Path
@@ -58,6 +59,7 @@ class RunSummary:
     seconds: float
     peak_bytes: int
     files: list[str] = field(default_factory=list)
+    data: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         n = self.numbers
@@ -142,7 +144,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
     trainer.train(resume_from_checkpoint=recipe.run.resume or None)
     seconds = time.perf_counter() - started
     numbers = from_main(lambda: [line for line in read_metrics(folder / METRICS) if "nll" in line][-1])
-    summary = RunSummary(folder, numbers, seconds, _peak_bytes())
+    summary = RunSummary(folder, numbers, seconds, _peak_bytes(), data=rows.counts.facts())
     tensors = whole_policy(trainer.model)
     summary.files = from_main(lambda: write_outputs(recipe, trainer, tokenizer, held_out, summary, tensors))
     return summary
@@ -152,10 +154,9 @@ def data_line(rows: TokenizedRows, trained: int, held_out: int) -> str:
     """What is trained on, in a line or two of at most 80 columns."""
     counts = rows.counts
     facts = [f"{trained:,} rows to train on", f"{held_out} held out"]
-    facts += [f"{number:,} dropped ({reason})" for reason, number in counts.dropped.items()]
-    facts += [f"{counts.truncated:,} truncated at {counts.max_length} tokens"] if counts.truncated else []
-    facts.append(f"{counts.supervised_tokens:,} supervised tokens")
-    return textwrap.fill(f"data: {rows.name} ({rows.shape}): {', '.join(facts)}", 80, subsequent_indent="      ")
+    facts += [f"{counts.supervised_tokens:,} supervised tokens", *counts.facts()]
+    line = textwrap.fill(f"data: {rows.name} ({rows.shape}): {', '.join(facts)}", 80, subsequent_indent="      ")
+    return "\n".join([line, *counts.bad_rows])
 
 
 def setup_lines(trainer: PSFTTrainer, rows: int) -> list[str]:
@@ -277,7 +278,7 @@ def write_outputs(recipe: Recipe, trainer, tokenizer, held_out, summary: RunSumm
             draw_training(lines, partial / "training.png", f"{recipe.trainer.loss_type} on {recipe.data.dataset_name}")
             options = resolved_name(recipe, folder)
             (partial / options).write_text(resolved_recipe(recipe), encoding="utf-8")
-            card = model_card(recipe, folder, summary.numbers, model.peft_config[POLICY], options)
+            card = model_card(recipe, folder, summary.numbers, model.peft_config[POLICY], options, summary.data)
             (partial / "README.md").write_text(card, encoding="utf-8")
             with (partial / VERIFY_PROMPTS).open("w", encoding="utf-8") as file:
                 for row in held_out:
