@@ -7,7 +7,7 @@ import sys
 from itertools import groupby
 from typing import Any
 
-from qpsft.data.tokenize import IGNORED, DataCounts, TokenizedRows
+from qpsft.data.tokenize import IGNORED, DataCounts, TokenizedRows, counted
 from qpsft.terminal import takes_color, visible
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
@@ -82,10 +82,10 @@ def _table(tokenized: TokenizedRows) -> str:
         what = "in which prompt and completion share a token: the prompt alone gives another context"
         lines.append(("shared tokens", f"{counts.shared_tokens:,} rows {what}"))
     if counts.stripped_reasoning:
-        what = "earlier answers: the chat template leaves it out, and --split_turns keeps it"
-        lines.append(("reasoning not seen", f"of {counts.stripped_reasoning:,} {what}"))
+        answers = counted(counts.stripped_reasoning, "earlier answer")
+        lines.append(("reasoning not seen", f"of {answers}: the chat template leaves it out, --split_turns keeps it"))
     if counts.special_tokens:
-        lines.append(("special tokens", f"in the text of {counts.special_tokens:,} rows"))
+        lines.append(("special tokens", f"in the text of {counted(counts.special_tokens, 'row')}"))
     if counts.unused_columns:
         lines.append(("columns not used", ", ".join(map(str, counts.unused_columns))))
     column = max(len(name) for name, _ in lines)

@@ -250,6 +250,8 @@ class ChatTemplate:
             raise RowError(f"{place}: either the generation prompt or the answer begins a thought.")
         if opens_thought:
             lead, content = "", content.strip().removeprefix(OPEN_THINKING)
+        if lead is None:
+            raise RowError(f"{place}: an answer does not follow the generation prompt.")
         text = f"{prompt}{lead}{content.strip()}{end}"
         span = (len(prompt), len(text))
         stripped = self._check_losses(
@@ -447,12 +449,13 @@ class ChatTemplate:
         """A question and an answer as the template writes them; "" if it wants more than that."""
         return self._try(dialect.write([USER_PROBE, {"role": "assistant", "content": PROBE}]))
 
-    def _frame(self) -> tuple[str, str]:
-        """What the template writes between the generation prompt and an answer, and behind the answer."""
+    def _frame(self) -> tuple[str | None, str]:
+        """What the template writes between the generation prompt and an answer (None: it writes another prompt), and
+        behind the answer."""
         text = self._try_answer(self.dialect)
         prompt = self._render(self.dialect.write([USER_PROBE]), None, "", add_generation_prompt=True)
         head, _, end = text.rpartition(PROBE)
-        return head[len(prompt) :] if head.startswith(prompt) else "", end
+        return head[len(prompt) :] if head.startswith(prompt) else None, end
 
     def _check_end_of_turn(self) -> None:
         if self._try_answer(self.dialect).rstrip().endswith(PROBE):
@@ -556,7 +559,9 @@ def _not_a_prefix(place: str, turns: int) -> NotAPrefixError:
 
 def _would_be_lost(losses: Sequence[Loss], messages: list[dict], place: str) -> RowError:
     """What to raise when the template does not write all that a row says."""
-    losses = sorted(losses, key=lambda loss: loss.turn is None)  # calls say more than the tools they call
+    calls = {loss.turn for loss in losses if loss.part.kind == "call"}
+    losses = [loss for loss in losses if not (loss.part.kind == "argument" and loss.turn in calls)]
+    losses.sort(key=lambda loss: loss.turn is None)  # calls say more than the tools they call
     labels = []
     for loss in losses:
         turn = "" if loss.turn is None else f" in turn {loss.turn + 1} ({messages[loss.turn]['role']})"
@@ -564,7 +569,7 @@ def _would_be_lost(losses: Sequence[Loss], messages: list[dict], place: str) -> 
     labels = list(dict.fromkeys(labels))
     more = f", and {len(labels) - 3} more" if len(labels) > 3 else ""
     todo = {
-        "reasoning": "Leave the reasoning out, or take a base model whose chat template has a place for it.",
+        "reasoning": "Leave it out, try --split_turns, or take a base model whose chat template has a place for it.",
         "content": "Leave that turn out, or take a base model whose chat template writes it.",
         "tool": "Leave the tools out, or take a base model whose chat template writes them.",
     }.get(losses[0].part.kind, "Take a base model whose chat template has tool calls.")
@@ -574,15 +579,21 @@ def _would_be_lost(losses: Sequence[Loss], messages: list[dict], place: str) -> 
 def refused(place: str, error: Exception) -> RowError:
     """What to raise when a chat template does not take the conversation of `place`."""
     said = " ".join(str(error).split())
-    if isinstance(error, TemplateError) and not isinstance(error, UndefinedError):
-        about_roles = any(word in said.lower() for word in ("role", "alternat", "system"))
+    said = said if said.endswith((".", "!", "?")) else f"{said}."
+    if isinstance(error, UndefinedError):
         return RowError(
-            f"{place}: the chat template refuses this conversation: {said}",
-            "Check its roles and their order; some templates take no system turn."
-            if about_roles
-            else "It is the template's own limit: change the row, or take another base model.",
+            f"{place}: the chat template fails on this conversation: {said}",
+            "It wants something that the row lacks, such as a tool's description: add it, or take another base model.",
         )
+    if not isinstance(error, TemplateError):
+        return RowError(
+            f"{place}: the chat template fails on this conversation: {type(error).__name__}: {said}",
+            "It may not know a part of the row, such as a tool call: change the row, or take another base model.",
+        )
+    about_roles = any(word in said.lower() for word in ("role", "alternat", "system"))
     return RowError(
-        f"{place}: the chat template fails on this conversation: {type(error).__name__}: {said}",
-        "It may not know a part of the row, such as a tool call: change the row, or take another base model.",
+        f"{place}: the chat template refuses this conversation: {said}",
+        "Check its roles and their order; some templates take no system turn."
+        if about_roles
+        else "It is the template's own limit: change the row, or take another base model.",
     )

@@ -104,7 +104,8 @@ class DataCounts:
         if self.truncated:
             facts.append(f"{self.truncated:,} truncated at {self.max_length} tokens")
         if self.stripped_reasoning:
-            facts.append(f"the reasoning of {self.stripped_reasoning:,} earlier answers left out by the chat template")
+            answers = counted(self.stripped_reasoning, "earlier answer")
+            facts.append(f"the reasoning of {answers} left out by the chat template")
         if self.special_tokens:
             facts.append(f"{self.special_tokens:,} with special tokens in their text")
         if self.unused_columns:
@@ -289,6 +290,11 @@ def _as_dataset(columns: dict[str, list[np.ndarray]]) -> datasets.Dataset:
     return datasets.Dataset(pyarrow.table(arrays))
 
 
+def counted(number: int, noun: str) -> str:
+    """1 row, 2 rows."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def writes_chat(tokenizer: Any, arguments: DataArguments) -> bool:
     """Whether plain-string prompts go through the chat template. Raises DataError if they must and there is none."""
     if arguments.use_chat_template == "always" and not tokenizer.chat_template:
@@ -385,13 +391,14 @@ class _Encoder:
         if self._first_special:
             place, token = self._first_special
             warnings.warn(
-                f"{name}: the text of {self.special_rows:,} rows holds special tokens, first {token} in {place}. The "
-                "model reads them as these tokens. --refuse_special_tokens refuses such rows.",
+                f"{name}: special tokens stand in the text of {counted(self.special_rows, 'row')}, first {token} in "
+                f"{place.removeprefix(f'{name}, ')}. The model reads them as these tokens. --refuse_special_tokens "
+                "refuses such rows.",
                 stacklevel=3,
             )
         if self.stripped:
             warnings.warn(
-                f"{name}: the chat template leaves out the reasoning of {self.stripped:,} earlier answers. "
+                f"{name}: the chat template leaves out the reasoning of {counted(self.stripped, 'earlier answer')}. "
                 "--split_turns makes one row of each answer and keeps it.",
                 stacklevel=3,
             )
