@@ -28,6 +28,7 @@ from qpsft.errors import DataError
 
 PROBE = "qpsft"
 USER_PROBE = {"role": "user", "content": "?"}
+TOOLS_PROBE = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"properties": {}}}}]
 DEVELOPER = re.compile(r"""['"]developer['"]""")
 
 
@@ -254,10 +255,15 @@ class ChatTemplate:
             raise RowError(f"{place}: an answer does not follow the generation prompt.")
         text = f"{prompt}{lead}{content.strip()}{end}"
         span = (len(prompt), len(text))
-        stripped = self._check_losses(
-            find_losses(text, {len(before): [span]}, messages, tools), messages, tools, place, at_the_end=True
+        losses = find_losses(text, {len(before): [span]}, messages, tools)
+        if opens_thought:  # so the template knows reasoning, and leaves that of earlier answers out on purpose
+            stripped = {loss.turn for loss in losses if loss.part.kind == "reasoning" and loss.turn != len(before)}
+            losses = [loss for loss in losses if loss.turn not in stripped or loss.part.kind != "reasoning"]
+        else:
+            stripped = set()
+        return Rendered(
+            text, [span], len(stripped) + self._check_losses(losses, messages, tools, place, at_the_end=True)
         )
-        return Rendered(text, [span], stripped)
 
     # Spans
 
@@ -439,11 +445,11 @@ class ChatTemplate:
         written = self._try(dialect.write(messages))
         return all(text in written for text in texts)
 
-    def _try(self, messages: list[dict]) -> str:
-        try:
-            return self._render(messages, None, "")
-        except RowError:
-            return ""
+    def _try(self, messages: list[dict], **options: Any) -> str:
+        for tools in (None, TOOLS_PROBE):  # templates for tool use may want some
+            with contextlib.suppress(RowError):
+                return self._render(messages, tools, "", **options)
+        return ""
 
     def _try_answer(self, dialect: Dialect) -> str:
         """A question and an answer as the template writes them; "" if it wants more than that."""
@@ -453,7 +459,7 @@ class ChatTemplate:
         """What the template writes between the generation prompt and an answer (None: it writes another prompt), and
         behind the answer."""
         text = self._try_answer(self.dialect)
-        prompt = self._render(self.dialect.write([USER_PROBE]), None, "", add_generation_prompt=True)
+        prompt = self._try(self.dialect.write([USER_PROBE]), add_generation_prompt=True)
         head, _, end = text.rpartition(PROBE)
         return head[len(prompt) :] if head.startswith(prompt) else None, end
 

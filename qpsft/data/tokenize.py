@@ -192,7 +192,7 @@ def tokenize_rows(
             any row.
     """
     encode = _Encoder(tokenizer, arguments)
-    conversations = len(rows.rows) if arguments.split_turns else None
+    conversations = rows.total if arguments.split_turns else None
     rows = split_answers(rows) if arguments.split_turns else rows
     counts = DataCounts(rows=rows.total, conversations=conversations, max_length=max_length)
     columns: dict[str, list[np.ndarray]] = {"input_ids": [], "labels": []}
