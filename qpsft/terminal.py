@@ -55,8 +55,10 @@ def _show_warning(message, category, filename, lineno, file=None, line=None) -> 
 
 
 def fill(text: str) -> str:
-    """A paragraph as wide as the terminal, at most 100 columns; paths and flags stay whole."""
-    return textwrap.fill(text, min(100, terminal_width()), break_long_words=False, break_on_hyphens=False)
+    """Paragraphs, one a line of `text`, as wide as the terminal, at most 100 columns; paths and flags stay whole."""
+    width = min(100, terminal_width())
+    lines = text.split("\n")
+    return "\n".join(textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False) for line in lines)
 
 
 def terminal_width() -> int:

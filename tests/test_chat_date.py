@@ -13,7 +13,7 @@ import qpsft
 from qpsft import cli
 from qpsft.compare.comparison import make_setting, prepare
 from qpsft.compare.options import load_comparison
-from qpsft.data import template
+from qpsft.data import chat_date
 from qpsft.data.shapes import Rows
 from qpsft.data.tokenize import encode_prompt, tokenize_rows
 from qpsft.errors import OutputError, RecipeError
@@ -50,10 +50,10 @@ def test_rows_and_prompts_are_rendered_with_the_day_given(head, written, templat
 
 
 def test_only_templates_that_ask_need_a_day(tmp_path):
-    assert template.prints_date(byte_tokenizer(SMOLLM3 + CHATML))
+    assert chat_date.prints_date(byte_tokenizer(SMOLLM3 + CHATML))
     for text in (None, CHATML, "{% set date_string = '26 Jul 2024' %}" + CHATML):
-        assert template.find_chat_date(None, byte_tokenizer(text), tmp_path) is None
-    assert template.find_chat_date("2003-02-01", byte_tokenizer(CHATML), tmp_path) == "2003-02-01"
+        assert chat_date.find_chat_date(None, byte_tokenizer(text), tmp_path) is None
+    assert chat_date.find_chat_date("2003-02-01", byte_tokenizer(CHATML), tmp_path) == "2003-02-01"
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def dated(tmp_path):
 
 @pytest.fixture
 def on(monkeypatch):
-    return lambda day: monkeypatch.setattr(template, "today", lambda: day)
+    return lambda day: monkeypatch.setattr(chat_date, "today", lambda: day)
 
 
 def train(base, folder, *flags) -> int:
@@ -123,4 +123,4 @@ def test_no_day(given):
 def test_a_folder_that_takes_no_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="chat_date cannot be written"):
-        template.keep_chat_date("2003-02-01", tmp_path / "file")
+        chat_date.keep_chat_date("2003-02-01", tmp_path / "file")

@@ -176,7 +176,7 @@ def test_a_tools_result_inside_a_completion_is_not_supervised(tmp_path, template
 def test_tools_and_tool_calls_reach_the_template_with_arguments_as_an_object(tmp_path):
     template = (
         "{% for t in tools or [] %}<tool>{{ t.function.name }}</tool>{% endfor %}" + OPEN + "<|im_start|>{{ m.role }}\n"
-        "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}<|im_end|>\n"
+        "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}<|im_end|>\n"
     ) + PROMPT
     tokenizer = byte_tokenizer(template)
     call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
@@ -189,7 +189,7 @@ def test_tools_and_tool_calls_reach_the_template_with_arguments_as_an_object(tmp
     row = {"messages": messages, "tools": [{"type": "function", "function": {"name": "add"}}]}
     row = only(tokenized(tmp_path, [row], tokenizer))
     assert tokenizer.decode(row["input_ids"]).startswith("<tool>add</tool><|im_start|>user\n2+3?")
-    assert learned(row, tokenizer) == ['{"a": 2}<|im_end|>\n', "5<|im_end|>\n"]
+    assert learned(row, tokenizer) == ['{"name": "add", "arguments": {"a": 2}}<|im_end|>\n', "5<|im_end|>\n"]
 
 
 def test_a_generation_prompt_that_opens_a_thought_ends_where_the_answer_differs(tmp_path):
@@ -203,13 +203,31 @@ def test_a_generation_prompt_that_opens_a_thought_ends_where_the_answer_differs(
     assert learned(only(second), tokenizer) == ["5<|im_end|>\n"]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_by_row(tmp_path):
+def test_reasoning_that_a_template_strips_from_earlier_answers_is_said_once(tmp_path):
     talk = [USER, {"role": "assistant", "content": "2+3 is</think>5"}, *TALK[-2:]]
-    rows = [{"messages": [USER, FIVE]}, {"messages": talk}]
-    with pytest.raises(DataError, match=r"data.jsonl, line 2: the chat template writes the first 2 turns differently"):
-        tokenized(tmp_path, rows, byte_tokenizer(FORGETS_THOUGHTS))
-    with pytest.raises(DataError, match=r"line 1: the chat template writes the first 2 turns differently"):
-        tokenized(tmp_path, [{"prompt": talk[:2], "completion": talk[2:]}], byte_tokenizer(FORGETS_THOUGHTS))
+    tokenizer = byte_tokenizer(FORGETS_THOUGHTS)
+    rows = [{"messages": [USER, FIVE]}, {"messages": talk}, {"prompt": talk[:2], "completion": talk[2:]}]
+    for row in rows[1:]:
+        with pytest.warns(UserWarning, match="leaves out the reasoning of 1 earlier answer. --split_turns") as caught:
+            data = tokenized(tmp_path, [row], tokenizer)
+        assert len(caught) == data.counts.stripped_reasoning == 1
+        assert "2+3 is" not in tokenizer.decode(only(data)["input_ids"])
+    assert learned(only(data), tokenizer) == ["6\n<|im_end|>\n"]
+    data = tokenized(tmp_path, rows[:2], tokenizer, split_turns=True)
+    assert data.counts.stripped_reasoning == 0 and data.counts.conversations == 2 and data.counts.rows == 3
+    assert [learned(row, tokenizer) for row in data.dataset] == [
+        ["5<|im_end|>\n"],
+        ["2+3 is</think>5<|im_end|>\n"],
+        ["6\n<|im_end|>\n"],
+    ]
+    assert [place.rpartition("line ")[2] for place in data.places] == ["1", "2, answer 1 of 2", "2, answer 2 of 2"]
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused_by_row(tmp_path):
+    template = OPEN + "<|im_start|>{{ m.role }}\n{{ 'last ' if loop.last }}{{ m.content }}<|im_end|>\n" + PROMPT
+    rows = [{"messages": TALK[-2:]}, {"messages": TALK}]
+    with pytest.raises(DataError, match=r"2 of 2 rows cannot be used:\n  line 1: .* first 1 turns differently"):
+        tokenized(tmp_path, rows, byte_tokenizer(template))
 
 
 def test_a_template_that_writes_a_prompt_differently_by_itself_is_refused(tmp_path):

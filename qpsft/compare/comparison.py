@@ -25,7 +25,7 @@ from qpsft.compare.options import CompareOptions, load_comparison, rate_grid
 from qpsft.compare.queue import RunQueue
 from qpsft.compare.results import ArmResult, Comparison, is_accuracy
 from qpsft.compare.run import RunSpec, Setting, base_key, decisive_options, load_setting
-from qpsft.data.template import find_chat_date, keep_chat_date
+from qpsft.data.chat_date import find_chat_date, keep_chat_date
 from qpsft.errors import DivergedError, OutputError, RecipeError
 from qpsft.files import finished_files
 from qpsft.model.base import load_tokenizer

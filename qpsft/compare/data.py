@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import datasets
 from qpsft.compare.options import CompareOptions
 from qpsft.data import built_in
 from qpsft.data.read import BUILT_IN, Records, read_records
-from qpsft.data.shapes import Rows, to_rows
+from qpsft.data.shapes import Rows, read_rows
 from qpsft.data.tokenize import tokenize_rows
 from qpsft.errors import DataError, RecipeError
 from qpsft.evaluate.rows import as_records, as_rows, duplicates, with_references
@@ -105,7 +105,7 @@ def load_data(
         records, test = _split_off(records, recipe.data, options.eval_rows, "in-domain test")
     if validation is None:
         records, validation = _split_off(records, recipe.data, options.eval_rows, "validation")
-    rows = to_rows(records, recipe.data)
+    rows = read_rows(records, recipe.data)
     if options.out_of_domain is not None:
         out_of_domain = {}
         for one in options.out_of_domain:
@@ -145,9 +145,10 @@ def _own_sets(kind: str | None, options: CompareOptions) -> tuple[Rows | None, R
 def _read(name: str, arguments: DataArguments, neutral: DataArguments, limit: int) -> Rows:
     """An evaluation set; the training rows' column names apply where it has such columns."""
     records = read_records(name, neutral, "test")
-    columns = set((arguments.dataset_columns or {}).values())
-    alike = bool(columns) and columns <= set(records.records[0])
-    return as_rows(records.records[:limit], Path(name).name, arguments if alike else neutral)
+    columns = set(filter(None, (arguments.dataset_columns or {}).values()))
+    alike = bool(columns) and columns <= set(records.columns)
+    first = replace(_select(records, range(min(limit, len(records.records)))), name=Path(name).name)
+    return with_references(first, arguments if alike else neutral)
 
 
 def _split_off(records: Records, arguments: DataArguments, limit: int, what: str) -> tuple[Records, Rows]:
@@ -160,11 +161,11 @@ def _split_off(records: Records, arguments: DataArguments, limit: int, what: str
             "Name a file with --in_domain and one with --validation.",
         )
     order = random.Random(f"qpsft compare: {what}").sample(range(total), total)
-    aside = _select(records, sorted(order[:count]))
+    aside = replace(_select(records, sorted(order[:count])), bad=[])  # these are reported with the rows to train on
     return _select(records, sorted(order[count:])), with_references(aside, arguments)
 
 
-def _select(records: Records, indices: list[int]) -> Records:
+def _select(records: Records, indices: Sequence[int]) -> Records:
     return replace(
         records,
         numbers=[records.numbers[i] for i in indices],

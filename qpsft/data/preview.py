@@ -7,7 +7,7 @@ import sys
 from itertools import groupby
 from typing import Any
 
-from qpsft.data.tokenize import IGNORED, DataCounts, TokenizedRows
+from qpsft.data.tokenize import IGNORED, DataCounts, TokenizedRows, counted
 from qpsft.terminal import takes_color, visible
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
@@ -76,10 +76,19 @@ def _table(tokenized: TokenizedRows) -> str:
         ("supervised tokens", f"{counts.supervised_tokens:,} ({share:.1%})"),
         ("length in tokens, uncut", lengths),
     ]
+    if counts.conversations is not None:
+        lines.insert(1, ("conversations", f"{counts.conversations:,}; split_turns makes one row of each answer"))
     if counts.shared_tokens:
         what = "in which prompt and completion share a token: the prompt alone gives another context"
         lines.append(("shared tokens", f"{counts.shared_tokens:,} rows {what}"))
+    if counts.stripped_reasoning:
+        answers = counted(counts.stripped_reasoning, "earlier answer")
+        lines.append(("reasoning not seen", f"of {answers}: the chat template leaves it out, --split_turns keeps it"))
+    if counts.special_tokens:
+        lines.append(("special tokens", f"in the text of {counted(counts.special_tokens, 'row')}"))
     if counts.unused_columns:
         lines.append(("columns not used", ", ".join(map(str, counts.unused_columns))))
     column = max(len(name) for name, _ in lines)
-    return "\n".join(f"{name.ljust(column)}  {value}" for name, value in lines)
+    table = "\n".join(f"{name.ljust(column)}  {value}" for name, value in lines)
+    bad = ["", "Rows that cannot be used, the first of them:", *counts.bad_rows] if counts.bad_rows else []
+    return visible("\n".join([table, *bad]))

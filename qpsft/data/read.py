@@ -10,12 +10,13 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+from qpsft.data.bad_rows import BadRow, RowError, refuse
 from qpsft.errors import DataError
 from qpsft.recipe.arguments import DataArguments
 
@@ -37,16 +38,28 @@ class Records:
         unit: what `numbers` count: "line" of a text file, else "row", both from 1.
         numbers: the line or row number of each record.
         records: the rows.
+        bad: lines and rows that are no record: broken JSON, a wrong number of cells.
     """
 
     name: str
     unit: str
     numbers: list[int]
     records: list[dict]
+    bad: list[BadRow] = field(default_factory=list)
 
     def where(self, index: int) -> str:
         """The place of record `index` (from 0), such as "data.jsonl, line 57"."""
         return f"{self.name}, {self.unit} {self.numbers[index]}"
+
+    @property
+    def columns(self) -> list[str]:
+        """Every column of any record, in the order in which they first appear."""
+        return list(dict.fromkeys(column for record in self.records for column in record))
+
+
+def as_records(rows: Sequence[dict], name: str) -> Records:
+    """Rows in memory as if they had been read from a file called `name`."""
+    return _numbered(name, list(rows), None)
 
 
 def read_records(name: str, arguments: DataArguments, split: str = "train") -> Records:
@@ -59,7 +72,7 @@ def read_records(name: str, arguments: DataArguments, split: str = "train") -> R
         split: split of a Hub or built-in set; a local file has only one and ignores it.
 
     Raises:
-        DataError: nothing of that name, or it cannot be read; names the file and line.
+        DataError: nothing of that name, it cannot be read, or none of its lines is a row; names the file and line.
     """
     if name in BUILT_IN:
         return _read_built_in(name, arguments.dataset_limit, split)
@@ -71,6 +84,7 @@ def read_records(name: str, arguments: DataArguments, split: str = "train") -> R
     else:
         raise DataError(f"There is no file {name}.", _near_files(path) or "Check dataset_name.")
     if not records.records:
+        refuse(records.bad, name, len(records.bad))
         raise DataError(f"{name} is empty: there is no row in it.", "Write one demonstration per line or row.")
     return records
 
@@ -133,17 +147,20 @@ def _read_file(name: str, path: Path, limit: int | None) -> Records:
 
 
 def _numbered(name: str, rows: list, limit: int | None) -> Records:
-    rows = rows[:limit]
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise DataError(*_not_an_object(f"{name}, row {number}", row))
-    return Records(name, "row", list(range(1, len(rows) + 1)), rows)
+    records = Records(name, "row", [], [])
+    for number, row in enumerate(rows[:limit], start=1):
+        if isinstance(row, dict):
+            records.numbers.append(number)
+            records.records.append(row)
+        else:
+            records.bad.append(BadRow(number, _not_an_object(f"{name}, row {number}", row)))
+    return records
 
 
-def _not_an_object(where: str, value: object) -> tuple[str, str]:
+def _not_an_object(where: str, value: object) -> RowError:
     text = json.dumps(value, default=str)
     shown = text if len(text) <= 40 else text[:40] + "…"
-    return f"{where}: expected an object with named columns, found {shown}", 'Write rows as {"prompt": …, …}.'
+    return RowError(f"{where}: expected an object with named columns, found {shown}", 'Write rows as {"prompt": …, …}.')
 
 
 def _decode(name: str, data: bytes) -> str:
@@ -162,26 +179,35 @@ def _decode(name: str, data: bytes) -> str:
 
 
 def _jsonl_rows(name: str, text: str, limit: int | None) -> Records:
-    numbers: list[int] = []
-    records: list[dict] = []
+    records = Records(name, "line", [], [])
     # Not splitlines(): JSON strings may hold U+2028, form feeds and other characters it would split at.
     lines = ((n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip())
     for number, line in islice(lines, limit):
-        where = f"{name}, line {number}"
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            todo = "Mend or delete the line."
+            record = _json_object(line, f"{name}, line {number}")
+        except RowError as error:
             if number == 1 and line.strip() == "[":
-                todo = "The file is one JSON list: name it .json."
-            raise DataError(f"{where}: not valid JSON ({error.msg}, column {error.colno}).", todo) from None
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not usable JSON ({error}).", "Mend or delete the line.") from None
-        if not isinstance(record, dict):
-            raise DataError(*_not_an_object(where, record))
-        numbers.append(number)
-        records.append(record)
-    return Records(name, "line", numbers, records)
+                raise DataError(
+                    f"{name}, line 1: a JSON list begins here, not a row.", "The file is one JSON list: name it .json."
+                ) from None
+            records.bad.append(BadRow(number, error))
+        else:
+            records.numbers.append(number)
+            records.records.append(record)
+    return records
+
+
+def _json_object(line: str, where: str) -> dict:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        problem = f"{where}: not valid JSON ({error.msg}, column {error.colno})."
+        raise RowError(problem, "Mend or delete the line.") from None
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"{where}: not usable JSON ({error}).", "Mend or delete the line.") from None
+    if not isinstance(record, dict):
+        raise _not_an_object(where, record)
+    return record
 
 
 def _json_rows(name: str, text: str) -> list:
@@ -213,8 +239,7 @@ def _csv_rows(name: str, text: str, limit: int | None) -> Records:
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] | None = None
-    numbers: list[int] = []
-    records: list[dict] = []
+    records = Records(name, "line", [], [])
     line = 1
     try:
         for cells in reader:
@@ -222,23 +247,31 @@ def _csv_rows(name: str, text: str, limit: int | None) -> Records:
             if not "".join(cells).strip() and len(cells) < 2:
                 continue
             if header is None:
-                header = cells
-                _check_commas(header, f"{name}, line {start}")
-                if len(set(header)) < len(header):
-                    raise DataError(f"{name}, line {start}: a column name appears twice.", "Rename one of them.")
+                header = _csv_header(cells, f"{name}, line {start}")
                 continue
-            if limit is not None and len(records) == limit:
+            if limit is not None and len(records.records) + len(records.bad) == limit:
                 break
             if len(cells) != len(header):
-                raise DataError(
+                error = RowError(
                     f"{name}, line {start}: {len(cells)} cells, but the header has {len(header)} columns.",
                     "Put cells that contain commas or line breaks in double quotes.",
                 )
-            numbers.append(start)
-            records.append(dict(zip(header, cells, strict=True)))
+                records.bad.append(BadRow(start, error))
+                continue
+            records.numbers.append(start)
+            records.records.append(dict(zip(header, cells, strict=True)))
     except csv.Error as error:
         raise DataError(f"{name}, line {line}: not valid CSV ({error}).", "Check the quotes in that row.") from None
-    return Records(name, "line", numbers, records)
+    return records
+
+
+def _csv_header(cells: list[str], where: str) -> list[str]:
+    """The column names, without the spaces that people write behind commas."""
+    _check_commas(cells, where)
+    header = [cell.strip() for cell in cells]
+    if len(set(header)) < len(header):
+        raise DataError(f"{where}: a column name appears twice.", "Rename one of them.")
+    return header
 
 
 def _check_commas(header: list[str], where: str) -> None:
@@ -256,7 +289,9 @@ def _parquet_rows(name: str, path: Path) -> list[dict]:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
+        return pyarrow.parquet.read_table(path).to_pylist(maps_as_pydicts="strict")
+    except KeyError as error:
+        raise DataError(f"{name}: a map names a key twice ({error}).", "Write it again.") from None
     except pyarrow.ArrowException as error:
         raise DataError(f"{name} is not a readable Parquet file: {error}.", "Write it again.") from None
 

@@ -1,11 +1,16 @@
-"""The shapes demonstrations come in, found by their columns and brought to one of three: see `Rows`."""
+"""The shapes demonstrations come in, told by their columns and brought to one of three: see `Rows`."""
 
 from __future__ import annotations
 
 import difflib
-import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
+
+from qpsft.data.bad_rows import BadRow, RowError, refuse
+from qpsft.data.messages import parsed_json, read_messages, read_text, read_tools
 from qpsft.data.read import Records
 from qpsft.errors import DataError
 from qpsft.recipe.arguments import DataArguments
@@ -20,26 +25,15 @@ SHAPES = {
 """Each shape and the columns that make it."""
 
 OPTIONAL = {
-    "prompt_completion": ("tools",),
-    "messages": ("tools",),
-    "sharegpt": ("tools",),
-    "alpaca": ("input",),
+    "prompt_completion": ("system", "tools"),
+    "messages": ("system", "tools"),
+    "sharegpt": ("system", "tools"),
+    "alpaca": ("input", "system", "history", "tools"),
     "text": (),
 }
+"""Columns that are used where a row has them."""
 COLUMNS = sorted({column for group in (SHAPES, OPTIONAL) for columns in group.values() for column in columns})
 KNOWN = "prompt + completion, messages, conversations, instruction (+ input) + output, text"
-
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-}
 
 
 @dataclass
@@ -48,12 +42,14 @@ class Rows:
 
     Attributes:
         name: the file or dataset, as the user wrote it.
-        shape: the shape found in the source, a key of `SHAPES`.
+        shape: the shape of the source, a key of `SHAPES`.
         rows: one dict per row: {"prompt": str | list[message], "completion": str | list[message]} (prompt_completion
             and alpaca), {"messages": list[message]} (messages and sharegpt), or {"text": str}; beside them "tools"
-            where the row has some. A message has "role" (system, user, assistant, tool, …) and mostly "content".
+            where the row has some. Messages are as `qpsft.data.messages` describes.
         places: where each row came from, such as "data.jsonl, line 57".
         unused_columns: columns of the source that are in none of the rows.
+        numbers: the line or row number of each row; counted from 1 if left out.
+        bad: rows of the source that cannot be used.
     """
 
     name: str
@@ -61,40 +57,71 @@ class Rows:
     rows: list[dict]
     places: list[str]
     unused_columns: list[str]
+    numbers: list[int] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.numbers = self.numbers or list(range(1, len(self.rows) + 1))
+
+    @property
+    def total(self) -> int:
+        """Rows of the source, bad ones included."""
+        return len(self.rows) + len(self.bad)
 
 
 def to_rows(records: Records, arguments: DataArguments) -> Rows:
-    """Find the shape of `records` (non-empty) and bring every row to it.
+    """`read_rows`, but bad rows are an error unless `arguments.skip_bad_rows` is set.
 
     Raises:
-        DataError: columns that fit no shape or several, a mapping to a column that is not there, a row that lacks a
-            column, holds the wrong type or has an empty completion; names the file and line.
+        DataError: as `read_rows`; bad rows, or no other ones: the first five with their lines, and how many there are.
     """
-    columns = list(records.records[0])
-    mapping = _check_mapping(arguments.dataset_columns or {}, columns, records)
-    shape = _find_shape(arguments.dataset_shape, mapping, columns, records)
-    source = {column: mapping.get(column, column) for column in (*SHAPES[shape], *OPTIONAL[shape])}
-    rows, places = [], []
+    rows = read_rows(records, arguments)
+    if not arguments.skip_bad_rows or not rows.rows:
+        refuse(rows.bad, rows.name, rows.total)
+    return rows
+
+
+def read_rows(records: Records, arguments: DataArguments) -> Rows:
+    """Tell the shape of `records` (non-empty) and bring every row to it; what cannot be goes into `Rows.bad`.
+
+    Args:
+        arguments: `dataset_shape`, `dataset_columns` and, for prompts beside a system text, `prompt_format` are used.
+
+    Raises:
+        DataError: columns that fit no shape or several, or a mapping to a column that is not there.
+    """
+    mapping = _check_mapping(arguments.dataset_columns or {}, records)
+    left_out = {column for column, yours in mapping.items() if yours is None}
+    mapping = {column: yours for column, yours in mapping.items() if yours is not None}
+    shape = _find_shape(arguments.dataset_shape, mapping, list(records.records[0]), records)
+    known = [column for column in (*SHAPES[shape], *OPTIONAL[shape]) if column not in left_out]
+    source = {column: mapping.get(column, column) for column in known}
+    rows = Rows(records.name, shape, [], [], [], bad=list(records.bad))
     for index, record in enumerate(records.records):
         where = records.where(index)
-        for column in SHAPES[shape]:
-            if source[column] not in record:
-                renamed = f" (mapped to {column})" if source[column] != column else ""
-                raise DataError(
-                    f"{where}: the column {source[column]!r}{renamed} is missing; found {_listed(record)}.",
-                    "Mend or delete the row.",
-                )
-        rows.append(_normalise(shape, {c: record[s] for c, s in source.items() if s in record}, where))
-        places.append(where)
-    unused = [column for column in columns if column not in source.values()]
-    return Rows(records.name, shape, rows, places, unused)
+        try:
+            row = _read_row(shape, record, source, arguments.prompt_format, where)
+        except RowError as error:
+            rows.bad.append(BadRow(records.numbers[index], error))
+            continue
+        except RecursionError:
+            error = RowError(f"{where}: its values are nested too deeply.", "Mend or delete the row.")
+            rows.bad.append(BadRow(records.numbers[index], error))
+            continue
+        rows.rows.append(row)
+        rows.places.append(where)
+        rows.numbers.append(records.numbers[index])
+    rows.unused_columns = [column for column in records.columns if column not in source.values()]
+    return rows
 
 
 def _listed(columns) -> str:
     return ", ".join(map(str, columns)) or "none"
 
 
-def _check_mapping(mapping: dict, columns: list[str], records: Records) -> dict[str, str]:
+def _check_mapping(mapping: dict, records: Records) -> dict[str, str | None]:
+    """`dataset_columns` as it is, if it can be right. A column of None is not to be used."""
+    columns = records.columns
     for known, yours in mapping.items():
         if known not in COLUMNS:
             near = difflib.get_close_matches(str(known), COLUMNS, n=1)
@@ -102,11 +129,11 @@ def _check_mapping(mapping: dict, columns: list[str], records: Records) -> dict[
                 f"dataset_columns names {known!r}, which is no column qpsft knows ({', '.join(COLUMNS)}).",
                 f"Did you mean {near[0]}?" if near else "It maps known columns to yours: {prompt: question}.",
             )
-        if yours not in columns:
-            near = difflib.get_close_matches(str(yours), columns, n=1)
+        if yours is not None and yours not in columns:
+            near = difflib.get_close_matches(str(yours), map(str, columns), n=1)
             raise DataError(
-                f"dataset_columns maps {known} to {yours!r}, but {records.where(0)} has no such column; "
-                f"found {_listed(columns)}.",
+                f"dataset_columns maps {known} to {yours!r}, but no row of {records.name} has such a column; "
+                f"there are {_listed(columns)}.",
                 f"Did you mean {near[0]}?" if near else "Name one of these.",
             )
     return mapping
@@ -144,159 +171,119 @@ def _mapping_example(needed: tuple[str, ...], columns: list[str]) -> str:
     return f"Say which column is which, for instance dataset_columns: {{{pairs}}}."
 
 
-def _normalise(shape: str, row: dict, where: str) -> dict:
+def _read_row(shape: str, record: dict, source: dict[str, str], prompt_format: str, where: str) -> dict:
+    for column in SHAPES[shape]:
+        if source[column] not in record:
+            renamed = f" (mapped to {column})" if source[column] != column else ""
+            raise RowError(
+                f"{where}: the column {source[column]!r}{renamed} is missing; found {_listed(record)}.",
+                "Mend or delete the row.",
+            )
+    row = {column: _as_list(record[yours]) for column, yours in source.items() if yours in record}
     if shape == "text":
-        text = _text(row["text"], "text", where)
+        text = read_text(row["text"], "text", where)
         if not text.strip():
-            raise DataError(f"{where}: the text is empty.", "Delete the row or fill it.")
+            raise RowError(f"{where}: the text is empty.", "Delete the row or fill it.")
         return {"text": text}
+    system = _optional_text(row.get("system"), "system", where)
+    tools = read_tools(row.get("tools"), where)
+    tools = {"tools": tools} if tools else {}
+    if shape in ("messages", "sharegpt"):
+        column = SHAPES[shape][0]
+        messages = read_messages(row[column], column, where)
+        _require_assistant(messages, column, where)
+        return {"messages": _with_system(system, messages, where), **tools}
     if shape == "alpaca":
-        given = row.get("input")
-        parts = [_text(row["instruction"], "instruction", where)]
-        parts += [_text(given, "input", where)] if given is not None else []
-        prompt = "\n\n".join(part for part in parts if part.strip())
-        return {"prompt": prompt, "completion": _answer(row["output"], "output", where)}
-    tools = _tools(row.get("tools"), where)
-    if shape == "prompt_completion":
-        return {**_prompt_completion(row["prompt"], row["completion"], where), **tools}
-    column = SHAPES[shape][0]
-    messages = _messages(row[column], column, where)
-    _require_assistant(messages, column, where)
-    return {"messages": messages, **tools}
-
-
-def _prompt_completion(prompt: object, completion: object, where: str) -> dict:
-    """Both strings or both message lists; one string beside one list becomes a message."""
-    prompt = _messages(prompt, "prompt", where) if isinstance(prompt, list) else _text(prompt, "prompt", where)
-    if isinstance(completion, list):
-        completion = _messages(completion, "completion", where)
-        _require_assistant(completion, "completion", where)
-        if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
+        parts = [read_text(row["instruction"], "instruction", where), _optional_text(row.get("input"), "input", where)]
+        prompt, completion = (
+            "\n\n".join(part for part in parts if part.strip()),
+            _answer(row["output"], "output", where),
+        )
     else:
+        prompt, completion = _prompt_completion(row["prompt"], row["completion"], where)
+    earlier = _history(row.get("history"), prompt_format, where)
+    if isinstance(prompt, str) and (system or earlier):
+        prompt = [*earlier, _turn("user", prompt_format.replace("{prompt}", prompt))]
+        completion = [_turn("assistant", completion)]
+    if isinstance(prompt, list):
+        prompt = _with_system(system, prompt, where)
+    return {"prompt": prompt, "completion": completion, **tools}
+
+
+def _as_list(value: Any) -> Any:
+    """NumPy arrays, which pandas makes of lists, as lists; anything else as it is."""
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def _turn(role: str, content: str) -> dict:
+    return {"role": role, "content": content}
+
+
+def _with_system(system: str, messages: list[dict], where: str) -> list[dict]:
+    """`messages` after the column's system text, if there is one."""
+    first = messages[0]
+    if not system or first["role"] == "system" and first["content"].strip() == system.strip():
+        return messages
+    if first["role"] == "system":
+        raise RowError(
+            f"{where}: the column system says one thing and the conversation's system turn another.",
+            "Keep one of them; dataset_columns: {system: null} leaves the column out.",
+        )
+    return [_turn("system", system), *messages]
+
+
+def _history(value: Any, prompt_format: str, where: str) -> list[dict]:
+    """Alpaca's earlier exchanges, [[question, answer], …], as messages. They are context, never trained on."""
+    pairs = parsed_json(value, "history", where) if isinstance(value, str) and value.strip() else value
+    if pairs is None or _is_nan(pairs) or pairs in ("", []):
+        return []
+    if not isinstance(pairs, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+        raise RowError(f"{where}: history must be a list of [question, answer] pairs.", "Mend or delete the row.")
+    messages = []
+    for question, answer in pairs:
+        question, answer = read_text(question, "history", where), _answer(answer, "history", where)
+        messages += [_turn("user", prompt_format.replace("{prompt}", question)), _turn("assistant", answer)]
+    return messages
+
+
+def _prompt_completion(prompt: Any, completion: Any, where: str) -> tuple[str, str] | tuple[list[dict], list[dict]]:
+    """Both strings or both message lists; one string beside one list becomes a message."""
+    if isinstance(prompt, list):
+        prompt = read_messages(prompt, "prompt", where)
+    else:
+        prompt = read_text(prompt, "prompt", where)
+    if not isinstance(completion, list):
         completion = _answer(completion, "completion", where)
-        if isinstance(prompt, list):
-            completion = [{"role": "assistant", "content": completion}]
-    return {"prompt": prompt, "completion": completion}
+        return prompt, completion if isinstance(prompt, str) else [_turn("assistant", completion)]
+    completion = read_messages(completion, "completion", where)
+    _require_assistant(completion, "completion", where)
+    return [_turn("user", prompt)] if isinstance(prompt, str) else prompt, completion
 
 
-def _answer(value: object, column: str, where: str) -> str:
-    text = _text(value, column, where)
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _optional_text(value: Any, column: str, where: str) -> str:
+    """The text of a column that may be empty; "" for nothing but spaces."""
+    text = "" if value is None or _is_nan(value) else read_text(value, column, where)
+    return text if text.strip() else ""
+
+
+def _answer(value: Any, column: str, where: str) -> str:
+    text = read_text(value, column, where)
     if not text.strip():
-        raise DataError(
+        raise RowError(
             f"{where}: the {column} is empty, which would teach the model to stop at once.",
             "Delete the row or fill it.",
         )
     return text
 
 
-def _text(value: object, column: str, where: str) -> str:
-    if not isinstance(value, str):
-        found = "null" if value is None else f"{type(value).__name__} {str(value)[:40]}"
-        raise DataError(f"{where}: {column} must be text, found {found}.", 'Write text: "42", not 42.')
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: {column} holds \\u{ord(value[error.start]):04x}, half a surrogate pair.",
-            "Delete the broken character: it stands for nothing.",
-        ) from None
-    return value
-
-
 def _require_assistant(messages: list[dict], column: str, where: str) -> None:
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
-        raise DataError(
+        raise RowError(
             f"{where}: {column} has no assistant turn to learn from; its roles are {_listed(roles)}.",
             "Add the answer, or name its role `assistant`.",
         )
-
-
-def _messages(value: object, column: str, where: str) -> list[dict]:
-    if not isinstance(value, list) or not value:
-        found = "an empty list" if value == [] else "null" if value is None else type(value).__name__
-        raise DataError(
-            f"{where}: {column} must be a list of messages, found {found}.",
-            'A message is {"role": "user", "content": "…"} (or "from" and "value").',
-        )
-    return [_message(message, f"{where}, {column}, turn {turn}") for turn, message in enumerate(value, start=1)]
-
-
-def _message(message: object, where: str) -> dict:
-    if not isinstance(message, dict):
-        raise DataError(f"{where}: a message must be an object, found {type(message).__name__}.", "Mend the row.")
-    # Arrow fills the keys a message lacks with null.
-    message = {key: value for key, value in message.items() if value is not None}
-    if "from" in message and "role" not in message:
-        speaker = message.pop("from")
-        if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
-            raise DataError(f"{where}: unknown speaker {speaker!r}.", f"Known are {', '.join(SHAREGPT_ROLES)}.")
-        message["role"] = SHAREGPT_ROLES[speaker]
-        if "value" in message:
-            message["content"] = message.pop("value")
-    if not isinstance(message.get("role"), str) or not message["role"]:
-        raise DataError(f"{where}: the message has no role; found {_listed(message)}.", "Give it a role.")
-    if message.pop("weight", 1) == 0:
-        raise DataError(
-            f"{where}: weight 0 asks not to train on this turn, but qpsft trains on every assistant turn.",
-            "Use prompt and completion to train on the last turn only.",
-        )
-    if isinstance(message.get("content"), list):
-        message["content"] = _joined_parts(message["content"], where)
-    calls = message.get("tool_calls")
-    if calls:
-        if not isinstance(calls, list):
-            raise DataError(f"{where}: tool_calls must be a list.", "Write it as OpenAI does.")
-        message["tool_calls"] = [_tool_call(call, where) for call in calls]
-    elif "content" not in message:
-        raise DataError(f"{where}: the {message['role']} message has no content.", "Fill or delete it.")
-    if "content" in message:
-        text = _text(message["content"], "content", where)
-        if message["role"] == "assistant" and not calls and not text.strip():
-            raise DataError(
-                f"{where}: the assistant's turn is empty, which would teach the model to stop at once.",
-                "Delete the row or fill the turn.",
-            )
-    return message
-
-
-def _joined_parts(parts: list, where: str) -> str:
-    """OpenAI's content parts as one string; anything but text is refused."""
-    for part in parts:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise DataError(f"{where}: a content part of type {kind!r}; qpsft trains on text only.", "Remove it.")
-    return "".join(part["text"] for part in parts)
-
-
-def _tool_call(call: object, where: str) -> dict:
-    """Arguments as an object: OpenAI writes them as a JSON string, which most chat templates would encode twice."""
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise DataError(
-            f"{where}: a tool call has no function name.", 'Write {"function": {"name": …, "arguments": …}}.'
-        )
-    arguments = function.get("arguments")
-    if not isinstance(arguments, str):
-        return call
-    try:
-        function = {**function, "arguments": json.loads(arguments)}
-    except ValueError:
-        raise DataError(
-            f"{where}: the arguments of the call to {function['name']} are not valid JSON.", "Mend or delete the row."
-        ) from None
-    return {**call, "function": function} if "function" in call else function
-
-
-def _tools(value: object, where: str) -> dict:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise DataError(f"{where}: tools is a string, but not valid JSON.", "Mend or delete the row.") from None
-    if not value:
-        return {}
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise DataError(f"{where}: tools must be a list of objects.", "Write them as OpenAI does.")
-    return {"tools": value}

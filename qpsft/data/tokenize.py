@@ -9,19 +9,25 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow
-from jinja2 import TemplateError
 from tqdm import tqdm
 
-from qpsft.data.read import read_records
-from qpsft.data.shapes import Rows, to_rows
-from qpsft.data.template import ChatRenderer, Span, dated_template, refused
+from qpsft.data.bad_rows import BadRow, RowError, first_lines, refuse
+from qpsft.data.chat_date import dated_template
+from qpsft.data.contents import Span
+from qpsft.data.messages import READ
+from qpsft.data.read import Records, read_records
+from qpsft.data.shapes import Rows, read_rows, to_rows
+from qpsft.data.special_tokens import SpecialTokenFinder
+from qpsft.data.template import ChatRenderer, Rendered, refused, trained_turns
 from qpsft.errors import DataError
 from qpsft.recipe.arguments import DataArguments
 
@@ -32,12 +38,15 @@ __all__ = [
     "encode_prompt",
     "load_dataset",
     "load_rows",
+    "tokenize_records",
     "tokenize_rows",
     "writes_chat",
 ]
 
 IGNORED = -100
 """The label of a token that is not supervised."""
+BAD = "cannot be used"
+"""Why rows are dropped with `skip_bad_rows`."""
 PERCENTILES = (50, 90, 99, 100)
 ROWS_WORTH_A_BAR = 3000
 
@@ -47,25 +56,33 @@ class DataCounts:
     """What became of the rows.
 
     Attributes:
-        rows: rows read.
+        rows: rows read; with `split_turns` rows made of them.
+        conversations: with `split_turns`, the rows that were read; else None.
         dropped: reason -> rows left out for it.
+        bad_rows: the first five of the rows that cannot be used, a line for each.
         truncated: rows kept whose end was cut off at `max_length`.
         tokens: tokens of the kept rows, after truncation.
         supervised_tokens: those of them the loss is taken on; never the first of a row, which nothing predicts.
         length_percentiles: percentile -> row length in tokens, of all rows read, before truncation (nearest rank).
         shared_tokens: rows in which the end of the prompt and the start of the completion share a token, so that the
             model is trained on another context than the prompt alone gives it.
+        stripped_reasoning: earlier answers whose reasoning the chat template leaves out on purpose.
+        special_tokens: rows whose own text holds a special token of the tokenizer.
         max_length: the limit that was applied, in tokens; None for none.
-        unused_columns: columns of the source that nothing was made of.
+        unused_columns: columns of the source, and keys of its messages, that nothing was made of.
     """
 
     rows: int = 0
+    conversations: int | None = None
     dropped: dict[str, int] = field(default_factory=dict)
+    bad_rows: list[str] = field(default_factory=list)
     truncated: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
     length_percentiles: dict[int, int] = field(default_factory=dict)
     shared_tokens: int = 0
+    stripped_reasoning: int = 0
+    special_tokens: int = 0
     max_length: int | None = None
     unused_columns: list[str] = field(default_factory=list)
 
@@ -79,6 +96,21 @@ class DataCounts:
         """Tokens of the longest row, after truncation."""
         longest = self.length_percentiles[100]
         return longest if self.max_length is None else min(longest, self.max_length)
+
+    def facts(self) -> list[str]:
+        """What training does not take as it stands in the source, in a few words each: for logs and model cards."""
+        split = [] if self.conversations is None else [f"{self.rows:,} made of {self.conversations:,} (split_turns)"]
+        facts = split + [f"{number:,} dropped ({reason})" for reason, number in self.dropped.items()]
+        if self.truncated:
+            facts.append(f"{self.truncated:,} truncated at {self.max_length} tokens")
+        if self.stripped_reasoning:
+            answers = counted(self.stripped_reasoning, "earlier answer")
+            facts.append(f"the reasoning of {answers} left out by the chat template")
+        if self.special_tokens:
+            facts.append(f"{self.special_tokens:,} with special tokens in their text")
+        if self.unused_columns:
+            facts.append(f"columns not used: {', '.join(map(str, self.unused_columns))}")
+        return facts
 
 
 @dataclass
@@ -117,7 +149,7 @@ def load_dataset(
     split: str | None = None,
     show_progress: bool = True,
 ) -> TokenizedRows:
-    """Read and tokenize `arguments.dataset_name`: `load_rows`, then `tokenize_rows`.
+    """Read and tokenize `arguments.dataset_name`: `read_records`, then `tokenize_records`.
 
     Args:
         split: split of a Hub or built-in set; `arguments.dataset_train_split` if None.
@@ -126,8 +158,19 @@ def load_dataset(
         raise DataError(
             "dataset_name is missing: there is nothing to train on.", "Name a file, a Hub id or demo-noisy."
         )
-    rows = load_rows(arguments.dataset_name, arguments, split or arguments.dataset_train_split)
-    return tokenize_rows(rows, tokenizer, arguments, max_length, show_progress)
+    records = read_records(arguments.dataset_name, arguments, split or arguments.dataset_train_split)
+    return tokenize_records(records, tokenizer, arguments, max_length, show_progress)
+
+
+def tokenize_records(
+    records: Records, tokenizer: Any, arguments: DataArguments, max_length: int | None, show_progress: bool = True
+) -> TokenizedRows:
+    """Raw rows, of a file or of `qpsft.data.read.as_records`, to tokens and labels.
+
+    Raises:
+        DataError: as `read_rows` and `tokenize_rows`; rows that either of them cannot use are reported together.
+    """
+    return tokenize_rows(read_rows(records, arguments), tokenizer, arguments, max_length, show_progress)
 
 
 def tokenize_rows(
@@ -136,31 +179,39 @@ def tokenize_rows(
     """Tokenize every row, label its supervised tokens and cut it at `max_length`, keeping the start.
 
     Args:
-        rows: what `load_rows` returned.
+        rows: what `read_rows` or `to_rows` returned.
         tokenizer: a fast tokenizer (one with a tokenizer.json), with a chat template if `rows` has messages.
-        arguments: `use_chat_template`, `prompt_format`, `supervise_prompt` and `chat_date` are used.
+        arguments: `use_chat_template`, `prompt_format`, `supervise_prompt`, `chat_date`, `skip_bad_rows`,
+            `split_turns` and `refuse_special_tokens` are used.
         max_length: tokens a row may have; None for no limit.
         show_progress: show a bar on standard error when there are more than a few thousand rows.
 
     Raises:
-        DataError: a row the chat template cannot render, messages without a chat template, or no supervised token in
+        DataError: rows of which the chat template would lose something, or which it refuses (the first five and how
+            many there are), unless `skip_bad_rows` is set; messages without a chat template; no supervised token in
             any row.
     """
-    encode = _Encoder(tokenizer, arguments, rows)
-    counts = DataCounts(rows=len(rows.rows), max_length=max_length, unused_columns=rows.unused_columns)
+    encode = _Encoder(tokenizer, arguments)
+    conversations = rows.total if arguments.split_turns else None
+    rows = split_answers(rows) if arguments.split_turns else rows
+    counts = DataCounts(rows=rows.total, conversations=conversations, max_length=max_length)
     columns: dict[str, list[np.ndarray]] = {"input_ids": [], "labels": []}
-    dropped: Counter[str] = Counter()
+    bad, dropped = list(rows.bad), Counter[str]()
     lengths, places = [], []
     bar = tqdm(
-        zip(rows.rows, rows.places, strict=True),
+        zip(rows.rows, rows.places, rows.numbers, strict=True),
         total=len(rows.rows),
         desc=f"Tokenizing {rows.name}",
         unit=" rows",
         file=sys.stderr,
         disable=not show_progress or len(rows.rows) < ROWS_WORTH_A_BAR,
     )
-    for row, place in bar:
-        ids, labels, shared = encode(row, place)
+    for row, place, number in bar:
+        try:
+            ids, labels, shared = encode(row, place)
+        except RowError as error:
+            bad.append(BadRow(number, error))
+            continue
         lengths.append(len(ids))
         was_cut = max_length is not None and len(ids) > max_length
         ids, labels = ids[:max_length], labels[:max_length]
@@ -175,17 +226,59 @@ def tokenize_rows(
         counts.tokens += len(ids)
         counts.supervised_tokens += supervised
         counts.shared_tokens += shared
+    if not arguments.skip_bad_rows or len(bad) == rows.total:
+        refuse(bad, rows.name, rows.total)
+    if bad:
+        counts.bad_rows = first_lines(bad, rows.name)
+        counts.dropped[BAD] = len(bad)
     lengths.sort()
     counts.length_percentiles = {p: lengths[math.ceil(p / 100 * len(lengths)) - 1] for p in PERCENTILES}
-    counts.dropped = dict(dropped)
+    counts.dropped |= dropped
+    counts.unused_columns = [*rows.unused_columns, *encode.unused_keys(rows.rows)]
+    counts.stripped_reasoning, counts.special_tokens = encode.stripped, encode.special_rows
     if not places:
-        reasons = ", ".join(f"{reason}: {n} rows" for reason, n in dropped.items())
-        raise NothingSupervised(
-            f"{rows.name}: not one supervised token is left to train on ({reasons}; half of the rows are longer than "
-            f"{counts.length_percentiles[50] - 1} tokens).",
-            "Raise max_length, or shorten the prompts.",
-        )
+        raise _nothing_supervised(rows.name, counts)
+    encode.warn(rows.name)
     return TokenizedRows(rows.name, rows.shape, _as_dataset(columns), counts, places)
+
+
+def split_answers(rows: Rows) -> Rows:
+    """One row per answer that is trained on, with all that precedes it as its prompt; other rows as they are."""
+    split = replace(rows, rows=[], places=[], numbers=[])
+    for row, place, number in zip(rows.rows, rows.places, rows.numbers, strict=True):
+        parts = list(_answers(row))
+        for index, part in enumerate(parts, start=1):
+            split.rows.append(part)
+            split.places.append(place if len(parts) == 1 else f"{place}, answer {index} of {len(parts)}")
+            split.numbers.append(number)
+    return split
+
+
+def _answers(row: dict) -> Iterator[dict]:
+    """The rows that `split_answers` makes of one."""
+    if "messages" not in row and not isinstance(row.get("prompt"), list):
+        yield row
+        return
+    prompt = row.get("prompt", [])
+    messages = [*prompt, *row.get("messages", []), *row.get("completion", [])]
+    trained = [turn for turn in trained_turns(messages) if turn >= len(prompt)]
+    if not trained or trained[0] == 0:  # nothing to learn, or an answer without a question: tokenization says so
+        yield row
+        return
+    tools = {"tools": row["tools"]} if "tools" in row else {}
+    for turn in trained:
+        yield {"prompt": messages[:turn], "completion": [messages[turn]], **tools}
+
+
+def _nothing_supervised(name: str, counts: DataCounts) -> NothingSupervised:
+    reasons = ", ".join(f"{reason}: {n} rows" for reason, n in counts.dropped.items())
+    return NothingSupervised(
+        f"{name}: not one supervised token is left to train on ({reasons}; half of the rows are longer than "
+        f"{counts.length_percentiles[50] - 1} tokens).",
+        "Raise max_length, or shorten the prompts."
+        if any("max_length" in reason for reason in counts.dropped)
+        else "Mark at least one assistant turn as trained.",
+    )
 
 
 def _as_dataset(columns: dict[str, list[np.ndarray]]) -> datasets.Dataset:
@@ -195,6 +288,11 @@ def _as_dataset(columns: dict[str, list[np.ndarray]]) -> datasets.Dataset:
         ends = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int32)
         arrays[name] = pyarrow.ListArray.from_arrays(ends, np.concatenate(rows))
     return datasets.Dataset(pyarrow.table(arrays))
+
+
+def counted(number: int, noun: str) -> str:
+    """1 row, 2 rows."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def writes_chat(tokenizer: Any, arguments: DataArguments) -> bool:
@@ -237,7 +335,7 @@ def encode_prompt(messages: list[dict], tokenizer: Any, arguments: DataArguments
             tokenize=False,
             add_generation_prompt=True,
         )
-    except (TemplateError, TypeError, ValueError) as error:
+    except Exception as error:  # a template is a program, and may fail in any way
         raise refused("The prompt", error) from None
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
@@ -247,9 +345,14 @@ class NothingSupervised(DataError):
 
 
 class _Encoder:
-    """One row -> its ids and labels, by the tokenizer's rules and the user's choices."""
+    """One row -> its ids and labels, by the tokenizer's rules and the user's choices.
 
-    def __init__(self, tokenizer: Any, arguments: DataArguments, rows: Rows):
+    Attributes:
+        stripped: earlier answers so far whose reasoning the chat template has left out on purpose.
+        special_rows: rows so far whose own text holds a special token.
+    """
+
+    def __init__(self, tokenizer: Any, arguments: DataArguments):
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(
                 f"{type(tokenizer).__name__} cannot say which characters a token covers, which the labels need.",
@@ -258,31 +361,78 @@ class _Encoder:
         self.tokenizer = tokenizer
         self.arguments = arguments
         self.strings_as_chat = writes_chat(tokenizer, arguments)
+        self.stripped, self.special_rows = 0, 0
+        self._first_special: tuple[str, str] | None = None
+        self._special_tokens = SpecialTokenFinder(tokenizer)
         self._has_template = bool(tokenizer.chat_template)
         self._chat: ChatRenderer | None = None
 
     def __call__(self, row: dict, place: str) -> tuple[np.ndarray, np.ndarray, bool]:
-        """One of `Rows.rows` -> ids, labels (int32, equally long), whether prompt and completion share a token."""
+        """One of `Rows.rows` -> ids, labels (int32, equally long), whether prompt and completion share a token.
+
+        Raises:
+            RowError: the row cannot be used. DataError: no row can be.
+        """
+        if special := self._special_tokens.first(row):
+            if self.arguments.refuse_special_tokens:
+                raise RowError(
+                    f"{place}: its text holds {special}, which the tokenizer would read as a special token.",
+                    "Write it another way, or leave refuse_special_tokens out.",
+                )
+            self.special_rows += 1
+            self._first_special = self._first_special or (place, special)
         ids, labels, shared = self._encode(row, place)
         # Nothing comes before the first token to predict it from; in a packed batch the row before would.
         labels[:1] = IGNORED
         return ids, labels, shared
 
+    def warn(self, name: str) -> None:
+        """Warns once of what rows of `name` say and the model will not see as it stands there."""
+        if self._first_special:
+            place, token = self._first_special
+            warnings.warn(
+                f"{name}: special tokens stand in the text of {counted(self.special_rows, 'row')}, first {token} in "
+                f"{place.removeprefix(f'{name}, ')}. The model reads them as these tokens. --refuse_special_tokens "
+                "refuses such rows.",
+                stacklevel=3,
+            )
+        if self.stripped:
+            warnings.warn(
+                f"{name}: the chat template leaves out the reasoning of {counted(self.stripped, 'earlier answer')}. "
+                "--split_turns makes one row of each answer and keeps it.",
+                stacklevel=3,
+            )
+
+    def unused_keys(self, rows: Sequence[dict]) -> list[str]:
+        """Keys of messages that neither qpsft nor the chat template reads, such as `messages.timestamp`."""
+        keys = {}
+        for row in rows:
+            for column in ("prompt", "completion", "messages"):
+                for message in row[column] if isinstance(row.get(column), list) else ():
+                    if len(message) > 2:
+                        keys |= {key: column for key in message if key not in READ}
+        return [f"{column}.{key}" for key, column in keys.items() if not self._chat or not self._chat.reads(key)]
+
     def _encode(self, row: dict, place: str) -> tuple[np.ndarray, np.ndarray, bool]:
         if "text" in row:
             return self._plain(row["text"], 0)
+        tools = row.get("tools")
         if "messages" in row:
-            text, spans = self._renderer(place).conversation(row["messages"], row.get("tools"), place)
-            return self._label(text, spans)
+            return self._label_rendered(self._renderer(place).conversation(row["messages"], tools, place), place)
         prompt, completion = row["prompt"], row["completion"]
         if isinstance(prompt, str):
             prompt = self.arguments.prompt_format.replace("{prompt}", prompt)
             if not self.strings_as_chat:
+                if tools:
+                    raise RowError(
+                        f"{place}: the row has tools, and plain text has no place for them.",
+                        "Use a chat template that takes tools, or leave the column out: dataset_columns: "
+                        "{tools: null}.",
+                    )
                 return self._plain(prompt + completion, len(prompt))
             prompt = [{"role": "user", "content": prompt}]
             completion = [{"role": "assistant", "content": completion}]
-        text, spans = self._renderer(place).completion(prompt, completion, row.get("tools"), place)
-        return self._label(text, spans)
+        return self._label_rendered(self._renderer(place).completion(prompt, completion, tools, place), place)
 
     def _renderer(self, place: str) -> ChatRenderer:
         if not self._has_template:
@@ -294,6 +444,16 @@ class _Encoder:
             self._chat = ChatRenderer(self.tokenizer, self.arguments.chat_date)
         return self._chat
 
+    def _label_rendered(self, rendered: Rendered, place: str) -> tuple[np.ndarray, np.ndarray, bool]:
+        if not self.arguments.split_turns:  # there, each answer's reasoning is in the row that ends with it
+            self.stripped += rendered.stripped
+        ids, labels, shared, empty = self._label(rendered.text, rendered.spans)
+        if empty:
+            raise RowError(
+                f"{place}: an assistant turn that is to be trained on gives no token.", "Mend or delete the row."
+            )
+        return ids, labels, shared
+
     def _plain(self, text: str, prompt_length: int) -> tuple[np.ndarray, np.ndarray, bool]:
         """Text outside a chat: the tokenizer's own special tokens around it, and one end-of-sequence token behind."""
         eos, bos = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
@@ -302,7 +462,7 @@ class _Encoder:
                 "The tokenizer has no end-of-sequence token, so the model would never learn to stop.",
                 "Set eos_token in the base model's tokenizer_config.json.",
             )
-        ids, labels, shared = self._label(text, [(prompt_length, len(text))], add_special_tokens=True)
+        ids, labels, shared, _ = self._label(text, [(prompt_length, len(text))], add_special_tokens=True)
         if bos is not None and ids[:2].tolist() == [bos, bos]:
             ids, labels = ids[1:], labels[1:]
         if not len(ids) or ids[-1] != eos:
@@ -312,8 +472,12 @@ class _Encoder:
 
     def _label(
         self, text: str, spans: list[Span], add_special_tokens: bool = False
-    ) -> tuple[np.ndarray, np.ndarray, bool]:
-        """Tokenize `text`; a token is supervised when one of its characters is in one of `spans`."""
+    ) -> tuple[np.ndarray, np.ndarray, bool, bool]:
+        """Tokenize `text`; a token is supervised when one of its characters is in one of `spans`.
+
+        Returns:
+            ids, labels, whether a token lies across the start of a span, whether a span has no token.
+        """
         encoding = self.tokenizer(
             text,
             add_special_tokens=add_special_tokens,
@@ -324,11 +488,12 @@ class _Encoder:
         ids = np.asarray(encoding["input_ids"], dtype=np.int32)
         starts, ends = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
         supervised = np.zeros(len(ids), dtype=bool)
-        shared = False
+        shared = empty = False
         for start, end in spans:
             inside = (ends > start) & (starts < end)
             supervised |= inside
             shared |= bool((inside & (starts < start)).any())
+            empty |= not inside.any()
         if self.arguments.supervise_prompt:
             supervised[:] = True
-        return ids, np.where(supervised, ids, np.int32(IGNORED)), shared
+        return ids, np.where(supervised, ids, np.int32(IGNORED)), shared, empty

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qpsft.data.read import Records, read_records
 from qpsft.data.shapes import Rows, to_rows
+from qpsft.data.template import trained_turns
 from qpsft.data.tokenize import IGNORED, NothingSupervised, tokenize_rows
 from qpsft.errors import DataError
 from qpsft.model.generation import stop_tokens
@@ -73,27 +74,33 @@ def with_references(records: Records, arguments: DataArguments) -> Rows:
             "--dataset_columns '{completion: …}'.",
         )
     rows = to_rows(records, arguments)
-    found = []
-    for row, record, place in zip(rows.rows, records.records, rows.places, strict=True):
+    record_of = dict(zip(records.numbers, records.records, strict=True))
+    referenced = []
+    for row, place, number in zip(rows.rows, rows.places, rows.numbers, strict=True):
+        record = record_of[number]
         extra = {column: record[column] for column in EXTRA if record.get(column) is not None}
-        found.append(_last_answer(row, place) | extra)
-    return Rows(rows.name, rows.shape, found, rows.places, rows.unused_columns)
+        referenced.append(_last_answer(row, place) | extra)
+    return replace(rows, rows=referenced)
 
 
 def _last_answer(row: dict, place: str) -> dict:
-    """A conversation as prompt and completion: its last assistant turn is the reference."""
+    """A conversation as prompt and completion: its last assistant turn that is trained on is the reference."""
     if "messages" not in row:
         return row
     messages = row["messages"]
     last = _answer_index(messages)
     if last == 0:
         raise DataError(f"{place}: the conversation starts with its answer.", "Begin with a system or user turn.")
+    if last is None:
+        raise DataError(
+            f"{place}: every answer is marked as not trained on.", "Mark one as trained, or delete the row."
+        )
     tools = {"tools": row["tools"]} if "tools" in row else {}
     return {"prompt": messages[:last], "completion": [messages[last]], **tools}
 
 
-def _answer_index(messages: list[dict]) -> int:
-    return max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+def _answer_index(messages: list[dict]) -> int | None:
+    return max(trained_turns(messages), default=None)
 
 
 def encode(rows: Rows, model: Any, tokenizer: Any, arguments: DataArguments) -> Encoded:
@@ -104,7 +111,8 @@ def encode(rows: Rows, model: Any, tokenizer: Any, arguments: DataArguments) -> 
     """
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     try:
-        tokenized = tokenize_rows(rows, tokenizer, arguments, length, show_progress=False)
+        whole = replace(arguments, split_turns=False)
+        tokenized = tokenize_rows(rows, tokenizer, whole, length, show_progress=False)
     except NothingSupervised:
         raise DataError(
             f"{rows.name}: no row's reference begins within the {length} tokens that the model reads.",

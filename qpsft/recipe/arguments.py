@@ -98,7 +98,20 @@ class DataArguments:
         "auto", "Shape of the rows; auto detects it from the columns."
     )
     dataset_columns: dict | None = _option(
-        None, "Mapping from a known column to yours, such as {prompt: question, completion: answer}."
+        None,
+        "Mapping from a known column to yours, such as {prompt: question, completion: answer}; {system: null} leaves a "
+        "column out.",
+    )
+    skip_bad_rows: bool = _option(
+        False, "Leave out rows that cannot be used and count them, instead of stopping at them."
+    )
+    split_turns: bool = _option(
+        False,
+        "Make one row of each answer of a conversation, with all that precedes it as context. Keeps the reasoning that "
+        "a chat template strips from earlier answers.",
+    )
+    refuse_special_tokens: bool = _option(
+        False, "Refuse rows whose text holds special tokens, such as <|im_end|>, instead of warning of them."
     )
     use_chat_template: Literal["auto", "always", "never"] = _option(
         "auto",

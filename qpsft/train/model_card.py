@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,13 +35,21 @@ def resolved_recipe(recipe: Recipe) -> str:
     return "\n".join(header) + "\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def model_card(recipe: Recipe, folder: Path, n: dict[str, float], config: LoraConfig, options: str) -> str:
+def model_card(
+    recipe: Recipe,
+    folder: Path,
+    n: dict[str, float],
+    config: LoraConfig,
+    options: str,
+    data: Sequence[str] = (),
+) -> str:
     """README.md of the adapter folder: a model card that the Hub understands.
 
     Args:
         n: the run's last log line.
         config: of the adapter.
         options: name of the file with the resolved recipe.
+        data: what training did not take as it stands in the source.
     """
     arguments = recipe.trainer
     base = recipe.model.model_name_or_path
@@ -60,6 +69,7 @@ def model_card(recipe: Recipe, folder: Path, n: dict[str, float], config: LoraCo
     }[arguments.loss_type]
     start = recipe.lora.adapter_name_or_path
     start = f" Training went on from the adapter `{start}`." if start else ""
+    rows = f"\n\nOf the rows: {', '.join(data)}." if data else ""
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
@@ -67,7 +77,7 @@ def model_card(recipe: Recipe, folder: Path, n: dict[str, float], config: LoraCo
 # {folder.resolve().name}
 
 A LoRA adapter for `{base}` ({recipe.model.quantization}), trained with qpsft on `{recipe.data.dataset_name}`
-by {method}.{start}
+by {method}.{start}{rows}
 
 | | |
 | --- | --- |

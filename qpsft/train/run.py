@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
-from qpsft.data.template import find_chat_date, keep_chat_date
+from qpsft.data.chat_date import find_chat_date, keep_chat_date
 from qpsft.data.tokenize import TokenizedRows, load_dataset
 from qpsft.errors import OutputError, QpsftError, RecipeError
 from qpsft.files import finished_files
@@ -53,6 +53,7 @@ class RunSummary:
         seconds: wall time of training.
         peak_bytes: the most memory in use: on the CUDA device if there is one, else the process's.
         files: names of what was written.
+        data: what training did not take as it stands in the source, as in `DataCounts.facts`.
     """
 
     folder: Path
@@ -60,6 +61,7 @@ class RunSummary:
     seconds: float
     peak_bytes: int
     files: list[str] = field(default_factory=list)
+    data: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         n = self.numbers
@@ -152,7 +154,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
         raise out_of_memory(error, step, plan, newest_complete_checkpoint(folder)) from error
     seconds = time.perf_counter() - started
     numbers = from_main(lambda: [line for line in read_metrics(folder / METRICS) if "nll" in line][-1])
-    summary = RunSummary(folder, numbers, seconds, _peak_bytes())
+    summary = RunSummary(folder, numbers, seconds, _peak_bytes(), data=rows.counts.facts())
     tensors = whole_policy(trainer.model)
     summary.files = from_main(lambda: write_outputs(recipe, trainer, tokenizer, held_out, summary, tensors))
     return summary
@@ -162,10 +164,9 @@ def data_line(rows: TokenizedRows, trained: int, held_out: int) -> str:
     """What is trained on, in a line or two of at most 80 columns."""
     counts = rows.counts
     facts = [f"{trained:,} rows to train on", f"{held_out} held out"]
-    facts += [f"{number:,} dropped ({reason})" for reason, number in counts.dropped.items()]
-    facts += [f"{counts.truncated:,} truncated at {counts.max_length} tokens"] if counts.truncated else []
-    facts.append(f"{counts.supervised_tokens:,} supervised tokens")
-    return textwrap.fill(f"data: {rows.name} ({rows.shape}): {', '.join(facts)}", 80, subsequent_indent="      ")
+    facts += [f"{counts.supervised_tokens:,} supervised tokens", *counts.facts()]
+    line = textwrap.fill(f"data: {rows.name} ({rows.shape}): {', '.join(facts)}", 80, subsequent_indent="      ")
+    return "\n".join([line, *counts.bad_rows])
 
 
 def setup_lines(trainer: PSFTTrainer, rows: int) -> list[str]:
@@ -293,7 +294,7 @@ def write_outputs(recipe: Recipe, trainer, tokenizer, held_out, summary: RunSumm
             draw_training(lines, partial / "training.png", f"{recipe.trainer.loss_type} on {recipe.data.dataset_name}")
             options = resolved_name(recipe, folder)
             (partial / options).write_text(resolved_recipe(recipe), encoding="utf-8")
-            card = model_card(recipe, folder, summary.numbers, model.peft_config[POLICY], options)
+            card = model_card(recipe, folder, summary.numbers, model.peft_config[POLICY], options, summary.data)
             (partial / "README.md").write_text(card, encoding="utf-8")
             with (partial / VERIFY_PROMPTS).open("w", encoding="utf-8") as file:
                 for row in held_out:
