@@ -15,6 +15,8 @@ from first_gpu import AGAIN, GOAL_MISSED, PARTS, Part, Record, exit_code, run_pa
 
 pytestmark = pytest.mark.bench
 
+TWINS = ("step_cost_large", "throughput_8b", "throughput_14b")
+"""On the CPU the same as another part."""
 ENVIRONMENT = {"slug": "some-card", "device": "Some Card", "driver": "580.1", "versions": {"torch": "2.13.0"}}
 FAKE = """
 import json, os, subprocess, sys, time
@@ -133,7 +135,9 @@ def test_every_part_has_its_function_and_all_fit_their_time():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [part.name for part in PARTS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(part.name, marks=[pytest.mark.slow] if part.name in TWINS else []) for part in PARTS]
+)
 def test_every_part_rehearses_on_the_cpu(name, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("PYTHONPATH", str(Path(first_gpu.__file__).parents[1]))
