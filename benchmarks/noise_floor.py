@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 
-def options() -> argparse.Namespace:
+def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="`demo` (the embedded base), a folder or a Hub id")
     parser.add_argument("--data", default="demo-noisy", help="as dataset_name in a recipe")
@@ -38,7 +38,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--attn_implementation", default=None)
     parser.add_argument("--threads", type=int, default=None, help="torch threads")
     parser.add_argument("--json", default=None, metavar="FILE", help="write the numbers there too")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def default_dtypes(device: str) -> list[str]:

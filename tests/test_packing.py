@@ -1,6 +1,7 @@
 """Packed rows see themselves only: the same log-probabilities and gradients as alone, in both passes."""
 
 import contextlib
+import itertools
 
 import pytest
 import torch
@@ -19,10 +20,13 @@ from small_runs import (
     same,
 )
 from tiny_models import save_tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
 from qpsft.errors import RecipeError
+from qpsft.model import attention as attention_module
 from qpsft.model.attention import attention_by_piece, fits
 from qpsft.model.base import load_base
 from qpsft.psft.forward import policy_forward
@@ -162,6 +166,47 @@ def test_piece_by_piece_no_product_and_no_mask_is_larger_than_a_piece(base, monk
     lengths = [len(ids) for ids in rows["input_ids"]]
     assert by_piece == [(1, n, n, True) for n in lengths] * 2  # two layers
     assert shapes == [(*batch["input_ids"].shape, batch["input_ids"].shape[1], True)] * 2
+
+
+class Written(TorchDispatchMode):
+    """Bytes that operators write to new tensors."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not func.is_view:
+            self.total += out.nbytes
+        return out
+
+
+def test_the_gradient_of_a_piece_is_no_larger_than_the_piece():
+    """The same bits as with slices, whose backward writes a tensor as large as the row for every piece."""
+    module = torch.nn.Module()
+    module.is_causal, module.num_key_value_groups, lengths = True, 2, [[5] * 24, [7] * 17]
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(2, heads, 128, 16, generator=generator, requires_grad=True) for heads in (4, 2, 2)]
+
+    def by_slices(module, query, key, value, mask, seq_lengths):
+        rows = []
+        for row, pieces in enumerate(seq_lengths):
+            ends = list(itertools.accumulate(pieces))
+            inside = [slice(end - n, end) for n, end in zip(pieces, ends, strict=True)]
+            parts = [[t[row : row + 1, :, piece] for t in (query, key, value)] for piece in inside]
+            outputs = [sdpa_attention_forward(module, *part, None)[0] for part in parts]
+            rows.append(torch.cat([*outputs, outputs[0].new_zeros(1, 128 - ends[-1], 4, 16)], dim=1))
+        return torch.cat(rows), None
+
+    def run(function):
+        output = function(module, *states, None, lengths)[0]
+        weights = torch.linspace(-1, 1, output.numel()).view_as(output)
+        with Written() as written:
+            gradients = torch.autograd.grad((output * weights).sum(), states)
+        return [output.detach(), *gradients], written.total
+
+    (split, few), (sliced, many) = run(attention_module._attention), run(by_slices)
+    assert all(torch.equal(one, other) for one, other in zip(split, sliced, strict=True))
+    assert few < many / 10
 
 
 def test_laid_end_to_end_they_are_the_same_too(base):

@@ -168,3 +168,8 @@ def test_other_orders_of_the_rows(base, tmp_path, strategy):
     lengths = [len(trainer.train_dataset[row]["input_ids"]) for row in rows]
     in_order = [lengths[i : i + 4] == sorted(lengths[i : i + 4], reverse=True) for i in range(0, 24, 4)]
     assert all(in_order) == (strategy == "group_by_length")  # within a mini-batch
+
+
+def test_transformers_own_check_of_the_loss_is_left_out(tmp_path):
+    """It waits for the device in every micro-batch and hides a NaN from the log; here a NaN stops the run."""
+    assert make_config(tmp_path).logging_nan_inf_filter is False

@@ -92,19 +92,20 @@ def _attention(
     """
     if seq_lengths is None or attention_mask is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    rows = []
-    for row, lengths in enumerate(seq_lengths):
-        here, pieces = slice(row, row + 1), []
-        start = 0
-        for length in lengths:
-            inside = slice(start, start + length)
-            q, k, v = (states[here, :, inside] for states in (query, key, value))
-            pieces.append(sdpa_attention_forward(module, q, k, v, None, **kwargs)[0])
-            start += length
-        padding = query.shape[2] - start
-        pieces.append(pieces[0].new_zeros(1, padding, *pieces[0].shape[2:]))
-        rows.append(torch.cat(pieces, dim=1))
-    return torch.cat(rows), None
+    # split, not slices: the gradient of a slice is as large as what it was taken from, and a packed row has many
+    rows = zip(query.split(1), key.split(1), value.split(1), seq_lengths, strict=True)
+    return torch.cat([_row_attention(module, states, lengths, kwargs) for *states, lengths in rows]), None
+
+
+def _row_attention(
+    module: nn.Module, states: Sequence[Tensor], lengths: Sequence[int], kwargs: dict[str, Any]
+) -> Tensor:
+    """The output of one row, (1, sequence, heads, head size), from its query, key and value."""
+    padding = states[0].shape[2] - sum(lengths)
+    pieces = zip(*(t.split([*lengths, padding], dim=2) for t in states), strict=True)
+    outputs = [sdpa_attention_forward(module, *next(pieces), None, **kwargs)[0] for _ in lengths]
+    outputs.append(outputs[0].new_zeros(1, padding, *outputs[0].shape[2:]))
+    return torch.cat(outputs, dim=1)
 
 
 AttentionInterface.register(NAME, _attention)

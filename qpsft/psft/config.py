@@ -114,6 +114,7 @@ class PSFTConfig(SFTConfig):
         check_run(self.hardware, optimizer=self.optim, mixed_precision="fp16" if self.fp16 else None)
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # the adapter's are all used; looking for others costs each step
+        self.logging_nan_inf_filter = False  # every loss is checked already; this would wait for the device once more
         super().__post_init__()
         # several cards need several processes: torch's DataParallel ruins 4-bit weights
         self._n_gpu = min(1, self.n_gpu)
