@@ -16,13 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from qpsft.compare.arms import find_arms
-from qpsft.compare.comparison import compare_loaded, prepare
 from qpsft.compare.figures import draw_gains
 from qpsft.compare.options import CompareOptions, load_comparison
 from qpsft.compare.paired import Difference, mean_and_sd
-from qpsft.compare.report import PNG_DPI, REPORT, bullets, page, picture, table
 from qpsft.compare.results import Comparison, describe_metric, folded, format_mean, format_value, is_accuracy
-from qpsft.compare.verdict import METHOD, verdict
 from qpsft.errors import OutputError, QpsftError, RecipeError
 from qpsft.files import write_atomically
 from qpsft.recipe.file import Recipe
@@ -163,16 +160,18 @@ def study_noise(recipe: Recipe, options: CompareOptions, noise: Sequence[float])
     Raises:
         RecipeError: the demonstrations are not built in, or `sft` or an arm to compare with it is missing.
     """
+    from qpsft.compare import comparison  # imports inside, so that --help does not wait for torch
+
     arms = [arm.name for arm in find_arms(options.arms or ARMS)]
     if CONTROL not in arms or len(arms) < 2:
         raise RecipeError(f"The noise study compares with {CONTROL}.", f"Give --arms {','.join(ARMS)}.")
-    folder = prepare(recipe)
+    folder = comparison.prepare(recipe)
     results = options.results_dir or str(folder / "results")
     comparisons = {}
     for share in sorted(set(noise)):
         print(f"{share:.0%} wrong demonstrations", flush=True)
         one = replace(options, arms=arms, results_dir=results)
-        comparisons[share] = compare_loaded(recipe, one, noise=share, folder=folder / f"noise-{share:g}")
+        comparisons[share] = comparison.compare_loaded(recipe, one, noise=share, folder=folder / f"noise-{share:g}")
     study = NoiseStudy(recipe.data.dataset_name, comparisons)
     write_study(study, folder)
     return study
@@ -184,11 +183,15 @@ def write_study(study: NoiseStudy, folder: Path) -> None:
         _write_study(study, folder)
     except OSError as error:
         raise OutputError(
-            f"The study could not be written to {folder}: {error.strerror}.", "Mend it and repeat: the runs are kept."
+            f"The study could not be written to {folder}: {error.strerror}.",
+            "Run the same command again when it can be: all runs are kept.",
         ) from error
 
 
 def _write_study(study: NoiseStudy, folder: Path) -> None:
+    from qpsft.compare.report import PNG_DPI, REPORT, bullets, page, picture, table
+    from qpsft.compare.verdict import METHOD, verdict
+
     write_atomically(folder / "noise.json", json.dumps(study.to_dict(), indent=1) + "\n")
     parts = [f"<h1>{study.name}: the gain against the noise</h1>"]
     for treatment, figure in study.figures().items():
@@ -227,7 +230,7 @@ def _run(argv: Sequence[str]) -> int:
     quiet_libraries()
     recipe, options = load_comparison(rest[0], rest[1:], given)
     study = study_noise(recipe, options, study_options.noise)
-    print(f"\n{study.render(terminal_width())}\n\nreport: {recipe.trainer.output_dir}/{REPORT}")
+    print(f"\n{study.render(terminal_width())}\n\nreport: {recipe.trainer.output_dir}/report.html")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Sentences in a terminal."""
+"""What goes to the terminal: its width, wrapped sentences, short numbers, and libraries kept quiet."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ from typing import TextIO
 
 from qpsft.processes import is_main
 
-# All but tab and line feed: a row or an answer must not be able to steer the terminal it is shown on.
+# All but tab and line feed: a row or an answer must not be able to control the terminal it is shown on.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -31,11 +31,11 @@ def takes_color(stream: TextIO) -> bool:
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-# What libraries say that a user can do nothing about, kept off the terminal. Called before they are imported.
-
-
 def quiet_libraries() -> None:
-    """Libraries' notes that a user can do nothing about stay out of the way; our own warnings are one clear line."""
+    """Keeps libraries' notes off the terminal and prints qpsft's own warnings as one paragraph each.
+
+    To be called before the libraries are imported. Only warnings that are raised in a module of qpsft are shown.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -62,12 +62,12 @@ def fill(text: str) -> str:
 
 
 def terminal_width() -> int:
-    """Columns; 80 where nobody watches, unless COLUMNS says otherwise."""
+    """Columns of the terminal; COLUMNS, or 80, if the output is none."""
     return shutil.get_terminal_size().columns
 
 
 def quiet_worker() -> None:
-    """The same in a process that works beside others, with one thread; Ctrl-C ends it without a word."""
+    """`quiet_libraries` in a worker process, which has one thread and ends silently at Ctrl-C."""
     os.environ["OMP_NUM_THREADS"] = "1"
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of a process in the background
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -294,7 +294,7 @@ def test_the_noise_study_compares_at_each_share(tmp_path, monkeypatch):
         scores = {"sft": {s: [(0.9, 0.5 - noise + s / 50)] for s in range(3)}}
         return make_comparison(scores | {"psft_visits": {s: [(0.9, kept)] for s in range(3)}})
 
-    monkeypatch.setattr(noise_study, "compare_loaded", compare_at)
+    monkeypatch.setattr("qpsft.compare.comparison.compare_loaded", compare_at)
     recipe, options = load_comparison(write_recipe(tmp_path), [], {})
     study = noise_study.study_noise(recipe, options, [0.5, 0, 0.1])
     assert list(study.comparisons) == [0.0, 0.1, 0.5]
@@ -317,7 +317,7 @@ def test_the_noise_study_as_a_program(tmp_path, monkeypatch, capsys):
         scores = {arm: {seed: [(0.9, 0.5)] for seed in range(3)} for arm in options.arms}
         return make_comparison(scores)
 
-    monkeypatch.setattr(noise_study, "compare_loaded", compare_at)
+    monkeypatch.setattr("qpsft.compare.comparison.compare_loaded", compare_at)
     recipe = str(write_recipe(tmp_path))
     assert noise_study.main([recipe, "--noise", "0,0.5", "--seeds", "3", "--lora_r", "4"]) == 0
     assert asked == [(share, 3, ["sft", "psft_visits"], 4) for share in (0.0, 0.5)]

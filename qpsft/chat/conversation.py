@@ -1,7 +1,7 @@
 """A conversation with a model, or with an adapter and the base under it: the turns, the prompts made of them, answers.
 
-Both speakers see the same user's turns. Each is shown its own earlier answers, and the other's where it gave none, so
-that one may be asked in the middle of the other's conversation.
+Both speakers, adapter and base, see the user's turns and their own earlier answers; where one gave no answer it sees
+the other's, so that it can be asked in the middle of a conversation.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ class Conversation:
         model: a causal LM in eval mode, with or without an adapter.
         tokenizer: the one the adapter was trained with.
         arguments: `use_chat_template` and `prompt_format` as in training.
-        system: the system turn, kept whatever else is left out.
-        temperature: 0 takes the likeliest token; above, tokens are drawn. The base's own generation settings, such as a
-            repetition penalty or a top_k, do not count.
+        system: the system turn; it stays when older turns are left out.
+        temperature: 0 takes the likeliest token; above 0, tokens are drawn. The base's own generation settings, such as
+            a repetition penalty or a top_k, are not used.
         top_p: draw among the likeliest tokens that make up this probability.
         max_new_tokens: an answer's length cap.
-        seed: of the draws. The same turns and seed give the same answers, and both speakers draw alike.
+        seed: of the draws. The same turns and seed give the same answers; both speakers use the same seed.
 
     Attributes:
         turns: the user's turns with their answers.
         limit: positions the model has; None if it has no limit.
-        left_out: how many of the oldest turns the last prompt left out, for it would have been too long.
+        left_out: how many of the oldest turns the last prompt left out, because it would have been too long.
 
     Raises:
         DataError: a system turn where there is no chat template, or one that the chat template refuses.
@@ -163,7 +163,7 @@ class Conversation:
         return [*messages, {"role": "user", "content": self.turns[-1].user}]
 
     def _stop_ids(self) -> set[int]:
-        """What ends an answer: also the token that ended the answers in training, whatever the base's settings say."""
+        """Tokens that end an answer: those of the base's settings, and the one that ended the answers in training."""
         probe = as_rows([{"prompt": "?", "completion": "!"}], "probe", self.arguments)
         try:
             texts = list(tokenize_rows(probe, self.tokenizer, self.arguments, None, show_progress=False).dataset)
@@ -173,7 +173,7 @@ class Conversation:
 
 
 class _Stream(BaseStreamer):
-    """Hands new text on as soon as it is certain; `text` is always what the tokens so far decode to.
+    """Passes new text on as soon as later tokens cannot change it; `text` is what the tokens so far decode to.
 
     (transformers' TextStreamer forgets what came before each line break, and with it a SentencePiece line's leading
     space.)
@@ -190,7 +190,7 @@ class _Stream(BaseStreamer):
             self._is_prompt = False
             return
         self._ids += value.flatten().tolist()
-        # The bytes of one character may come in several tokens; until they are complete they decode to this.
+        # The bytes of one character may come in several tokens; an incomplete one decodes to U+FFFD.
         text = self._decoded().rstrip("\N{REPLACEMENT CHARACTER}")
         if text.startswith(self.text):
             self._hand_on(text)

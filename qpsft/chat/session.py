@@ -1,6 +1,6 @@
 """`qpsft chat`: a conversation in the terminal, or with lines from a pipe.
 
-Answers go to standard output, all else (notes, errors, prompts where the output is no terminal) to standard error.
+Answers go to standard output; notes, errors, and the prompt if the output is no terminal, to standard error.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class _Session:
         self.on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         for stream in (sys.stdin, sys.stdout):
             if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="replace")  # what is no text in this encoding ends no conversation
+                stream.reconfigure(errors="replace")  # characters outside the encoding must not end the conversation
 
     def run(self) -> int:
         """Until the input ends, /quit, or Ctrl-C at the prompt. Returns the exit code."""
@@ -116,7 +116,7 @@ class _Session:
                     self.conversation.take_back()
 
     def note(self, text: str) -> None:
-        """A remark that is no answer."""
+        """Prints a remark on standard error."""
         dim, plain = (DIM, PLAIN) if takes_color(sys.stderr) else ("", "")
         print(f"{dim}{fill(text)}{plain}", file=sys.stderr, flush=True)
 
@@ -135,7 +135,7 @@ class _Session:
         return line.rstrip("\r\n") if line else None
 
     def _take(self, line: str) -> None:
-        """Obeys a command, answers anything else; an empty line is neither."""
+        """Does what a command says, and answers any other line that is not empty."""
         if line.lstrip().startswith("//"):
             line = line.replace("/", "", 1)
         elif line.lstrip().startswith("/"):

@@ -310,7 +310,7 @@ def gather(
 
 
 def _distinct(versions: Iterator[dict[str, str]]) -> dict[str, str]:
-    """Package -> version, or all versions that took part."""
+    """Package -> its version, or all versions that some run was done with."""
     versions_of: dict[str, set[str]] = {}
     for one in versions:
         for name, version in one.items():
@@ -333,5 +333,6 @@ def write(comparison: Comparison, folder: Path) -> None:
             write_report(comparison, partial)
     except OSError as error:
         raise OutputError(
-            f"The report could not be written to {folder}: {error.strerror}.", "Mend it and repeat: the runs are kept."
+            f"The report could not be written to {folder}: {error.strerror}.",
+            "Run the same command again when it can be: all runs are kept.",
         ) from error

@@ -1,4 +1,4 @@
-"""Which share of the rows an arm never sees: visits to the same rows take the place of steps on new ones."""
+"""The share of the rows that an arm never sees: with several visits a run of the same length reaches fewer rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def unseen_share(method: Mapping[str, Any], trainer: Any, epochs: float, rows: d
         method: options of PSFTConfig that make the arm.
         trainer: the recipe's PSFTConfig; its batch size, `max_steps` and `packing` count.
         epochs: of the run.
-        rows: tokenized. Packed ones are reckoned as full pieces of `max_length` tokens.
+        rows: tokenized. With packing, full rows of `max_length` tokens are assumed.
     """
     count = len(rows)
     if trainer.packing:
@@ -37,7 +37,7 @@ def unseen_share(method: Mapping[str, Any], trainer: Any, epochs: float, rows: d
 
 
 def coverage_notes(unseen: Mapping[str, float], visits: Mapping[str, int], *, max_steps: int = -1) -> list[str]:
-    """One sentence for arms that never see all rows, those with the same share together.
+    """Sentences about arms that never see all rows; arms with the same share are in one.
 
     Args:
         unseen: arm -> `unseen_share`.

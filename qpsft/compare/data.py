@@ -46,8 +46,8 @@ class ComparedData:
         overlap: set -> `duplicate_rows` and `duplicate_prompts` that stand word for word among the training rows;
             `in_domain in validation` counts test rows among the validation rows.
         counts: rows by set.
-        shortened: training rows that were `truncated` at max_length, and `dropped` for want of a supervised token.
-        key: hash of all rows and of what their sets are called.
+        shortened: training rows that were `truncated` at max_length, and `dropped` because no token was supervised.
+        key: hash of all rows and of the names of their sets.
     """
 
     name: str
@@ -221,8 +221,8 @@ def sample_base(load: Callable[[], tuple[Any, Any]], path: Path) -> list[dict]:
         load: returns the base and its tokenizer; called if `path` is not there yet.
 
     Returns:
-        Rows with `text`, and `cut_off` where the length cap ended it, so that no end is evaluated that the base never
-        wrote.
+        Rows with `text`, and `cut_off` where the length cap ended it: the base never wrote an end there, so none is
+        evaluated.
 
     Raises:
         RecipeError: the base has no token that begins or ends a text.

@@ -96,7 +96,7 @@ def kept_at(points: Sequence[Point], level: float) -> float | None:
 
 
 def matched(treatment: Sequence[Point], control: Sequence[Point]) -> tuple[float, float, float]:
-    """Two sides at equal in-domain score: (level, treatment's out-of-domain score there, control's).
+    """Both sides at equal in-domain score: (level, treatment's out-of-domain score there, control's).
 
     The level is the highest that both reach: the lower of their two best in-domain scores.
     """

@@ -19,23 +19,23 @@ from qpsft.terminal import quiet_worker
 
 Result = dict[str, Any]
 STARTING = 30.0
-"""Seconds for a process that starts and loads the base, which a kept result's `seconds` leave out."""
+"""Seconds that a process takes to start and load the base; they are not in a kept result's `seconds`."""
 
 
 class TimeUp(Exception):
-    """The time is up before all runs are done; those that were begun are done and kept."""
+    """The deadline came before all runs were done. Runs that had been started are finished and kept."""
 
 
 class RunQueue:
-    """Does runs that have no result yet, `jobs` at a time, and says how far it is.
+    """Does runs that have no result yet, `jobs` at a time, and shows progress.
 
     Args:
-        deadline: a moment of `time.monotonic()`: no run is begun that would not be done by then, going by the longest
-            so far; then `do` raises TimeUp.
-        run_seconds: how long a run is taken to last while none has been done, neither now nor before.
+        deadline: a time of `time.monotonic()`: no run is started that would not end by then, if it took as long as the
+            longest so far; then `do` raises TimeUp.
+        run_seconds: the length of a run that is assumed until one has been done.
 
     Attributes:
-        reused, done: how many results were found, and how many were made.
+        reused, done: how many results were kept from before, and how many runs were done.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class RunQueue:
         self._bar = tqdm(total=runs, unit="run", disable=None, leave=False)
 
     def do(self, specs: Sequence[RunSpec], *, may_diverge: bool = False) -> dict[RunSpec, Result]:
-        """The results of these runs, made or found. Specs that come to the same run share it.
+        """The results of these runs: kept ones are read, the others are run. Specs that mean the same run share it.
 
         Args:
             may_diverge: results that say `diverged` are results too; False: they are errors.
@@ -115,7 +115,7 @@ class RunQueue:
                 result["diverged"]["step"],
             )
         self._cache[key] = result
-        self._left -= len(same)  # a bar that nobody watches does not count
+        self._left -= len(same)  # counted here too: a disabled bar does not count
         self._bar.update(len(same))
 
     def _work(self, missing: list[tuple[str, list[RunSpec]]]) -> Iterator[tuple[str, list[RunSpec], Result]]:

@@ -139,7 +139,8 @@ def _completions(comparison: Comparison) -> str:
     rows = []
     for label, shown in comparison.base_completions.items():
         for index, row in enumerate(shown):
-            cells = "".join(f"<td>{_written(found[label][index])}</td>" for found in columns.values() if label in found)
+            written = [completions[label][index] for completions in columns.values() if label in completions]
+            cells = "".join(f"<td>{_written(one)}</td>" for one in written)
             asked = f"{escape(label)}<br>{escape(row['prompt'])}<br><i>{escape(row['reference'])}</i>"
             rows.append(f"<tr><td>{asked}</td>{cells}</tr>")
     if not rows:

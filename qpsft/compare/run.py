@@ -175,7 +175,7 @@ def _decisive_bytes(folder: Path) -> Iterator[str | bytes]:
 
 
 def read_result(spec: RunSpec, setting: Setting, results: Path) -> dict[str, Any] | None:
-    """The kept result of a run, or None if there is no whole one."""
+    """The kept result of a run, or None if there is none that is complete."""
     path = spec.folder(setting, results) / RESULT
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -203,7 +203,7 @@ def do_run(spec: RunSpec, setting: Setting, results: Path) -> dict[str, Any]:
         if spec.method:
             outcome = _train(spec, setting, model, tokenizer, folder / "training")
         else:
-            # with an adapter that is still zero, so that its drift is measured too
+            # with an adapter that is still zero, so that drift is measured as for the arms
             point = measure(add_adapter(model, setting.lora), tokenizer, setting.data, setting.measurement)
             outcome = {
                 "points": [{"epoch": 0.0, "step": 0, "metrics": point["metrics"]}],
@@ -235,7 +235,7 @@ def versions() -> dict[str, str]:
 
 
 def machine_of(model: Any) -> str:
-    """What a model computes on, in words."""
+    """The device that a model computes on, in words."""
     return torch.cuda.get_device_name() if model.device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
 
 

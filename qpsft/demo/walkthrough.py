@@ -1,4 +1,4 @@
-"""`qpsft demo`: PSFT on the embedded base, what it learned and what it kept."""
+"""The demo: PSFT on the embedded base, what it learned and what it kept."""
 
 from __future__ import annotations
 

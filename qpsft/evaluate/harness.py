@@ -55,9 +55,9 @@ def run_tasks(
 
     Returns:
         task -> {"metrics": {name: Estimate}, "rows": number of rows} and, as asked for, "samples" and
-        "duplicate_prompts". A metric's name is the harness's
-        (`acc`, `exact_match,strict-match`); its interval is a bootstrap over rows, as in `evaluate`, or ± 1.96 of the
-        harness's standard errors where the metric is not a mean over rows.
+        "duplicate_prompts". A metric's name is the harness's (`acc`, `exact_match,strict-match`); its interval is a
+        bootstrap over rows, as in `evaluate`, or ± 1.96 of the harness's standard errors where the metric is not a mean
+        over rows.
 
     Raises:
         DataError: the harness is not installed, unknown tasks (with near matches), data that is neither local nor
@@ -135,7 +135,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _expand(tasks: Sequence[str], task_data: Mapping[str, Path]) -> list[str]:
-    """A benchmark whose data is local stands for its usual tasks; the harness has some of these names as groups."""
+    """A benchmark with local data becomes its usual tasks, though the harness may have a group of that name."""
     names: list[str] = []
     for task in tasks:
         is_group = task in BENCHMARKS and task in task_data and task not in BENCHMARKS[task].tasks
@@ -181,7 +181,7 @@ def _task(name: str, task_data: Mapping[str, Path], manager: Any) -> Any:
 
 @contextlib.contextmanager
 def _copy_explained(name: str, path: Path) -> Iterator[None]:
-    """Whatever the harness stumbles on in a user's copy of a data set is a fault of that copy, said with its name."""
+    """Turns any exception that a user's copy of a data set causes into a DataError that names the copy."""
     try:
         yield
     except DataError:
@@ -204,7 +204,7 @@ def _is_group(name: str, manager: Any) -> bool:
 
 
 def _for_groups(names: Sequence[str], manager: Any) -> str:
-    """What to do where the data of groups cannot be had: only single tasks take local copies."""
+    """What to do if the data of groups cannot be read: only single tasks take local copies."""
     inner = ", ".join(_first_task(name, manager) for name in names)
     return (
         f"A group's data come from the Hub or its cache on this machine. Single tasks take a local copy each, such as "
@@ -213,7 +213,7 @@ def _for_groups(names: Sequence[str], manager: Any) -> str:
 
 
 def _first_task(name: str, manager: Any) -> str:
-    """The first single task of a group; a name that is none stands for itself."""
+    """The first single task of a group; a single task is returned as it is."""
     while _is_group(name, manager):
         entry = manager.task_index[name]
         inner = sorted(entry.tags) if name in manager.all_tags else (entry.cfg or {}).get("task", [])
@@ -226,7 +226,7 @@ def _first_task(name: str, manager: Any) -> str:
 
 @contextlib.contextmanager
 def _explained(names: Sequence[str], task_data: Mapping[str, Path]) -> Iterator[None]:
-    """Turns what the libraries say about data they cannot get into what to do about it."""
+    """Turns the libraries' exceptions about data they cannot read into DataErrors that say what to do."""
     from datasets.exceptions import DatasetsError
 
     try:

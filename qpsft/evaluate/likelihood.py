@@ -107,9 +107,9 @@ def has_adapter(model: Any) -> bool:
 
 @contextlib.contextmanager
 def adapter_off(model: Any) -> Iterator[None]:
-    """The base under the adapter, for a while; afterwards every parameter requires gradients as before.
+    """Switches the adapter off; afterwards every parameter requires gradients as before.
 
-    PEFT turns the gradients of every adapter on when it comes back from `disable_adapter()`.
+    PEFT turns the gradients of every adapter on at the end of `disable_adapter()`.
     """
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:

@@ -16,7 +16,7 @@ from qpsft.model.generation import stop_tokens
 from qpsft.recipe.arguments import DataArguments
 
 EXTRA = ("task", "choices", "cut_off")
-"""Columns that training does not know: what verifiers need, and that a text goes on where it ends here."""
+"""Columns that training ignores: what verifiers need, and `cut_off` for a text that the length cap ended."""
 REFERENCES = ("completion", "output", "answer", "messages", "conversations", "text")
 
 
@@ -56,7 +56,7 @@ def as_rows(rows: Sequence[dict], name: str, arguments: DataArguments | None = N
 
 
 def as_records(rows: Sequence[dict], name: str) -> Records:
-    """Rows in memory as if they had been read."""
+    """Rows in memory, as the records of a file."""
     return Records(name, "row", list(range(1, len(rows) + 1)), list(rows))
 
 
@@ -121,7 +121,7 @@ def encode(rows: Rows, model: Any, tokenizer: Any, arguments: DataArguments) -> 
     index_of = {place: index for index, place in enumerate(rows.places)}
     texts = list(tokenized.dataset)
     for row, place in zip(texts, tokenized.places, strict=True):
-        if rows.rows[index_of[place]].get("cut_off"):  # the end that tokenization put behind it
+        if rows.rows[index_of[place]].get("cut_off"):  # without the end token that tokenization added
             row |= {name: row[name][:-1] for name in ("input_ids", "labels")}
     starts = [next(i for i, label in enumerate(row["labels"]) if label != IGNORED) for row in texts]
     return Encoded(
@@ -147,7 +147,7 @@ def stop_ids_of(model: Any, tokenizer: Any, texts: Sequence[dict[str, list[int]]
 
 
 def duplicates(train_rows: Sequence[dict], rows: Sequence[dict]) -> dict[str, int]:
-    """How many of `rows` stand word for word among `train_rows`.
+    """How many of `rows` are word for word among `train_rows`.
 
     Args:
         train_rows, rows: rows of `Rows`; conversations count by their last answer.
@@ -155,7 +155,7 @@ def duplicates(train_rows: Sequence[dict], rows: Sequence[dict]) -> dict[str, in
     Returns:
         `duplicate_rows` (prompt and reference) and `duplicate_prompts` (the prompt alone, those rows included).
     """
-    # an answer without a question can be trained on, but is no prompt's
+    # a conversation that starts with its answer can be trained on, but has no prompt to compare
     asked = [row for row in train_rows if "messages" not in row or _answer_index(row["messages"])]
     seen = [_last_answer(row, "training") for row in asked]
     seen_rows, seen_prompts = {_key(row, True) for row in seen}, {_key(row, False) for row in seen}

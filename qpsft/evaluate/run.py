@@ -205,7 +205,7 @@ def _data_sets(names: Sequence[str], arguments: DataArguments, options: Evaluati
 
 
 def _train_rows(options: EvaluationOptions, recipe: dict[str, Any], arguments: DataArguments) -> list[dict] | None:
-    """The rows the adapter was trained on, if they are still where its recipe says, or where a flag says."""
+    """The rows the adapter was trained on, from --train_data or where its recipe says; None if they are not there."""
     known = {one.name for one in fields(DataArguments)}
     trained = {name: value for name, value in recipe.items() if name in known}
     name = options.train_data or trained.get("dataset_name")

@@ -1,7 +1,7 @@
 """Local copies of public benchmarks, in the form the tasks of lm-evaluation-harness expect from the Hub.
 
-The tasks themselves (prompts, few-shot examples, metrics) stay the harness's own; only where their rows come from is
-replaced, so that a number from a local copy is the same number.
+The tasks themselves (prompts, few-shot examples, metrics) stay the harness's own; only the source of their rows is
+replaced, so that a local copy gives the same numbers.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def parse_task_data(pairs: list[str]) -> dict[str, Path]:
     Raises:
         DataError: not NAME=PATH, or no such path.
     """
-    found = {}
+    paths = {}
     for pair in pairs:
         name, separator, text = pair.partition("=")
         path = Path(text).expanduser()
@@ -121,8 +121,8 @@ def parse_task_data(pairs: list[str]) -> dict[str, Path]:
             raise DataError(f"--task_data {pair!r} is not NAME=PATH.", "For instance gsm8k=data/gsm8k.")
         if not path.exists():
             raise DataError(f"--task_data {name}: there is no {path}.", "Check the path.")
-        found[name] = path
-    return found
+        paths[name] = path
+    return paths
 
 
 def local_rows(benchmark: str, path: Path) -> Callable[..., Any]:
@@ -140,11 +140,11 @@ def local_rows(benchmark: str, path: Path) -> Callable[..., Any]:
 def copy_of_hub(path: Path) -> dict[str, Any]:
     """What replaces a task's Hub id by a local folder.
 
-    The task's configuration (`ARC-Easy`, `anatomy`) stays where the folder is a clone of the Hub's with its README,
-    which declares it; a folder of plain files has none.
+    The task's configuration (`ARC-Easy`, `anatomy`) is kept if the folder is a clone of the Hub's, whose README
+    declares it; a folder of plain files has no configurations.
 
     Raises:
-        DataError: a file.
+        DataError: the path is a file.
     """
     import datasets
 
@@ -159,9 +159,9 @@ def copy_of_hub(path: Path) -> dict[str, Any]:
     source["dataset_name"] = None
     files: dict[str, list[str]] = {}
     for file in sorted(path.iterdir()):
-        if found := _SPLIT_FILE.fullmatch(file.name):
-            files.setdefault(found[1], []).append(file.name)
-    if "dev" in files:  # which `datasets` would call validation, and MMLU's worked examples are in a split dev
+        if match := _SPLIT_FILE.fullmatch(file.name):
+            files.setdefault(match[1], []).append(file.name)
+    if "dev" in files:  # `datasets` takes a dev file for validation, but MMLU's tasks ask for a split dev
         files.setdefault("validation", files["dev"])
         source["dataset_kwargs"] = {"data_files": files}
     return source

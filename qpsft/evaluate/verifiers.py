@@ -1,4 +1,4 @@
-"""Whether a completion is right: what each verifier reads out of a text, and how a data set's own one is found."""
+"""Whether a completion is right: what each verifier reads out of a text, and which one suits a data set."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from qpsft.data import built_in
 from qpsft.errors import DataError
 
 Verdict = bool | None
-"""Right or wrong; None when the completion holds nothing of the kind the verifier looks for (counted as wrong)."""
+"""Right or wrong; None when the completion has no answer that the verifier can read (counted as wrong)."""
 Verifier = Callable[[dict, str], Verdict]
-"""(row, completion text) -> verdict. A row has `prompt` and `completion`, and what the verifier needs beside them."""
+"""(row, completion text) -> verdict. A row has `prompt` and `completion`, and other columns that a verifier needs."""
 
 CHOICE = "choice"
 """Not a verifier of texts: the row's `choices` are compared by their likelihood."""
@@ -28,7 +28,7 @@ def text_of(answer: str | list[dict]) -> str:
 
 
 def exact(row: dict, text: str) -> Verdict:
-    """The completion is the reference, spaces around it aside."""
+    """The completion equals the reference, spaces around it ignored."""
     return text.strip() == text_of(row["completion"]).strip() if text.strip() else None
 
 
@@ -83,7 +83,7 @@ def find_verifier(name: str | Verifier, rows: Sequence[dict], source: str) -> tu
         source: what to call the rows in errors.
 
     Raises:
-        DataError: no such verifier, or not one reference holds what it looks for.
+        DataError: no such verifier, or it can read the answer of no reference.
     """
     if callable(name):
         return getattr(name, "__name__", "own"), name
@@ -96,13 +96,13 @@ def find_verifier(name: str | Verifier, rows: Sequence[dict], source: str) -> tu
         near = difflib.get_close_matches(name, NAMES, n=1)
         todo = f"Did you mean {near[0]}?" if near else f"Use one of {', '.join(NAMES)}."
         raise DataError(f"There is no verifier {name!r}.", todo)
-    if name != "demo":  # which looks at the row's task, not at its reference
+    if name != "demo":  # the demo's check looks at the row's task, not at its reference
         _check_references(name, rows, source)
     return name, VERIFIERS[name]
 
 
 def warn_if_nothing_parsed(name: str, source: str, parsed: int, completions: int) -> None:
-    """One warning when a verifier found an answer in none of the completions."""
+    """Warns when a verifier could read no answer in any completion."""
     if completions and not parsed:
         warnings.warn(
             f"{source}: the verifier {name} parsed 0 of {completions} completions, so every accuracy is 0. Look at a "
@@ -151,10 +151,10 @@ def _check_choices(rows: Sequence[dict], source: str) -> None:
             )
 
 
-def _same(found: Decimal | None, wanted: Decimal | None) -> Verdict:
-    if found is None:
+def _same(answer: Decimal | None, wanted: Decimal | None) -> Verdict:
+    if answer is None:
         return None
-    return wanted is not None and found == wanted
+    return wanted is not None and answer == wanted
 
 
 def _gsm8k_number(text: str) -> Decimal | None:
@@ -163,8 +163,8 @@ def _gsm8k_number(text: str) -> Decimal | None:
 
 
 def _last_number(text: str) -> Decimal | None:
-    found = NUMBER.findall(text)
-    return _number(found[-1]) if found else None
+    numbers = NUMBER.findall(text)
+    return _number(numbers[-1]) if numbers else None
 
 
 def _number(text: str) -> Decimal | None:

@@ -1,17 +1,18 @@
 """What a run is: argument dataclasses, read strictly from YAML and flags, one definition per option.
 
 An option is declared once, as a dataclass field; its name is the YAML key, the flag (`--name value`) and the Python
-argument, its metadata the help text. The trainer's own dataclass (`PSFTConfig`) lives a floor higher and is handed in
+argument, its metadata the help text. The trainer's own dataclass (`PSFTConfig`) is in a higher layer and is passed in
 by the caller, so this module needs neither torch nor transformers.
 """
 
 from __future__ import annotations
 
 import datetime
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from qpsft.errors import RecipeError
+from qpsft.recipe.flags import option
 
 Quantization = Literal["nf4", "fp4", "none"]
 QuantizedOn = Literal["cpu", "cuda"]
@@ -19,26 +20,22 @@ QUANTIZED_ON = "where the adapter's base was quantized in training; for an adapt
 """Help of the flag that merge, verify, export, chat and evaluate share."""
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
 class ModelArguments:
     """The base model: what `qpsft.model.base.load_base` takes."""
 
-    model_name_or_path: str | None = _option(
+    model_name_or_path: str | None = option(
         None, "Base model: a local folder, a Hub id, or `demo` for the embedded one. Names follow TRL's ModelConfig."
     )
-    model_revision: str | None = _option(None, "Branch, tag or commit of a base model from the Hub.")
-    quantization: Quantization = _option("nf4", "Storage of the base model's linear layers. nf4 is QLoRA's format.")
-    double_quant: bool = _option(True, "Quantize the quantization constants too: 0.37 bits per weight less.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+    model_revision: str | None = option(None, "Branch, tag or commit of a base model from the Hub.")
+    quantization: Quantization = option("nf4", "Storage of the base model's linear layers. nf4 is QLoRA's format.")
+    double_quant: bool = option(True, "Quantize the quantization constants too: 0.37 bits per weight less.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto",
         "Compute dtype. auto: bfloat16 on CUDA sm >= 80; on older cards float16, or float32 for models that "
         "overflow in it (Gemma 2 and newer, …); float32 on the CPU.",
     )
-    attn_implementation: str | None = _option(None, "sdpa, eager, flash_attention_2, …; transformers chooses if unset.")
+    attn_implementation: str | None = option(None, "sdpa, eager, flash_attention_2, …; transformers chooses if unset.")
 
     def __post_init__(self) -> None:
         if self.model_name_or_path is not None and not self.model_name_or_path.strip():
@@ -49,25 +46,25 @@ class ModelArguments:
 class LoraArguments:
     """The adapter: what becomes a `peft.LoraConfig`. Names follow TRL's ModelConfig where it has one."""
 
-    adapter_name_or_path: str | None = _option(
+    adapter_name_or_path: str | None = option(
         None,
         "Go on training this adapter, a folder or Hub id, from qpsft, TRL, Unsloth or PEFT. It brings its own rank, "
         "scale, targets and tokenizer; options beside it that say otherwise are refused.",
     )
-    lora_r: int = _option(16, "Rank of the adapter.")
-    lora_alpha: float | None = _option(
+    lora_r: int = option(16, "Rank of the adapter.")
+    lora_alpha: float | None = option(
         None,
         "Scale of the adapter: its output is multiplied by alpha / r (alpha / sqrt(r) for rsLoRA). Unset: 2 x lora_r.",
     )
-    lora_dropout: float = _option(
+    lora_dropout: float = option(
         0.0, "Dropout on the adapter's input. 0, because dropout makes the ratio differ from 1 right after a snapshot."
     )
-    lora_target_modules: str | list[str] = _option(
+    lora_target_modules: str | list[str] = option(
         "all-linear", "Module names to adapt. all-linear: every linear layer of the language model but its LM head."
     )
-    lora_modules_to_save: list[str] | None = _option(None, "Modules trained in full and saved with the adapter.")
-    use_rslora: bool = _option(False, "Rank-stabilised scaling: alpha / sqrt(r).")
-    use_dora: bool = _option(False, "Weight-decomposed LoRA: a trained magnitude per output feature.")
+    lora_modules_to_save: list[str] | None = option(None, "Modules trained in full and saved with the adapter.")
+    use_rslora: bool = option(False, "Rank-stabilised scaling: alpha / sqrt(r).")
+    use_dora: bool = option(False, "Weight-decomposed LoRA: a trained magnitude per output feature.")
 
     def __post_init__(self) -> None:
         if self.adapter_name_or_path is not None and not self.adapter_name_or_path.strip():
@@ -86,44 +83,44 @@ class LoraArguments:
 class DataArguments:
     """The demonstrations: what `qpsft.data.tokenize.load_dataset` takes."""
 
-    dataset_name: str | None = _option(
+    dataset_name: str | None = option(
         None,
         "A .jsonl, .json, .csv or .parquet file, a Hub id, or one of the built-in sets demo-noisy and demo-clean.",
     )
-    dataset_config: str | None = _option(None, "Configuration of a Hub dataset (GSM8K's `main`).")
-    dataset_revision: str | None = _option(None, "Branch, tag or commit of a Hub dataset.")
-    dataset_train_split: str = _option("train", "Split of a Hub dataset to train on.")
-    dataset_limit: int | None = _option(None, "Use only the first N rows.")
-    dataset_shape: Literal["auto", "prompt_completion", "messages", "sharegpt", "alpaca", "text"] = _option(
+    dataset_config: str | None = option(None, "Configuration of a Hub dataset (GSM8K's `main`).")
+    dataset_revision: str | None = option(None, "Branch, tag or commit of a Hub dataset.")
+    dataset_train_split: str = option("train", "Split of a Hub dataset to train on.")
+    dataset_limit: int | None = option(None, "Use only the first N rows.")
+    dataset_shape: Literal["auto", "prompt_completion", "messages", "sharegpt", "alpaca", "text"] = option(
         "auto", "Shape of the rows; auto detects it from the columns."
     )
-    dataset_columns: dict | None = _option(
+    dataset_columns: dict | None = option(
         None,
         "Mapping from a known column to yours, such as {prompt: question, completion: answer}; {system: null} leaves a "
         "column out.",
     )
-    skip_bad_rows: bool = _option(
+    skip_bad_rows: bool = option(
         False, "Leave out rows that cannot be used and count them, instead of stopping at them."
     )
-    split_turns: bool = _option(
+    split_turns: bool = option(
         False,
         "Make one row of each answer of a conversation, with all that precedes it as context. Keeps the reasoning that "
         "a chat template strips from earlier answers.",
     )
-    refuse_special_tokens: bool = _option(
+    refuse_special_tokens: bool = option(
         False, "Refuse rows whose text holds special tokens, such as <|im_end|>, instead of warning of them."
     )
-    use_chat_template: Literal["auto", "always", "never"] = _option(
+    use_chat_template: Literal["auto", "always", "never"] = option(
         "auto",
         "Render plain-string prompt/completion and Alpaca rows through the chat template. auto: if there is one.",
     )
-    prompt_format: str = _option(
+    prompt_format: str = option(
         "{prompt}",
         "Text around a plain-string prompt, such as 'Question: {prompt}\\nAnswer:\\n'. End it where a token ends, "
         "not in a space.",
     )
-    supervise_prompt: bool = _option(False, "Train on the prompt's tokens too (continued pretraining).")
-    chat_date: str | None = _option(
+    supervise_prompt: bool = option(False, "Train on the prompt's tokens too (continued pretraining).")
+    chat_date: str | None = option(
         None,
         "YYYY-MM-DD: the day for chat templates that print today's date (Llama 3.2, SmolLM3). Unset: the day the run "
         "starts, also when it is resumed later.",
@@ -149,12 +146,12 @@ class DataArguments:
 class RunArguments:
     """What happens around training."""
 
-    resume: bool = _option(False, "Continue the run in output_dir from its newest whole checkpoint.")
-    overwrite: bool = _option(False, "Replace the run that output_dir holds.")
-    held_out_rows: int = _option(
+    resume: bool = option(False, "Continue the run in output_dir from its newest whole checkpoint.")
+    overwrite: bool = option(False, "Replace the run that output_dir holds.")
+    held_out_rows: int = option(
         16, "Rows kept from training, at most a tenth of them, to verify merged and exported models on."
     )
-    compare: dict | None = _option(
+    compare: dict | None = option(
         None, "Options of `qpsft compare` on this recipe, such as {in_domain: test.jsonl}; training ignores them."
     )
 

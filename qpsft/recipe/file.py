@@ -1,6 +1,6 @@
-"""A recipe's YAML file: a flat mapping of options, strictly read, that may begin with another recipe's.
+"""A recipe's YAML file: a flat mapping of options, strictly read, that may extend another recipe.
 
-extends: recipe.yaml    # a file or folder, looked up beside this file; what follows replaces its options
+extends: recipe.yaml    # a file or folder, relative to this file; the options below replace its options
 loss_type: nll
 """
 
@@ -27,7 +27,7 @@ EXTENDS = "extends"
 
 
 def read_recipe_file(path: Path, readers: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
-    """The options of a file, and for each where it stands, as errors call it.
+    """The options of a file, and what to call each in an error: its file and key.
 
     Args:
         path: the file, or a folder with a `recipe.yaml`.
@@ -53,7 +53,7 @@ def read_recipe_file(path: Path, readers: tuple[Path, ...] = ()) -> tuple[dict[s
 
 
 def find_beside(given: dict[str, Any], path: Path | None) -> None:
-    """Relative paths among the options are looked up from where the command runs, then beside the recipe."""
+    """Makes relative paths that do not exist from the current folder relative to the recipe's, if they exist there."""
     if path is None:
         return
     for name in ("dataset_name", "model_name_or_path", "adapter_name_or_path"):
@@ -135,11 +135,11 @@ class Recipe:
     trainer: Any
 
     def values(self) -> dict[str, Any]:
-        """The resolved options, those of the trainer that are common, its own or given; enough to repeat the run."""
+        """The options that repeat the run: those of qpsft, the trainer's common ones, and all that were given."""
         values = {}
         for part in (self.model, self.data, self.lora):
             values |= dataclasses.asdict(part)
-        if self.lora.adapter_name_or_path:  # which brings along what is not given here
+        if self.lora.adapter_name_or_path:  # the adapter brings its own values of options that are not given
             kept = {*self.given, "adapter_name_or_path", "lora_dropout"}
             values = {n: v for n, v in values.items() if n in kept or not hasattr(self.lora, n)}
         own = own_options(type(self.trainer)) | set(COMMON_TRAINER_OPTIONS) | set(self.given)

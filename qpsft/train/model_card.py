@@ -1,4 +1,4 @@
-"""What an adapter folder says of its run: the model card, and the options as a recipe that repeats it."""
+"""What describes a run in its adapter folder: the model card, and the options as a recipe that repeats it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def model_card(
         "pipeline_tag": "text-generation",
         "tags": ["qpsft", arguments.loss_type, "lora", "trl"],
     }
-    found, machine = _versions()
+    packages, machine = _versions()
     blocks = f", {arguments.num_iterations} visits" if arguments.num_iterations > 1 else ""
     method = {
         "psft": f"Proximal SFT (arXiv 2508.17784), ε = {arguments.epsilon}, K = {arguments.reference_steps}{blocks}",
@@ -100,7 +100,7 @@ model = PeftModel.from_pretrained(model, "{folder.name}")
 
 The adapter was trained on the rounded base that `base_quantization.json` describes. All options: `{options}`.
 
-Made with {found}; {machine}.
+Made with {packages}; {machine}.
 """
 
 
@@ -118,7 +118,7 @@ def _versions() -> list[str]:
 
 
 def _cpu() -> str:
-    """The CPU and the instructions that torch uses on it: another one rounds otherwise."""
+    """The CPU and the instructions that torch uses on it; on another one results are rounded differently."""
     info = Path("/proc/cpuinfo")
     models = re.findall(r"^model name\s*: (.+)$", info.read_text(), flags=re.M) if info.exists() else []
     return f"{(models or ['CPU'])[0]} ({torch.backends.cpu.get_cpu_capability()})"

@@ -13,7 +13,7 @@ from qpsft.train.plot import training_figure
 
 
 class LivePlot(TrainerCallback):
-    """Draws NLL, entropy, clip fraction and KL below the cell and redraws them as log lines come.
+    """Draws NLL, entropy, clip fraction and KL below the cell, anew as log lines come.
 
     ```python
     trainer = PSFTTrainer(model, args=config, train_dataset=rows, callbacks=[LivePlot()])

@@ -49,7 +49,7 @@ def training_figure(lines: Sequence[dict], title: str = "") -> Figure:
         axes.set_axisbelow(True)
         axes.margins(x=0.02)
         if name == "approx_kl" and any(value > 1 for _, value in points):
-            axes.set_yscale("symlog", linthresh=0.01)  # k3 explodes on a few tokens, early, and hides all else
+            axes.set_yscale("symlog", linthresh=0.01)  # the k3 estimate can be huge on a few tokens early in training
             axes.set_ylim(bottom=0)
         if name == "clip_fraction":
             axes.set_ylim(-0.02, max([0.1, *(value for _, value in points)]) * 1.1)

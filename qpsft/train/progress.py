@@ -1,4 +1,4 @@
-"""What a person sees while a run trains, and the lines kept of it."""
+"""What is printed while a run trains, and the log lines that are kept."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class MetricsCallback(TrainerCallback):
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The entries of a `metrics.jsonl`; a last line that was cut off while it was written is left out."""
+    """The entries of a `metrics.jsonl`; a last line that is not complete is left out."""
     if not path.is_file():
         return []
     entries = []

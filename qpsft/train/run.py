@@ -78,7 +78,7 @@ class RunSummary:
         )
 
     def next_commands(self, recipe: Recipe) -> str:
-        """What one would run now."""
+        """The commands that usually come next."""
         lines = ["next:", f"  qpsft merge {self.folder}"]
         if checkpoints(self.folder):
             longer = "--max_steps" if recipe.trainer.max_steps > 0 else "--num_train_epochs"
@@ -170,7 +170,7 @@ def data_line(rows: TokenizedRows, trained: int, held_out: int) -> str:
 
 
 def setup_lines(trainer: PSFTTrainer, rows: int) -> list[str]:
-    """What the trainer made of the rows and the hardware, where that is not the plain case; at most 80 columns."""
+    """How rows are packed and where the reference policy lies, if that is worth a line; at most 80 columns."""
     arguments, lines = trainer.args, []
     if arguments.packing:
         packed = trainer.train_dataset
