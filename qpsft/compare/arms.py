@@ -49,16 +49,16 @@ class Arm:
             reference_steps, epsilon: the recipe's.
             num_iterations: the recipe's; `VISITS` where it has one visit only.
         """
-        found: dict[str, Any] = {"loss_type": self.loss_type}
+        options: dict[str, Any] = {"loss_type": self.loss_type}
         if self.loss_type == "psft":
-            found["epsilon"] = epsilon
+            options["epsilon"] = epsilon
         if self.block_order:
-            found["block_order"] = True
+            options["block_order"] = True
         if self.loss_type == "psft" or self.block_order:
-            found["reference_steps"] = reference_steps
-            found["num_iterations"] = (num_iterations if num_iterations > 1 else VISITS) if self.visits else 1
-            found["sft_warmup_steps"] = reference_steps if self.visits else 0
-        return found
+            options["reference_steps"] = reference_steps
+            options["num_iterations"] = (num_iterations if num_iterations > 1 else VISITS) if self.visits else 1
+            options["sft_warmup_steps"] = reference_steps if self.visits else 0
+        return options
 
 
 ARMS: dict[str, Arm] = {

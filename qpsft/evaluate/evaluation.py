@@ -194,15 +194,17 @@ def _prepare(
 ) -> _Evaluated:
     rows = rows if isinstance(rows, Rows) else as_rows(rows, name, arguments)
     if limit is not None:
-        rows = _subset(rows, range(min(limit, len(rows.rows))))
+        rows = subset(rows, range(min(limit, len(rows.rows))))
     encoded = encode(rows, model, tokenizer, arguments)
-    kept = _subset(rows, encoded.kept)
+    kept = subset(rows, encoded.kept)
     weights = bootstrap_weights(len(kept.rows), settings.seed)
     return _Evaluated(model, tokenizer, rows, kept, encoded, arguments, settings, weights)
 
 
-def _subset(rows: Rows, indices: Sequence[int]) -> Rows:
-    return replace(rows, rows=[rows.rows[i] for i in indices], places=[rows.places[i] for i in indices])
+def subset(rows: Rows, indices: Sequence[int]) -> Rows:
+    """These rows of `rows`, in this order."""
+    names = ("rows", "places", "numbers")
+    return replace(rows, **{name: [getattr(rows, name)[i] for i in indices] for name in names})
 
 
 def _empty_result(evaluated: _Evaluated, train_rows: Sequence[dict] | None) -> Evaluation:
