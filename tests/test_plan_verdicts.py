@@ -3,6 +3,7 @@
 import pytest
 import torch
 from planned_runs import LLAMA, planned, recipe_of
+from safetensors.torch import save_file
 
 from qpsft.errors import BaseModelError
 from qpsft.plan import make_plan, result
@@ -154,7 +155,7 @@ def test_an_adapter_that_is_trained_further_brings_its_rank(tmp_path):
     from peft import LoraConfig
 
     LoraConfig(r=3, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM").save_pretrained(tmp_path)
-    (tmp_path / "adapter_model.safetensors").touch()
+    save_file({}, tmp_path / "adapter_model.safetensors")  # a plan looks at the config only
     found = planned(f"--adapter_name_or_path={tmp_path}")
     assert found.parts["policy adapter"] == 4 * 2 * 3 * ((256 + 256) + (256 + 1024))
 
