@@ -65,7 +65,7 @@ def make_llama(folder: Path, tokenizer: str, hidden: int) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=hidden,
-        intermediate_size=hidden * 11 // 4,
+        intermediate_size=hidden * 11 // 4 // 64 * 64,  # NF4 rounds in blocks of 64
         num_hidden_layers=8,
         num_attention_heads=8,
         num_key_value_heads=4,

@@ -95,11 +95,11 @@ class StepClock(TrainerCallback):
         self._scoring: list[float] = []
 
     def watch(self, trainer: Trainer) -> None:
-        """Times the reference pass of a PSFTTrainer, too, in its next run."""
+        """Has the reference pass of a PSFTTrainer timed too, when it trains."""
         self._trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if getattr(args, "takes_snapshots", False):
+        if self._trainer is not None and getattr(args, "takes_snapshots", False):
             self._time_scoring(self._trainer.old_logprobs)
         self._since = self.clock()
 

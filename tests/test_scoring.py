@@ -90,7 +90,7 @@ def test_the_default_budget_is_two_micro_batches_or_512_tokens():
         )
 
     assert (budget(1000), budget(1000, activation_offloading=True)) == (2000, 1000)
-    assert (budget(100), budget(300), budget(100, activation_offloading=True)) == (512, 600, 512)
+    assert (budget(100), budget(300), budget(100, activation_offloading=True)) == (512, 600, 100)
     assert (budget(1000, score_token_budget=7), budget(1000, score_token_budget=0)) == (7, None)
 
 

@@ -223,8 +223,8 @@ def test_the_noise_of_the_ratio_is_that_between_the_two_passes(base, tmp_path):
     trainer = step_grid.make_trainer(base, config, 4, random_rows(4, 16, 256), [])
     trainer.train()
     assert step_grid.ratio_noise(trainer)["max"] < 1e-4
-    score = trainer._score
-    trainer._score = lambda batches: [old - 0.01 for old in score(batches)]
+    score = trainer.old_logprobs.score
+    trainer.old_logprobs.score = lambda *args: [old - 0.01 for old in score(*args)]
     noise = step_grid.ratio_noise(trainer)
     assert noise["tokens"] == 2 * 15 and noise["p999"] == pytest.approx(0.01005, rel=1e-2)
 

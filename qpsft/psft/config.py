@@ -62,8 +62,8 @@ class PSFTConfig(SFTConfig):
     )
     score_token_budget: int | None = _option(
         None,
-        "Tokens per batch, padding included, in the reference pass. Unset: those of two micro-batches (with "
-        "activation_offloading of one), at least 512. 0: the micro-batches as they are trained, which is slower and "
+        "Tokens per batch, padding included, in the reference pass. Unset: those of two micro-batches, at "
+        "least 512; with activation_offloading of one. 0: the micro-batches as they are trained, which is slower and "
         "free of rounding noise: without a change of the weights the ratio is 1 to the bit.",
     )
     block_order: bool = _option(

@@ -31,13 +31,13 @@ def token_budget(args: Any, largest: int) -> int | None:
 
     Args:
         args: PSFTConfig. Its `score_token_budget`, if given (0 stands for None here); else twice the tokens of the
-            largest micro-batch, or once with activation offloading, where training keeps next to nothing; at least
-            `LEAST_TOKENS`.
+            largest micro-batch and at least `LEAST_TOKENS`; with activation offloading, where training keeps next to
+            nothing on the device, those of one.
         largest: tokens of the step's largest micro-batch, padding included.
     """
     if args.score_token_budget is not None:
         return args.score_token_budget or None
-    return max(LEAST_TOKENS, largest if args.activation_offloading else 2 * largest)
+    return largest if args.activation_offloading else max(LEAST_TOKENS, 2 * largest)
 
 
 @contextlib.contextmanager
