@@ -7,7 +7,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -112,7 +112,7 @@ def _out_of_domain_metrics(evaluations: Mapping[str, Evaluation], metric: str) -
 
 def _sample(evaluated: Callable[..., Evaluation], rows: Rows, measurement: Measurement) -> dict[float, Evaluation]:
     """Temperature -> samples of the first in-domain rows; none where k is 0 or the rows are plain text."""
-    few = replace(rows, rows=rows.rows[: measurement.sample_rows], places=rows.places[: measurement.sample_rows])
+    few = rows.select(range(min(measurement.sample_rows, len(rows.rows))))
     if not measurement.k or "text" in few.rows[0]:
         return {}
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -63,6 +63,11 @@ class Rows:
 
     def __post_init__(self) -> None:
         self.numbers = self.numbers or list(range(1, len(self.rows) + 1))
+
+    def select(self, indices: Sequence[int]) -> Rows:
+        """The rows of these indices (from 0), in this order."""
+        columns = {name: [getattr(self, name)[i] for i in indices] for name in ("rows", "places", "numbers")}
+        return replace(self, **columns)
 
     @property
     def total(self) -> int:
