@@ -24,6 +24,7 @@ from qpsft.data.bad_rows import BadRow, RowError, first_lines, refuse
 from qpsft.data.chat_date import dated_template
 from qpsft.data.contents import Span
 from qpsft.data.counts import DataCounts, counted
+from qpsft.data.dialect import Dialect
 from qpsft.data.messages import READ
 from qpsft.data.read import Records, read_records
 from qpsft.data.render import refused
@@ -222,7 +223,7 @@ def encode_prompt(messages: list[dict], tokenizer: Any, arguments: DataArguments
         arguments: `use_chat_template`, `prompt_format` and `chat_date` are used.
 
     Raises:
-        DataError: the chat template refuses the conversation.
+        DataError: the chat template refuses the conversation, or does not write it.
     """
 
     def written(content: str) -> str:
@@ -236,8 +237,16 @@ def encode_prompt(messages: list[dict], tokenizer: Any, arguments: DataArguments
         added = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)
         return ids[:-1] if added else ids
     messages = [m | {"content": written(m["content"])} if m["role"] == "user" else m for m in messages]
+    for dialect in (Dialect(), Dialect(parts=True)):
+        text = _generation_prompt(dialect.write(messages), tokenizer, arguments)
+        if messages[-1]["content"].strip() in text:
+            return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    raise DataError("The chat template does not write the prompt.", "Take a base model whose chat template does.")
+
+
+def _generation_prompt(messages: list[dict], tokenizer: Any, arguments: DataArguments) -> str:
     try:
-        text = tokenizer.apply_chat_template(
+        return tokenizer.apply_chat_template(
             messages,
             chat_template=dated_template(tokenizer, None, arguments.chat_date),
             tokenize=False,
@@ -245,7 +254,6 @@ def encode_prompt(messages: list[dict], tokenizer: Any, arguments: DataArguments
         )
     except Exception as error:  # a template is a program, and may fail in any way
         raise refused("The prompt", error) from None
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 class NothingSupervised(DataError):
