@@ -14,7 +14,9 @@ from qpsft.data.read import as_records
 from qpsft.data.special_tokens import SpecialTokenFinder
 from qpsft.data.tokenize import load_dataset, load_rows, tokenize_records
 from qpsft.errors import DataError
+from qpsft.model.base import load_tokenizer
 from qpsft.recipe.arguments import DataArguments
+from qpsft.train import run
 
 GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
 UNKNOWN = {"messages": [{"role": "critic", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
@@ -98,17 +100,27 @@ def test_splitting_counts_rows_and_conversations(tmp_path):
     assert "conversations            4; split_turns makes one row of each answer" in preview
 
 
-def test_training_says_in_its_log_and_card_what_it_left_out(tmp_path, capsys):
+def test_training_says_in_its_log_and_card_what_it_left_out(tmp_path, capsys, monkeypatch):
+    trainers, make_trainer = [], run.make_trainer
+    monkeypatch.setattr(run, "make_trainer", lambda *args: trainers.append(make_trainer(*args)) or trainers[0])
     rows = [{"prompt": f"{n}+1?", "completion": str(n + 1), "source": "me"} for n in range(12)]
-    path = write(tmp_path, *rows, {"prompt": "x"}, "oops")
+    path = write(tmp_path, "oops", *rows, {"prompt": "x"})
     recipe = tmp_path / "recipe.yaml"
-    options = {"model_name_or_path": "demo", "dataset_name": str(path), "skip_bad_rows": True, "max_steps": 2}
+    options = {"model_name_or_path": "demo", "dataset_name": str(path), "max_steps": 2}
     options |= {"lora_r": 4, "logging_steps": 1, "use_cpu": True, "output_dir": str(tmp_path / "run")}
     options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "reference_steps": 2}
     recipe.write_text(yaml.safe_dump(options))
-    assert cli.main(["train", str(recipe)]) == 0
+    assert cli.main(["train", str(recipe)]) == 2
+    error = capsys.readouterr().err
+    assert "2 of 14 rows cannot be used: line 1: not valid JSON" in " ".join(error.split())
+    assert "\n  line 1: " in error and "\n  line 14: " in error and "\nMend or delete them. --skip_bad_rows" in error
+    assert cli.main(["train", str(recipe), "--skip_bad_rows"]) == 0
     log = " ".join(capsys.readouterr().out.split())
-    assert "2 dropped (cannot be used), columns not used: source" in log and "line 13: the column 'completion'" in log
+    assert "2 dropped (cannot be used), columns not used: source" in log and "line 14: the column 'completion'" in log
+    (trainer,) = trainers
+    tokenizer = load_tokenizer("demo")
+    for row, place in zip(trainer.train_dataset, trainer.row_places, strict=True):
+        assert f"{int(place.rpartition(' ')[2]) - 2}+1?" in tokenizer.decode(row["input_ids"])
     card = (tmp_path / "run" / "README.md").read_text()
     assert "Of the rows: 2 dropped (cannot be used), columns not used: source." in card
 

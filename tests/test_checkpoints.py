@@ -201,6 +201,17 @@ def test_a_loss_that_is_nan_stops_the_run_with_step_and_rows(base, tmp_path, los
     assert checkpoint.is_complete(tmp_path / "checkpoint-2")
 
 
+def test_rows_that_spoil_a_run_are_named_by_their_lines(base, tmp_path):
+    trainer = make_trainer(base, tmp_path, rows=make_rows(24), max_steps=2)
+    trainer.row_places = [f"data.jsonl, line {2 * number + 1}" for number in range(24)]
+    poison(trainer, at=0, value=float("nan"))
+    with pytest.raises(TrainingError) as caught:
+        trainer.train()
+    lines = "; ".join(f"data.jsonl, line {2 * row + 1}" for row in sorted(trainer._get_schedule().rows(1)))
+    assert f"step 2 on training rows {lines}: " in str(caught.value)
+    assert "look at these rows. " in str(caught.value)
+
+
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
 @pytest.mark.parametrize("factor", [float("inf"), float("nan")])
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(

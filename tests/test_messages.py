@@ -341,8 +341,24 @@ def test_plain_text_has_no_place_for_context():
 def test_columns_and_keys_that_are_not_used_are_named():
     rows = [{"messages": [USER, ANSWER]}, {"messages": [{**USER, "time": 5, "name": "Bo"}, ANSWER], "id": 7}]
     data = tokenize_records(as_records(rows, "rows"), byte_tokenizer(CHATML), DataArguments(), None)
-    assert data.counts.unused_columns == ["id", "messages.time"]
-    assert data.counts.facts() == ["columns not used: id, messages.time"]
+    assert data.counts.unused_columns == ["id", "messages.name", "messages.time"]
+    assert data.counts.facts() == ["columns not used: id, messages.name, messages.time"]
+    template = CHATML.replace("{{ m.role }}", "{{ m.role }} {{ m.name }} {{ m.time }}")
+    data = tokenize_records(as_records(rows, "rows"), byte_tokenizer(template), DataArguments(), None)
+    assert data.counts.unused_columns == ["id"]
+
+
+def test_a_template_that_shortens_schemas_is_said_once():
+    deep = {"where": {"type": "array", "items": {"type": "object", "properties": {f"key_{n}": {} for n in range(9)}}}}
+    tool = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": deep}}
+    row = {"messages": [USER, ANSWER], "tools": [tool]}
+    tokenizer = tokenizer_for(templates()["gptoss"])
+    with pytest.warns(UserWarning, match="shortens the tool schemas of 2 rows") as caught:
+        data = tokenize_records(as_records([row, row], "rows"), tokenizer, DataArguments(), None)
+    assert len(caught) == 1 and data.counts.shortened_schemas == 2
+    assert "2 with tool schemas that the chat template shortens" in data.counts.facts()
+    _, read = trained(row, templates()["qwen3"])
+    assert all(f"key_{n}" in read for n in range(9))
 
 
 # Any row

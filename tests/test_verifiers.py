@@ -78,6 +78,8 @@ def test_verifiers_that_cannot_work_are_refused():
         find_verifier("choice", [row("b")], "x")
     with pytest.raises(DataError, match="row 2: the completion is none of the row's choices"):
         find_verifier("choice", [row("b", choices=["a", "b"]), row("c", choices=["a", "b"])], "x")
+    with pytest.raises(DataError, match="^a.jsonl, line 9: the completion is none"):
+        find_verifier("choice", [row("c", choices=["a", "b"])], "x", ["a.jsonl, line 9"])
     with pytest.raises(DataError, match="for the built-in sets only"):
         find_verifier("demo", [row("b")], "x")[1](row("b"), "b")
 

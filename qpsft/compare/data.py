@@ -200,7 +200,7 @@ def _metric(options: CompareOptions, data: ComparedData) -> str:
 def _is_checkable(rows: Rows, verifier: str) -> bool:
     if "text" in rows.rows[0]:
         return False
-    name, _ = find_verifier(verifier, rows.rows, rows.name)
+    name, _ = find_verifier(verifier, rows.rows, rows.name, rows.places)
     return verifier != "auto" or name != "exact"
 
 
@@ -208,7 +208,7 @@ def set_verifier(asked: str, rows: Rows) -> str:
     """An out-of-domain set's verifier: the comparison's, unless it can read none of the set's references."""
     if asked != "auto" and "text" not in rows.rows[0]:
         try:
-            find_verifier(asked, rows.rows, rows.name)
+            find_verifier(asked, rows.rows, rows.name, rows.places)
         except DataError:
             return "auto"
     return asked

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from qpsft.compare.data import ComparedData, set_verifier
 from qpsft.compare.results import is_accuracy
 from qpsft.data.shapes import Rows
-from qpsft.evaluate.evaluation import Evaluation, evaluate, subset
+from qpsft.evaluate.evaluation import Evaluation, evaluate
 from qpsft.recipe.arguments import DataArguments
 
 SHOWN = 4
@@ -112,7 +112,7 @@ def _out_of_domain_metrics(evaluations: Mapping[str, Evaluation], metric: str) -
 
 def _sample(evaluated: Callable[..., Evaluation], rows: Rows, measurement: Measurement) -> dict[float, Evaluation]:
     """Temperature -> samples of the first in-domain rows; none where k is 0 or the rows are plain text."""
-    few = subset(rows, range(min(measurement.sample_rows, len(rows.rows))))
+    few = rows.select(range(min(measurement.sample_rows, len(rows.rows))))
     if not measurement.k or "text" in few.rows[0]:
         return {}
     return {

@@ -47,7 +47,7 @@ def refuse(bad: Sequence[BadRow], name: str, total: int) -> None:
     todo = todos.pop() if len(todos) == 1 else "Mend or delete them."
     raise DataError(
         "\n".join([f"{name}: {len(bad):,} of {total:,} rows cannot be used{_counted(bad)}:", *first_lines(bad, name)]),
-        f"{todo} --skip_bad_rows leaves them out and counts them.",
+        f"\n{todo} --skip_bad_rows leaves them out and counts them.",  # on a line of its own
     ) from None
 
 

@@ -28,7 +28,8 @@ class Part:
     """One thing that a message says.
 
     Attributes:
-        kind: content, reasoning, call (its name) or argument (a key or value); tool for a schema's name, key or text.
+        kind: content, reasoning, call (its name) or argument (a key or value); tool for what a schema must say (its
+            name, its description, its parameters), schema for what stands deeper in it.
         text: what must be found.
         label: what to call it in an error.
         is_word: it must not stand inside a longer word: names, keys, numbers.
@@ -113,22 +114,22 @@ def tool_parts(tools: Sequence[dict]) -> list[Part]:
         parts.append(Part("tool", function["name"].strip(), label, is_word=True))
         if isinstance(description := function.get("description"), str):
             parts.append(Part("tool", description.strip(), label))
-        for text, is_key in _parameters(function.get("parameters")):
-            parts.append(Part("tool", text.strip(), label, is_word=is_key))
+        for depth, text, is_key in _parameters(function.get("parameters"), 0):
+            parts.append(Part("schema" if depth else "tool", text.strip(), label, is_word=is_key))
     return parts
 
 
-def _parameters(schema: Any) -> Iterator[tuple[str, bool]]:
-    """The parameters' names (True) and descriptions (False) in a JSON schema, nested ones included."""
+def _parameters(schema: Any, depth: int) -> Iterator[tuple[int, str, bool]]:
+    """The parameters' names (True) and descriptions (False) in a JSON schema, and how deep they stand in it."""
     if not isinstance(schema, Mapping):
         return
     properties = schema.get("properties")
     for key, value in properties.items() if isinstance(properties, Mapping) else ():
-        yield key, True
+        yield depth, key, True
         if isinstance(value, Mapping) and isinstance(value.get("description"), str):
-            yield value["description"], False
-        yield from _parameters(value)
-    yield from _parameters(schema.get("items"))
+            yield depth, value["description"], False
+        yield from _parameters(value, depth + 1)
+    yield from _parameters(schema.get("items"), depth + 1)
 
 
 def find_losses(

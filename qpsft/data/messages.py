@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ CALL_ROLES = ("function_call", "tool_call")
 FLAGS = ("train", "training", "trainable", "loss", "loss_mask", "weight")
 """Keys of a message that say whether it is trained on."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
-READ = ("role", "content", "reasoning_content", "tool_calls", "name", "tool_call_id", "train")
+READ = {"role", "content", "reasoning_content", "tool_calls", "name", "tool_call_id", "train"}
 """Keys of a message that have a meaning here or in the usual chat templates."""
 
 
@@ -87,6 +87,12 @@ def read_text(value: Any, column: str, where: str) -> str:
         raise RowError(f"{where}: {column} must be text, found NaN, an empty cell.", "Fill it or delete the row.")
     todo = "Write text." if isinstance(value, (Mapping, list)) else f'Write it as text: "{str(value)[:20]}".'
     raise RowError(f"{where}: {column} must be text, found {type(value).__name__} {str(value)[:40]}.", todo)
+
+
+def trained_turns(messages: Sequence[dict]) -> list[int]:
+    """The assistant's turns that are not marked as context."""
+    turns = enumerate(messages)
+    return [turn for turn, message in turns if message["role"] == "assistant" and message.get("train", True)]
 
 
 def _message(message: Any, where: str) -> dict:

@@ -7,7 +7,8 @@ import sys
 from itertools import groupby
 from typing import Any
 
-from qpsft.data.tokenize import IGNORED, DataCounts, TokenizedRows, counted
+from qpsft.data.counts import DataCounts, counted
+from qpsft.data.tokenize import IGNORED, TokenizedRows
 from qpsft.terminal import takes_color, visible
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
@@ -84,6 +85,8 @@ def _table(tokenized: TokenizedRows) -> str:
     if counts.stripped_reasoning:
         answers = counted(counts.stripped_reasoning, "earlier answer")
         lines.append(("reasoning not seen", f"of {answers}: the chat template leaves it out, --split_turns keeps it"))
+    if counts.shortened_schemas:
+        lines.append(("schemas shortened", f"of {counted(counts.shortened_schemas, 'row')}, by the chat template"))
     if counts.special_tokens:
         lines.append(("special tokens", f"in the text of {counted(counts.special_tokens, 'row')}"))
     if counts.unused_columns:

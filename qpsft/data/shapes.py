@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from qpsft.data.bad_rows import BadRow, RowError, refuse
-from qpsft.data.messages import parsed_json, read_messages, read_text, read_tools
+from qpsft.data.messages import parsed_json, read_messages, read_text, read_tools, trained_turns
 from qpsft.data.read import Records
 from qpsft.errors import DataError
 from qpsft.recipe.arguments import DataArguments
@@ -63,6 +64,11 @@ class Rows:
     def __post_init__(self) -> None:
         self.numbers = self.numbers or list(range(1, len(self.rows) + 1))
 
+    def select(self, indices: Sequence[int]) -> Rows:
+        """The rows of these indices (from 0), in this order."""
+        columns = {name: [getattr(self, name)[i] for i in indices] for name in ("rows", "places", "numbers")}
+        return replace(self, **columns)
+
     @property
     def total(self) -> int:
         """Rows of the source, bad ones included."""
@@ -113,6 +119,34 @@ def read_rows(records: Records, arguments: DataArguments) -> Rows:
         rows.numbers.append(records.numbers[index])
     rows.unused_columns = [column for column in records.columns if column not in source.values()]
     return rows
+
+
+def split_answers(rows: Rows) -> Rows:
+    """One row per answer that is trained on, with all that precedes it as its prompt; other rows as they are."""
+    split = replace(rows, rows=[], places=[], numbers=[])
+    for row, place, number in zip(rows.rows, rows.places, rows.numbers, strict=True):
+        parts = list(_answers(row))
+        for index, part in enumerate(parts, start=1):
+            split.rows.append(part)
+            split.places.append(place if len(parts) == 1 else f"{place}, answer {index} of {len(parts)}")
+            split.numbers.append(number)
+    return split
+
+
+def _answers(row: dict) -> Iterator[dict]:
+    """The rows that `split_answers` makes of one."""
+    if "messages" not in row and not isinstance(row.get("prompt"), list):
+        yield row
+        return
+    prompt = row.get("prompt", [])
+    messages = [*prompt, *row.get("messages", []), *row.get("completion", [])]
+    trained = [turn for turn in trained_turns(messages) if turn >= len(prompt)]
+    if not trained or trained[0] == 0:  # nothing to learn, or an answer without a question: tokenization says so
+        yield row
+        return
+    tools = {"tools": row["tools"]} if "tools" in row else {}
+    for turn in trained:
+        yield {"prompt": messages[:turn], "completion": [messages[turn]], **tools}
 
 
 def _listed(columns) -> str:

@@ -7,29 +7,22 @@ is looked for in the text (`qpsft.data.contents`), and a row of which something 
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
-import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
-from transformers.utils.chat_template_utils import render_jinja_template
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.data_utils import common_prefix_length
 
 from qpsft.data.bad_rows import RowError
 from qpsft.data.chat_date import with_date
 from qpsft.data.contents import CLOSE_THINKING, OPEN_THINKING, Loss, Span, find_losses, message_parts, without_reasoning
+from qpsft.data.dialect import DialectFinder, with_thought
+from qpsft.data.messages import trained_turns
+from qpsft.data.render import marked_template, render, render_marked
 from qpsft.errors import DataError
-
-PROBE = "qpsft"
-USER_PROBE = {"role": "user", "content": "?"}
-TOOLS_PROBE = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"properties": {}}}}]
-DEVELOPER = re.compile(r"""['"]developer['"]""")
 
 
 @dataclass(frozen=True)
@@ -39,59 +32,22 @@ class Rendered:
     Attributes:
         text: what the template wrote.
         spans: the stretches the model learns to write, in order.
-        stripped: earlier answers whose reasoning the template leaves out on purpose.
+        losses: what the template leaves out on purpose: the reasoning of earlier answers, the depths of tool schemas.
     """
 
     text: str
     spans: list[Span]
-    stripped: int = 0
+    losses: list[Loss]
 
+    @property
+    def stripped(self) -> int:
+        """How many earlier answers have no reasoning in the text."""
+        return len({loss.turn for loss in self.losses if loss.part.kind == "reasoning"})
 
-@dataclass(frozen=True)
-class Dialect:
-    """How a template wants to be given what can be said in several ways.
-
-    Attributes:
-        parts: content as [{"type": "text", "text": …}] (templates of vision models).
-        inline_reasoning: reasoning inside the content, between <think> and </think> (DeepSeek-R1-Distill, SmolLM3).
-        text_arguments: a call's arguments as JSON text, not as an object.
-        null_content: no content beside a call, instead of an empty one.
-        developer_as_system: it knows no role developer.
-    """
-
-    parts: bool = False
-    inline_reasoning: bool = False
-    text_arguments: bool = False
-    null_content: bool = False
-    developer_as_system: bool = False
-
-    def write(self, messages: Sequence[dict]) -> list[dict]:
-        """`messages` as the template wants them."""
-        return [self._write(message) for message in messages]
-
-    def _write(self, message: dict) -> dict:
-        message = {key: value for key, value in message.items() if key != "train"}
-        if self.developer_as_system and message["role"] == "developer":
-            message["role"] = "system"
-        if self.inline_reasoning and "reasoning_content" in message:
-            message["content"] = _with_thought(message.pop("reasoning_content"), message["content"])
-        if "tool_calls" in message:
-            if self.text_arguments:
-                message["tool_calls"] = [_with_text_arguments(call) for call in message["tool_calls"]]
-            if self.null_content and not message["content"]:
-                message["content"] = None
-        if self.parts and message["content"] is not None:
-            message["content"] = [{"type": "text", "text": message["content"]}]
-        return message
-
-
-def _with_thought(reasoning: str, content: str) -> str:
-    return "{}\n{}\n{}\n\n{}".format(OPEN_THINKING, reasoning.strip("\n"), CLOSE_THINKING, content)
-
-
-def _with_text_arguments(call: dict) -> dict:
-    arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-    return {**call, "function": {**call["function"], "arguments": arguments}}
+    @property
+    def is_shortened(self) -> bool:
+        """Whether the template simplifies tool schemas."""
+        return any(loss.part.kind == "schema" for loss in self.losses)
 
 
 class ChatRenderer:
@@ -130,8 +86,10 @@ class ChatRenderer:
         return template.render(messages, trained, tools, place, to_the_end=len(completion) == 1)
 
     def reads(self, key: str) -> bool:
-        """Whether the templates used so far name a message's key `key`."""
-        return any(key in template.source for template in self._templates.values())
+        """Whether the templates used so far seem to read a message's key `key`."""
+        # Most templates read the name of a tool, few that of a speaker.
+        pattern = rf"\b(message|msg|m)(\.|\[['\"]|\.get\(['\"]){key}\b" if key == "name" else re.escape(key)
+        return any(re.search(pattern, template.source) for template in self._templates.values())
 
     def _template(self, tools: list[dict] | None) -> ChatTemplate:
         """The tokenizer's template; of several, the one for tool use if the row has tools, as when a model answers."""
@@ -151,12 +109,6 @@ class ChatRenderer:
         return self._templates[source]
 
 
-def trained_turns(messages: list[dict]) -> list[int]:
-    """The assistant's turns that are not marked as context."""
-    turns = enumerate(messages)
-    return [turn for turn, message in turns if message["role"] == "assistant" and message.get("train", True)]
-
-
 class ChatTemplate:
     """One template of a tokenizer: its training version if there is one, and what it must be given.
 
@@ -168,12 +120,18 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, source: str, chat_date: str | None):
         self.tokenizer = tokenizer
-        marked = _marked_template(tokenizer, source)
+        marked = marked_template(tokenizer, source)
         self.is_marked = marked is not None
         self.source = with_date(marked or source, chat_date)
-        self.dialect = self._find_dialect()
-        self._check_end_of_turn()
+        finder = DialectFinder(self.source, self._render)
+        self.dialect = finder.dialect
+        self._before_answer, self._after_answer = finder.frame()
         self._unwritten: dict[tuple, list[Loss]] = {}
+        if self._after_answer is not None and not self._after_answer.strip():
+            raise DataError(
+                "The chat template writes nothing after an assistant turn, so the model would never learn to stop.",
+                "Put {{ eos_token }} behind the assistant's content in the tokenizer's chat template.",
+            )
 
     def render(
         self,
@@ -229,8 +187,8 @@ class ChatTemplate:
                 turn: self._with_header(span, written[:turn], text, tools, place) for turn, (span,) in spans.items()
             }
             losses = find_losses(text, turns, messages, tools)
-        stripped = self._check_losses(losses, messages, tools, place)
-        return Rendered(text, list(itertools.chain.from_iterable(spans.values())), stripped)
+        self._check_losses(losses, messages, tools, place)
+        return Rendered(text, list(itertools.chain.from_iterable(spans.values())), losses)
 
     def _render_prompt(self, messages: list[dict], tools: list[dict] | None, place: str) -> Rendered:
         """The generation prompt, then the last turn as a model would write it, and its end.
@@ -244,26 +202,20 @@ class ChatTemplate:
         if not isinstance(content, str) or "tool_calls" in answer:
             raise RowError(f"{place}: the last turn holds more than text.")
         if "reasoning_content" in answer:
-            content = _with_thought(answer["reasoning_content"], content)
-        lead, end = self._frame()
+            content = with_thought(answer["reasoning_content"], content)
+        lead, end = self._before_answer, self._after_answer
         opens_thought = prompt.rstrip().endswith(OPEN_THINKING)
         if opens_thought != (CLOSE_THINKING in content):
             raise RowError(f"{place}: either the generation prompt or the answer begins a thought.")
         if opens_thought:
             lead, content = "", content.strip().removeprefix(OPEN_THINKING)
-        if lead is None:
+        if lead is None or end is None:
             raise RowError(f"{place}: an answer does not follow the generation prompt.")
         text = f"{prompt}{lead}{content.strip()}{end}"
         span = (len(prompt), len(text))
         losses = find_losses(text, {len(before): [span]}, messages, tools)
-        if opens_thought:  # so the template knows reasoning, and leaves that of earlier answers out on purpose
-            stripped = {loss.turn for loss in losses if loss.part.kind == "reasoning" and loss.turn != len(before)}
-            losses = [loss for loss in losses if loss.turn not in stripped or loss.part.kind != "reasoning"]
-        else:
-            stripped = set()
-        return Rendered(
-            text, [span], len(stripped) + self._check_losses(losses, messages, tools, place, at_the_end=True)
-        )
+        self._check_losses(losses, messages, tools, place, behind_prompt=True, knows_reasoning=opens_thought)
+        return Rendered(text, [span], losses)
 
     # Spans
 
@@ -271,13 +223,13 @@ class ChatTemplate:
         self, messages: list[dict], tools: list[dict] | None, place: str
     ) -> tuple[str, dict[int, list[Span]]]:
         """The text, and assistant turn -> its marked stretches (mostly one)."""
-        text, marked = self._render_marked(messages, tools, place)
+        text, marked = render_marked(self.tokenizer, self.source, messages, tools, place)
         turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
         if len(marked) == len(turns):
             return text, {turn: [span] for turn, span in zip(turns, marked, strict=True)}
         starts = [0]
         for turn in turns[1:]:
-            before = self._render_marked(messages[:turn], tools, place)[1]
+            before = render_marked(self.tokenizer, self.source, messages[:turn], tools, place)[1]
             starts.append(len(os.path.commonprefix([before, marked])))
         spans = {
             turn: marked[i:j] for turn, (i, j) in zip(turns, itertools.pairwise([*starts, len(marked)]), strict=True)
@@ -365,35 +317,47 @@ class ChatTemplate:
         tools: list[dict] | None,
         place: str,
         *,
-        at_the_end: bool = False,
-    ) -> int:
-        """How many earlier answers have lost their reasoning on purpose. Raises RowError for any other loss.
+        behind_prompt: bool = False,
+        knows_reasoning: bool = False,
+    ) -> None:
+        """Raises RowError for a loss that is not one on purpose.
 
         Args:
-            at_the_end: the last turn was put behind the generation prompt.
+            behind_prompt: the last turn was put behind the generation prompt.
+            knows_reasoning: the template begins answers with reasoning, so it leaves out that of earlier ones on
+                purpose.
         """
-        lost = [loss for loss in losses if not self._is_stripped(loss, messages, tools, place)]
-        if lost or (lost := self._losses_of_kind(messages, tools, at_the_end)):
+        lost = [loss for loss in losses if not self._is_on_purpose(loss, messages, tools, knows_reasoning)]
+        if lost or (lost := self._losses_of_kind(messages, tools, behind_prompt)):
             raise _would_be_lost(lost, messages, place)
-        return len({loss.turn for loss in losses})
 
-    def _is_stripped(self, loss: Loss, messages: list[dict], tools: list[dict] | None, place: str) -> bool:
-        """Whether it is the reasoning of an answer that the template writes as long as no other answer follows."""
-        if loss.part.kind != "reasoning" or not any(m["role"] == "assistant" for m in messages[loss.turn + 1 :]):
+    def _is_on_purpose(self, loss: Loss, messages: list[dict], tools: list[dict] | None, knows_reasoning: bool) -> bool:
+        """Whether it is the depth of a schema, or the reasoning of an answer that would be written if none followed."""
+        if loss.part.kind != "reasoning":
+            return loss.part.kind == "schema"
+        if not any(message["role"] == "assistant" for message in messages[loss.turn + 1 :]):
             return False
-        through = self._render(self.dialect.write(messages[: loss.turn + 1]), tools, place)
-        return loss.part.text in through
+        return knows_reasoning or self._writes_reasoning(messages[: loss.turn + 1], tools)
 
-    def _losses_of_kind(self, messages: list[dict], tools: list[dict] | None, at_the_end: bool) -> list[Loss]:
+    def _writes_reasoning(self, messages: list[dict], tools: list[dict] | None) -> bool:
+        """Whether the reasoning of a last turn made like this one is in the text."""
+        last = len(messages) - 1
+        try:
+            text = self._render(self.dialect.write([*messages[:-1], _made_up(last, messages[-1])]), tools, "")
+        except RowError:
+            return False
+        return f"qr{last}q" in text
+
+    def _losses_of_kind(self, messages: list[dict], tools: list[dict] | None, behind_prompt: bool) -> list[Loss]:
         """What the template never writes of a conversation made like this one, whatever its words.
 
         Short words may stand in the text by chance; so each kind of conversation (its roles, calls and tools) is
         rendered once with words that stand nowhere else.
         """
-        kind = tuple(map(_kind, messages)), bool(tools), at_the_end
+        kind = tuple(map(_kind, messages)), bool(tools), behind_prompt
         if kind not in self._unwritten:
             self._unwritten[kind] = self._losses_of_made_up(
-                messages[:-1] if at_the_end else messages, tools, at_the_end
+                messages[:-1] if behind_prompt else messages, tools, behind_prompt
             )
         return self._unwritten[kind]
 
@@ -406,131 +370,14 @@ class ChatTemplate:
         parts = [(turn, part) for turn, message in enumerate(made_up) for part in message_parts(message)]
         return [Loss(turn, part) for turn, part in parts if part.kind != "reasoning" and part.text not in text]
 
-    # What the template is
-
-    def _find_dialect(self) -> Dialect:
-        """Tries what can be written in several ways, and takes the first way that the template writes."""
-        answer = {"role": "assistant", "content": PROBE}
-        dialect = Dialect(developer_as_system=not DEVELOPER.search(self.source))
-        if not self._writes([USER_PROBE, answer], [PROBE], dialect):
-            parts = replace(dialect, parts=True)
-            dialect = parts if self._writes([USER_PROBE, answer], [PROBE], parts) else dialect
-        thought = {**answer, "reasoning_content": "a thought"}
-        if OPEN_THINKING in self.source and not self._writes([USER_PROBE, thought], ["a thought"], dialect):
-            inline = replace(dialect, inline_reasoning=True)
-            dialect = inline if self._writes([USER_PROBE, thought], ["a thought"], inline) else dialect
-        return self._with_calls(dialect)
-
-    def _with_calls(self, dialect: Dialect) -> Dialect:
-        function = {"name": "a_function", "arguments": {"a_key": "a_value"}}
-        call = {"type": "function", "id": "abcdefgh1", "function": function}
-        turns = [USER_PROBE, {"role": "assistant", "content": "", "tool_calls": [call]}]
-        end = self._try_answer(dialect).rpartition(PROBE)[2]
-        for null_content, text_arguments in itertools.product((False, True), (False, True)):
-            way = replace(dialect, null_content=null_content, text_arguments=text_arguments)
-            text = self._try(way.write(turns))
-            call, _, tail = text.rpartition("a_value")
-            if "a_function" not in call or "a_key" not in call:
-                continue
-            # Not an object as Python prints it, nor an empty answer behind the call, nor a call that is never closed.
-            if (
-                "'a_key'" not in call
-                and tail.count(end.strip() or "\0") <= 1
-                and (not null_content or tail.endswith(end))
-            ):
-                return way
-        return dialect
-
-    def _writes(self, messages: list[dict], texts: list[str], dialect: Dialect) -> bool:
-        written = self._try(dialect.write(messages))
-        return all(text in written for text in texts)
-
-    def _try(self, messages: list[dict], **options: Any) -> str:
-        for tools in (None, TOOLS_PROBE):  # templates for tool use may want some
-            with contextlib.suppress(RowError):
-                return self._render(messages, tools, "", **options)
-        return ""
-
-    def _try_answer(self, dialect: Dialect) -> str:
-        """A question and an answer as the template writes them; "" if it wants more than that."""
-        return self._try(dialect.write([USER_PROBE, {"role": "assistant", "content": PROBE}]))
-
-    def _frame(self) -> tuple[str | None, str]:
-        """What the template writes between the generation prompt and an answer (None: it writes another prompt), and
-        behind the answer."""
-        text = self._try_answer(self.dialect)
-        prompt = self._try(self.dialect.write([USER_PROBE]), add_generation_prompt=True)
-        head, _, end = text.rpartition(PROBE)
-        return head[len(prompt) :] if head.startswith(prompt) else None, end
-
-    def _check_end_of_turn(self) -> None:
-        if self._try_answer(self.dialect).rstrip().endswith(PROBE):
-            raise DataError(
-                "The chat template writes nothing after an assistant turn, so the model would never learn to stop.",
-                "Put {{ eos_token }} behind the assistant's content in the tokenizer's chat template.",
-            )
-
-    # Rendering
-
     def _render(self, messages: list[dict], tools: list[dict] | None, place: str, **options: Any) -> str:
-        return _render_template(self.tokenizer, self.source, messages, tools, place, **options)[0][0]
-
-    def _render_marked(self, messages: list[dict], tools: list[dict] | None, place: str) -> tuple[str, list[Span]]:
-        # What apply_chat_template does, except that it returns token masks only: it looks tokens up at the characters
-        # a span starts and ends with, and marks all that follows when a tokenizer trims spaces off its offsets.
-        texts, spans = _render_template(
-            self.tokenizer, self.source, messages, tools, place, return_assistant_tokens_mask=True
-        )
-        return texts[0], [(start, end) for start, end in spans[0] if end > start]
-
-
-def _render_template(
-    tokenizer: Any, source: str, messages: list[dict], tools: list[dict] | None, place: str, **options: Any
-) -> tuple[list[str], list[list[Span]]]:
-    try:
-        return render_jinja_template(
-            [messages], tools=tools or None, chat_template=source, **options, **tokenizer.special_tokens_map
-        )
-    except TemplateSyntaxError as error:
-        raise DataError(
-            f"The chat template is no valid Jinja: {error}.", "Mend the base model's chat_template.jinja."
-        ) from None
-    except Exception as error:  # a template is a program, and may fail in any way
-        raise refused(place, error) from None
-
-
-def _marked_template(tokenizer: Any, source: str) -> str | None:
-    """A template with generation markers around each assistant turn up to its end, if there is one."""
-    candidates = [source] if has_generation_markers(source) else []
-    probed = copy.copy(tokenizer)
-    probed.chat_template = source
-    try:
-        candidates.append(get_training_chat_template(probed))
-    except Exception:  # TRL knows no training version of it, or it failed on one of TRL's probes
-        pass
-    return next((one for one in candidates if one is not None and _marks_end_of_turn(tokenizer, one)), None)
-
-
-def _marks_end_of_turn(tokenizer: Any, source: str) -> bool:
-    """Whether the markers hold more than the answer's words, that is, its end. Nothing follows the last turn in some
-    templates, so another one comes behind it."""
-    probe = [USER_PROBE, {"role": "assistant", "content": PROBE}, USER_PROBE]
-    for dialect in (Dialect(), Dialect(parts=True)):
-        try:
-            texts, spans = _render_template(
-                tokenizer, source, dialect.write(probe), None, "", return_assistant_tokens_mask=True
-            )
-        except RowError:
-            continue
-        marked = "".join(texts[0][start:end] for start, end in spans[0])
-        if PROBE in marked:
-            return bool(marked.rpartition(PROBE)[2].strip())
-    return False
+        return render(self.tokenizer, self.source, messages, tools, place, **options)
 
 
 def _kind(message: dict) -> tuple:
     calls = tuple(bool(call["function"]["arguments"]) for call in message.get("tool_calls") or ())
-    return message["role"], bool(message["content"].strip()), "reasoning_content" in message, calls
+    content = message["content"]
+    return message["role"], bool(content.strip()), CLOSE_THINKING in content, "reasoning_content" in message, calls
 
 
 def _made_up(turn: int, message: dict) -> dict:
@@ -538,6 +385,8 @@ def _made_up(turn: int, message: dict) -> dict:
     made_up = {**message, "content": f"qz{turn}q" if message["content"].strip() else ""}
     if "reasoning_content" in message:
         made_up["reasoning_content"] = f"qr{turn}q"
+    elif message["role"] == "assistant" and CLOSE_THINKING in message["content"]:
+        made_up["content"] = with_thought(f"qr{turn}q", made_up["content"])
     if "tool_calls" in message:
         made_up["tool_calls"] = [_made_up_call(f"{turn}x{i}q", call) for i, call in enumerate(message["tool_calls"])]
     return made_up
@@ -580,26 +429,3 @@ def _would_be_lost(losses: Sequence[Loss], messages: list[dict], place: str) -> 
         "tool": "Leave the tools out, or take a base model whose chat template writes them.",
     }.get(losses[0].part.kind, "Take a base model whose chat template has tool calls.")
     return RowError(f"{place}: the chat template does not write {', '.join(labels[:3])}{more}.", todo)
-
-
-def refused(place: str, error: Exception) -> RowError:
-    """What to raise when a chat template does not take the conversation of `place`."""
-    said = " ".join(str(error).split())
-    said = said if said.endswith((".", "!", "?")) else f"{said}."
-    if isinstance(error, UndefinedError):
-        return RowError(
-            f"{place}: the chat template fails on this conversation: {said}",
-            "It wants something that the row lacks, such as a tool's description: add it, or take another base model.",
-        )
-    if not isinstance(error, TemplateError):
-        return RowError(
-            f"{place}: the chat template fails on this conversation: {type(error).__name__}: {said}",
-            "It may not know a part of the row, such as a tool call: change the row, or take another base model.",
-        )
-    about_roles = any(word in said.lower() for word in ("role", "alternat", "system"))
-    return RowError(
-        f"{place}: the chat template refuses this conversation: {said}",
-        "Check its roles and their order; some templates take no system turn."
-        if about_roles
-        else "It is the template's own limit: change the row, or take another base model.",
-    )

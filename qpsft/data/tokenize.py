@@ -11,8 +11,8 @@ import math
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -23,11 +23,14 @@ from tqdm import tqdm
 from qpsft.data.bad_rows import BadRow, RowError, first_lines, refuse
 from qpsft.data.chat_date import dated_template
 from qpsft.data.contents import Span
+from qpsft.data.counts import DataCounts, counted
+from qpsft.data.dialect import Dialect
 from qpsft.data.messages import READ
 from qpsft.data.read import Records, read_records
-from qpsft.data.shapes import Rows, read_rows, to_rows
+from qpsft.data.render import refused
+from qpsft.data.shapes import Rows, read_rows, split_answers, to_rows
 from qpsft.data.special_tokens import SpecialTokenFinder
-from qpsft.data.template import ChatRenderer, Rendered, refused, trained_turns
+from qpsft.data.template import ChatRenderer, Rendered
 from qpsft.errors import DataError
 from qpsft.recipe.arguments import DataArguments
 
@@ -49,68 +52,6 @@ BAD = "cannot be used"
 """Why rows are dropped with `skip_bad_rows`."""
 PERCENTILES = (50, 90, 99, 100)
 ROWS_WORTH_A_BAR = 3000
-
-
-@dataclass
-class DataCounts:
-    """What became of the rows.
-
-    Attributes:
-        rows: rows read; with `split_turns` rows made of them.
-        conversations: with `split_turns`, the rows that were read; else None.
-        dropped: reason -> rows left out for it.
-        bad_rows: the first five of the rows that cannot be used, a line for each.
-        truncated: rows kept whose end was cut off at `max_length`.
-        tokens: tokens of the kept rows, after truncation.
-        supervised_tokens: those of them the loss is taken on; never the first of a row, which nothing predicts.
-        length_percentiles: percentile -> row length in tokens, of all rows read, before truncation (nearest rank).
-        shared_tokens: rows in which the end of the prompt and the start of the completion share a token, so that the
-            model is trained on another context than the prompt alone gives it.
-        stripped_reasoning: earlier answers whose reasoning the chat template leaves out on purpose.
-        special_tokens: rows whose own text holds a special token of the tokenizer.
-        max_length: the limit that was applied, in tokens; None for none.
-        unused_columns: columns of the source, and keys of its messages, that nothing was made of.
-    """
-
-    rows: int = 0
-    conversations: int | None = None
-    dropped: dict[str, int] = field(default_factory=dict)
-    bad_rows: list[str] = field(default_factory=list)
-    truncated: int = 0
-    tokens: int = 0
-    supervised_tokens: int = 0
-    length_percentiles: dict[int, int] = field(default_factory=dict)
-    shared_tokens: int = 0
-    stripped_reasoning: int = 0
-    special_tokens: int = 0
-    max_length: int | None = None
-    unused_columns: list[str] = field(default_factory=list)
-
-    @property
-    def kept(self) -> int:
-        """Rows that are trained on."""
-        return self.rows - sum(self.dropped.values())
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest row, after truncation."""
-        longest = self.length_percentiles[100]
-        return longest if self.max_length is None else min(longest, self.max_length)
-
-    def facts(self) -> list[str]:
-        """What training does not take as it stands in the source, in a few words each: for logs and model cards."""
-        split = [] if self.conversations is None else [f"{self.rows:,} made of {self.conversations:,} (split_turns)"]
-        facts = split + [f"{number:,} dropped ({reason})" for reason, number in self.dropped.items()]
-        if self.truncated:
-            facts.append(f"{self.truncated:,} truncated at {self.max_length} tokens")
-        if self.stripped_reasoning:
-            answers = counted(self.stripped_reasoning, "earlier answer")
-            facts.append(f"the reasoning of {answers} left out by the chat template")
-        if self.special_tokens:
-            facts.append(f"{self.special_tokens:,} with special tokens in their text")
-        if self.unused_columns:
-            facts.append(f"columns not used: {', '.join(map(str, self.unused_columns))}")
-        return facts
 
 
 @dataclass
@@ -235,39 +176,12 @@ def tokenize_rows(
     counts.length_percentiles = {p: lengths[math.ceil(p / 100 * len(lengths)) - 1] for p in PERCENTILES}
     counts.dropped |= dropped
     counts.unused_columns = [*rows.unused_columns, *encode.unused_keys(rows.rows)]
-    counts.stripped_reasoning, counts.special_tokens = encode.stripped, encode.special_rows
+    counts.stripped_reasoning, counts.shortened_schemas = encode.stripped, encode.shortened
+    counts.special_tokens = encode.special_rows
     if not places:
         raise _nothing_supervised(rows.name, counts)
     encode.warn(rows.name)
     return TokenizedRows(rows.name, rows.shape, _as_dataset(columns), counts, places)
-
-
-def split_answers(rows: Rows) -> Rows:
-    """One row per answer that is trained on, with all that precedes it as its prompt; other rows as they are."""
-    split = replace(rows, rows=[], places=[], numbers=[])
-    for row, place, number in zip(rows.rows, rows.places, rows.numbers, strict=True):
-        parts = list(_answers(row))
-        for index, part in enumerate(parts, start=1):
-            split.rows.append(part)
-            split.places.append(place if len(parts) == 1 else f"{place}, answer {index} of {len(parts)}")
-            split.numbers.append(number)
-    return split
-
-
-def _answers(row: dict) -> Iterator[dict]:
-    """The rows that `split_answers` makes of one."""
-    if "messages" not in row and not isinstance(row.get("prompt"), list):
-        yield row
-        return
-    prompt = row.get("prompt", [])
-    messages = [*prompt, *row.get("messages", []), *row.get("completion", [])]
-    trained = [turn for turn in trained_turns(messages) if turn >= len(prompt)]
-    if not trained or trained[0] == 0:  # nothing to learn, or an answer without a question: tokenization says so
-        yield row
-        return
-    tools = {"tools": row["tools"]} if "tools" in row else {}
-    for turn in trained:
-        yield {"prompt": messages[:turn], "completion": [messages[turn]], **tools}
 
 
 def _nothing_supervised(name: str, counts: DataCounts) -> NothingSupervised:
@@ -290,11 +204,6 @@ def _as_dataset(columns: dict[str, list[np.ndarray]]) -> datasets.Dataset:
     return datasets.Dataset(pyarrow.table(arrays))
 
 
-def counted(number: int, noun: str) -> str:
-    """1 row, 2 rows."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def writes_chat(tokenizer: Any, arguments: DataArguments) -> bool:
     """Whether plain-string prompts go through the chat template. Raises DataError if they must and there is none."""
     if arguments.use_chat_template == "always" and not tokenizer.chat_template:
@@ -314,7 +223,7 @@ def encode_prompt(messages: list[dict], tokenizer: Any, arguments: DataArguments
         arguments: `use_chat_template`, `prompt_format` and `chat_date` are used.
 
     Raises:
-        DataError: the chat template refuses the conversation.
+        DataError: the chat template refuses the conversation, or does not write it.
     """
 
     def written(content: str) -> str:
@@ -328,8 +237,16 @@ def encode_prompt(messages: list[dict], tokenizer: Any, arguments: DataArguments
         added = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)
         return ids[:-1] if added else ids
     messages = [m | {"content": written(m["content"])} if m["role"] == "user" else m for m in messages]
+    for dialect in (Dialect(), Dialect(parts=True)):
+        text = _generation_prompt(dialect.write(messages), tokenizer, arguments)
+        if messages[-1]["content"].strip() in text:
+            return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    raise DataError("The chat template does not write the prompt.", "Take a base model whose chat template does.")
+
+
+def _generation_prompt(messages: list[dict], tokenizer: Any, arguments: DataArguments) -> str:
     try:
-        text = tokenizer.apply_chat_template(
+        return tokenizer.apply_chat_template(
             messages,
             chat_template=dated_template(tokenizer, None, arguments.chat_date),
             tokenize=False,
@@ -337,7 +254,6 @@ def encode_prompt(messages: list[dict], tokenizer: Any, arguments: DataArguments
         )
     except Exception as error:  # a template is a program, and may fail in any way
         raise refused("The prompt", error) from None
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 class NothingSupervised(DataError):
@@ -349,6 +265,7 @@ class _Encoder:
 
     Attributes:
         stripped: earlier answers so far whose reasoning the chat template has left out on purpose.
+        shortened: rows so far whose tool schemas it has simplified.
         special_rows: rows so far whose own text holds a special token.
     """
 
@@ -361,7 +278,7 @@ class _Encoder:
         self.tokenizer = tokenizer
         self.arguments = arguments
         self.strings_as_chat = writes_chat(tokenizer, arguments)
-        self.stripped, self.special_rows = 0, 0
+        self.stripped = self.shortened = self.special_rows = 0
         self._first_special: tuple[str, str] | None = None
         self._special_tokens = SpecialTokenFinder(tokenizer)
         self._has_template = bool(tokenizer.chat_template)
@@ -402,6 +319,12 @@ class _Encoder:
                 "--split_turns makes one row of each answer and keeps it.",
                 stacklevel=3,
             )
+        if self.shortened:
+            warnings.warn(
+                f"{name}: the chat template shortens the tool schemas of {counted(self.shortened, 'row')}: parameters "
+                "inside parameters are not all there, as when the model is used.",
+                stacklevel=3,
+            )
 
     def unused_keys(self, rows: Sequence[dict]) -> list[str]:
         """Keys of messages that neither qpsft nor the chat template reads, such as `messages.timestamp`."""
@@ -410,8 +333,9 @@ class _Encoder:
             for column in ("prompt", "completion", "messages"):
                 for message in row[column] if isinstance(row.get(column), list) else ():
                     if len(message) > 2:
-                        keys |= {key: column for key in message if key not in READ}
-        return [f"{column}.{key}" for key, column in keys.items() if not self._chat or not self._chat.reads(key)]
+                        known = READ if message["role"] == "tool" else READ - {"name", "tool_call_id"}
+                        keys |= {key: column for key in message.keys() - known}
+        return sorted(f"{column}.{key}" for key, column in keys.items() if not self._chat or not self._chat.reads(key))
 
     def _encode(self, row: dict, place: str) -> tuple[np.ndarray, np.ndarray, bool]:
         if "text" in row:
@@ -447,6 +371,7 @@ class _Encoder:
     def _label_rendered(self, rendered: Rendered, place: str) -> tuple[np.ndarray, np.ndarray, bool]:
         if not self.arguments.split_turns:  # there, each answer's reasoning is in the row that ends with it
             self.stripped += rendered.stripped
+        self.shortened += rendered.is_shortened
         ids, labels, shared, empty = self._label(rendered.text, rendered.spans)
         if empty:
             raise RowError(

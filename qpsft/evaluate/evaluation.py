@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -194,17 +194,11 @@ def _prepare(
 ) -> _Evaluated:
     rows = rows if isinstance(rows, Rows) else as_rows(rows, name, arguments)
     if limit is not None:
-        rows = subset(rows, range(min(limit, len(rows.rows))))
+        rows = rows.select(range(min(limit, len(rows.rows))))
     encoded = encode(rows, model, tokenizer, arguments)
-    kept = subset(rows, encoded.kept)
+    kept = rows.select(encoded.kept)
     weights = bootstrap_weights(len(kept.rows), settings.seed)
     return _Evaluated(model, tokenizer, rows, kept, encoded, arguments, settings, weights)
-
-
-def subset(rows: Rows, indices: Sequence[int]) -> Rows:
-    """These rows of `rows`, in this order."""
-    names = ("rows", "places", "numbers")
-    return replace(rows, **{name: [getattr(rows, name)[i] for i in indices] for name in names})
 
 
 def _empty_result(evaluated: _Evaluated, train_rows: Sequence[dict] | None) -> Evaluation:
@@ -239,7 +233,7 @@ def _measure_references(result: Evaluation, evaluated: _Evaluated) -> None:
 def _measure_answers(result: Evaluation, evaluated: _Evaluated) -> None:
     """Accuracy: of the completions by a verifier, or of multiple choice by likelihood."""
     settings, rows = evaluated.settings, evaluated.rows
-    result.settings["verifier"], check = find_verifier(settings.verifier, rows.rows, rows.name)
+    result.settings["verifier"], check = find_verifier(settings.verifier, rows.rows, rows.name, rows.places)
     if check is None:
         _measure_choices(result, evaluated)
         return

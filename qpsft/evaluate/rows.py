@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qpsft.data.messages import trained_turns
 from qpsft.data.read import Records, read_records
 from qpsft.data.shapes import Rows, to_rows
-from qpsft.data.template import trained_turns
 from qpsft.data.tokenize import IGNORED, NothingSupervised, tokenize_rows
 from qpsft.errors import DataError
 from qpsft.model.generation import stop_tokens

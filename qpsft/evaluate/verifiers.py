@@ -73,7 +73,9 @@ VERIFIERS: dict[str, Verifier] = {
 NAMES = ("auto", *VERIFIERS, CHOICE)
 
 
-def find_verifier(name: str | Verifier, rows: Sequence[dict], source: str) -> tuple[str, Verifier | None]:
+def find_verifier(
+    name: str | Verifier, rows: Sequence[dict], source: str, places: Sequence[str] | None = None
+) -> tuple[str, Verifier | None]:
     """A verifier's name and function; the function is None for multiple choice.
 
     Args:
@@ -81,6 +83,7 @@ def find_verifier(name: str | Verifier, rows: Sequence[dict], source: str) -> tu
             `choices`, `####` where every reference has one, else exact match.
         rows: the evaluated rows.
         source: what to call the rows in errors.
+        places: where each came from; counted from 1 if left out.
 
     Raises:
         DataError: no such verifier, or it can read the answer of no reference.
@@ -90,7 +93,7 @@ def find_verifier(name: str | Verifier, rows: Sequence[dict], source: str) -> tu
     if name == "auto":
         name = _detect(rows)
     if name == CHOICE:
-        _check_choices(rows, source)
+        _check_choices(rows, places or [f"{source}, row {number}" for number in range(1, len(rows) + 1)])
         return CHOICE, None
     if name not in VERIFIERS:
         near = difflib.get_close_matches(name, NAMES, n=1)
@@ -136,17 +139,17 @@ def _check_references(name: str, rows: Sequence[dict], source: str) -> None:
         )
 
 
-def _check_choices(rows: Sequence[dict], source: str) -> None:
-    for number, row in enumerate(rows, start=1):
+def _check_choices(rows: Sequence[dict], places: Sequence[str]) -> None:
+    for row, place in zip(rows, places, strict=True):
         choices = row.get("choices")
         if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
             raise DataError(
-                f"{source}, row {number}: multiple choice needs a column `choices`, a list of two texts or more.",
+                f"{place}: multiple choice needs a column `choices`, a list of two texts or more.",
                 "Add it, or choose another verifier.",
             )
         if text_of(row["completion"]) not in choices:
             raise DataError(
-                f"{source}, row {number}: the completion is none of the row's choices.",
+                f"{place}: the completion is none of the row's choices.",
                 "Write the right choice, word for word, as the completion.",
             )
 

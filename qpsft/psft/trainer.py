@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -69,6 +69,8 @@ class PSFTTrainer(SFTTrainer):
         "id": "2508.17784",
     }
     loss_is_scaled_for_ga = True
+    row_places: Sequence[str] | None = None
+    """Where each training row came from, such as "data.jsonl, line 57"; errors then name rows by it."""
 
     def __init__(
         self,
@@ -220,16 +222,19 @@ class PSFTTrainer(SFTTrainer):
         return norm
 
     def _not_finite(self, what: str) -> DivergedError:
-        rows = ""
+        rows, counted = "", " (counted from 0, in the prepared data)"
         if has_length(self.train_dataset):
             numbers = sorted(set(self._get_schedule().rows(self.state.global_step)))
-            rows = f" on training rows {', '.join(map(str, numbers[:32]))}{', …' if len(numbers) > 32 else ''}"
+            named = list(map(str, numbers[:32]))
+            if self.row_places is not None:
+                named, counted = [self.row_places[number] for number in numbers[:32]], ""
+            rows = f" on training rows {(', ' if counted else '; ').join(named)}{', …' if len(numbers) > 32 else ''}"
         last = checkpoint.newest_complete_checkpoint(self.args.output_dir)
         step = self.state.global_step + 1
         return DivergedError(
             f"Training stopped at optimizer step {step}{rows}: {what}.",
             (f"In float16, activations may overflow. {INSTEAD_OF_FLOAT16} " if self.args.fp16 else "")
-            + "Lower the learning rate, or look at these rows (counted from 0, in the prepared data). "
+            + f"Lower the learning rate, or look at these rows{counted}. "
             + (f"The last good checkpoint is {last}." if last else "No checkpoint had been saved yet."),
             step,
         )

@@ -137,6 +137,8 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
     if recipe.run.resume:
         check_same_base(folder, base_record(model))
     trainer = make_trainer(model, tokenizer, arguments, train_rows, folder, callbacks)
+    if not arguments.packing:
+        trainer.row_places = [rows.places[i] for i in held_out_order(rows, recipe.run.held_out_rows, arguments.seed)[0]]
     if is_main():
         for line in setup_lines(trainer, len(train_rows)):
             print(line, flush=True)
@@ -272,9 +274,15 @@ def clear_output(folder: Path) -> None:
 
 def hold_out(rows: TokenizedRows, count: int, seed: int) -> tuple[Any, Any]:
     """Splits off `count` rows, a tenth at most, that training never sees. Returns (train, held out) datasets."""
+    kept, held_out = held_out_order(rows, count, seed)
+    return rows.dataset.select(kept), rows.dataset.select(held_out)
+
+
+def held_out_order(rows: TokenizedRows, count: int, seed: int) -> tuple[list[int], list[int]]:
+    """Indices of the rows that `hold_out` keeps for training, and of those it sets aside."""
     count = min(count, len(rows.dataset) // 10)
     order = torch.randperm(len(rows.dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-    return rows.dataset.select(sorted(order[count:])), rows.dataset.select(sorted(order[:count]))
+    return sorted(order[count:]), sorted(order[:count])
 
 
 def write_outputs(recipe: Recipe, trainer, tokenizer, held_out, summary: RunSummary, tensors=None) -> list[str]:

@@ -1,0 +1,109 @@
+"""A chat template as the program it is: run on messages, in its training version if TRL has one; what it says when it
+fails."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
+from transformers.utils.chat_template_utils import render_jinja_template
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+from qpsft.data.bad_rows import RowError
+from qpsft.data.contents import Span
+from qpsft.data.dialect import PROBE, USER_PROBE, Dialect
+from qpsft.errors import DataError
+
+
+def render(
+    tokenizer: Any, source: str, messages: list[dict], tools: list[dict] | None, place: str, **options: Any
+) -> str:
+    """What the template `source` writes.
+
+    Args:
+        tokenizer: whose special tokens the template may write.
+        messages: in the template's dialect.
+        tools: schemas; none and [] are the same.
+        place: the row's, for errors.
+        options: of `render_jinja_template`.
+
+    Raises:
+        RowError: the template refuses the conversation or fails on it. DataError: it is no valid Jinja.
+    """
+    return _run(tokenizer, source, messages, tools, place, **options)[0][0]
+
+
+def render_marked(
+    tokenizer: Any, source: str, messages: list[dict], tools: list[dict] | None, place: str
+) -> tuple[str, list[Span]]:
+    """The same, and the stretches that the template's generation markers cover."""
+    # What apply_chat_template does, except that it returns token masks only: it looks tokens up at the characters a
+    # span starts and ends with, and marks all that follows when a tokenizer trims spaces off its offsets.
+    texts, spans = _run(tokenizer, source, messages, tools, place, return_assistant_tokens_mask=True)
+    return texts[0], [(start, end) for start, end in spans[0] if end > start]
+
+
+def _run(
+    tokenizer: Any, source: str, messages: list[dict], tools: list[dict] | None, place: str, **options: Any
+) -> tuple[list[str], list[list[Span]]]:
+    try:
+        return render_jinja_template(
+            [messages], tools=tools or None, chat_template=source, **options, **tokenizer.special_tokens_map
+        )
+    except TemplateSyntaxError as error:
+        raise DataError(
+            f"The chat template is no valid Jinja: {error}.", "Mend the base model's chat_template.jinja."
+        ) from None
+    except Exception as error:  # a template is a program, and may fail in any way
+        raise refused(place, error) from None
+
+
+def marked_template(tokenizer: Any, source: str) -> str | None:
+    """A template with generation markers around each assistant turn up to its end, if there is one."""
+    candidates = [source] if has_generation_markers(source) else []
+    probed = copy.copy(tokenizer)
+    probed.chat_template = source
+    try:
+        candidates.append(get_training_chat_template(probed))
+    except Exception:  # TRL knows no training version of it, or it failed on one of TRL's probes
+        pass
+    return next((one for one in candidates if one is not None and _marks_end_of_turn(tokenizer, one)), None)
+
+
+def _marks_end_of_turn(tokenizer: Any, source: str) -> bool:
+    """Whether the markers hold more than the answer's words, that is, its end. Nothing follows the last turn in some
+    templates, so another one comes behind it."""
+    probe = [USER_PROBE, {"role": "assistant", "content": PROBE}, USER_PROBE]
+    for dialect in (Dialect(), Dialect(parts=True)):
+        try:
+            text, spans = render_marked(tokenizer, source, dialect.write(probe), None, "")
+        except RowError:
+            continue
+        marked = "".join(text[start:end] for start, end in spans)
+        if PROBE in marked:
+            return bool(marked.rpartition(PROBE)[2].strip())
+    return False
+
+
+def refused(place: str, error: Exception) -> RowError:
+    """What to raise when a chat template does not take the conversation of `place`."""
+    said = " ".join(str(error).split())
+    said = said if said.endswith((".", "!", "?")) else f"{said}."
+    if isinstance(error, UndefinedError):
+        return RowError(
+            f"{place}: the chat template fails on this conversation: {said}",
+            "It wants something that the row lacks, such as a tool's description: add it, or take another base model.",
+        )
+    if not isinstance(error, TemplateError):
+        return RowError(
+            f"{place}: the chat template fails on this conversation: {type(error).__name__}: {said}",
+            "It may not know a part of the row, such as a tool call: change the row, or take another base model.",
+        )
+    about_roles = any(word in said.lower() for word in ("role", "alternat", "system"))
+    return RowError(
+        f"{place}: the chat template refuses this conversation: {said}",
+        "Check its roles and their order; some templates take no system turn."
+        if about_roles
+        else "It is the template's own limit: change the row, or take another base model.",
+    )
