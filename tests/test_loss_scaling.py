@@ -137,7 +137,7 @@ def test_a_model_that_always_overflows_is_named(base, tmp_path):
     made = run(base, tmp_path, {1: 100}, 2.0**16)
     with pytest.raises(TrainingError) as caught:
         made.train()
-    assert "The gradients of optimizer step 2 overflow in float16, 21 times on end" in caught.value.what
+    assert "The gradients of optimizer step 2 overflow in float16, 21 times in a row" in caught.value.what
     assert "down to a loss scale of 0.0625 (llama, " in caught.value.what
     assert "Use dtype float32 (slower), a card with bfloat16" in caught.value.todo
     assert len([step for step, _ in made.seen if step == 1]) == 2 * (1 + float16.MOST_REPEATS)

@@ -49,8 +49,8 @@ def checkpoints(output_dir: str | os.PathLike) -> list[Path]:
     folder = Path(output_dir)
     if not folder.is_dir():
         return []
-    found = [(int(m[1]), p) for p in folder.iterdir() if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    numbered = [(int(m[1]), p) for p in folder.iterdir() if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+    return [path for _, path in sorted(numbered, reverse=True)]
 
 
 def newest_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:

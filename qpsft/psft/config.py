@@ -15,8 +15,8 @@ from qpsft.errors import RecipeError
 from qpsft.model.hardware import check_run, hardware_of, pick_device
 from qpsft.psft.losses import EPSILON, LOSSES, OLD_LOGPROBS
 
-# Values of `report_to` that `get_available_reporting_integrations` does not tell.
-_NOT_TOLD = ("all", "none", "azure_ml", "flyte", "kubeflow")
+# Values of `report_to` that `get_available_reporting_integrations` does not list.
+_UNLISTED = ("all", "none", "azure_ml", "flyte", "kubeflow")
 
 
 def _option(default: Any, help: str, **metadata: Any) -> Any:
@@ -77,8 +77,8 @@ class PSFTConfig(SFTConfig):
     )
     tiled_mlp: bool = _option(
         True,
-        "Run the MLPs of rows of 4,096 tokens and more in tiles, which takes much less memory. Exact; shorter rows "
-        "are not concerned.",
+        "Run the MLPs of rows of 4,096 tokens and more in tiles, which takes much less memory. The results are the "
+        "same; shorter rows run whole.",
     )
     learning_rate: float = _option(
         2e-4, "Initial learning rate of AdamW. 2e-4 is QLoRA's usual one; PSFT takes 1 to 2 times the best for SFT."
@@ -97,12 +97,14 @@ class PSFTConfig(SFTConfig):
         8, "Micro-batches per optimizer step; 2 x 8 = 16 rows, between the paper's mini-batches of 8 and 32."
     )
     save_steps: float = _option(
-        100, "Save a checkpoint every so many steps: adapters are small, runs at home are cut off."
+        100, "Save a checkpoint every so many steps. Often, since adapters are small and runs at home get interrupted."
     )
     save_total_limit: int | None = _option(2, "Checkpoints kept; two, so that one is whole while the next is written.")
 
     def __post_init__(self) -> None:
-        self._check()
+        self._check_ranges()
+        self._check_supported()
+        self._check_loggers()
         self.cpu_is_asked_for = self.use_cpu
         if not torch.accelerator.is_available():
             self.use_cpu = True  # transformers refuses bf16 on the CPU unless it is said
@@ -121,7 +123,8 @@ class PSFTConfig(SFTConfig):
         self._check_scheduler()
         if self.world_size > 1 and not self.average_tokens_across_devices:
             raise RecipeError(
-                "average_tokens_across_devices: false is not supported: N counts the tokens of all processes."
+                "average_tokens_across_devices: false is not supported: "
+                "the loss is a mean over the tokens of all processes."
             )
         if self.torch_compile:
             raise RecipeError(
@@ -136,16 +139,9 @@ class PSFTConfig(SFTConfig):
         if self.accelerator_config.split_batches:
             raise RecipeError("split_batches is not supported.", "Give per_device_train_batch_size per process.")
 
-    def _check(self) -> None:
+    def _check_ranges(self) -> None:
         if self.loss_type not in LOSSES:
             raise RecipeError(f"loss_type {self.loss_type!r} is not known.", f"Use one of {', '.join(LOSSES)}.")
-        if self.packing and self.packing_strategy == "wrapped":
-            raise RecipeError(
-                "packing_strategy wrapped cuts rows in two and lets them see each other.",
-                "Use bfd, which cuts none, or bfd_split.",
-            )
-        if self.packing and self.max_length is None:
-            raise RecipeError("packing needs max_length, the length of a packed row.", "Set max_length, such as 2048.")
         at_least_one = (
             "reference_steps",
             "num_iterations",
@@ -175,15 +171,17 @@ class PSFTConfig(SFTConfig):
             if getattr(self, f"{kind}_strategy") == "steps" and not value > 0:
                 todo = f"To turn it off, set {kind}_strategy: 'no'."
                 raise RecipeError(f"{kind}_steps is {value}; it must be above 0.", todo)
-        known = [*INTEGRATION_TO_CALLBACK, "all", "none"]
-        for name in [self.report_to] if isinstance(self.report_to, str) else self.report_to or []:
-            if name not in known:
-                raise RecipeError(f"report_to {name!r} is not known.", f"Use one of {', '.join(sorted(known))}.")
-            if name not in _NOT_TOLD and name not in get_available_reporting_integrations():
-                todo = f"pip install {name.replace('_', '-')}, or leave it out."
-                raise RecipeError(f"report_to {name}: that logger is not installed.", todo)
         if self.max_steps == 0 or self.max_steps < -1:
             raise RecipeError(f"max_steps is {self.max_steps}; it must be at least 1, or left out to train by epochs.")
+
+    def _check_supported(self) -> None:
+        if self.packing and self.packing_strategy == "wrapped":
+            raise RecipeError(
+                "packing_strategy wrapped cuts rows in two and lets them see each other.",
+                "Use bfd, which cuts none, or bfd_split.",
+            )
+        if self.packing and self.max_length is None:
+            raise RecipeError("packing needs max_length, the length of a packed row.", "Set max_length, such as 2048.")
         refused = {
             "auto_find_batch_size": "It changes the rows of a step under way; set per_device_train_batch_size.",
             "ignore_data_skip": "A resumed run must go on in the same block.",
@@ -199,6 +197,15 @@ class PSFTConfig(SFTConfig):
                 stacklevel=4,
             )
 
+    def _check_loggers(self) -> None:
+        known = [*INTEGRATION_TO_CALLBACK, "all", "none"]
+        for name in [self.report_to] if isinstance(self.report_to, str) else self.report_to or []:
+            if name not in known:
+                raise RecipeError(f"report_to {name!r} is not known.", f"Use one of {', '.join(sorted(known))}.")
+            if name not in _UNLISTED and name not in get_available_reporting_integrations():
+                todo = f"pip install {name.replace('_', '-')}, or leave it out."
+                raise RecipeError(f"report_to {name}: that logger is not installed.", todo)
+
     def _check_texts(self) -> None:
         """Options that transformers reads only when it builds the optimizer or turns checkpointing on."""
         if self.optim_args and any(part.count("=") != 1 for part in self.optim_args.split(",")):
@@ -210,7 +217,7 @@ class PSFTConfig(SFTConfig):
             )
 
     def _check_scheduler(self) -> None:
-        """Some schedules need arguments of their own, which is otherwise found out when training starts."""
+        """Refuses schedules without the arguments they need, as transformers does only when training starts."""
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
         try:
             get_scheduler(self.lr_scheduler_type, optimizer, 1, 2, self.lr_scheduler_kwargs)

@@ -1,15 +1,14 @@
 """Float16 training: an optimizer step whose gradients overflow is repeated at once, with a smaller loss scale.
 
-`torch.amp.GradScaler` would *skip* such a step, and the Trainer counts a skipped step like any other. For PSFT that is
-wrong four times over: the position in the block moves on though the policy has not; the mini-batch is lost from the
-visit; the snapshot that belonged to the step is taken for a step that never was; and with fused AdamW, the default
-optimizer, nobody notices, since the kernel does the skipping and accelerate's `optimizer_step_was_skipped` stays False
-(huggingface/accelerate issue 4242).
+`torch.amp.GradScaler` would skip such a step, and the Trainer counts a skipped step like any other. For PSFT that is
+wrong: the block moves on although the policy has not changed, the mini-batch is lost from the visit, and the step after
+a skipped snapshot step is scored for nothing. With fused AdamW, the default optimizer, the skip is not even reported:
+the kernel does it, and accelerate's `optimizer_step_was_skipped` stays False (huggingface/accelerate issue 4242).
 
-So no step is ever skipped: between the gradient norm and the optimizer, when the norm is not finite, the scale is
-halved and the same micro-batches run again from the same weights, with the same old log-probabilities. `global_step`
-then counts steps really taken, and what is a function of it (blocks, visits, snapshots, the sampler, the learning
-rate, checkpoints) needs to know nothing about float16. A repeat costs what the skipped step would have cost.
+So no step is skipped. When the gradient norm is not finite, the scale is halved before the optimizer runs, and the same
+micro-batches run again from the same weights, with the same old log-probabilities. `global_step` then counts steps that
+were taken, and what follows from it (blocks, visits, snapshots, the sampler, the learning rate, checkpoints) is as in
+float32. A repeat costs what the skipped step would have cost.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ def repeat_until_finite(
         return norm
     raise DivergedError(
         f"The gradients of optimizer step {trainer.state.global_step + 1} overflow in float16, "
-        f"{MOST_REPEATS + 1} times on end, down to a loss scale of {scaler.get_scale():g} ({_name(trainer.model)}).",
+        f"{MOST_REPEATS + 1} times in a row, down to a loss scale of {scaler.get_scale():g} ({_name(trainer.model)}).",
         f"This model does not train in float16. {INSTEAD_OF_FLOAT16}",
         trainer.state.global_step + 1,
     )

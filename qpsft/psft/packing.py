@@ -75,8 +75,8 @@ def packed_collator(
 def check_packing(model: nn.Module, collate: Callable[[list[dict]], dict[str, Any]], ids: list[int]) -> None:
     """Makes sure that a packed piece does not see the one before it, on this very model.
 
-    Exchanges the first of two pieces for another. That must not change what the model says of the second; how much it
-    changes when the two are one row tells what a leak would look like.
+    Exchanges the first of two pieces for another: that must not change the log-probabilities of the second. With both
+    in one row it does, and that change is the scale.
 
     Args:
         model: with TRL's tiled LM head, on its device, in any mode.

@@ -147,9 +147,10 @@ class ReferencePolicy:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restores `state_dict()`. Raises TrainingError when names or shapes differ from the policy's."""
         if set(state) != set(self._copy):
-            odd = sorted(set(state) ^ set(self._copy))
+            differing = sorted(set(state) ^ set(self._copy))
             raise TrainingError(
-                f"The saved reference policy does not fit this adapter: {len(odd)} names differ, such as {odd[0]}.",
+                f"The saved reference policy does not fit this adapter: {len(differing)} names differ, such as "
+                f"{differing[0]}.",
                 "Resume with the recipe the checkpoint was made with.",
             )
         for name, tensor in self._copy.items():

@@ -59,9 +59,9 @@ def as_in_training(model: nn.Module, device: torch.device, seed: int) -> Iterato
 def row_lengths(batch: Batch) -> list[int] | None:
     """Real tokens of every row, or None when rows cannot be taken out of their batch.
 
-    That takes `input_ids` and `labels`, (batch, sequence), and `attention_mask` or, for packed rows, `position_ids`
-    with or without `seq_lengths`; anything else (images, rows laid end to end) belongs to the batch, and so does
-    padding on the left.
+    They can where it has `input_ids` and `labels`, (batch, sequence), and `attention_mask` or, for packed rows,
+    `position_ids` with or without `seq_lengths`. They cannot where it has anything else (images, rows laid end to end)
+    or pads on the left.
     """
     if set(batch) - ROW_KEYS or {"attention_mask", "position_ids"} <= set(batch):
         return None

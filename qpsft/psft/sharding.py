@@ -1,16 +1,16 @@
 """Parameters sharded over several cards by FSDP2, so that a 4-bit base too large for one card's training fits on two.
 
 FSDP2 (`fully_shard`, through accelerate) turns every parameter into a DTensor, of which each process holds a part.
-What that changes for Proximal SFT, each found out by trying (tests/two_processes.py):
+What that changes for Proximal SFT (tests/two_processes.py tests each):
 
-- The reference takes the policy's place by its *values*: a DTensor's `.data` can be set, but FSDP gathers from a buffer
-  of its own, so nothing happens, silently, and every ratio is 1.
+- The reference takes the policy's place by its *values*. Setting a DTensor's `.data` raises no error and changes
+  nothing, since FSDP gathers from a buffer of its own: every ratio would be 1.
 - A forward gathers weights from all processes, so all must make equally many: the reference pass takes the
   micro-batches as they are, instead of regrouping rows by length.
 - FSDP's own mixed precision would cast the packed 4-bit weights like numbers, and reduce gradients in 16 bits. It is
   turned off: autocast does what it does on one card, and the adapter is float32.
-- 4-bit weights stored as uint8 are left out by accelerate, whole on every card, for one warning; stored as a float
-  dtype (the same bytes under another name) they are sharded.
+- accelerate does not shard 4-bit weights that are stored as uint8: it warns once, and every card holds them whole.
+  Stored as a float dtype, which are the same bytes under another name, they are sharded.
 """
 
 from __future__ import annotations
