@@ -175,7 +175,7 @@ def test_the_checks_stand_before_the_work(tmp_path):
     with pytest.raises(RecipeError, match="fp16 needs loss scaling, which torch does not have on cpu"):
         make_config(tmp_path, fp16=True)
     int8 = AutoModelForCausalLM.from_pretrained(base, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
-    with pytest.raises(BaseModelError, match="is in int8, and qpsft trains on bases in 4 bits"):
+    with pytest.raises(BaseModelError, match="is in int8, and qpsft trains on 4-bit"):
         PSFTTrainer(int8, args=make_config(tmp_path), train_dataset=make_rows(4), peft_config=make_lora())
 
 

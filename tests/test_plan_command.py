@@ -59,7 +59,7 @@ def fake_cuda(monkeypatch, total: int, free: int | None = None, capability=(8, 6
     monkeypatch.setattr(torch.version, "hip", "6.4" if rocm else None)
     for name, value in (
         ("is_available", True), ("current_device", 0), ("get_device_properties", card), ("memory_reserved", 0),
-        ("mem_get_info", (total if free is None else free, total)),
+        ("mem_get_info", (total if free is None else free, total)), ("reset_peak_memory_stats", None),
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
 

@@ -92,7 +92,7 @@ def refuse_int8(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if type(parameter).__name__ == "Int8Params":
             raise BaseModelError(
-                f"{name} is in int8, and qpsft trains on bases in 4 bits (nf4, fp4) or 16 and 32.",
+                f"{name} is in int8, and qpsft trains on 4-bit (nf4, fp4), 16-bit and 32-bit bases.",
                 "Load the base with qpsft.load_base, or with load_in_4bit=True.",
             )
 
