@@ -51,7 +51,7 @@ class Part:
 PARTS = (  # what is wrong comes before what is slow
     Part("environment", 30, "card, driver, versions"),
     Part("doctor", 45, "qpsft doctor's lines"),
-    Part("rounding", 30, "does CUDA round to the same 4-bit codes as the CPU, and to the nearest?"),
+    Part("rounding", 30, "are weights rounded for CUDA the same on the CPU and on CUDA?"),
     Part("merges", 80, "train, merge in three dtypes, each proven to be the trained model"),
     Part("float16", 45, "float16 with an overflow that is forced: repeated, not skipped"),
     Part("noise", 70, "how far r is from 1 at a snapshot; with budget 0 exactly 0"),

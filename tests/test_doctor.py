@@ -16,7 +16,7 @@ from qpsft.doctor import checks, report
 from qpsft.doctor.checks import CHECKS, HEAD_SIZES, TESTED, Finding
 from qpsft.errors import BaseModelError
 from qpsft.model import environment
-from qpsft.model.hardware import hardware
+from qpsft.model.hardware import hardware_for
 
 CUDA = torch.device("cuda:0")
 
@@ -30,7 +30,7 @@ def no_network(monkeypatch):
 def on_a_card(monkeypatch):
     """Checks believe that the device is an RTX 4090."""
     monkeypatch.setattr(checks, "_device", lambda: CUDA)
-    monkeypatch.setattr("qpsft.model.hardware.hardware_of", lambda device: hardware("cuda", (8, 9)))
+    monkeypatch.setattr("qpsft.model.hardware.hardware_of", lambda device: hardware_for("cuda", (8, 9)))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA GeForce RTX 4090")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
 
