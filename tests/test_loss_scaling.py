@@ -79,7 +79,7 @@ def lines(made):
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_run_with_overflows_equals_the_run_without(base, tmp_path, plan):
-    settings = dict(max_steps=9, lr_scheduler_type="linear", warmup_steps=3) | PLANS[plan]
+    settings = dict(max_steps=9, lr_scheduler_type="linear") | PLANS[plan]
     smooth = run(base, tmp_path, {}, SCALE / 2**10, **settings)  # the scale the other ends with
     smooth.train()
     rough = run(base, tmp_path, OVERFLOWS, **settings)

@@ -87,7 +87,8 @@ class PSFTConfig(SFTConfig):
         "constant_with_warmup", "Constant after a warm-up: a decaying rate undertrains when blocks are revisited."
     )
     warmup_steps: float = _option(
-        10, "Learning-rate warm-up: steps, or below 1 a fraction of the run. 10 as in the paper."
+        10,
+        "Learning-rate warm-up: steps, or below 1 a fraction of the run; at most a tenth of it. 10 as in the paper.",
     )
     max_grad_norm: float = _option(1.0, "Gradient clipping, as in the paper; 0 turns it off.")
     per_device_train_batch_size: int = _option(
@@ -241,6 +242,17 @@ class PSFTConfig(SFTConfig):
     def order_seed(self) -> int:
         """The seed of the order of the rows."""
         return self.seed if self.data_seed is None else self.data_seed
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """`warmup_steps` as a number of optimizer steps: at most a tenth of the run, or short runs would not learn."""
+        asked, longest = super().get_warmup_steps(num_training_steps), num_training_steps // 10
+        if asked > longest and self.warmup_steps > 0.1:  # not for 0.1 itself, rounded up
+            warnings.warn(
+                f"warmup_steps = {self.warmup_steps:g} is shortened to {longest}, a tenth of the run's "
+                f"{num_training_steps:,} optimizer steps.",
+                stacklevel=1,
+            )
+        return min(asked, longest)
 
     def sft_warmup_steps_of(self, total_steps: int) -> int:
         """`sft_warmup_steps` as a number of optimizer steps, for a run of `total_steps`."""

@@ -142,10 +142,15 @@ class BlockSchedule:
                 f"sft_warmup_steps takes all {self.total_steps} optimizer steps, so PSFT never begins.",
                 "Lower sft_warmup_steps, or use loss_type nll.",
             )
-        if takes_snapshots and self.reference_steps > left:
+        block = self.reference_steps * self.num_iterations
+        if takes_snapshots and block > left:
+            warmup = " after the SFT warm-up" if self.warmup_steps else ""
+            visits = f", gone through {self.num_iterations} times" if self.num_iterations > 1 else ""
             warnings.warn(
-                f"A block of reference_steps = {self.reference_steps} is longer than the {left} optimizer steps of "
-                "the run: the reference policy is never renewed. Lower reference_steps or train longer.",
+                f"The run has fewer optimizer steps than one block of PSFT, {left}{warmup} and {block}: the reference "
+                f"policy is never renewed. A block takes "
+                f"{self.reference_steps * self.mini_batch_size:,} rows{visits}, reference_steps x "
+                f"{self.mini_batch_size:,} rows a step. Train longer (num_train_epochs), or lower reference_steps.",
                 stacklevel=2,
             )
         unseen = self.unseen_share() if self.num_iterations > 1 else 0.0

@@ -28,6 +28,7 @@ from qpsft.psft.float16 import repeat_until_finite
 from qpsft.psft.forward import policy_forward
 from qpsft.psft.losses import LOSSES, OLD_LOGPROBS, Loss, NotFiniteError, loss_statistics
 from qpsft.psft.metrics import RunStatistics
+from qpsft.psft.movement import MovementCheck
 from qpsft.psft.old_logprobs import OldLogprobs
 from qpsft.psft.packing import check_packing, packed_collator
 from qpsft.psft.policy import default_config, float32_adapter, prepare_policy, warn_of_noise
@@ -59,7 +60,8 @@ class PSFTTrainer(SFTTrainer):
 
     Raises:
         RecipeError: settings that cannot work together. DivergedError, while training: a loss or gradient that is not
-        finite, with step and rows; OutputError: a checkpoint that cannot be written.
+        finite, with step and rows; TrainingError: nothing was learned (`qpsft.psft.movement`); OutputError: a
+        checkpoint that cannot be written.
     """
 
     _tag_names = ["trl", "sft", "psft", "qpsft"]
@@ -111,6 +113,7 @@ class PSFTTrainer(SFTTrainer):
                 "num_iterations above 1 needs a data set of known length, not a stream.",
                 "Load it without streaming, or set num_iterations to 1.",
             )
+        self.add_callback(MovementCheck(self.accelerator))
         self._start_over()
         warn_of_noise(self.model, self.args)
 
