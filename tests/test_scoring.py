@@ -161,11 +161,13 @@ def test_rows_stay_among_the_tokens_of_their_micro_batch_s_kernels(base, monkeyp
     own = [tuple(batch["input_ids"].shape) for batch in batches]
     limit = sorted(rows * width for rows, width in own)[1]
     monkeypatch.setattr(reference, "fused_limit", lambda model: limit)
-    kept = ReferencePolicy(model).score(batches, token_budget=60)
-    assert all((a - b).abs().max() < 1e-5 for a, b in zip(plain, kept, strict=True))
     small = [shape for shape in own if shape[0] * shape[1] <= limit]
-    assert len(small) == 2 and shapes[: len(small)] == small
-    assert all(rows * width > limit for rows, width in shapes[len(small) :]) and len(shapes) > len(small)
+    for budget in (60, 1):
+        shapes.clear()
+        kept = ReferencePolicy(model).score(batches, token_budget=budget)
+        assert all((a - b).abs().max() < 1e-5 for a, b in zip(plain, kept, strict=True))
+        assert len(small) == 2 and shapes[: len(small)] == small
+        assert all(rows * width > limit for rows, width in shapes[len(small) :]) and len(shapes) > len(small)
 
 
 def test_the_fused_limit_is_that_of_the_layer_with_the_highest(base):
