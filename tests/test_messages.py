@@ -251,6 +251,16 @@ def test_a_null_that_was_written_as_json_text_stays():
     assert function["arguments"] == {"city": None, "days": 3}
 
 
+def test_values_nested_too_deeply_are_refused():
+    deep = {}
+    for _ in range(900):
+        deep = {"a": deep}
+    call = {"function": {"name": "f", "arguments": deep}}
+    assert "nested too deeply" in refusal(USER, {"role": "assistant", "tool_calls": [call]})
+    assert "nested too deeply" in refusal(USER, {**ANSWER, "notes": deep})
+    assert "nested too deeply" in refusal(USER, ANSWER, tools=[{"name": "f", "parameters": deep}])
+
+
 def test_old_function_turns_are_tool_turns():
     old = {"role": "function", "name": "f", "content": "4"}
     row = {"messages": [USER, {"role": "assistant", "function_call": CALL["function"], "content": None}, old, ANSWER]}
