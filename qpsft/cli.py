@@ -28,6 +28,7 @@ VERBS = {
     "evaluate": ("evaluate", "accuracy, pass@k, likelihood, drift; public benchmarks"),
     "compare": ("compare", "compare SFT, DFT and PSFT from the same start"),
     "chat": ("chat", "talk to an adapter, its base, or both"),
+    "schema": ("schema", "print the JSON Schema of recipes, for editors"),
     "merge": ("merge", "merge an adapter into its base: plain safetensors"),
     "verify": ("verify", "prove that an exported model is the trained one"),
     "export": ("export", "write a GGUF, an Ollama folder, or what vLLM needs"),

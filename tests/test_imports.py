@@ -22,7 +22,7 @@ LAYERS = [
     {"plan", "evaluate"},
     {"train", "merge"},
     {"compare", "export", "chat", "doctor"},
-    {"demo"},
+    {"demo", "schema"},
     {"cli"},
     {"__main__"},
 ]

@@ -141,13 +141,13 @@ def _metavar(field: dataclasses.Field, hint: Any) -> str:
         return "{" + ",".join(choices) + "}"
     if _is_switch(hint):
         return "{true,false}" if _default_of(field) is True else ""
-    kinds = [kind for member in _members(hint) for kind in (member, *typing.get_args(member))]
+    kinds = [kind for member in members_of(hint) for kind in (member, *typing.get_args(member))]
     return next((_METAVARS[kind] for kind in kinds if kind in _METAVARS), "TEXT")
 
 
 def _is_switch(hint: Any) -> bool:
     """Whether an option is true or false and nothing else, so that its flag needs no value."""
-    return {member for member in _members(hint) if member is not type(None)} == {bool}
+    return {member for member in members_of(hint) if member is not type(None)} == {bool}
 
 
 def split_flags(parser: Parser, argv: Sequence[str], hints: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -357,23 +357,24 @@ def _readings(value: Any, hint: Any) -> list[Any]:
     return [value, read] if _accepts(hint, str) and not isinstance(read, (list, dict)) else [read, value]
 
 
-def _members(hint: Any) -> tuple:
+def members_of(hint: Any) -> tuple:
+    """The types of a union; a tuple of one for any other type."""
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def _accepts(hint: Any, kind: type) -> bool:
-    return any(member is kind or typing.get_origin(member) is kind for member in _members(hint))
+    return any(member is kind or typing.get_origin(member) is kind for member in members_of(hint))
 
 
 def _choices(hint: Any) -> tuple:
     """The values of a Literal, alone or in a union."""
-    literals = [member for member in _members(hint) if typing.get_origin(member) is Literal]
+    literals = [member for member in members_of(hint) if typing.get_origin(member) is Literal]
     return tuple(choice for literal in literals for choice in typing.get_args(literal))
 
 
 def _conform(value: Any, hint: Any) -> Any:
     """`value` as `hint` has it. Raises TypeError or ValueError if it is something else."""
-    members = _members(hint)
+    members = members_of(hint)
     # bool before int before float before str: the narrowest reading wins
     for member in sorted(members, key=lambda m: _NARROWEST_LAST.index(m) if m in _NARROWEST_LAST else -1)[::-1]:
         try:
@@ -421,7 +422,7 @@ def _number(value: Any, kind: type) -> int | float:
 def describe(hint: Any) -> str:
     """The values of a type in words: "nf4, fp4 or none"."""
     names = []
-    for member in _members(hint):
+    for member in members_of(hint):
         if typing.get_origin(member) is Literal:
             names += [str(choice) for choice in typing.get_args(member)]
         elif isinstance(member, type) and issubclass(member, enum.Enum):

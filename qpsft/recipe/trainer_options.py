@@ -48,7 +48,7 @@ def add_recipe_flags(parser: argparse.ArgumentParser, trainer_class: type, *, ev
 
 _ROWS = "qpsft tokenizes the rows itself"
 # Options of trl.SFTConfig that PSFTTrainer takes from Python, but that change nothing in `qpsft train`, and why.
-_NOT_OURS = {
+NOT_OURS = {
     "completion_only_loss": (_ROWS, "Set supervise_prompt instead."),
     "assistant_only_loss": (_ROWS, "Set supervise_prompt instead."),
     "truncation_mode": (_ROWS, "Set max_length; the end of longer rows is cut."),
@@ -78,8 +78,8 @@ def refuse_without_effect(given: dict[str, Any], where: dict[str, str]) -> None:
     """
     for name, value in given.items():
         on = str(value).lower() not in ("false", "no", "none")
-        if name in _NOT_OURS and value is not None and (on or name != "shuffle_dataset"):
-            why, todo = _NOT_OURS[name]
+        if name in NOT_OURS and value is not None and (on or name != "shuffle_dataset"):
+            why, todo = NOT_OURS[name]
         elif name in ("eval_strategy", "do_eval", "eval_on_start") and on:
             why, todo = _NO_EVALUATION
         elif name == "push_to_hub" and on:
