@@ -17,6 +17,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from qpsft.errors import TrainingError
 from qpsft.psft.forward import policy_forward
@@ -89,10 +90,12 @@ class ReferencePolicy:
             try:
                 for name, p in self._policy.items():
                     p.data = self._copy[name].to(p.device, non_blocking=True)
+                increment_version(list(self._policy.values()))  # for 16-bit copies of them (qpsft.model.lora_linear)
                 yield self.model
             finally:
                 for name, p in self._policy.items():
                     p.data = policy[name]
+                increment_version(list(self._policy.values()))
 
     def score(self, batches: Sequence[Batch], *, token_budget: int | None = None) -> list[Tensor]:
         """Log-probabilities of the labels under the reference policy.

@@ -21,6 +21,7 @@ from qpsft.errors import DivergedError, RecipeError, TrainingError
 from qpsft.model.attention import attention_by_piece, repeat_keys_where_no_kernel_groups
 from qpsft.model.environment import check_machine, use_triton_where_it_runs
 from qpsft.model.hardware import INSTEAD_OF_FLOAT16, settle_precision
+from qpsft.model.lora_linear import fused_lora_linears
 from qpsft.model.tiled_mlp import TileMlpsAgain, tile_mlps
 from qpsft.psft import checkpoint
 from qpsft.psft.config import PSFTConfig
@@ -264,6 +265,11 @@ class PSFTTrainer(SFTTrainer):
             return nullcontext()
         return attention_by_piece(self.model.get_base_model() if is_peft_model(self.model) else self.model)
 
+    def _lora_linears(self) -> AbstractContextManager:
+        # the parameters of a sharded layer come and go, and copies of them would grow stale
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return nullcontext() if sharded else fused_lora_linears(self.model)
+
     # ---- saving and resuming ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
@@ -274,7 +280,7 @@ class PSFTTrainer(SFTTrainer):
                 raise TrainingError(f"{self.args.output_dir} holds no whole checkpoint to resume from.")
             resume_from_checkpoint = str(newest)
         self._start_over()
-        with self._attention():
+        with self._attention(), self._lora_linears():
             if self.args.packing and self.model.device.type == self.args.device.type:  # FSDP moves others later
                 check_packing(self.model, self.data_collator, next(iter(self.train_dataset))["input_ids"])
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
