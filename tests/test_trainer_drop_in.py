@@ -221,7 +221,7 @@ def test_save_model_writes_no_reference_and_checkpoints_keep_it_apart(base, tmp_
     assert torch.equal(logits_of(loaded), now)
 
 
-def test_texts_in_trl_s_shapes_are_prepared_by_trl(base, tmp_path):
+def test_texts_in_trl_s_shapes_are_prepared(base, tmp_path):
     from datasets import Dataset
 
     rows = Dataset.from_list([{"prompt": f"w{i} w{i + 1}", "completion": f" w{i + 2} w{i + 3}"} for i in range(5, 17)])

@@ -34,6 +34,7 @@ from qpsft.psft.old_logprobs import OldLogprobs
 from qpsft.psft.packing import check_packing, packed_collator
 from qpsft.psft.policy import default_config, float32_adapter, prepare_policy, warn_of_noise
 from qpsft.psft.reference import ReferencePolicy
+from qpsft.psft.rows import as_datasets, labels_are_ours, tokenized
 from qpsft.psft.schedule import BlockSampler, BlockSchedule, StepPosition, make_schedule
 from qpsft.psft.scoring import real_tokens
 from qpsft.psft.sharding import check_sharding
@@ -57,12 +58,13 @@ class PSFTTrainer(SFTTrainer):
             A model without an adapter is trained in full, and the reference is then a second copy of it.
         args: PSFTConfig.
         peft_config: LoRA and the like; `lora_dropout` above 0 warns. The adapter stays float32.
-        **kwargs: train_dataset, eval_dataset, processing_class, callbacks, … of SFTTrainer.
+        **kwargs: processing_class, callbacks, … of SFTTrainer. train_dataset and eval_dataset may be lists of dicts;
+            rows of texts or messages are prepared as by `qpsft train` (docs/data.md), tokenized ones as by TRL.
 
     Raises:
-        RecipeError: settings that cannot work together. DivergedError, while training: a loss or gradient that is not
-        finite, with step and rows; TrainingError: nothing was learned (`qpsft.psft.movement`); OutputError: a
-        checkpoint that cannot be written.
+        RecipeError: settings that cannot work together. DataError: rows that cannot be used. While training:
+        DivergedError, a loss or gradient that is not finite, with step and rows; TrainingError, nothing was learned
+        (`qpsft.psft.movement`); OutputError, a checkpoint that cannot be written.
     """
 
     _tag_names = ["trl", "sft", "psft", "qpsft"]
@@ -95,6 +97,8 @@ class PSFTTrainer(SFTTrainer):
         model = prepare_policy(model, args, peft_config, quantization_config)
         settle_precision(model, args)
         repeat_keys_where_no_kernel_groups()
+        for name in {"train_dataset", "eval_dataset"} & kwargs.keys():
+            kwargs[name] = as_datasets(kwargs[name], kwargs.get("formatting_func"))
         with float32_adapter(model), _nll_for_trl(args):
             super().__init__(model, args, **kwargs)
 
@@ -139,6 +143,14 @@ class PSFTTrainer(SFTTrainer):
             what = f"optim {getattr(self.args.optim, 'value', self.args.optim)} cannot be used here: "
             todo = "Use adamw_torch_fused, adamw_8bit or paged_adamw_8bit."
             raise RecipeError(what + str(error).splitlines()[0], todo) from error
+
+    # ---- the rows ----
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        """Texts and messages get our labels; what TRL then does with tokenized rows (packing, …) is the same."""
+        if labels_are_ours(dataset, processing_class, formatting_func):
+            dataset = tokenized(dataset, processing_class, args, dataset_name)
+        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
     # ---- the order of the data ----
 
@@ -255,10 +267,10 @@ class PSFTTrainer(SFTTrainer):
             self._total_train_tokens = self._statistics.num_tokens  # SFTTrainer logs it with evaluations
         super().log(logs, start_time)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in SFTTrainer; its time does not count in `tokens_per_second`."""
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in SFTTrainer, on lists of rows too; its time does not count in `tokens_per_second`."""
         with self._statistics.paused(), self._attention():
-            return super().evaluate(*args, **kwargs)
+            return super().evaluate(as_datasets(eval_dataset, self._formatting_func), *args, **kwargs)
 
     def _attention(self) -> AbstractContextManager:
         if not getattr(self.data_collator, "by_piece", False):
