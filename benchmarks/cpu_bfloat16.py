@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/cpu_bfloat16.py
 
 NF4 with LoRA of rank 8, by the process's own CPU clock, float32 and bfloat16 in turns, each with the LoRA layers that
-training has. The embedded base with rows of its size, and four layers of SmolLM2-135M's width. What bfloat16 does to the
-ratio is in `noise_floor.py`. Results: benchmarks/results/cpu_bfloat16.json.
+training has: the embedded base, with rows of its size, and four layers of SmolLM2-135M's width.
+What bfloat16 does to the ratio is in `noise_floor.py`. Results: benchmarks/results/cpu_bfloat16.json.
 """
 
 from __future__ import annotations
