@@ -47,7 +47,7 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def policy(layers: int, rank: int) -> nn.Module:
+def policy(layers: int, rank: int, dtype: str = "bfloat16") -> nn.Module:
     """The model, in training mode, its adapter float32."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -61,7 +61,7 @@ def policy(layers: int, rank: int) -> nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         LlamaForCausalLM(config).save_pretrained(folder)
         load_tokenizer(resolve_folder(DEMO)).save_pretrained(folder)  # a base has one; it is not used here
-        base, _ = load_base(folder, dtype="bfloat16", device="cpu", verbose=False)
+        base, _ = load_base(folder, dtype=dtype, device="cpu", verbose=False)
     model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qpsft.psft.config import PSFTConfig
 from qpsft.psft.losses import (
@@ -242,3 +243,24 @@ def test_statistics_are_token_means_over_uneven_micro_batches():
 def test_without_old_logprobs_the_ratio_is_one():
     means = mean_statistics([loss_statistics(torch.full((2, 3), -1.0), None, torch.ones(2, 3, dtype=torch.bool))])
     assert (means["ratio_max"], means["clip_fraction"], means["approx_kl"]) == (1.0, 0.0, 0.0)
+
+
+def test_a_micro_batch_is_checked_once_for_all_that_is_not_finite():
+    """Each check waits for the GPU to finish what it has been given."""
+
+    class Waits(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function is torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    logprobs, mask = -torch.rand(2, 5), torch.ones(2, 5, dtype=torch.bool)
+    with Waits() as waits:
+        psft_loss(logprobs, logprobs - 0.1, mask, num_items=torch.tensor(10))
+        loss_statistics(logprobs, logprobs - 0.1, mask)
+    assert waits.count == 1
+    with Waits() as waits:
+        nll_loss(logprobs, mask, num_items=torch.tensor(10))
+        loss_statistics(logprobs, None, mask)
+    assert waits.count == 1

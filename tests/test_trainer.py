@@ -17,6 +17,7 @@ from small_runs import (
     policy,
     same,
 )
+from transformers import PreTrainedModel
 
 from qpsft.model.base import quantized_linears
 from qpsft.psft import trainer as trainer_module
@@ -266,3 +267,20 @@ def test_invariant_8_dropout_makes_the_ratio_differ_from_1_so_it_is_0_and_warned
     with pytest.warns(UserWarning, match="lora_dropout is 0.3.*ratio differs from 1.*Set lora_dropout to 0"):
         noisy = ratios("noisy", 0.3)
     assert noisy[1] > 1.05 and noisy[2] > 1.05
+
+
+def test_parameters_are_counted_once_per_run_and_the_operations_are_transformers_s(base, tmp_path, monkeypatch):
+    counts = []
+    original = PreTrainedModel.num_parameters
+
+    def num_parameters(model, *args, **kwargs):
+        counts.append(original(model, *args, **kwargs))
+        return counts[-1]
+
+    monkeypatch.setattr(PreTrainedModel, "num_parameters", num_parameters)
+    trainer = make_trainer(base, tmp_path, max_steps=2)
+    counts.clear()
+    trainer.train()
+    assert len(counts) == 1
+    inputs = {"input_ids": torch.zeros(2, 7, dtype=torch.long)}
+    assert trainer.floating_point_ops(inputs) == super(type(trainer), trainer).floating_point_ops(inputs) > 0

@@ -39,7 +39,6 @@ def _masked(name: str, values: Tensor, mask: Tensor) -> Tensor:
 
     Raises:
         ValueError: `values` and `mask` differ in shape, or `mask` is not boolean.
-        NotFiniteError: a supervised position is NaN or infinite.
     """
     if values.shape != mask.shape:
         raise ValueError(f"{name} has shape {tuple(values.shape)}, mask {tuple(mask.shape)}; they must be equal")
@@ -47,7 +46,11 @@ def _masked(name: str, values: Tensor, mask: Tensor) -> Tensor:
         raise ValueError(f"mask must be boolean, not {mask.dtype}")
     if values.dtype in (torch.float16, torch.bfloat16):
         values = values.float()
-    values = values.masked_fill(~mask, 0.0)
+    return values.masked_fill(~mask, 0.0)
+
+
+def _checked(name: str, values: Tensor) -> Tensor:
+    """`values`, masked already. Raises NotFiniteError. It waits for the device, so a micro-batch has one such check."""
     finite = torch.isfinite(values.detach())
     if not finite.all():
         raise NotFiniteError(name, torch.nonzero(~finite.flatten(1).all(dim=1)).flatten().tolist())
@@ -64,7 +67,7 @@ def nll_loss(logprobs: Tensor, mask: Tensor, *, num_items: Tensor | int | None =
 
     Returns: scalar, nats per supervised token. Args, raises: as `psft_loss`.
     """
-    logprobs = _masked("logprobs", logprobs, mask)
+    logprobs = _checked("logprobs", _masked("logprobs", logprobs, mask))
     return _per_item(-logprobs.sum(), mask, num_items)
 
 
@@ -73,7 +76,7 @@ def dft_loss(logprobs: Tensor, mask: Tensor, *, num_items: Tensor | int | None =
 
     Returns: scalar, nats. Args, raises: as `psft_loss`.
     """
-    logprobs = _masked("logprobs", logprobs, mask)
+    logprobs = _checked("logprobs", _masked("logprobs", logprobs, mask))
     probability = logprobs.detach().exp()
     return _per_item(-(probability * logprobs).sum(), mask, num_items)
 
@@ -110,14 +113,19 @@ def psft_loss(
     """
     if not epsilon > 0:
         raise ValueError(f"epsilon must be above 0, not {epsilon}")
-    ratio = _log_ratio(logprobs, old_logprobs, mask).exp()
+    log_ratio = _log_ratio(logprobs, old_logprobs, mask)
+    try:
+        _checked("old_logprobs", log_ratio)  # finite only where both are
+    except NotFiniteError:
+        _checked("logprobs", _masked("logprobs", logprobs, mask))
+        raise
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     surrogate = torch.clamp(ratio, max=1.0 + epsilon).masked_fill(~mask, 0.0)
     return _per_item(-surrogate.sum(), mask, num_items)
 
 
 def _log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    log_ratio = _masked("logprobs", logprobs, mask) - _masked("old_logprobs", old_logprobs.detach(), mask)
-    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return _masked("logprobs", logprobs, mask) - _masked("old_logprobs", old_logprobs.detach(), mask)
 
 
 OLD_LOGPROBS = "old_logprobs"
@@ -187,6 +195,7 @@ def loss_statistics(
     logprobs = logprobs.masked_fill(~mask, 0.0)
     zero = logprobs.new_zeros(())
     log_ratio = zero.expand_as(logprobs) if old_logprobs is None else _log_ratio(logprobs, old_logprobs, mask)
+    log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     return {
         "num_items": mask.sum(),

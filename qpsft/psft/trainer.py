@@ -122,7 +122,15 @@ class PSFTTrainer(SFTTrainer):
         self._start_over()
         warn_of_noise(self.model, self.args)
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As in transformers, which walks through all parameters for every micro-batch; here once per run."""
+        tokens = inputs["input_ids"].numel()
+        if self._flops_per_token is None:
+            self._flops_per_token = super().floating_point_ops(inputs) // max(1, tokens)
+        return self._flops_per_token * tokens
+
     def _start_over(self) -> None:
+        self._flops_per_token: int | None = None
         self.old_logprobs = OldLogprobs(self.model, self.args)
         self._schedule: BlockSchedule | None = None
         self._position: StepPosition | None = None
