@@ -97,6 +97,8 @@ def test_a_flag_is_0_or_1(value):
 def test_flags_that_cannot_be_meant():
     assert "train and weight contradict each other" in refusal(USER, {**ANSWER, "train": True, "weight": 0})
     assert "asks to train on a turn of the user" in refusal({**USER, "train": True}, ANSWER)
+    with pytest.raises(DataError, match="prompt, turn 2: weight asks to train on a turn of the prompt"):
+        rows_of({"prompt": [USER, {**ANSWER, "weight": 1}, USER], "completion": [ANSWER]})
     with pytest.raises(DataError, match=r"no supervised token.*Mark at least one assistant turn as trained"):
         trained({"messages": [USER, {**ANSWER, "train": 0}]}, CHATML)
 

@@ -198,15 +198,17 @@ def missing(parts: Sequence[Part], region: str) -> list[Part]:
 
 def _find(part: Part, region: str) -> Span | None:
     for form in _forms(part.text):
-        if part.is_word:
-            match = re.search(rf"(?<!\w){re.escape(form)}(?!\w)", region)
-            if match:
-                return match.span()
-        else:
-            start = region.find(form)
-            if start >= 0:
-                return start, start + len(form)
+        start = region.find(form)
+        while part.is_word and start >= 0 and _is_inside_a_word(region, start, start + len(form)):
+            start = region.find(form, start + 1)
+        if start >= 0:
+            return start, start + len(form)
     return None
+
+
+def _is_inside_a_word(text: str, start: int, end: int) -> bool:
+    around = text[start - 1 : start] + text[end : end + 1]
+    return any(character.isalnum() or character == "_" for character in around)
 
 
 def _forms(text: str) -> Iterator[str]:

@@ -35,13 +35,14 @@ READ = {"role", "content", "reasoning_content", "tool_calls", "name", "tool_call
 """Keys of a message that have a meaning here or in the usual chat templates."""
 
 
-def read_messages(value: Any, column: str, where: str) -> list[dict]:
+def read_messages(value: Any, column: str, where: str, *, is_context: bool = False) -> list[dict]:
     """The messages of one row.
 
     Args:
         value: what stands in the column.
         column: its name, for errors.
         where: the row's place, for errors.
+        is_context: none of them is trained on, so none may ask to be.
 
     Raises:
         RowError: no list of messages, an unknown role, an assistant's turn without anything to learn, a flag other than
@@ -54,7 +55,8 @@ def read_messages(value: Any, column: str, where: str) -> list[dict]:
             f"{where}: {column} must be a list of messages, found {kind}.",
             'A message is {"role": "user", "content": "…"} (or "from" and "value").',
         )
-    return [_message(message, f"{where}, {column}, turn {turn}") for turn, message in enumerate(value, start=1)]
+    turns = enumerate(value, start=1)
+    return [_message(message, f"{where}, {column}, turn {turn}", is_context) for turn, message in turns]
 
 
 def read_tools(value: Any, where: str) -> list[dict]:
@@ -95,7 +97,7 @@ def trained_turns(messages: Sequence[dict]) -> list[int]:
     return [turn for turn, message in turns if message["role"] == "assistant" and message.get("train", True)]
 
 
-def _message(message: Any, where: str) -> dict:
+def _message(message: Any, where: str, is_context: bool) -> dict:
     if isinstance(message, str) and message.lstrip().startswith("{"):
         message = parsed_json(message, "a message", where)
     if not isinstance(message, Mapping):
@@ -108,7 +110,7 @@ def _message(message: Any, where: str) -> dict:
     message["role"], is_call = _role(message, where)
     if is_call:
         message["function_call"] = message.pop("content", None)
-    _read_flags(message, where)
+    _read_flags(message, where, is_context)
     _read_reasoning(message, where)
     _read_calls(message, where)
     _read_content(message, where)
@@ -129,7 +131,7 @@ def _role(message: dict, where: str) -> tuple[str, bool]:
     return ROLES[role], False
 
 
-def _read_flags(message: dict, where: str) -> None:
+def _read_flags(message: dict, where: str, is_context: bool) -> None:
     """Replaces what says whether the turn is trained on by `train: False`, or by nothing."""
     flags = {key: message.pop(key) for key in FLAGS if key in message}
     for key, value in flags.items():
@@ -141,10 +143,11 @@ def _read_flags(message: dict, where: str) -> None:
     if len({bool(value) for value in flags.values()}) > 1:
         raise RowError(f"{where}: {' and '.join(flags)} contradict each other.", "Keep one of them.")
     trained = all(map(bool, flags.values()))
-    if flags and trained and message["role"] != "assistant":
+    if flags and trained and (is_context or message["role"] != "assistant"):
+        turn = "the prompt" if is_context else f"the {message['role']}"
         raise RowError(
-            f"{where}: {next(iter(flags))} asks to train on a turn of the {message['role']}; "
-            "qpsft trains on the assistant's turns.",
+            f"{where}: {next(iter(flags))} asks to train on a turn of {turn}; qpsft trains on the assistant's turns of "
+            "messages and completions.",
             "Leave it out, or write 0.",
         )
     if not trained and message["role"] == "assistant":

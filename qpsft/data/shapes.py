@@ -283,7 +283,7 @@ def _history(value: Any, prompt_format: str, where: str) -> list[dict]:
 def _prompt_completion(prompt: Any, completion: Any, where: str) -> tuple[str, str] | tuple[list[dict], list[dict]]:
     """Both strings or both message lists; one string beside one list becomes a message."""
     if isinstance(prompt, list):
-        prompt = read_messages(prompt, "prompt", where)
+        prompt = read_messages(prompt, "prompt", where, is_context=True)
     else:
         prompt = read_text(prompt, "prompt", where)
     if not isinstance(completion, list):
