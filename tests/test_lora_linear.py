@@ -239,7 +239,7 @@ def test_training_in_bfloat16_runs_fused_and_leaves_no_trace(base, tmp_path, mon
     calls = Counter()
     original = _FusedForward._in_16_bits
     monkeypatch.setattr(_FusedForward, "_in_16_bits", lambda *args: calls.update(fused=1) or original(*args))
-    trainer = make_trainer(base, tmp_path, model=adapted(base), bf16=True, max_steps=4)
+    trainer = make_trainer(base, tmp_path, model=adapted(base), bf16=True, fused_lora=True, max_steps=4)
     start = policy(trainer.model)
     trainer.train()
     assert calls["fused"] > 0 and not same(start, policy(trainer.model))

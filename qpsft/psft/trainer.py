@@ -288,7 +288,7 @@ class PSFTTrainer(SFTTrainer):
     def _lora_linears(self) -> AbstractContextManager:
         # the parameters of a sharded layer come and go, and copies of them would grow stale
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        return nullcontext() if sharded else fused_lora_linears(self.model)
+        return fused_lora_linears(self.model) if self.args.fused_lora and not sharded else nullcontext()
 
     # ---- saving and resuming ----
 
