@@ -423,8 +423,9 @@ def _would_be_lost(losses: Sequence[Loss], messages: list[dict], place: str) -> 
         labels.append(f"{loss.part.label}{turn}")
     labels = list(dict.fromkeys(labels))
     more = f", and {len(labels) - 3} more" if len(labels) > 3 else ""
+    split = ", try --split_turns" if len(trained_turns(messages)) > 1 else ""
     todo = {
-        "reasoning": "Leave it out, try --split_turns, or take a base model whose chat template has a place for it.",
+        "reasoning": f"Leave it out{split}, or take a base model whose chat template has a place for it.",
         "content": "Leave that turn out, or take a base model whose chat template writes it.",
         "tool": "Leave the tools out, or take a base model whose chat template writes them.",
     }.get(losses[0].part.kind, "Take a base model whose chat template has tool calls.")

@@ -11,7 +11,7 @@ import math
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,11 +135,28 @@ def tokenize_rows(
     encode = _Encoder(tokenizer, arguments)
     conversations = rows.total if arguments.split_turns else None
     rows = split_answers(rows) if arguments.split_turns else rows
-    counts = DataCounts(rows=rows.total, conversations=conversations, max_length=max_length)
-    columns: dict[str, list[np.ndarray]] = {"input_ids": [], "labels": []}
-    bad, dropped = list(rows.bad), Counter[str]()
-    lengths, places = [], []
-    bar = tqdm(
+    kept = _Kept(DataCounts(rows=rows.total, conversations=conversations, max_length=max_length))
+    bad = list(rows.bad)
+    for row, place, number in _with_bar(rows, show_progress):
+        try:
+            kept.add(*encode(row, place), place)
+        except RowError as error:
+            bad.append(BadRow(number, error))
+    if not arguments.skip_bad_rows or len(bad) == rows.total:
+        refuse(bad, rows.name, rows.total)
+    counts = kept.counted(bad, rows.name)
+    counts.unused_columns = [*rows.unused_columns, *encode.unused_keys(rows.rows)]
+    counts.stripped_reasoning, counts.shortened_schemas = encode.stripped, encode.shortened
+    counts.special_tokens = encode.special_rows
+    if not kept.places:
+        raise _nothing_supervised(rows.name, counts)
+    encode.warn(rows.name)
+    return TokenizedRows(rows.name, rows.shape, kept.dataset(), counts, kept.places)
+
+
+def _with_bar(rows: Rows, show_progress: bool) -> Iterator[tuple[dict, str, int]]:
+    """Every row, its place and its number; with a bar on standard error if they are many."""
+    return tqdm(
         zip(rows.rows, rows.places, rows.numbers, strict=True),
         total=len(rows.rows),
         desc=f"Tokenizing {rows.name}",
@@ -147,41 +164,52 @@ def tokenize_rows(
         file=sys.stderr,
         disable=not show_progress or len(rows.rows) < ROWS_WORTH_A_BAR,
     )
-    for row, place, number in bar:
-        try:
-            ids, labels, shared = encode(row, place)
-        except RowError as error:
-            bad.append(BadRow(number, error))
-            continue
-        lengths.append(len(ids))
-        was_cut = max_length is not None and len(ids) > max_length
-        ids, labels = ids[:max_length], labels[:max_length]
+
+
+class _Kept:
+    """The rows to train on, cut at `max_length`, and the counts as they grow."""
+
+    def __init__(self, counts: DataCounts):
+        self.counts = counts
+        self.places: list[str] = []
+        self._columns: dict[str, list[np.ndarray]] = {"input_ids": [], "labels": []}
+        self._dropped: Counter[str] = Counter()
+        self._lengths: list[int] = []
+
+    def add(self, ids: np.ndarray, labels: np.ndarray, shared: bool, place: str) -> None:
+        """Takes one row in, or drops it if nothing in it is supervised."""
+        limit = self.counts.max_length
+        self._lengths.append(len(ids))
+        was_cut = limit is not None and len(ids) > limit
+        ids, labels = ids[:limit], labels[:limit]
         supervised = int((labels != IGNORED).sum())
         if not supervised:
-            dropped[f"no supervised token within max_length={max_length}" if was_cut else "no supervised token"] += 1
-            continue
-        columns["input_ids"].append(ids)
-        columns["labels"].append(labels)
-        places.append(place)
-        counts.truncated += was_cut
-        counts.tokens += len(ids)
-        counts.supervised_tokens += supervised
-        counts.shared_tokens += shared
-    if not arguments.skip_bad_rows or len(bad) == rows.total:
-        refuse(bad, rows.name, rows.total)
-    if bad:
-        counts.bad_rows = first_lines(bad, rows.name)
-        counts.dropped[BAD] = len(bad)
-    lengths.sort()
-    counts.length_percentiles = {p: lengths[math.ceil(p / 100 * len(lengths)) - 1] for p in PERCENTILES}
-    counts.dropped |= dropped
-    counts.unused_columns = [*rows.unused_columns, *encode.unused_keys(rows.rows)]
-    counts.stripped_reasoning, counts.shortened_schemas = encode.stripped, encode.shortened
-    counts.special_tokens = encode.special_rows
-    if not places:
-        raise _nothing_supervised(rows.name, counts)
-    encode.warn(rows.name)
-    return TokenizedRows(rows.name, rows.shape, _as_dataset(columns), counts, places)
+            self._dropped[f"no supervised token within max_length={limit}" if was_cut else "no supervised token"] += 1
+            return
+        self._columns["input_ids"].append(ids)
+        self._columns["labels"].append(labels)
+        self.places.append(place)
+        self.counts.truncated += was_cut
+        self.counts.tokens += len(ids)
+        self.counts.supervised_tokens += supervised
+        self.counts.shared_tokens += shared
+
+    def counted(self, bad: list[BadRow], name: str) -> DataCounts:
+        """The counts, when all rows but the bad ones have been added."""
+        lengths = sorted(self._lengths)
+        percentiles = {p: lengths[math.ceil(p / 100 * len(lengths)) - 1] for p in PERCENTILES}
+        self.counts.length_percentiles = percentiles
+        self.counts.dropped = ({BAD: len(bad)} if bad else {}) | dict(self._dropped)
+        self.counts.bad_rows = first_lines(bad, name)
+        return self.counts
+
+    def dataset(self) -> datasets.Dataset:
+        """Columns of int32 arrays, one per row, in memory. `Dataset.from_dict` takes ten times as long to see that."""
+        arrays = {}
+        for name, rows in self._columns.items():
+            ends = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int32)
+            arrays[name] = pyarrow.ListArray.from_arrays(ends, np.concatenate(rows))
+        return datasets.Dataset(pyarrow.table(arrays))
 
 
 def _nothing_supervised(name: str, counts: DataCounts) -> NothingSupervised:
@@ -193,15 +221,6 @@ def _nothing_supervised(name: str, counts: DataCounts) -> NothingSupervised:
         if any("max_length" in reason for reason in counts.dropped)
         else "Mark at least one assistant turn as trained.",
     )
-
-
-def _as_dataset(columns: dict[str, list[np.ndarray]]) -> datasets.Dataset:
-    """Columns of int32 arrays, one per row, in memory. `Dataset.from_dict` takes ten times as long to see that."""
-    arrays = {}
-    for name, rows in columns.items():
-        ends = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int32)
-        arrays[name] = pyarrow.ListArray.from_arrays(ends, np.concatenate(rows))
-    return datasets.Dataset(pyarrow.table(arrays))
 
 
 def writes_chat(tokenizer: Any, arguments: DataArguments) -> bool:
