@@ -4,6 +4,7 @@ import ast
 import graphlib
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,14 @@ def test_no_module_imports_itself_through_others():
 )
 def test_the_check_sees_an_upward_import(package, source, upward):
     assert upward_imports(package, source) == upward
+
+
+def test_every_package_is_installed():
+    """setuptools takes what pyproject.toml lists, and only an installed copy shows a package that is missing."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        listed = tomllib.load(file)["tool"]["setuptools"]["packages"]
+    there = {path.parent.relative_to(ROOT) for path in PACKAGE.rglob("__init__.py")}
+    assert sorted(listed) == sorted(".".join(path.parts) for path in there)
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]])
