@@ -1,4 +1,4 @@
-"""The embedded base and its world: what DESIGN §9 asks of them."""
+"""The embedded base and its world: splits, noise, answers, and that the base survives NF4."""
 
 from __future__ import annotations
 
