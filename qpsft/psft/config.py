@@ -7,13 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import get_scheduler
+from transformers import SchedulerType, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from trl import SFTConfig
 
 from qpsft.errors import RecipeError
 from qpsft.model.hardware import check_run, hardware_of, pick_device
 from qpsft.psft.losses import EPSILON, LOSSES, OLD_LOGPROBS
+
+DECAY = 0.3
+"""Share of a run over which `warmup_stable_decay` lowers the rate."""
 
 # Values of `report_to` that `get_available_reporting_integrations` does not list.
 _UNLISTED = ("all", "none", "azure_ml", "flyte", "kubeflow")
@@ -89,7 +92,9 @@ class PSFTConfig(SFTConfig):
         2e-4, "Initial learning rate of AdamW. 2e-4 is QLoRA's usual one; PSFT takes 1 to 2 times the best for SFT."
     )
     lr_scheduler_type: str = _option(
-        "constant_with_warmup", "Constant after a warm-up: a decaying rate undertrains when blocks are revisited."
+        "warmup_stable_decay",
+        "Constant after a warm-up, then a linear fall to 0 over the last 30 % of the run: where a rate stays constant, "
+        "chance decides how a run ends. lr_scheduler_kwargs changes its parts, such as {num_decay_steps: 20}.",
     )
     warmup_steps: float = _option(
         10,
@@ -226,7 +231,7 @@ class PSFTConfig(SFTConfig):
         """Refuses schedules without the arguments they need, as transformers does only when training starts."""
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
         try:
-            get_scheduler(self.lr_scheduler_type, optimizer, 1, 2, self.lr_scheduler_kwargs)
+            get_scheduler(self.lr_scheduler_type, optimizer, 1, 2, self.scheduler_kwargs(2))
         except (ValueError, TypeError) as error:
             raise RecipeError(
                 f"lr_scheduler_type {getattr(self.lr_scheduler_type, 'value', self.lr_scheduler_type)!r}: {error}",
@@ -258,6 +263,13 @@ class PSFTConfig(SFTConfig):
                 stacklevel=1,
             )
         return min(asked, longest)
+
+    def scheduler_kwargs(self, total_steps: int) -> dict[str, Any] | None:
+        """`lr_scheduler_kwargs` for a run of `total_steps`; of `warmup_stable_decay` with a linear fall at its end."""
+        if self.lr_scheduler_type != SchedulerType.WARMUP_STABLE_DECAY:
+            return self.lr_scheduler_kwargs
+        decay = {"num_decay_steps": round(DECAY * total_steps), "decay_type": "linear"}
+        return decay | (self.lr_scheduler_kwargs or {})
 
     def sft_warmup_steps_of(self, total_steps: int) -> int:
         """`sft_warmup_steps` as a number of optimizer steps, for a run of `total_steps`."""

@@ -152,6 +152,14 @@ class PSFTTrainer(SFTTrainer):
             todo = "Use adamw_torch_fused, adamw_8bit or paged_adamw_8bit."
             raise RecipeError(what + str(error).splitlines()[0], todo) from error
 
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        given = self.args.lr_scheduler_kwargs
+        self.args.lr_scheduler_kwargs = self.args.scheduler_kwargs(num_training_steps)
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        finally:
+            self.args.lr_scheduler_kwargs = given
+
     # ---- the rows ----
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
