@@ -14,6 +14,7 @@ from trl import SFTConfig
 from qpsft.errors import RecipeError
 from qpsft.model.hardware import check_run, hardware_of, pick_device
 from qpsft.psft.losses import EPSILON, LOSSES, OLD_LOGPROBS
+from qpsft.psft.trust_region import check_targets
 
 DECAY = 0.3
 """Share of a run over which `warmup_stable_decay` lowers the rate."""
@@ -62,6 +63,16 @@ class PSFTConfig(SFTConfig):
         0,
         "Optimizer steps of plain SFT before the first snapshot: a number of steps, or below 1 a fraction of the run. "
         "0 as in the paper; one block (reference_steps) with num_iterations > 1, where visits otherwise learn late.",
+    )
+    target_kl: float | None = _option(
+        None,
+        "End a block early, and renew the reference, after a step whose mean approx_kl passed this many nats per "
+        "token. PPO's practice: 0.01 to 0.1. At high learning rates every step becomes a block, which is plain SFT.",
+    )
+    target_clip_fraction: float | None = _option(
+        None,
+        "Move epsilon from block to block, to between a quarter and 4 times of what was given, so that this share of "
+        "the tokens is clipped. For those who do not know which epsilon to take: 0.1 to 0.3.",
     )
     score_token_budget: int | None = _option(
         None,
@@ -186,6 +197,7 @@ class PSFTConfig(SFTConfig):
             raise RecipeError(f"max_steps is {self.max_steps}; it must be at least 1, or left out to train by epochs.")
 
     def _check_supported(self) -> None:
+        check_targets(self.target_kl, self.target_clip_fraction, self.loss_type, self.takes_snapshots)
         if self.packing and self.packing_strategy == "wrapped":
             raise RecipeError(
                 "packing_strategy wrapped cuts rows in two and lets them see each other.",

@@ -7,7 +7,7 @@
 A *mini-batch* is one optimizer step's data: `mini_batch_size` consecutive rows of an endless stream of permutations of
 the data (so every mini-batch is full, also at an epoch's end). A *block* is K = `reference_steps` consecutive
 mini-batches, visited V = `num_iterations` times, from the second visit on in a new order. Everything is a function of
-the seed and the step, so nothing but the step is needed to resume.
+the seed, the step, and the steps at which a block ended early (`target_kl`; without it there are none).
 """
 
 from __future__ import annotations
@@ -38,6 +38,25 @@ class StepPosition:
     @property
     def is_warmup(self) -> bool:
         return self.block is None
+
+
+@dataclass(frozen=True)
+class _Start:
+    """From here on blocks follow each other regularly."""
+
+    step: int
+    mini_batch: int
+    block: int
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A step's block: its number, its first mini-batch, how many it has, and its steps before this one."""
+
+    number: int
+    mini_batch: int
+    length: int
+    offset: int
 
 
 class BlockSchedule:
@@ -76,6 +95,26 @@ class BlockSchedule:
         self.seed = seed
         self._permute = permute or (lambda generator: torch.randperm(num_rows, generator=generator).tolist())
         self._passes: dict[int, list[int]] = {}
+        self._starts = [_Start(self.warmup_steps, self.warmup_steps, 0)]
+
+    @property
+    def early_ends(self) -> list[int]:
+        """The steps at which a block began because the one before it had ended early."""
+        return [start.step for start in self._starts[1:]]
+
+    def end_block(self, step: int) -> bool:
+        """Ends the block of step - 1: `step` begins the next, on mini-batches not yet seen.
+
+        Called for later and later steps. Returns: False in the warm-up, and where the block ends there anyway.
+        """
+        if step <= self.warmup_steps:
+            return False
+        block = self._block(step - 1)
+        done = block.offset + 1
+        early = done < block.length * self.num_iterations
+        if early:
+            self._starts.append(_Start(step, block.mini_batch + min(done, block.length), block.number + 1))
+        return early
 
     @property
     def steps_per_epoch(self) -> int:
@@ -86,21 +125,22 @@ class BlockSchedule:
         """The position of optimizer step `step` (0-based)."""
         if step < self.warmup_steps:
             return StepPosition(mini_batch=step, block=None)
-        full = self.reference_steps * self.num_iterations
-        block, offset = divmod(step - self.warmup_steps, full)
-        length = self._block_length(block)
-        visit, index = divmod(offset, length)
-        first = self.warmup_steps + block * self.reference_steps
+        block = self._block(step)
+        visit, index = divmod(block.offset, block.length)
         return StepPosition(
-            mini_batch=first + self._order(block, visit, length)[index],
-            block=block,
+            mini_batch=block.mini_batch + self._order(block.number, visit, block.length)[index],
+            block=block.number,
             visit=visit,
-            is_snapshot=offset == 0,
+            is_snapshot=block.offset == 0,
         )
 
-    def _block_length(self, block: int) -> int:
-        left = self.total_steps - self.warmup_steps - block * self.reference_steps * self.num_iterations
-        return max(1, min(self.reference_steps, math.ceil(left / self.num_iterations)))
+    def _block(self, step: int) -> _Block:
+        start = next(start for start in reversed(self._starts) if start.step <= step)
+        full = self.reference_steps * self.num_iterations
+        blocks, offset = divmod(step - start.step, full)
+        left = self.total_steps - start.step - blocks * full
+        length = max(1, min(self.reference_steps, math.ceil(left / self.num_iterations)))
+        return _Block(start.block + blocks, start.mini_batch + blocks * self.reference_steps, length, offset)
 
     def _order(self, block: int, visit: int, length: int) -> list[int]:
         if visit == 0:
