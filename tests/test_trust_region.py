@@ -99,7 +99,8 @@ def test_each_step_trains_the_rows_of_the_schedule_as_it_is_after_an_early_end(b
     begin = trainer._begin_step
 
     def compute_loss(model, inputs, **kwargs):
-        trained[-1] += [ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"])]
+        pairs = zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True)
+        trained[-1] += [ids[mask].tolist() for ids, mask in pairs]
         return type(trainer).compute_loss(trainer, model, inputs, **kwargs)
 
     trainer._begin_step = lambda: (trained.append([]), begin())

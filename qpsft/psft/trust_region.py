@@ -100,9 +100,9 @@ class TrustRegion:
         if kl > FAR and not self._warned:
             self._warned = True
             warnings.warn(
-                f"approx_kl is {kl:,.1f} nats per token, out of any trust region: {FAR:g} is much, and a token at the "
-                f"edge of this one has {self.epsilon - math.log1p(self.epsilon):.2f}. The clip keeps little then: lower "
-                "learning_rate or reference_steps, or set target_kl.",
+                f"approx_kl is {kl:,.1f} nats per token, out of any trust region: a token at the edge of this one "
+                f"has {self.epsilon - math.log1p(self.epsilon):.2f}. The clip keeps little then: lower learning_rate or "
+                "reference_steps.",
                 stacklevel=2,
             )
 
@@ -129,5 +129,6 @@ def check_targets(target_kl: float | None, target_clip_fraction: float | None, l
             raise RecipeError(f"{name} is {value}; it must be {limits}.", "Leave it out to have none.")
         if not snapshots:
             raise RecipeError(
-                f"{name} has no effect with loss_type {loss_type}, which has no reference policy.", "Leave it out."
+                f"{name} has no effect with loss_type {loss_type}, which has no reference policy.",
+                "Leave it out.",
             )
