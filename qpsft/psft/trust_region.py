@@ -100,9 +100,9 @@ class TrustRegion:
         if kl > FAR and not self._warned:
             self._warned = True
             warnings.warn(
-                f"approx_kl is {kl:,.1f} nats per token, out of any trust region: a token at the edge of this one "
-                f"has {self.epsilon - math.log1p(self.epsilon):.2f}. The clip keeps little then: lower learning_rate or "
-                "reference_steps.",
+                f"approx_kl is {kl:,.1f} nats per token, out of any trust region: a token at the edge of this one has "
+                f"{self.epsilon - math.log1p(self.epsilon):.2f}. The clip keeps little then: lower "
+                "learning_rate or reference_steps.",
                 stacklevel=2,
             )
 

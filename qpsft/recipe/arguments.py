@@ -13,6 +13,7 @@ from typing import Literal
 
 from qpsft.errors import RecipeError
 from qpsft.recipe.flags import option
+from qpsft.recipe.methods import METHODS
 
 Quantization = Literal["nf4", "fp4", "none"]
 QuantizedOn = Literal["cpu", "cuda"]
@@ -146,6 +147,12 @@ class DataArguments:
 class RunArguments:
     """What happens around training."""
 
+    method: str | None = option(
+        None,
+        "A published method by name; it sets the options of the method (docs/methods.md), and what is given beside it "
+        f"wins. {', '.join(METHODS)}.",
+        choices=list(METHODS),
+    )
     resume: bool = option(False, "Continue the run in output_dir from its newest whole checkpoint.")
     overwrite: bool = option(False, "Replace the run that output_dir holds.")
     held_out_rows: int = option(

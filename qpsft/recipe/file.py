@@ -21,6 +21,7 @@ import yaml
 from qpsft.errors import RecipeError
 from qpsft.recipe.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments
 from qpsft.recipe.flags import Parser, option_types, read_flags, read_values
+from qpsft.recipe.methods import method_options
 from qpsft.recipe.trainer_options import COMMON_TRAINER_OPTIONS, add_recipe_flags, own_options, refuse_without_effect
 
 EXTENDS = "extends"
@@ -122,7 +123,7 @@ class Recipe:
 
     Attributes:
         path: the YAML file, if there was one.
-        given: the options that YAML and flags set, flags winning.
+        given: the options that YAML, flags and `method` set; flags win over YAML, both over the method.
         trainer: an instance of the trainer class handed to `load_recipe`.
     """
 
@@ -174,6 +175,8 @@ def load_recipe(path: str | Path | None, flags: Sequence[str], trainer_class: ty
     likely = {*option_types(classes[:-1]), *own_options(trainer_class), *COMMON_TRAINER_OPTIONS}
     others = "`qpsft train --help_all` lists all options."
     given = read_values(given, hints, where, likely=likely, others=others)
+    if given.get("method") is not None:
+        given |= method_options(given["method"], given)
     _default_output_dir(given, path)
     find_beside(given, path)
     if given.get("dtype", "auto") != "auto" and not {"bf16", "fp16"} & set(given):
