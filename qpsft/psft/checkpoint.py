@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.trainer_utils import has_length
 
+from qpsft.data.mix import MixedDataset
 from qpsft.errors import OutputError, TrainingError
 from qpsft.files import digest, write_atomically
 
@@ -104,7 +105,7 @@ def load_run(folder: Path, settings: Mapping[str, Any]) -> int:
 
 def order_settings(args: Any, dataset: Any) -> dict[str, Any]:
     """What decides which rows a step sees. Args: PSFTConfig; tokenized rows, or a stream."""
-    known = has_length(dataset)
+    known, is_mix = has_length(dataset), isinstance(dataset, MixedDataset)
     return {
         "loss_type": args.loss_type,
         "rows": len(dataset) if known else None,
@@ -116,6 +117,7 @@ def order_settings(args: Any, dataset: Any) -> dict[str, Any]:
         "num_iterations": args.visits,
         "seed": args.order_seed,
         "train_sampling_strategy": str(args.train_sampling_strategy),
+        "mix": [[len(part.rows), str(part.share)] for part in dataset.parts] if is_mix else None,
     }
 
 
