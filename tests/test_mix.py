@@ -1,5 +1,6 @@
 """Several sources in stated shares of every mini-batch: the order of their rows, in trainers and from recipes."""
 
+import json
 from collections import Counter
 from fractions import Fraction
 
@@ -7,8 +8,10 @@ import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from small_runs import make_base, make_rows, make_trainer, policy, same
 
+from qpsft import cli
 from qpsft.data.mix import MixedMiniBatches, apportioned, mixed
 from qpsft.errors import RecipeError, TrainingError
 from qpsft.psft.schedule import BlockSchedule
@@ -156,3 +159,97 @@ def test_raw_rows_of_two_shapes_are_prepared_each_as_its_own(base, tmp_path):
     assert (len(first), len(second)) == (20, 10)
     assert second[0]["labels"][:1] == [-100] and first[0]["labels"][1] != -100
     trainer.train()
+
+
+# ---- from recipes ----
+
+RECIPE = """
+model_name_or_path: demo
+dataset_mix:
+- {dataset_name: demo-noisy, dataset_limit: 60}
+- {dataset_name: others.jsonl, share: 0.3, dataset_columns: {prompt: question, completion: answer}}
+max_length: 128
+max_steps: 6
+per_device_train_batch_size: 4
+gradient_accumulation_steps: 1
+gradient_checkpointing: false
+reference_steps: 2
+learning_rate: 1e-3
+lora_r: 4
+logging_steps: 2
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    rows = [{"question": f"any order of {i}", "answer": f"1) {i}", "id": i} for i in range(1000, 1005)]
+    (tmp_path / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    return tmp_path / "recipe.yaml"
+
+
+def test_preview_shows_the_sources_and_what_the_mix_comes_to(recipe, capsys):
+    assert cli.main(["preview", str(recipe)]) == 0
+    out = capsys.readouterr().out
+    assert "any order of 1000" in out and "columns not used" in out and "id" in out  # found beside the recipe
+    assert "an epoch is one pass over demo-noisy" in out
+    table = [line.split() for line in out.splitlines() if line.startswith("  demo-noisy") or "30.0%" in line]
+    # 54 rows are left to train on; 6 steps of 2.8 and 1.2 rows are 17 and 7
+    assert table[0] == "demo-noisy 70.0% 2 to 3, 2.8 on average 54 0.3 times".split()
+    assert table[1][1:] == "30.0% 1 to 2, 1.2 on average 5 1.4 times".split()
+    assert "has too few rows for its share: they are gone through 1.4 times" in out
+
+
+def test_a_recipe_trains_on_its_mix_and_its_card_says_so(recipe, tmp_path, capsys):
+    assert cli.main(["train", str(recipe), f"--output_dir={tmp_path / 'a'}"]) == 0
+    out = capsys.readouterr().out
+    assert "data: demo-noisy" in out and "too few rows for its share" in out
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "70 % demo-noisy and 30 %" in card and "each seen 1.4 times" in card
+    resolved = tmp_path / "a" / "recipe.yaml"
+    assert cli.main(["train", str(resolved), f"--output_dir={tmp_path / 'b'}"]) == 0
+    weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab"]
+    assert same(*weights)
+
+
+def test_a_mix_trains_on_other_rows_than_its_first_source_alone(recipe, tmp_path):
+    assert cli.main(["train", str(recipe), f"--output_dir={tmp_path / 'a'}"]) == 0
+    alone = ["--dataset_mix=none", "--dataset_name=demo-noisy", "--dataset_limit=60"]
+    assert cli.main(["train", str(recipe), *alone, f"--output_dir={tmp_path / 'b'}"]) == 0
+    weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab"]
+    assert not same(*weights)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--dataset_name=demo-noisy"], "dataset_name stands beside dataset_mix"),
+        (["--dataset_limit=5"], "dataset_limit stands beside dataset_mix"),
+        (["--dataset_mix=[{dataset_name: demo-noisy}]"], "at least two sources"),
+        (["--dataset_mix=[{dataset_name: demo-noisy}, {share: 0.2}]"], "entry 2: dataset_name is missing"),
+        (["--dataset_mix=[{dataset_name: demo-noisy}, demo-clean]"], "a list"),
+        (["--dataset_mix=[{dataset_name: a, share: 0.5}, {dataset_name: b, share: 0.6}]"], "add up to 1.1"),
+        (
+            ["--dataset_mix=[{dataset_name: a}, {dataset_name: b, dataset_split: x}]"],
+            "entry 2: dataset_split: there is no",
+        ),
+        (["--dataset_mix=[{dataset_name: a}, {dataset_name: b, share: much}]"], "entry 2: share is 'much'"),
+        (["--train_sampling_strategy=group_by_length"], "cannot be combined with dataset_mix"),
+    ],
+)
+def test_mistakes_in_a_mix_are_named(recipe, flags, words, capsys):
+    assert cli.main(["preview", str(recipe), *flags]) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_bad_row_of_any_source_is_named_by_its_own_file(recipe, capsys):
+    with (recipe.parent / "others.jsonl").open("a") as file:
+        file.write('{"question": "q", "answer": ""}\n')
+    assert cli.main(["preview", str(recipe)]) == 2
+    assert "others.jsonl, line 6" in capsys.readouterr().err
+
+
+def test_plan_takes_a_mix_and_compare_refuses_it(recipe, tmp_path, capsys):
+    assert cli.main(["plan", str(recipe)]) == 0
+    assert cli.main(["compare", str(recipe), f"--output_dir={tmp_path / 'c'}"]) == 2
+    assert "qpsft compare cannot take dataset_mix" in " ".join(capsys.readouterr().err.split())

@@ -21,7 +21,9 @@ import datasets
 import pyarrow
 import torch
 
-from qpsft.recipe.sources import whole_shares
+from qpsft.data.tokenize import TokenizedRows, load_dataset
+from qpsft.recipe.arguments import DataArguments
+from qpsft.recipe.sources import mix_sources, replay_source, whole_shares
 
 Permute = Callable[[torch.Generator], list[int]]
 
@@ -112,6 +114,11 @@ class MixedMiniBatches:
             owed = [share * total - rows for share, rows in zip(self.shares, before, strict=True)]
             self._taken.append([rows + new for rows, new in zip(before, apportioned(owed, self.size), strict=True)])
         return self._taken[mini_batches]
+
+    def count(self, mini_batch: int) -> list[int]:
+        """Rows of each source in one mini-batch."""
+        before, after = self.taken(mini_batch), self.taken(mini_batch + 1)
+        return [end - start for start, end in zip(before, after, strict=True)]
 
     @property
     def per_epoch(self) -> int:
@@ -207,3 +214,33 @@ def mixed(sources: Sequence[tuple[Any, float | None]]) -> MixedDataset:
     shares = whole_shares([share for _, share in sources], "mixed")
     parts = zip(sources, shares, strict=True)
     return MixedDataset([Part(f"source {n}", rows, share) for n, ((rows, _), share) in enumerate(parts, start=1)])
+
+
+def load_sources(
+    arguments: DataArguments, tokenizer: Any, max_length: int | None, show_progress: bool = True
+) -> list[tuple[TokenizedRows, Fraction]]:
+    """Reads and tokenizes every source that a recipe names: of `dataset_mix` or `dataset_name`, and `replay_dataset`.
+
+    Args:
+        arguments: of the recipe.
+        tokenizer, max_length, show_progress: as in `qpsft.data.tokenize.tokenize_rows`.
+
+    Returns:
+        The rows and the share of each source, in the recipe's order, replay last. Where answers to prompts are to be
+        replayed, they are missing, and the shares are those without them.
+
+    Raises:
+        RecipeError: as `mix_sources`. DataError: as `load_dataset`.
+    """
+    sources = mix_sources(arguments)
+    data, shares = [source.data for source in sources], [source.share for source in sources]
+    if (replayed := replay_source(arguments)) is not None:
+        data, shares = [*data, replayed], with_replay(shares, arguments.replay_share)
+    rows = [load_dataset(one, tokenizer, max_length, show_progress=show_progress) for one in data]
+    return list(zip(rows, shares, strict=True))
+
+
+def with_replay(shares: Sequence[Fraction], replay: float) -> list[Fraction]:
+    """The shares of all sources when the first ones leave `replay` to one more."""
+    last = Fraction(str(replay))
+    return [*(share * (1 - last) for share in shares), last]

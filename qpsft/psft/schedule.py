@@ -188,7 +188,9 @@ def steps_per_epoch(dataset: Any, mini_batch_size: int) -> int:
     return math.ceil(len(dataset) / mini_batch_size)
 
 
-def make_schedule(args: Any, dataset: Any, mini_batch_size: int, total_steps: int) -> BlockSchedule:
+def make_schedule(
+    args: Any, dataset: Any, mini_batch_size: int, total_steps: int, *, check: bool = True
+) -> BlockSchedule:
     """The schedule of a run.
 
     Args:
@@ -196,6 +198,7 @@ def make_schedule(args: Any, dataset: Any, mini_batch_size: int, total_steps: in
         dataset: tokenized rows, of a `MixedDataset` in its shares, or a stream: its rows come in their own order, and
             the schedule tells the phases.
         mini_batch_size, total_steps: as in `BlockSchedule`.
+        check: False leaves the warnings of `BlockSchedule.check` out.
 
     Raises:
         RecipeError: as `BlockSchedule.check` and `row_order`.
@@ -217,7 +220,8 @@ def make_schedule(args: Any, dataset: Any, mini_batch_size: int, total_steps: in
         permute=None if mixed else row_order(strategy, dataset, mini_batch_size),
         mini_batches=mixed,
     )
-    schedule.check(takes_snapshots=args.takes_snapshots)
+    if check:
+        schedule.check(takes_snapshots=args.takes_snapshots)
     return schedule
 
 

@@ -62,6 +62,15 @@ def mix_sources(arguments: DataArguments) -> list[Source]:
     return [Source(_data_of(entry, arguments), share) for entry, share in zip(entries, shares, strict=True)]
 
 
+def data_name(arguments: DataArguments) -> str:
+    """What a run trains on, in a few words: `rows.jsonl`, or "80 % a.jsonl and 20 % b.jsonl"."""
+    sources = mix_sources(arguments)
+    if len(sources) == 1:
+        return str(arguments.dataset_name)
+    named = [f"{float(100 * source.share):.3g} % {source.data.dataset_name}" for source in sources]
+    return f"{', '.join(named[:-1])} and {named[-1]}"
+
+
 def replay_source(arguments: DataArguments) -> DataArguments | None:
     """How the rows of `replay_dataset` are read; None where there are none.
 
