@@ -89,7 +89,7 @@ def load_data(
         if getattr(recipe.data, option):
             raise RecipeError(
                 f"qpsft compare cannot take {option}: its arms train on one source, read once.",
-                f"Leave {option} out, or train each arm with `qpsft train` and compare the adapters with `qpsft evaluate`.",
+                f"Leave {option} out, or train each arm with `qpsft train` and measure it with `qpsft evaluate`.",
             )
     if not name:
         raise RecipeError("dataset_name is missing.", "Write `dataset_name: …` in the recipe or give --dataset_name.")

@@ -109,7 +109,7 @@ def order_settings(args: Any, dataset: Any) -> dict[str, Any]:
     return {
         "loss_type": args.loss_type,
         "rows": len(dataset) if known else None,
-        "rows_sha256": rows_sha256(dataset) if known else None,
+        "rows_sha256": rows_sha256(dataset) if known else getattr(dataset, "sha256", None),
         "processes": args.world_size,
         "per_device_train_batch_size": args.train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,

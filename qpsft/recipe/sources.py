@@ -152,6 +152,7 @@ def _check_streaming(arguments: DataArguments, trainer: Any) -> None:
         "dataset_mix": arguments.dataset_mix is not None,
         "replay_share": arguments.replay_share is not None,
         "packing": bool(trainer.packing),
+        "dataloader_num_workers": trainer.dataloader_num_workers > 0,
     }
     for name, is_given in refused.items():
         if is_given:

@@ -14,6 +14,7 @@ from trl import pack_dataset
 
 from qpsft.data.mix import MixedDataset, MixedMiniBatches, Part, load_sources, with_replay
 from qpsft.data.preview import render_preview
+from qpsft.data.stream import StreamedRows
 from qpsft.data.tokenize import TokenizedRows
 from qpsft.processes import from_main
 from qpsft.psft.config import PSFTConfig
@@ -83,12 +84,46 @@ class TrainingData:
         return TrainingData([*before, source], self.held_out)
 
 
-def read_training_data(recipe: Recipe, tokenizer: Any) -> TrainingData:
+@dataclass
+class StreamedData:
+    """What a run with `streaming` trains on; has what `TrainingData` has."""
+
+    rows: StreamedRows
+    sources: tuple[TrainingSource, ...] = ()
+    places: None = None
+
+    @property
+    def held_out(self) -> datasets.Dataset:
+        return self.rows.sample.dataset.select(range(self.rows.held_out))
+
+    @property
+    def longest(self) -> int:
+        return self.rows.sample.counts.longest
+
+    def lines(self) -> list[str]:
+        """What is trained on, as far as the first rows tell."""
+        first = self.rows.sample
+        line = data_line(first, len(first.dataset) - self.rows.held_out, self.rows.held_out)
+        return [
+            f"{line}\n      streamed: these are its first {first.counts.rows:,} rows; the others are read in training"
+        ]
+
+    def facts(self) -> list[str]:
+        """What became of the rows that were read."""
+        return [f"{self.rows.counts.rows:,} read from the stream", *self.rows.counts.facts()]
+
+
+def read_training_data(recipe: Recipe, tokenizer: Any) -> TrainingData | StreamedData:
     """Reads a recipe's rows, in process 0, and holds out a few; sampled replay is not among them.
+
+    With `streaming` every process opens the source, and only its first rows are read.
 
     Raises:
         DataError: as `qpsft.data.tokenize.load_dataset`. RecipeError: as `qpsft.recipe.sources.check_sources`.
     """
+    if recipe.data.streaming:
+        args, aside = recipe.trainer, recipe.run.held_out_rows
+        return StreamedData(StreamedRows(recipe.data, tokenizer, args.max_length, seed=args.order_seed, held_out=aside))
     loaded = from_main(lambda: load_sources(recipe.data, tokenizer, recipe.trainer.max_length))
     first, _ = loaded[0]
     kept, aside = held_out_order(first, recipe.run.held_out_rows, recipe.trainer.seed)
@@ -119,8 +154,10 @@ def data_line(rows: TokenizedRows, trained: int, held_out: int) -> str:
     return "\n".join([line, *counts.bad_rows])
 
 
-def preview_blocks(data: TrainingData, recipe: Recipe, tokenizer: Any) -> list[str]:
+def preview_blocks(data: TrainingData | StreamedData, recipe: Recipe, tokenizer: Any) -> list[str]:
     """What `qpsft preview` prints: of each source its first rows and its counts, then what the mix comes to."""
+    if isinstance(data, StreamedData):
+        return [render_preview(data.rows.sample, tokenizer), f"{data.lines()[0].splitlines()[-1].strip()}\n"]
     shown = 3 if len(data.sources) == 1 else 2
     blocks = [render_preview(one.rows, tokenizer, shown) for one in data.sources]
     rows, args = data.rows, recipe.trainer

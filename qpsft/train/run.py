@@ -143,7 +143,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
     uses = mix_use(trainer.train_dataset, arguments, trainer.rows_per_step()) if len(data.sources) > 1 else []
     if is_main():
         mix = mix_table(uses, trainer.rows_per_step()) if uses else []
-        for line in [*setup_lines(trainer, len(rows)), *mix]:
+        for line in [*setup_lines(trainer, len(rows) if arguments.packing else 0), *mix]:
             print(line, flush=True)
     if not recipe.run.resume:
         from_main(lambda: clear_output(folder))
