@@ -63,7 +63,7 @@ def test_mini_batches_are_always_full_and_nothing_is_skipped():
 def test_the_sampler_yields_what_the_schedule_says_epoch_by_epoch():
     plan = schedule(num_rows=21, mini_batch_size=4, total_steps=18, reference_steps=3, num_iterations=2)
     done = 0
-    sampler = BlockSampler(lambda: plan, 21, 4, step=lambda: done)
+    sampler = BlockSampler(lambda: plan, 6, 4, step=lambda: done)
     assert len(sampler) == 24
     for done in (0, 6, 8, 12):  # 8: resumed in the middle of the second epoch
         first = done // 6 * 6

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.trainer_utils import has_length
 
+from qpsft.data.mix import MixedDataset
 from qpsft.errors import OutputError, TrainingError
 from qpsft.files import digest, write_atomically
 
@@ -105,11 +106,11 @@ def load_run(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def order_settings(args: Any, dataset: Any) -> dict[str, Any]:
     """What decides which rows a step sees. Args: PSFTConfig; tokenized rows, or a stream."""
-    known = has_length(dataset)
+    known, is_mix = has_length(dataset), isinstance(dataset, MixedDataset)
     return {
         "loss_type": args.loss_type,
         "rows": len(dataset) if known else None,
-        "rows_sha256": rows_sha256(dataset) if known else None,
+        "rows_sha256": rows_sha256(dataset) if known else getattr(dataset, "sha256", None),
         "processes": args.world_size,
         "per_device_train_batch_size": args.train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
@@ -118,6 +119,7 @@ def order_settings(args: Any, dataset: Any) -> dict[str, Any]:
         "target_kl": args.target_kl,
         "seed": args.order_seed,
         "train_sampling_strategy": str(args.train_sampling_strategy),
+        "mix": [[len(part.rows), str(part.share)] for part in dataset.parts] if is_mix else None,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.trainer_utils import has_length, rotate_checkpoints
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from qpsft.data.mix import MixedDataset
 from qpsft.errors import DivergedError, RecipeError, TrainingError
 from qpsft.model.attention import attention_by_piece, repeat_keys_where_no_kernel_groups
 from qpsft.model.environment import check_machine, use_triton_where_it_runs
@@ -34,7 +36,7 @@ from qpsft.psft.packing import check_packing, packed_collator
 from qpsft.psft.policy import default_config, float32_adapter, prepare_policy, warn_of_noise
 from qpsft.psft.reference import ReferencePolicy
 from qpsft.psft.rows import as_datasets, labels_are_ours, tokenized
-from qpsft.psft.schedule import BlockSampler, BlockSchedule, StepPosition, make_schedule
+from qpsft.psft.schedule import BlockSampler, BlockSchedule, StepPosition, make_schedule, steps_per_epoch
 from qpsft.psft.scoring import real_tokens
 from qpsft.psft.sharding import check_sharding
 from qpsft.psft.trust_region import TrustRegion
@@ -60,6 +62,7 @@ class PSFTTrainer(SFTTrainer):
         peft_config: LoRA and the like; `lora_dropout` above 0 warns. The adapter stays float32.
         **kwargs: processing_class, callbacks, … of SFTTrainer. train_dataset and eval_dataset may be lists of dicts;
             rows of texts or messages are prepared as by `qpsft train` (docs/data.md), tokenized ones as by TRL.
+            train_dataset may be what `qpsft.data.mix.mixed` makes of several.
 
     Raises:
         RecipeError: settings that cannot work together. DataError: rows that cannot be used. While training:
@@ -165,7 +168,14 @@ class PSFTTrainer(SFTTrainer):
     # ---- the rows ----
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        """Texts and messages get our labels; what TRL then does with tokenized rows (packing, …) is the same."""
+        """Texts and messages get our labels; what TRL then does with tokenized rows (packing, …) is the same.
+
+        The sources of a mix are prepared, and packed, each by itself.
+        """
+        if isinstance(dataset, MixedDataset):
+            rest = processing_class, args, packing, formatting_func, dataset_name
+            rows = [self._prepare_dataset(as_datasets(part.rows, formatting_func), *rest) for part in dataset.parts]
+            return MixedDataset([replace(part, rows=own) for part, own in zip(dataset.parts, rows, strict=True)])
         if labels_are_ours(dataset, processing_class, formatting_func):
             dataset = tokenized(dataset, processing_class, args, dataset_name)
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
@@ -178,9 +188,9 @@ class PSFTTrainer(SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         train_dataset = self.train_dataset if train_dataset is None else train_dataset
-        return BlockSampler(
-            self._get_schedule, len(train_dataset), self.rows_per_step(), step=lambda: self.state.global_step
-        )
+        size = self.rows_per_step()
+        per_epoch = steps_per_epoch(train_dataset, size)
+        return BlockSampler(self._get_schedule, per_epoch, size, step=lambda: self.state.global_step)
 
     def _get_schedule(self) -> BlockSchedule:
         if self._schedule is None:

@@ -22,6 +22,7 @@ from qpsft.errors import RecipeError
 from qpsft.recipe.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments
 from qpsft.recipe.flags import Parser, option_types, read_flags, read_values
 from qpsft.recipe.methods import method_options
+from qpsft.recipe.sources import check_sources
 from qpsft.recipe.trainer_options import COMMON_TRAINER_OPTIONS, add_recipe_flags, own_options, refuse_without_effect
 
 EXTENDS = "extends"
@@ -57,10 +58,14 @@ def find_beside(given: dict[str, Any], path: Path | None) -> None:
     """Makes relative paths that do not exist from the current folder relative to the recipe's, if they exist there."""
     if path is None:
         return
-    for name in ("dataset_name", "model_name_or_path", "adapter_name_or_path"):
+    for name in ("dataset_name", "model_name_or_path", "adapter_name_or_path", "replay_dataset", "replay_prompts"):
         value = given.get(name)
         if isinstance(value, str) and not Path(value).exists() and (_folder(path) / value).exists():
             given[name] = os.path.normpath(_folder(path) / value)
+    mix = given.get("dataset_mix")
+    for entry in [*(mix if isinstance(mix, list) else []), given.get("replay_dataset")]:
+        if isinstance(entry, dict):
+            find_beside(entry, path)
 
 
 def _folder(path: Path) -> Path:
@@ -183,6 +188,7 @@ def load_recipe(path: str | Path | None, flags: Sequence[str], trainer_class: ty
         # the trainer's mixed precision follows the base's compute dtype
         given |= {"bf16": given["dtype"] == "bfloat16", "fp16": given["dtype"] == "float16"}
     parts = [_build(cls, given, where) for cls in classes]
+    check_sources(parts[2], parts[4])
     return Recipe(path, given, parts[0], parts[1], parts[2], parts[3], parts[4])
 
 
