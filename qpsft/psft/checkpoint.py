@@ -79,9 +79,18 @@ def whole_or_removed(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def save_run(folder: Path, settings: Mapping[str, Any], num_tokens: int) -> None:
-    """Saves the settings that fix which rows a step sees, and the tokens trained on so far."""
-    (folder / RUN).write_text(json.dumps({"num_tokens": num_tokens, "settings": settings}, indent=1), encoding="utf-8")
+def save_run(
+    folder: Path, settings: Mapping[str, Any], num_tokens: int, base_logprobs_sha256: str | None = None
+) -> None:
+    """Saves the settings that fix which rows a step sees, and the tokens trained on so far.
+
+    Args:
+        base_logprobs_sha256: of `base_logprobs.safetensors` in the run's folder, which is not copied.
+    """
+    run: dict[str, Any] = {"num_tokens": num_tokens, "settings": settings}
+    if base_logprobs_sha256 is not None:
+        run["base_logprobs_sha256"] = base_logprobs_sha256
+    (folder / RUN).write_text(json.dumps(run, indent=1), encoding="utf-8")
 
 
 def load_run(folder: Path, settings: Mapping[str, Any]) -> int:
@@ -100,6 +109,13 @@ def load_run(folder: Path, settings: Mapping[str, Any]) -> int:
                 "Resume with the settings the checkpoint was made with.",
             )
     return run["num_tokens"]
+
+
+def base_logprobs_sha256(folder: Path) -> str | None:
+    """The digest of the base's log-probabilities that a checkpoint's run had; None if it had none."""
+    if not (folder / RUN).is_file():
+        return None
+    return json.loads((folder / RUN).read_text(encoding="utf-8")).get("base_logprobs_sha256")
 
 
 def order_settings(args: Any, dataset: Any) -> dict[str, Any]:
