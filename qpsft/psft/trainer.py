@@ -23,6 +23,7 @@ from qpsft.model.environment import check_machine, use_triton_where_it_runs
 from qpsft.model.hardware import INSTEAD_OF_FLOAT16, settle_precision
 from qpsft.model.lora_linear import fused_lora_linears
 from qpsft.model.tiled_mlp import TileMlpsAgain, tile_mlps
+from qpsft.model.undisturbed import undisturbed
 from qpsft.psft import checkpoint
 from qpsft.psft.config import PSFTConfig
 from qpsft.psft.float16 import repeat_until_finite
@@ -275,6 +276,13 @@ class PSFTTrainer(SFTTrainer):
             self._total_train_tokens = self._statistics.num_tokens  # SFTTrainer logs it with evaluations
         super().log(logs, start_time)
 
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Inside, the model may be run on anything: training goes on as without it, and the time does not count in
+        `tokens_per_second`."""
+        with self._statistics.paused(), undisturbed(self.model), self.accelerator.autocast():
+            yield
+
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in SFTTrainer, on lists of rows too; its time does not count in `tokens_per_second`."""
         with self._statistics.paused(), self._attention():
@@ -333,7 +341,12 @@ class PSFTTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             checkpoint.save_run(folder, checkpoint.order_settings(self.args, self.train_dataset), num_tokens)
+            for callback in self._checkpointed_callbacks():
+                callback.save_to(folder)
             checkpoint.mark_complete(folder)
+
+    def _checkpointed_callbacks(self) -> list[checkpoint.CheckpointedCallback]:
+        return [one for one in self.callback_handler.callbacks if isinstance(one, checkpoint.CheckpointedCallback)]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -342,6 +355,8 @@ class PSFTTrainer(SFTTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         settings = checkpoint.order_settings(self.args, self.train_dataset)
         self._statistics.num_tokens = checkpoint.load_run(folder, settings)
+        for callback in self._checkpointed_callbacks():
+            callback.load_from(folder)
         if self.args.takes_snapshots:
             self.old_logprobs.load_state_dict(checkpoint.load_psft_state(folder, self.args.process_index))
 
