@@ -98,7 +98,7 @@ def refuse_without_effect(given: dict[str, Any], where: dict[str, str]) -> None:
 
 
 def _is_on(value: Any) -> bool:
-    return str(value).lower() not in ("false", "no", "none", "0", "0.0")
+    return str(value).lower() not in ("", "false", "no", "none", "0", "0.0")
 
 
 def settle_evaluation(given: dict[str, Any], where: dict[str, str], trainer_class: type) -> None:

@@ -32,6 +32,7 @@ from qpsft.psft.checkpoint import CheckpointedCallback
 from qpsft.psft.reference import ReferencePolicy
 from qpsft.psft.sharding import fsdp_is_asked
 from qpsft.psft.trainer import PSFTTrainer
+from qpsft.terminal import wrap
 from qpsft.train.guard_set import GuardSet, check_resumed
 
 STATE, KEPT, OPTIMIZER = "guard.json", "guard_kept.safetensors", "guard_optimizer.pt"
@@ -224,9 +225,8 @@ class Guard(CheckpointedCallback):
         optimizer.load_state_dict(torch.load(io.BytesIO(self._optimizer), map_location="cpu", weights_only=True))
         if hasattr(scheduler, "base_lrs"):
             scheduler.base_lrs = [rate / 2 for rate in scheduler.base_lrs]
-        for group, rate, first in zip(
-            optimizer.param_groups, rates, getattr(scheduler, "base_lrs", rates), strict=True
-        ):
+        firsts = getattr(scheduler, "base_lrs", rates)
+        for group, rate, first in zip(optimizer.param_groups, rates, firsts, strict=True):
             group |= {"lr": rate / 2, "initial_lr": first}
         self._trainer.old_logprobs.renew()
         self.state.halvings.append(step)
@@ -309,13 +309,13 @@ class Guard(CheckpointedCallback):
     def _fell(self, score: float) -> str:
         moved = "fell" if self.options.metric == "accuracy" else "rose"
         return (
-            f"{self.options.metric} on {self.options.data} {moved} from {self.state.base:.3f} to {score:.3f}, more than "
-            f"{self.options.max_drop:g}"
+            f"{self.options.metric} on {self.options.data} {moved} from {self.state.base:.3f} to {score:.3f}, "
+            f"more than {self.options.max_drop:g}"
         )
 
     def _say(self, line: str) -> None:
         if is_main():
-            tqdm.write(line)
+            tqdm.write(wrap(line))
 
     # ---- checkpoints ----
 
