@@ -21,6 +21,8 @@ import yaml
 from qpsft.errors import RecipeError
 from qpsft.recipe.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, read_guard
 from qpsft.recipe.flags import Parser, option_types, read_flags, read_values
+from qpsft.recipe.methods import method_options
+from qpsft.recipe.sources import check_sources
 from qpsft.recipe.trainer_options import (
     COMMON_TRAINER_OPTIONS,
     add_recipe_flags,
@@ -62,10 +64,22 @@ def find_beside(given: dict[str, Any], path: Path | None) -> None:
     """Makes relative paths that do not exist from the current folder relative to the recipe's, if they exist there."""
     if path is None:
         return
-    for name in ("dataset_name", "eval_dataset", "model_name_or_path", "adapter_name_or_path"):
+    paths = (
+        "dataset_name",
+        "eval_dataset",
+        "model_name_or_path",
+        "adapter_name_or_path",
+        "replay_dataset",
+        "replay_prompts",
+    )
+    for name in paths:
         given |= {name: _beside(given[name], path)} if name in given else {}
     if isinstance(given.get("guard"), dict) and "data" in given["guard"]:
         given["guard"] = given["guard"] | {"data": _beside(given["guard"]["data"], path)}
+    mix = given.get("dataset_mix")
+    for entry in [*(mix if isinstance(mix, list) else []), given.get("replay_dataset")]:
+        if isinstance(entry, dict):
+            find_beside(entry, path)
 
 
 def _beside(value: Any, path: Path) -> Any:
@@ -134,7 +148,7 @@ class Recipe:
 
     Attributes:
         path: the YAML file, if there was one.
-        given: the options that YAML and flags set, flags winning.
+        given: the options that YAML, flags and `method` set; flags win over YAML, both over the method.
         trainer: an instance of the trainer class handed to `load_recipe`.
     """
 
@@ -188,6 +202,8 @@ def load_recipe(path: str | Path | None, flags: Sequence[str], trainer_class: ty
     given = read_values(given, hints, where, likely=likely, others=others)
     if given.get("guard") is not None:
         given["guard"] = read_guard(given["guard"], where["guard"])
+    if given.get("method") is not None:
+        given |= method_options(given["method"], given)
     _default_output_dir(given, path)
     find_beside(given, path)
     settle_evaluation(given, where, trainer_class)
@@ -195,6 +211,7 @@ def load_recipe(path: str | Path | None, flags: Sequence[str], trainer_class: ty
         # the trainer's mixed precision follows the base's compute dtype
         given |= {"bf16": given["dtype"] == "bfloat16", "fp16": given["dtype"] == "float16"}
     parts = [_build(cls, given, where) for cls in classes]
+    check_sources(parts[2], parts[4])
     return Recipe(path, given, parts[0], parts[1], parts[2], parts[3], parts[4])
 
 

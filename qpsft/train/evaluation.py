@@ -12,6 +12,7 @@ from qpsft.data.tokenize import TokenizedRows, load_dataset
 from qpsft.errors import DataError
 from qpsft.psft.trainer import PSFTTrainer
 from qpsft.recipe.file import Recipe
+from qpsft.terminal import wrap
 
 
 def load_evaluation_set(recipe: Recipe, tokenizer: Any) -> TokenizedRows | None:
@@ -28,6 +29,8 @@ def load_evaluation_set(recipe: Recipe, tokenizer: Any) -> TokenizedRows | None:
         recipe.data,
         dataset_name=name,
         dataset_limit=None,
+        dataset_mix=None,
+        streaming=False,
         dataset_config=recipe.data.dataset_config if same else None,
         dataset_revision=recipe.data.dataset_revision if same else None,
     )
@@ -35,6 +38,13 @@ def load_evaluation_set(recipe: Recipe, tokenizer: Any) -> TokenizedRows | None:
         return load_dataset(arguments, tokenizer, recipe.trainer.max_length, recipe.data.dataset_test_split)
     except DataError as error:
         raise type(error)(f"eval_dataset: {error.what}", error.todo) from None
+
+
+def evaluation_set_line(rows: TokenizedRows) -> str:
+    """What is evaluated on while training, in a line or two of at most 80 columns."""
+    facts = [f"{len(rows.dataset):,} rows", f"{rows.counts.supervised_tokens:,} supervised tokens"]
+    line = wrap(f"eval: {rows.name} ({rows.shape}): {', '.join([*facts, *rows.counts.facts()])}", " " * 6)
+    return "\n".join([line, *rows.counts.bad_rows])
 
 
 def stop_early(trainer: PSFTTrainer, patience: int | None) -> None:

@@ -14,6 +14,7 @@ import yaml
 
 from qpsft import __version__
 from qpsft.recipe.file import Recipe
+from qpsft.recipe.sources import data_name
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -72,7 +73,7 @@ def model_card(recipe: Recipe, summary: RunSummary, config: LoraConfig, options:
 
 # {folder.resolve().name}
 
-A LoRA adapter for `{base}` ({recipe.model.quantization}), trained with qpsft on `{recipe.data.dataset_name}`
+A LoRA adapter for `{base}` ({recipe.model.quantization}), trained with qpsft on `{data_name(recipe.data)}`
 by {method}.{start}{rows}
 
 | | |

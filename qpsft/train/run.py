@@ -17,7 +17,6 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from qpsft.data.chat_date import find_chat_date, keep_chat_date
-from qpsft.data.tokenize import TokenizedRows, load_dataset
 from qpsft.errors import OutputError, QpsftError, RecipeError
 from qpsft.files import finished_files
 from qpsft.model.adapter import POLICY, add_adapter, save_adapter
@@ -34,8 +33,16 @@ from qpsft.psft.sharding import whole_policy
 from qpsft.psft.trainer import PSFTTrainer
 from qpsft.recipe.arguments import GuardArguments
 from qpsft.recipe.file import Recipe
+from qpsft.recipe.sources import data_name
 from qpsft.terminal import wrap
-from qpsft.train.evaluation import best_step, evaluation_summary, load_evaluation_set, stop_early
+from qpsft.train.data import mix_facts, mix_table, mix_use, read_training_data
+from qpsft.train.evaluation import (
+    best_step,
+    evaluation_set_line,
+    evaluation_summary,
+    load_evaluation_set,
+    stop_early,
+)
 from qpsft.train.guard import Guard
 from qpsft.train.guard_set import GuardSet, load_guard_set
 from qpsft.train.model_card import WRITTEN, model_card, resolved_recipe
@@ -114,7 +121,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
     arguments: PSFTConfig = recipe.trainer
     for name, value in (
         ("model_name_or_path", recipe.model.model_name_or_path),
-        ("dataset_name", recipe.data.dataset_name),
+        ("dataset_name", recipe.data.dataset_name or recipe.data.dataset_mix),
     ):
         if not value:
             raise RecipeError(f"{name} is missing.", f"Write `{name}: …` in the recipe or give --{name}.")
@@ -128,16 +135,15 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
         lambda: find_chat_date(recipe.data.chat_date, tokenizer, folder, anew=not recipe.run.resume)
     )
     use_triton_where_it_runs(arguments.device)
-    rows = from_main(lambda: load_dataset(recipe.data, tokenizer, arguments.max_length))
+    data = read_training_data(recipe, tokenizer)
     evaluated = from_main(lambda: load_evaluation_set(recipe, tokenizer))
     guarded = from_main(lambda: load_guarded(recipe))
-    train_rows, held_out = hold_out(rows, recipe.run.held_out_rows, arguments.seed)
     if is_main():
-        print(data_line(rows, len(train_rows), len(held_out)), flush=True)
+        print("\n".join(data.lines()), flush=True)
         if evaluated is not None:
             print(evaluation_set_line(evaluated), flush=True)
-        warn_past_context(recipe, rows.counts.longest)
-    plan = warn_if_short(recipe, train_rows) if is_main() else None
+        warn_past_context(recipe, data.longest)
+    plan = warn_if_short(recipe, data.rows) if is_main() else None
     _forget_earlier_peak()
     model, _ = load_base(
         recipe.model.model_name_or_path,
@@ -156,13 +162,15 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
     model = continue_adapter(model, recipe) if recipe.lora.adapter_name_or_path else add_adapter(model, recipe.lora)
     if recipe.run.resume:
         check_same_base(folder, base_record(model))
-    eval_rows = None if evaluated is None else evaluated.dataset
-    trainer = make_trainer(model, tokenizer, arguments, train_rows, folder, callbacks, eval_rows)
+    rows, eval_rows = data.rows, None if evaluated is None else evaluated.dataset
+    trainer = make_trainer(model, tokenizer, arguments, rows, folder, callbacks, eval_rows)
     stop_early(trainer, recipe.run.early_stopping_patience)
     if not arguments.packing:
-        trainer.row_places = [rows.places[i] for i in held_out_order(rows, recipe.run.held_out_rows, arguments.seed)[0]]
+        trainer.row_places = data.places
+    uses = mix_use(trainer.train_dataset, arguments, trainer.rows_per_step()) if len(data.sources) > 1 else []
     if is_main():
-        for line in setup_lines(trainer, len(train_rows)):
+        mix = mix_table(uses, trainer.rows_per_step()) if uses else []
+        for line in [*setup_lines(trainer, len(rows) if arguments.packing else 0), *mix]:
             print(line, flush=True)
     guard = None
     if guarded is not None:
@@ -186,11 +194,13 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
     steps = trainer.state.global_step
     written = next((step for step in (guard and guard.written_step, best_step(trainer)) if step is not None), steps)
     numbers = from_main(lambda: numbers_at(folder, written))
-    summary = RunSummary(folder, numbers, steps, written, seconds, _peak_bytes(), data=rows.counts.facts())
+    summary = RunSummary(
+        folder, numbers, steps, written, seconds, _peak_bytes(), data=[*mix_facts(uses), *data.facts()]
+    )
     summary.notes = evaluation_summary(trainer, recipe.run.early_stopping_patience)
     summary.notes += guard.summary() if guard is not None else []
     tensors = whole_policy(trainer.model)
-    summary.files = from_main(lambda: write_outputs(recipe, trainer, tokenizer, held_out, summary, tensors))
+    summary.files = from_main(lambda: write_outputs(recipe, trainer, tokenizer, data.held_out, summary, tensors))
     return summary
 
 
@@ -203,22 +213,6 @@ def numbers_at(folder: Path, step: int) -> dict[str, float]:
     """The last log line up to a step; the first, if that comes later."""
     lines = [line for line in read_metrics(folder / METRICS) if "nll" in line]
     return ([line for line in lines if line["step"] <= step] or lines[:1])[-1]
-
-
-def evaluation_set_line(rows: TokenizedRows) -> str:
-    """What is evaluated on while training, in a line or two of at most 80 columns."""
-    facts = [f"{len(rows.dataset):,} rows", f"{rows.counts.supervised_tokens:,} supervised tokens"]
-    line = wrap(f"eval: {rows.name} ({rows.shape}): {', '.join([*facts, *rows.counts.facts()])}", " " * 6)
-    return "\n".join([line, *rows.counts.bad_rows])
-
-
-def data_line(rows: TokenizedRows, trained: int, held_out: int) -> str:
-    """What is trained on, in a line or two of at most 80 columns."""
-    counts = rows.counts
-    facts = [f"{trained:,} rows to train on", f"{held_out} held out"]
-    facts += [f"{counts.supervised_tokens:,} supervised tokens", *counts.facts()]
-    line = textwrap.fill(f"data: {rows.name} ({rows.shape}): {', '.join(facts)}", 80, subsequent_indent="      ")
-    return "\n".join([line, *counts.bad_rows])
 
 
 def setup_lines(trainer: PSFTTrainer, rows: int) -> list[str]:
@@ -329,19 +323,6 @@ def clear_output(folder: Path) -> None:
     (folder / METRICS).unlink(missing_ok=True)
 
 
-def hold_out(rows: TokenizedRows, count: int, seed: int) -> tuple[Any, Any]:
-    """Splits off `count` rows, a tenth at most, that training never sees. Returns (train, held out) datasets."""
-    kept, held_out = held_out_order(rows, count, seed)
-    return rows.dataset.select(kept), rows.dataset.select(held_out)
-
-
-def held_out_order(rows: TokenizedRows, count: int, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of the rows that `hold_out` keeps for training, and of those it sets aside."""
-    count = min(count, len(rows.dataset) // 10)
-    order = torch.randperm(len(rows.dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-    return sorted(order[count:]), sorted(order[:count])
-
-
 def write_outputs(recipe: Recipe, trainer, tokenizer, held_out, summary: RunSummary, tensors=None) -> list[str]:
     """Writes the adapter folder: everything under a temporary name first, then renamed into place.
 
@@ -356,7 +337,7 @@ def write_outputs(recipe: Recipe, trainer, tokenizer, held_out, summary: RunSumm
             model = trainer.accelerator.unwrap_model(trainer.model)
             save_adapter(model, partial, tensors)
             tokenizer.save_pretrained(partial)
-            draw_training(lines, partial / "training.png", f"{recipe.trainer.loss_type} on {recipe.data.dataset_name}")
+            draw_training(lines, partial / "training.png", f"{recipe.trainer.loss_type} on {data_name(recipe.data)}")
             options = resolved_name(recipe, folder)
             (partial / options).write_text(resolved_recipe(recipe), encoding="utf-8")
             card = model_card(recipe, summary, model.peft_config[POLICY], options)
