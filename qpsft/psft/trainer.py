@@ -330,12 +330,12 @@ class PSFTTrainer(SFTTrainer):
     def measuring(self) -> Iterator[None]:
         """Inside, the model may be run on anything: training goes on as without it, and the time does not count in
         `tokens_per_second`."""
-        with self._statistics.paused(), undisturbed(self.model), self.accelerator.autocast():
+        with self._statistics.paused(), undisturbed(self.model):
             yield
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in SFTTrainer, on lists of rows too; its time does not count in `tokens_per_second`."""
-        with self._statistics.paused(), self._attention():
+        """As in SFTTrainer, on lists of rows too; training goes on as without it."""
+        with self.measuring(), self._attention():
             return super().evaluate(as_datasets(eval_dataset, self._formatting_func), *args, **kwargs)
 
     def _attention(self) -> AbstractContextManager:

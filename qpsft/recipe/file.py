@@ -32,6 +32,10 @@ from qpsft.recipe.trainer_options import (
 )
 
 EXTENDS = "extends"
+PATHS = (
+    "dataset_name", "eval_dataset", "model_name_or_path", "adapter_name_or_path", "replay_dataset", "replay_prompts"
+)  # fmt: skip
+"""Options that may name a file."""
 
 
 def read_recipe_file(path: Path, readers: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
@@ -64,15 +68,7 @@ def find_beside(given: dict[str, Any], path: Path | None) -> None:
     """Makes relative paths that do not exist from the current folder relative to the recipe's, if they exist there."""
     if path is None:
         return
-    paths = (
-        "dataset_name",
-        "eval_dataset",
-        "model_name_or_path",
-        "adapter_name_or_path",
-        "replay_dataset",
-        "replay_prompts",
-    )
-    for name in paths:
+    for name in PATHS:
         given |= {name: _beside(given[name], path)} if name in given else {}
     if isinstance(given.get("guard"), dict) and "data" in given["guard"]:
         given["guard"] = given["guard"] | {"data": _beside(given["guard"]["data"], path)}

@@ -30,6 +30,7 @@ from qpsft.evaluate.likelihood import adapter_off
 from qpsft.processes import from_main, is_main
 from qpsft.psft.checkpoint import CheckpointedCallback
 from qpsft.psft.reference import ReferencePolicy
+from qpsft.psft.schedule import steps_per_epoch
 from qpsft.psft.sharding import fsdp_is_asked
 from qpsft.psft.trainer import PSFTTrainer
 from qpsft.terminal import wrap
@@ -64,8 +65,9 @@ class GuardState:
 def planned_steps(trainer: PSFTTrainer) -> int:
     """Optimizer steps of a run, before it begins."""
     args = trainer.args
-    steps_per_epoch = math.ceil(len(trainer.train_dataset) / trainer.rows_per_step())
-    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    if args.max_steps > 0:
+        return args.max_steps
+    return math.ceil(args.num_train_epochs * steps_per_epoch(trainer.train_dataset, trainer.rows_per_step()))
 
 
 class Guard(CheckpointedCallback):
@@ -188,7 +190,7 @@ class Guard(CheckpointedCallback):
                     warnings.simplefilter("ignore")
                 return self.set.score(self._trainer.model, self._tokenizer)
 
-        with self._trainer.measuring():
+        with self._trainer.measuring(), self._trainer.accelerator.autocast():
             return from_main(measure)
 
     def _note(self, state: TrainerState, control: TrainerControl, score: float) -> None:
