@@ -30,6 +30,7 @@ RUN = [
     "--learning_rate=1e-3", "--warmup_steps=0", "--reference_steps=3", "--num_iterations=2",
     "--per_device_train_batch_size=4", "--gradient_accumulation_steps=1", "--gradient_checkpointing=false",
     "--logging_steps=2", "--save_steps=2", "--save_total_limit=20", "--max_steps=8", "--seed=1", "--use_cpu",
+    "--lr_scheduler_type=constant",
 ]  # fmt: skip
 BASE = 0.9
 ADAPTER = "adapter_model.safetensors"

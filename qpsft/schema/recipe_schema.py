@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from qpsft.compare.options import CompareOptions
 from qpsft.psft.config import PSFTConfig
-from qpsft.recipe.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments
+from qpsft.recipe.arguments import DataArguments, GuardArguments, LoraArguments, ModelArguments, RunArguments
 from qpsft.recipe.file import EXTENDS
 from qpsft.recipe.flags import members_of, option_types
 from qpsft.recipe.trainer_options import NOT_OURS
@@ -37,6 +37,10 @@ def recipe_schema() -> dict[str, Any]:
     properties["compare"] = {
         "anyOf": [mapping_of(properties_of(CompareOptions)), {"type": "null"}],
         "description": properties["compare"]["description"],
+    }
+    properties["guard"] = {
+        "anyOf": [mapping_of(properties_of(GuardArguments)), {"type": "null"}],
+        "description": properties["guard"]["description"],
     }
     for name in [name for name in NOT_OURS if name in properties]:
         why, todo = NOT_OURS[name]

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from qpsft.train.run import RunSummary
 
 WRITTEN = "# Written by qpsft train."
+RUN_OPTIONS = ("held_out_rows", "early_stopping_patience", "guard")
+"""Those of RunArguments that repeat a run."""
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
 
 
@@ -31,7 +33,7 @@ def resolved_recipe(recipe: Recipe) -> str:
     values.pop("output_dir", None)  # the folder may be moved
     if not recipe.trainer.cpu_is_asked_for:  # another machine may have a GPU
         values.pop("use_cpu", None)
-    values |= {name: getattr(recipe.run, name) for name in ("held_out_rows", "early_stopping_patience", "guard")}
+    values |= {name: getattr(recipe.run, name) for name in RUN_OPTIONS}
     versions = [f"# {line}" for line in _versions()]
     header = [f"{WRITTEN} The options of this run; `qpsft train` on this file repeats it.", *versions]
     return "\n".join(header) + "\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
