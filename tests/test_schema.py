@@ -65,6 +65,9 @@ WRONG = [
     "compare: {seed: 3}",
     "compare: {seeds: many}",
     "compare: {metric: loss}",
+    "guard: {evry: 3}",
+    "guard: {metric: loss}",
+    "guard: old.jsonl",
     "extends: [a.yaml]",
     "lora_modules_to_save: {a: b}",
 ]
@@ -85,6 +88,7 @@ RIGHT = [
     "gradient_checkpointing_kwargs: {every_n_layers: 2}",
     "compare: {seeds: 3, arm_rates: {sft: 2e-3}, temperatures: [1.0, 6e-1]}",
     "bf16: true",
+    "guard: {data: old.jsonl, metric: kl, max_drop: 1e-1, every: 20, action: lower_lr, limit: null}",
 ]
 
 

@@ -24,6 +24,7 @@ from qpsft.model.environment import check_machine, use_triton_where_it_runs
 from qpsft.model.hardware import INSTEAD_OF_FLOAT16, settle_precision
 from qpsft.model.lora_linear import fused_lora_linears
 from qpsft.model.tiled_mlp import TileMlpsAgain, tile_mlps
+from qpsft.model.undisturbed import undisturbed
 from qpsft.psft import checkpoint
 from qpsft.psft.base_logprobs import BaseLogprobs
 from qpsft.psft.config import PSFTConfig
@@ -357,9 +358,16 @@ class PSFTTrainer(SFTTrainer):
             self._total_train_tokens = self._statistics.num_tokens  # SFTTrainer logs it with evaluations
         super().log(logs, start_time)
 
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Inside, the model may be run on anything: training goes on as without it, and the time does not count in
+        `tokens_per_second`."""
+        with self._statistics.paused(), undisturbed(self.model):
+            yield
+
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in SFTTrainer, on lists of rows too; its time does not count in `tokens_per_second`."""
-        with self._statistics.paused(), self._attention():
+        """As in SFTTrainer, on lists of rows too; training goes on as without it."""
+        with self.measuring(), self._attention():
             return super().evaluate(as_datasets(eval_dataset, self._formatting_func), *args, **kwargs)
 
     def _attention(self) -> AbstractContextManager:
@@ -422,7 +430,12 @@ class PSFTTrainer(SFTTrainer):
                 "base_logprobs_sha256": self.base_logprobs.sha256,
             }
             checkpoint.save_run(folder, checkpoint.order_settings(self.args, self.train_dataset), progress)
+            for callback in self._checkpointed_callbacks():
+                callback.save_to(folder)
             checkpoint.mark_complete(folder)
+
+    def _checkpointed_callbacks(self) -> list[checkpoint.CheckpointedCallback]:
+        return [one for one in self.callback_handler.callbacks if isinstance(one, checkpoint.CheckpointedCallback)]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -436,6 +449,8 @@ class PSFTTrainer(SFTTrainer):
             self.trust_region.load_state_dict(progress["trust_region"])
             if progress["base_logprobs_sha256"] is not None:
                 self.base_logprobs.resume(progress["base_logprobs_sha256"])
+        for callback in self._checkpointed_callbacks():
+            callback.load_from(folder)
         if self.args.takes_snapshots:
             self.old_logprobs.load_state_dict(checkpoint.load_psft_state(folder, self.args.process_index))
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from qpsft.compare.options import CompareOptions
 from qpsft.psft.config import PSFTConfig
-from qpsft.recipe.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments
+from qpsft.recipe.arguments import DataArguments, GuardArguments, LoraArguments, ModelArguments, RunArguments
 from qpsft.recipe.file import EXTENDS
 from qpsft.recipe.flags import members_of, option_types
 from qpsft.recipe.sources import OWN, SHARED
@@ -41,6 +41,10 @@ def recipe_schema() -> dict[str, Any]:
     }
     for name, entry in (("dataset_mix", source_schema(with_share=True)), ("replay_dataset", source_schema())):
         properties[name]["anyOf"] = [_with_entry(one, entry) for one in properties[name]["anyOf"]]
+    properties["guard"] = {
+        "anyOf": [mapping_of(properties_of(GuardArguments)), {"type": "null"}],
+        "description": properties["guard"]["description"],
+    }
     for name in [name for name in NOT_OURS if name in properties]:
         why, todo = NOT_OURS[name]
         properties[name] |= {"deprecated": True, "description": f"No effect in `qpsft train`: {why}. {todo}"}

@@ -31,9 +31,20 @@ from qpsft.psft.checkpoint import checkpoints, newest_complete_checkpoint, remov
 from qpsft.psft.config import PSFTConfig
 from qpsft.psft.sharding import whole_policy
 from qpsft.psft.trainer import PSFTTrainer
+from qpsft.recipe.arguments import GuardArguments
 from qpsft.recipe.file import Recipe
 from qpsft.recipe.sources import data_name
+from qpsft.terminal import wrap
 from qpsft.train.data import mix_facts, mix_table, mix_use, read_training_data
+from qpsft.train.evaluation import (
+    best_step,
+    evaluation_set_line,
+    evaluation_summary,
+    load_evaluation_set,
+    stop_early,
+)
+from qpsft.train.guard import Guard
+from qpsft.train.guard_set import GuardSet, load_guard_set
 from qpsft.train.model_card import WRITTEN, model_card, resolved_recipe
 from qpsft.train.out_of_memory import is_out_of_memory, out_of_memory
 from qpsft.train.plot import draw_training
@@ -51,33 +62,44 @@ class RunSummary:
 
     Attributes:
         folder: the adapter folder.
-        numbers: the last log line: nll and entropy (nats per token), clip_fraction, tokens_per_second, ….
+        numbers: the last log line of the adapter that is written: nll and entropy (nats per token), clip_fraction,
+            tokens_per_second, ….
+        steps: optimizer steps trained.
+        written: the step of the adapter that is written: the last, the best, or the guard's.
         seconds: wall time of training.
         peak_bytes: the most memory in use: on the CUDA device if there is one, else the process's.
         files: names of what was written.
         data: what training did not take as it stands in the source, as in `DataCounts.facts`.
+        notes: what the guard and the evaluations found and did.
     """
 
     folder: Path
     numbers: dict[str, float]
+    steps: int
+    written: int
     seconds: float
     peak_bytes: int
     files: list[str] = field(default_factory=list)
     data: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         n = self.numbers
         where = "GPU" if torch.cuda.is_available() else "process"
         return (
-            f"trained {int(n['step'])} steps in {self.seconds:.0f} s\n"
-            f"  nll            {n['nll']:.4f} nats per token (last log line)\n"
+            f"trained {self.steps} steps in {self.seconds:.0f} s\n"
+            f"  nll            {n['nll']:.4f} nats per token ({self._which_line()})\n"
             f"  entropy        {n['entropy']:.4f} nats per token\n"
             f"  clip fraction  {n['clip_fraction']:.1%}\n"
             f"  tokens/s       {n['tokens_per_second']:,.0f}\n"
             f"  peak memory    {self.peak_bytes / 1e9:.2f} GB ({where})\n"
-            f"adapter: {self.folder}\n"
+            + "".join(f"{wrap(note)}\n" for note in self.notes)
+            + f"adapter: {self.folder}\n"
             + textwrap.fill(", ".join(self.files), 80, initial_indent="  ", subsequent_indent="  ")
         )
+
+    def _which_line(self) -> str:
+        return "last log line" if self.written == self.steps else f"log line of step {self.numbers['step']}"
 
     def next_commands(self, recipe: Recipe) -> str:
         """The commands that usually come next."""
@@ -116,8 +138,12 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
     use_triton_where_it_runs(arguments.device)
     data = read_training_data(recipe, tokenizer)
     replay = from_main(lambda: read_replay(recipe, tokenizer))
+    evaluated = from_main(lambda: load_evaluation_set(recipe, tokenizer))
+    guarded = from_main(lambda: load_guarded(recipe))
     if is_main():
         print("\n".join([*data.lines(), *([replay.line] if replay else [])]), flush=True)
+        if evaluated is not None:
+            print(evaluation_set_line(evaluated), flush=True)
         warn_past_context(recipe, data.longest)
     plan = warn_if_short(recipe, data.rows) if is_main() else None
     _forget_earlier_peak()
@@ -144,8 +170,9 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
     model = continue_adapter(model, recipe) if recipe.lora.adapter_name_or_path else add_adapter(model, recipe.lora)
     if recipe.run.resume:
         check_same_base(folder, base_record(model))
-    rows = data.rows
-    trainer = make_trainer(model, tokenizer, arguments, rows, folder, callbacks)
+    rows, eval_rows = data.rows, None if evaluated is None else evaluated.dataset
+    trainer = make_trainer(model, tokenizer, arguments, rows, folder, callbacks, eval_rows)
+    stop_early(trainer, recipe.run.early_stopping_patience)
     if not arguments.packing:
         trainer.row_places = data.places
     uses = mix_use(trainer.train_dataset, arguments, trainer.rows_per_step()) if len(data.sources) > 1 else []
@@ -153,6 +180,10 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
         mix = mix_table(uses, trainer.rows_per_step()) if uses else []
         for line in [*setup_lines(trainer, len(rows) if arguments.packing else 0), *mix]:
             print(line, flush=True)
+    guard = None
+    if guarded is not None:
+        guard = Guard(guarded, tokenizer, trained_before=bool(recipe.lora.adapter_name_or_path))
+        guard.watch(trainer, resumed=recipe.run.resume)
     if not recipe.run.resume:
         from_main(lambda: clear_output(folder))
     from_main(lambda: write_base_record(model, folder))
@@ -166,11 +197,30 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
         step = trainer.state.global_step + 1
         raise out_of_memory(error, step, plan, newest_complete_checkpoint(folder)) from error
     seconds = time.perf_counter() - started
-    numbers = from_main(lambda: [line for line in read_metrics(folder / METRICS) if "nll" in line][-1])
-    summary = RunSummary(folder, numbers, seconds, _peak_bytes(), data=[*mix_facts(uses), *data.facts()])
+    if guard is not None:
+        guard.finish()
+    steps = trainer.state.global_step
+    written = next((step for step in (guard and guard.written_step, best_step(trainer)) if step is not None), steps)
+    numbers = from_main(lambda: numbers_at(folder, written))
+    summary = RunSummary(
+        folder, numbers, steps, written, seconds, _peak_bytes(), data=[*mix_facts(uses), *data.facts()]
+    )
+    summary.notes = evaluation_summary(trainer, recipe.run.early_stopping_patience)
+    summary.notes += guard.summary() if guard is not None else []
     tensors = whole_policy(trainer.model)
     summary.files = from_main(lambda: write_outputs(recipe, trainer, tokenizer, data.held_out, summary, tensors))
     return summary
+
+
+def load_guarded(recipe: Recipe) -> GuardSet | None:
+    """The rows of the recipe's guard; None without one."""
+    return load_guard_set(GuardArguments(**recipe.run.guard), recipe.data) if recipe.run.guard else None
+
+
+def numbers_at(folder: Path, step: int) -> dict[str, float]:
+    """The last log line up to a step; the first, if that comes later."""
+    lines = [line for line in read_metrics(folder / METRICS) if "nll" in line]
+    return ([line for line in lines if line["step"] <= step] or lines[:1])[-1]
 
 
 def setup_lines(trainer: PSFTTrainer, rows: int) -> list[str]:
@@ -210,7 +260,13 @@ def check_same_base(folder: Path, record: dict[str, Any]) -> None:
 
 
 def make_trainer(
-    model, tokenizer, arguments: PSFTConfig, train_rows, folder: Path, callbacks: Sequence[TrainerCallback] = ()
+    model,
+    tokenizer,
+    arguments: PSFTConfig,
+    train_rows,
+    folder: Path,
+    callbacks: Sequence[TrainerCallback] = (),
+    eval_rows=None,
 ) -> PSFTTrainer:
     """The trainer of a command-line run: tokenized rows, our own progress bar and `metrics.jsonl`."""
     arguments.disable_tqdm = True  # ConsoleCallback has the bar
@@ -222,6 +278,7 @@ def make_trainer(
             model,
             args=arguments,
             train_dataset=train_rows,
+            eval_dataset=eval_rows,
             processing_class=tokenizer,
             callbacks=[ConsoleCallback(), MetricsCallback(folder / METRICS), *callbacks],
         )
@@ -282,7 +339,7 @@ def write_outputs(recipe: Recipe, trainer, tokenizer, held_out, summary: RunSumm
     Returns: the names written. Raises: OutputError; what was in the folder before is then untouched.
     """
     folder = summary.folder
-    lines = [line for line in read_metrics(folder / METRICS) if "nll" in line]
+    lines = read_metrics(folder / METRICS)
     try:
         with finished_files(folder) as partial:
             model = trainer.accelerator.unwrap_model(trainer.model)
@@ -291,7 +348,7 @@ def write_outputs(recipe: Recipe, trainer, tokenizer, held_out, summary: RunSumm
             draw_training(lines, partial / "training.png", f"{recipe.trainer.loss_type} on {data_name(recipe.data)}")
             options = resolved_name(recipe, folder)
             (partial / options).write_text(resolved_recipe(recipe), encoding="utf-8")
-            card = model_card(recipe, folder, summary.numbers, model.peft_config[POLICY], options, summary.data)
+            card = model_card(recipe, summary, model.peft_config[POLICY], options)
             (partial / "README.md").write_text(card, encoding="utf-8")
             with (partial / VERIFY_PROMPTS).open("w", encoding="utf-8") as file:
                 for row in held_out:
