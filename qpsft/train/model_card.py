@@ -19,7 +19,7 @@ from qpsft.recipe.sources import data_name
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from qpsft.train.run import RunSummary
+    from qpsft.train.summary import RunSummary
 
 WRITTEN = "# Written by qpsft train."
 RUN_OPTIONS = ("held_out_rows", "early_stopping_patience", "guard")
