@@ -9,7 +9,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from small_runs import make_base, make_rows, make_trainer, policy, same
+from small_runs import make_rows, make_trainer, policy, same
 
 from qpsft import cli
 from qpsft.data.mix import MixedMiniBatches, apportioned, mixed
@@ -97,11 +97,6 @@ def test_shares_must_add_up_to_one():
     ]:
         with pytest.raises(RecipeError, match=words):
             whole_shares(shares)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
 
 
 def mix_of(*counts, shares=(0.75, None)):

@@ -6,17 +6,12 @@ import warnings
 import pytest
 import torch
 from peft import get_peft_model
-from small_runs import make_base, make_config, make_lora, make_rows, make_trainer
+from small_runs import make_config, make_lora, make_rows, make_trainer
 from trl import SFTConfig
 
 from qpsft import PSFTConfig, PSFTTrainer
 from qpsft.errors import QpsftError, RecipeError
 from qpsft.model.base import load_base
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
 
 
 def test_the_defaults_are_the_paper_s_and_suit_lora_on_4_bit(tmp_path):

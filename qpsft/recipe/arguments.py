@@ -159,7 +159,7 @@ class DataArguments:
     replay_prompts: str | None = option(
         None,
         "Prompts whose answers by the base are replayed: a .txt file with one a line, or rows with a column `prompt`. "
-        "Unset, without replay_dataset: 100 short general ones that come with qpsft, for bases with a chat template.",
+        "Unset, without replay_dataset: about 100 short general ones of qpsft's own, for bases with a chat template.",
     )
     replay_samples: int = option(1, "Answers sampled per prompt, at temperature 1.")
     replay_max_new_tokens: int = option(

@@ -49,6 +49,7 @@ from qpsft.train.model_card import WRITTEN, model_card, resolved_recipe
 from qpsft.train.out_of_memory import is_out_of_memory, out_of_memory
 from qpsft.train.plot import draw_training
 from qpsft.train.progress import ConsoleCallback, MetricsCallback, read_metrics
+from qpsft.train.replay import MADE, ROWS, read_replay, replay_rows
 
 METRICS = "metrics.jsonl"
 VERIFY_PROMPTS = "verify_prompts.jsonl"
@@ -136,10 +137,11 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
     )
     use_triton_where_it_runs(arguments.device)
     data = read_training_data(recipe, tokenizer)
+    replay = from_main(lambda: read_replay(recipe, tokenizer))
     evaluated = from_main(lambda: load_evaluation_set(recipe, tokenizer))
     guarded = from_main(lambda: load_guarded(recipe))
     if is_main():
-        print("\n".join(data.lines()), flush=True)
+        print("\n".join([*data.lines(), *([replay.line] if replay else [])]), flush=True)
         if evaluated is not None:
             print(evaluation_set_line(evaluated), flush=True)
         warn_past_context(recipe, data.longest)
@@ -158,6 +160,12 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
         verbose=is_main(),
     )
     set_pad_token(model, tokenizer)
+    if replay is not None:
+        answers = from_main(lambda: replay_rows(replay, model, tokenizer, folder))
+        data = data.with_replay(answers, replay.share)
+        if is_main():
+            print(data.lines()[-1], flush=True)
+        _forget_earlier_peak()
     torch.manual_seed(arguments.seed)
     model = continue_adapter(model, recipe) if recipe.lora.adapter_name_or_path else add_adapter(model, recipe.lora)
     if recipe.run.resume:
@@ -351,7 +359,8 @@ def write_outputs(recipe: Recipe, trainer, tokenizer, held_out, summary: RunSumm
             f"The adapter could not be written to {folder}: {error.strerror or error}.",
             "Free some space, then give --resume: training itself is done and continues from its last checkpoint.",
         ) from error
-    return [*sorted({*names, RECORD_FILE}), METRICS]
+    replayed = {name for name in (ROWS, MADE) if (folder / name).is_file() and recipe.data.replay_share}
+    return [*sorted({*names, RECORD_FILE, *replayed}), METRICS]
 
 
 def resolved_name(recipe: Recipe, folder: Path) -> str:
