@@ -94,7 +94,7 @@ def test_no_option_is_declared_twice():
         (["--max_steps", "0"], "max_steps is 0"),
         (["--max_length", "1"], "must be at least 2"),
         (["--quantization", "nf5"], "must be nf4, fp4 or none"),
-        (["--loss_type", "ppo"], "psft, nll, dft"),
+        (["--loss_type", "ppo"], "psft, nll, dft, eaft, trsft, stm"),
         (["--lora_dropout", "1"], r"in \[0, 1\)"),
         (["--dataset_limit", "0"], "at least 1"),
         (["--prompt_format", "Question:"], "lacks {prompt}"),

@@ -161,7 +161,7 @@ def test_dropout_draws_the_same_numbers_after_resuming(base, tmp_path, stop):
     assert same(policy(resumed.model), policy(whole.model))
 
 
-@pytest.mark.parametrize("loss_type", ["nll", "dft"])
+@pytest.mark.parametrize("loss_type", ["nll", "dft", "eaft", "trsft"])
 def test_the_baselines_resume_too(base, tmp_path, loss_type):
     settings = dict(loss_type=loss_type, block_order=True, num_iterations=2, max_steps=6)
     whole = trainer_of(base, tmp_path / "whole", **settings)

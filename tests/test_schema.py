@@ -118,6 +118,6 @@ def test_types():
 def test_every_option_has_its_help_and_default():
     properties = recipe_schema()["properties"]
     assert properties["epsilon"]["default"] == 0.28 and "Trust region" in properties["epsilon"]["description"]
-    assert properties["loss_type"]["enum"] == ["psft", "nll", "dft"]
+    assert properties["loss_type"]["enum"] == ["psft", "nll", "dft", "eaft", "trsft", "stm"]
     assert properties["assistant_only_loss"]["deprecated"] is True
     assert "report_to" in properties and "parallelism_config" in properties

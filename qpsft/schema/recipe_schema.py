@@ -39,12 +39,12 @@ def recipe_schema() -> dict[str, Any]:
         "anyOf": [mapping_of(properties_of(CompareOptions)), {"type": "null"}],
         "description": properties["compare"]["description"],
     }
+    for name, entry in (("dataset_mix", source_schema(with_share=True)), ("replay_dataset", source_schema())):
+        properties[name]["anyOf"] = [_with_entry(one, entry) for one in properties[name]["anyOf"]]
     properties["guard"] = {
         "anyOf": [mapping_of(properties_of(GuardArguments)), {"type": "null"}],
         "description": properties["guard"]["description"],
     }
-    for name, entry in (("dataset_mix", source_schema(with_share=True)), ("replay_dataset", source_schema())):
-        properties[name]["anyOf"] = [_with_entry(one, entry) for one in properties[name]["anyOf"]]
     for name in [name for name in NOT_OURS if name in properties]:
         why, todo = NOT_OURS[name]
         properties[name] |= {"deprecated": True, "description": f"No effect in `qpsft train`: {why}. {todo}"}

@@ -63,6 +63,9 @@ def model_card(recipe: Recipe, summary: RunSummary, config: LoraConfig, options:
         "psft": f"Proximal SFT (arXiv 2508.17784), ε = {arguments.epsilon}, K = {arguments.reference_steps}{blocks}",
         "nll": "plain SFT (negative log-likelihood)",
         "dft": "DFT (arXiv 2508.05629)",
+        "eaft": f"EAFT (arXiv 2601.02151), α = {arguments.eaft_alpha:g}",
+        "trsft": f"TrSFT (arXiv 2512.17636), α = {arguments.trsft_alpha:g}",
+        "stm": f"STM (arXiv 2501.14315), perplexity up to {arguments.stm_threshold:g}",
     }[arguments.loss_type]
     start = recipe.lora.adapter_name_or_path
     start = f" Training went on from the adapter `{start}`." if start else ""
