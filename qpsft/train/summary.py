@@ -62,7 +62,7 @@ class RunSummary:
     def next_commands(self, recipe: Recipe) -> str:
         """The commands that usually come next."""
         lines = ["next:", f"  qpsft merge {self.folder}"]
-        if checkpoints(self.folder):
+        if checkpoints(self.folder) and self.written == self.steps:  # else the run would end there again
             longer = "--max_steps" if recipe.trainer.max_steps > 0 else "--num_train_epochs"
             lines.append(f"  qpsft train {self.folder} --resume {longer} N   (to train longer)")
         return "\n".join(lines)
