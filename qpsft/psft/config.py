@@ -60,6 +60,12 @@ class PSFTConfig(SFTConfig):
     stm_threshold: float = _option(
         2.5, "stm: the largest perplexity (1 / probability) under the base of a token that is trained on; the paper's."
     )
+    base_kl: float = _option(
+        0.0,
+        "Added to any loss: this times KL(base || policy) over the supervised tokens' whole distributions, nats. nll "
+        "with it is SFT-KL, dft with it ASFT (arXiv 2509.23753, whose code has 0.05 to 0.1). It costs a forward "
+        "without the adapter per row and step.",
+    )
     reference_steps: int = _option(
         8,
         "K: optimizer steps' worth of data in a block; the reference policy is renewed at each block's start. 8 as in "
@@ -193,8 +199,8 @@ class PSFTConfig(SFTConfig):
             raise RecipeError(f"trsft_alpha is {self.trsft_alpha}; it must be above 0 and at most 1.")
         if not self.stm_threshold > 1:
             raise RecipeError(f"stm_threshold is {self.stm_threshold}; it must be above 1: no perplexity is below 1.")
-        for name in ("sft_warmup_steps", "warmup_steps", "max_grad_norm", "weight_decay", "eaft_alpha"):
-            if getattr(self, name) < 0:
+        for name in ("sft_warmup_steps", "warmup_steps", "max_grad_norm", "weight_decay", "eaft_alpha", "base_kl"):
+            if not getattr(self, name) >= 0:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must not be negative.")
         for name, least in (("score_token_budget", 0), ("max_length", 2)):
             value = getattr(self, name)
@@ -274,7 +280,9 @@ class PSFTConfig(SFTConfig):
     @property
     def needs_base(self) -> str | None:
         """What compares the policy with the base, for messages; None if nothing does."""
-        return f"loss_type {self.loss_type}" if BASE_LOGPROBS in LOSSES[self.loss_type].needs else None
+        if BASE_LOGPROBS in LOSSES[self.loss_type].needs:
+            return f"loss_type {self.loss_type}"
+        return f"base_kl {self.base_kl:g}" if self.base_kl else None
 
     @property
     def visits(self) -> int:
