@@ -197,12 +197,14 @@ def test_settings_that_change_which_rows_a_step_sees_are_refused(base, uninterru
         trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
-def test_a_run_may_be_made_longer(base, uninterrupted, tmp_path):
-    shutil.copytree(uninterrupted("one visit") / "checkpoint-7", tmp_path / "checkpoint-7")
-    longer = trainer_of(base, tmp_path, max_steps=15)
+def test_a_run_may_be_made_longer(base, tmp_path):
+    constant = dict(lr_scheduler_type="constant_with_warmup")
+    trainer_of(base, tmp_path / "whole", **constant).train()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-7", tmp_path / "checkpoint-7")
+    longer = trainer_of(base, tmp_path, max_steps=15, **constant)
     longer.train(resume_from_checkpoint=True)
     assert longer.state.global_step == 15
-    whole = contents(uninterrupted("one visit") / "checkpoint-12")
+    whole = contents(tmp_path / "whole" / "checkpoint-12")
     assert contents(tmp_path / "checkpoint-12")["adapter_model.safetensors"] == whole["adapter_model.safetensors"]
 
 

@@ -15,11 +15,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from qpsft import cli
+from qpsft.data.tokenize import load_dataset
 from qpsft.errors import OutputError
 from qpsft.model.base import load_base, load_tokenizer
 from qpsft.psft.config import PSFTConfig
 from qpsft.recipe.file import load_recipe
 from qpsft.train import run
+from qpsft.train.data import hold_out
 from qpsft.train.progress import log_line, read_metrics
 
 FLAGS = [
@@ -116,8 +118,8 @@ def test_held_out_rows_are_kept_for_verification_and_never_trained_on(trained):
         assert tokenizer.decode(prompt["input_ids"]) == prompt["text"]
         assert 0 < prompt["prompt_length"] < len(prompt["input_ids"])
     recipe = load_recipe(None, FLAGS, PSFTConfig)
-    rows = run.load_dataset(recipe.data, tokenizer, 128, show_progress=False)
-    kept, held_out = run.hold_out(rows, 16, seed=1)
+    rows = load_dataset(recipe.data, tokenizer, 128, show_progress=False)
+    kept, held_out = hold_out(rows, 16, seed=1)
     assert [row["input_ids"] for row in held_out] == [p["input_ids"] for p in prompts]
     assert len(kept) + len(held_out) == 64
     trained_on = {tuple(row["input_ids"]) for row in kept}

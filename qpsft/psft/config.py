@@ -7,13 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import get_scheduler
+from transformers import SchedulerType, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from trl import SFTConfig
 
 from qpsft.errors import RecipeError
 from qpsft.model.hardware import check_run, hardware_of, pick_device
 from qpsft.psft.losses import EPSILON, LOSSES, OLD_LOGPROBS
+from qpsft.psft.trust_region import check_targets
+
+DECAY = 0.3
+"""Share of a run over which `warmup_stable_decay` lowers the rate."""
 
 # Values of `report_to` that `get_available_reporting_integrations` does not list.
 _UNLISTED = ("all", "none", "azure_ml", "flyte", "kubeflow")
@@ -60,6 +64,16 @@ class PSFTConfig(SFTConfig):
         "Optimizer steps of plain SFT before the first snapshot: a number of steps, or below 1 a fraction of the run. "
         "0 as in the paper; one block (reference_steps) with num_iterations > 1, where visits otherwise learn late.",
     )
+    target_kl: float | None = _option(
+        None,
+        "End a block early, and renew the reference, after a step whose mean approx_kl passed this many nats per "
+        "token. PPO's practice: 0.01 to 0.1. At high learning rates every step becomes a block, which is plain SFT.",
+    )
+    target_clip_fraction: float | None = _option(
+        None,
+        "Move epsilon from block to block, to between a quarter and 4 times of what was given, so that this share of "
+        "the tokens is clipped. For those who do not know which epsilon to take: 0.1 to 0.3.",
+    )
     score_token_budget: int | None = _option(
         None,
         "Tokens per batch, padding included, in the reference pass. Unset: those of two micro-batches, at "
@@ -89,7 +103,9 @@ class PSFTConfig(SFTConfig):
         2e-4, "Initial learning rate of AdamW. 2e-4 is QLoRA's usual one; PSFT takes 1 to 2 times the best for SFT."
     )
     lr_scheduler_type: str = _option(
-        "constant_with_warmup", "Constant after a warm-up: a decaying rate undertrains when blocks are revisited."
+        "warmup_stable_decay",
+        "Constant after a warm-up, then a linear fall to 0 over the last 30 % of the run: where a rate stays constant, "
+        "chance decides how a run ends. lr_scheduler_kwargs changes its parts, such as {num_decay_steps: 20}.",
     )
     warmup_steps: float = _option(
         10,
@@ -181,6 +197,7 @@ class PSFTConfig(SFTConfig):
             raise RecipeError(f"max_steps is {self.max_steps}; it must be at least 1, or left out to train by epochs.")
 
     def _check_supported(self) -> None:
+        check_targets(self.target_kl, self.target_clip_fraction, self.loss_type, self.takes_snapshots)
         if self.packing and self.packing_strategy == "wrapped":
             raise RecipeError(
                 "packing_strategy wrapped cuts rows in two and lets them see each other.",
@@ -226,7 +243,7 @@ class PSFTConfig(SFTConfig):
         """Refuses schedules without the arguments they need, as transformers does only when training starts."""
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
         try:
-            get_scheduler(self.lr_scheduler_type, optimizer, 1, 2, self.lr_scheduler_kwargs)
+            get_scheduler(self.lr_scheduler_type, optimizer, 1, 2, self.scheduler_kwargs(2))
         except (ValueError, TypeError) as error:
             raise RecipeError(
                 f"lr_scheduler_type {getattr(self.lr_scheduler_type, 'value', self.lr_scheduler_type)!r}: {error}",
@@ -258,6 +275,13 @@ class PSFTConfig(SFTConfig):
                 stacklevel=1,
             )
         return min(asked, longest)
+
+    def scheduler_kwargs(self, total_steps: int) -> dict[str, Any] | None:
+        """`lr_scheduler_kwargs` for a run of `total_steps`; of `warmup_stable_decay` with a linear fall at its end."""
+        if self.lr_scheduler_type != SchedulerType.WARMUP_STABLE_DECAY:
+            return self.lr_scheduler_kwargs
+        decay = {"num_decay_steps": round(DECAY * total_steps), "decay_type": "linear"}
+        return decay | (self.lr_scheduler_kwargs or {})
 
     def sft_warmup_steps_of(self, total_steps: int) -> int:
         """`sft_warmup_steps` as a number of optimizer steps, for a run of `total_steps`."""

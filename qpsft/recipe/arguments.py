@@ -13,6 +13,7 @@ from typing import Literal
 
 from qpsft.errors import RecipeError
 from qpsft.recipe.flags import option
+from qpsft.recipe.methods import METHODS
 
 Quantization = Literal["nf4", "fp4", "none"]
 QuantizedOn = Literal["cpu", "cuda"]
@@ -91,6 +92,21 @@ class DataArguments:
     dataset_revision: str | None = option(None, "Branch, tag or commit of a Hub dataset.")
     dataset_train_split: str = option("train", "Split of a Hub dataset to train on.")
     dataset_limit: int | None = option(None, "Use only the first N rows.")
+    dataset_mix: list[dict] | None = option(
+        None,
+        "Several sources in stated shares of the rows of every mini-batch, instead of dataset_name. Written in YAML as "
+        "a list of {dataset_name: …, share: 0.2, …}, each with its own dataset_config, dataset_train_split, "
+        "dataset_columns and so on; one share may be left out and is the rest. An epoch is one pass over the first "
+        "source; others are repeated where they are too small.",
+    )
+    streaming: bool = option(
+        False,
+        "Read rows while training, from a Hub dataset, .jsonl (also .gz) or .parquet, instead of all before. Needs "
+        "max_steps and num_iterations 1; not with packing, dataset_mix or replay.",
+    )
+    streaming_buffer: int = option(
+        1000, "Rows held in memory with streaming, out of which the next is drawn at random. 1: the source's order."
+    )
     dataset_shape: Literal["auto", "prompt_completion", "messages", "sharegpt", "alpaca", "text"] = option(
         "auto", "Shape of the rows; auto detects it from the columns."
     )
@@ -126,7 +142,28 @@ class DataArguments:
         "starts, also when it is resumed later.",
     )
 
+    replay_share: float | None = option(
+        None,
+        "Share of the rows of every mini-batch that keeps old skills: rows of replay_dataset, or the base's own "
+        "answers to prompts, sampled once before training.",
+    )
+    replay_dataset: str | dict | None = option(
+        None, "Rows to replay: a file or Hub id, or a mapping as in dataset_mix, without share."
+    )
+    replay_prompts: str | None = option(
+        None,
+        "Prompts whose answers by the base are replayed: a .txt file with one a line, or rows with a column `prompt`. "
+        "Unset, without replay_dataset: 100 short general ones that come with qpsft, for bases with a chat template.",
+    )
+    replay_samples: int = option(1, "Answers sampled per prompt, at temperature 1.")
+    replay_max_new_tokens: int = option(
+        256, "Tokens of a sampled answer at most; answers that do not end within them are dropped and counted."
+    )
+
     def __post_init__(self) -> None:
+        for name in ("streaming_buffer", "replay_samples", "replay_max_new_tokens"):
+            if getattr(self, name) <= 0:
+                raise RecipeError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.dataset_limit is not None and self.dataset_limit <= 0:
             raise RecipeError(
                 f"dataset_limit is {self.dataset_limit}; it must be at least 1.", "Leave it out for all rows."
@@ -146,6 +183,12 @@ class DataArguments:
 class RunArguments:
     """What happens around training."""
 
+    method: str | None = option(
+        None,
+        "A published method by name; it sets the options of the method (docs/methods.md), and what is given beside it "
+        f"wins. {', '.join(METHODS)}.",
+        choices=list(METHODS),
+    )
     resume: bool = option(False, "Continue the run in output_dir from its newest whole checkpoint.")
     overwrite: bool = option(False, "Replace the run that output_dir holds.")
     held_out_rows: int = option(

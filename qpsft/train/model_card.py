@@ -15,6 +15,7 @@ import yaml
 
 from qpsft import __version__
 from qpsft.recipe.file import Recipe
+from qpsft.recipe.sources import data_name
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -76,7 +77,7 @@ def model_card(
 
 # {folder.resolve().name}
 
-A LoRA adapter for `{base}` ({recipe.model.quantization}), trained with qpsft on `{recipe.data.dataset_name}`
+A LoRA adapter for `{base}` ({recipe.model.quantization}), trained with qpsft on `{data_name(recipe.data)}`
 by {method}.{start}{rows}
 
 | | |

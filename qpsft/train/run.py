@@ -17,7 +17,6 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from qpsft.data.chat_date import find_chat_date, keep_chat_date
-from qpsft.data.tokenize import TokenizedRows, load_dataset
 from qpsft.errors import OutputError, QpsftError, RecipeError
 from qpsft.files import finished_files
 from qpsft.model.adapter import POLICY, add_adapter, save_adapter
@@ -33,6 +32,8 @@ from qpsft.psft.config import PSFTConfig
 from qpsft.psft.sharding import whole_policy
 from qpsft.psft.trainer import PSFTTrainer
 from qpsft.recipe.file import Recipe
+from qpsft.recipe.sources import data_name
+from qpsft.train.data import mix_facts, mix_table, mix_use, read_training_data
 from qpsft.train.model_card import WRITTEN, model_card, resolved_recipe
 from qpsft.train.out_of_memory import is_out_of_memory, out_of_memory
 from qpsft.train.plot import draw_training
@@ -98,7 +99,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
     arguments: PSFTConfig = recipe.trainer
     for name, value in (
         ("model_name_or_path", recipe.model.model_name_or_path),
-        ("dataset_name", recipe.data.dataset_name),
+        ("dataset_name", recipe.data.dataset_name or recipe.data.dataset_mix),
     ):
         if not value:
             raise RecipeError(f"{name} is missing.", f"Write `{name}: …` in the recipe or give --{name}.")
@@ -112,12 +113,11 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
         lambda: find_chat_date(recipe.data.chat_date, tokenizer, folder, anew=not recipe.run.resume)
     )
     use_triton_where_it_runs(arguments.device)
-    rows = from_main(lambda: load_dataset(recipe.data, tokenizer, arguments.max_length))
-    train_rows, held_out = hold_out(rows, recipe.run.held_out_rows, arguments.seed)
+    data = read_training_data(recipe, tokenizer)
     if is_main():
-        print(data_line(rows, len(train_rows), len(held_out)), flush=True)
-        warn_past_context(recipe, rows.counts.longest)
-    plan = warn_if_short(recipe, train_rows) if is_main() else None
+        print("\n".join(data.lines()), flush=True)
+        warn_past_context(recipe, data.longest)
+    plan = warn_if_short(recipe, data.rows) if is_main() else None
     _forget_earlier_peak()
     model, _ = load_base(
         recipe.model.model_name_or_path,
@@ -136,11 +136,14 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
     model = continue_adapter(model, recipe) if recipe.lora.adapter_name_or_path else add_adapter(model, recipe.lora)
     if recipe.run.resume:
         check_same_base(folder, base_record(model))
-    trainer = make_trainer(model, tokenizer, arguments, train_rows, folder, callbacks)
+    rows = data.rows
+    trainer = make_trainer(model, tokenizer, arguments, rows, folder, callbacks)
     if not arguments.packing:
-        trainer.row_places = [rows.places[i] for i in held_out_order(rows, recipe.run.held_out_rows, arguments.seed)[0]]
+        trainer.row_places = data.places
+    uses = mix_use(trainer.train_dataset, arguments, trainer.rows_per_step()) if len(data.sources) > 1 else []
     if is_main():
-        for line in setup_lines(trainer, len(train_rows)):
+        mix = mix_table(uses, trainer.rows_per_step()) if uses else []
+        for line in [*setup_lines(trainer, len(rows) if arguments.packing else 0), *mix]:
             print(line, flush=True)
     if not recipe.run.resume:
         from_main(lambda: clear_output(folder))
@@ -156,19 +159,10 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
         raise out_of_memory(error, step, plan, newest_complete_checkpoint(folder)) from error
     seconds = time.perf_counter() - started
     numbers = from_main(lambda: [line for line in read_metrics(folder / METRICS) if "nll" in line][-1])
-    summary = RunSummary(folder, numbers, seconds, _peak_bytes(), data=rows.counts.facts())
+    summary = RunSummary(folder, numbers, seconds, _peak_bytes(), data=[*mix_facts(uses), *data.facts()])
     tensors = whole_policy(trainer.model)
-    summary.files = from_main(lambda: write_outputs(recipe, trainer, tokenizer, held_out, summary, tensors))
+    summary.files = from_main(lambda: write_outputs(recipe, trainer, tokenizer, data.held_out, summary, tensors))
     return summary
-
-
-def data_line(rows: TokenizedRows, trained: int, held_out: int) -> str:
-    """What is trained on, in a line or two of at most 80 columns."""
-    counts = rows.counts
-    facts = [f"{trained:,} rows to train on", f"{held_out} held out"]
-    facts += [f"{counts.supervised_tokens:,} supervised tokens", *counts.facts()]
-    line = textwrap.fill(f"data: {rows.name} ({rows.shape}): {', '.join(facts)}", 80, subsequent_indent="      ")
-    return "\n".join([line, *counts.bad_rows])
 
 
 def setup_lines(trainer: PSFTTrainer, rows: int) -> list[str]:
@@ -272,19 +266,6 @@ def clear_output(folder: Path) -> None:
     (folder / METRICS).unlink(missing_ok=True)
 
 
-def hold_out(rows: TokenizedRows, count: int, seed: int) -> tuple[Any, Any]:
-    """Splits off `count` rows, a tenth at most, that training never sees. Returns (train, held out) datasets."""
-    kept, held_out = held_out_order(rows, count, seed)
-    return rows.dataset.select(kept), rows.dataset.select(held_out)
-
-
-def held_out_order(rows: TokenizedRows, count: int, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of the rows that `hold_out` keeps for training, and of those it sets aside."""
-    count = min(count, len(rows.dataset) // 10)
-    order = torch.randperm(len(rows.dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-    return sorted(order[count:]), sorted(order[:count])
-
-
 def write_outputs(recipe: Recipe, trainer, tokenizer, held_out, summary: RunSummary, tensors=None) -> list[str]:
     """Writes the adapter folder: everything under a temporary name first, then renamed into place.
 
@@ -299,7 +280,7 @@ def write_outputs(recipe: Recipe, trainer, tokenizer, held_out, summary: RunSumm
             model = trainer.accelerator.unwrap_model(trainer.model)
             save_adapter(model, partial, tensors)
             tokenizer.save_pretrained(partial)
-            draw_training(lines, partial / "training.png", f"{recipe.trainer.loss_type} on {recipe.data.dataset_name}")
+            draw_training(lines, partial / "training.png", f"{recipe.trainer.loss_type} on {data_name(recipe.data)}")
             options = resolved_name(recipe, folder)
             (partial / options).write_text(resolved_recipe(recipe), encoding="utf-8")
             card = model_card(recipe, folder, summary.numbers, model.peft_config[POLICY], options, summary.data)
