@@ -79,7 +79,7 @@ def test_a_run_in_host_memory_has_no_cuda_context():
 
 def batches(*flags, **changes):
     found = make_plan(recipe_of(*flags), config=LLAMA | changes)
-    activations = found._measure(found._recipe).activations
+    activations = found._planner.measure(found._recipe).activations
     return tuple(activations.batch.__dict__.values()), tuple(activations.score_batch.__dict__.values())
 
 

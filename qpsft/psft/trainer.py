@@ -385,6 +385,7 @@ class PSFTTrainer(SFTTrainer):
         if self.args.should_save:
             ends = self._get_schedule().early_ends
             progress = {"num_tokens": num_tokens, "early_ends": ends, "trust_region": self.trust_region.state_dict()}
+            progress["gradient_checkpointing"] = self.args.gradient_checkpointing
             checkpoint.save_run(folder, checkpoint.order_settings(self.args, self.train_dataset), progress)
             checkpoint.mark_complete(folder)
 

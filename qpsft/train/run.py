@@ -25,14 +25,16 @@ from qpsft.model.base import load_base, set_pad_token
 from qpsft.model.base_record import RECORD_FILE, base_record, read_base_record, write_base_record
 from qpsft.model.continue_adapter import check_start, continue_adapter, recipe_tokenizer, warn_past_context
 from qpsft.model.environment import check_machine, use_triton_where_it_runs
-from qpsft.plan.memory_plan import warn_if_short
+from qpsft.plan.memory_plan import plan_run
+from qpsft.plan.result import MemoryPlan
 from qpsft.processes import from_main, is_main
-from qpsft.psft.checkpoint import checkpoints, newest_complete_checkpoint, remove_folder
+from qpsft.psft.checkpoint import batch_sizes, checkpoints, newest_complete_checkpoint, remove_folder
 from qpsft.psft.config import PSFTConfig
 from qpsft.psft.sharding import whole_policy
 from qpsft.psft.trainer import PSFTTrainer
 from qpsft.recipe.file import Recipe
 from qpsft.recipe.sources import data_name
+from qpsft.terminal import wrap
 from qpsft.train.data import mix_facts, mix_table, mix_use, read_training_data
 from qpsft.train.model_card import WRITTEN, model_card, resolved_recipe
 from qpsft.train.out_of_memory import is_out_of_memory, out_of_memory
@@ -117,7 +119,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
     if is_main():
         print("\n".join(data.lines()), flush=True)
         warn_past_context(recipe, data.longest)
-    plan = warn_if_short(recipe, data.rows) if is_main() else None
+    plan = settle_batch(recipe, data.rows, folder)
     _forget_earlier_peak()
     model, _ = load_base(
         recipe.model.model_name_or_path,
@@ -163,6 +165,29 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
     tensors = whole_policy(trainer.model)
     summary.files = from_main(lambda: write_outputs(recipe, trainer, tokenizer, data.held_out, summary, tensors))
     return summary
+
+
+def settle_batch(recipe: Recipe, rows: Any, folder: Path) -> MemoryPlan | None:
+    """Plans the run in process 0, and gives every process the batch sizes that `auto` stands for.
+
+    They are those that a run to be resumed began with, else the plan's choice; where there is no plan, 2 x 8.
+    """
+    args: PSFTConfig = recipe.trainer
+
+    def take(sizes: dict[str, Any]) -> None:
+        for name, value in sizes.items():
+            if name not in recipe.given or recipe.given[name] == "auto":
+                setattr(args, name, value)
+        args.activation_checkpointing = args.gradient_checkpointing  # its new name, which transformers goes by
+
+    if args.automatic_batch and recipe.run.resume:
+        take(from_main(lambda: batch_sizes(newest_complete_checkpoint(folder))))
+        args.automatic_batch = False
+    plan = plan_run(recipe, rows) if is_main() else None
+    take(from_main(lambda: plan.chosen if plan is not None and plan.chosen else {}))
+    if plan is not None and plan.chosen:
+        print(wrap(f"batches: {plan.why_chosen}"), flush=True)
+    return plan
 
 
 def setup_lines(trainer: PSFTTrainer, rows: int) -> list[str]:
