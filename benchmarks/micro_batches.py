@@ -110,7 +110,7 @@ def main() -> int:
             result[name] = compare(make, options.steps, options.rounds)
         for split, ratio in result[name]["over_2x8_median"].items():
             print(f"{name}: {split:26} {ratio:.2f} of 2 x 8", flush=True)
-    options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
