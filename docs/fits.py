@@ -29,13 +29,11 @@ MODELS = (
     "Qwen/Qwen3-14B",
 )
 CARDS = {"8GB": "8 GB", "12GB": "12 GB", "T4": "T4 (15 GB)", "16GB": "16 GB", "24GB": "24 GB"}
-OFFLOADED = {"12GB": "12 GB, offloaded", "24GB": "24 GB, offloaded"}
 
 LLAMA = "meta-llama/Llama-3.1-8B-Instruct"
 SETTINGS = {
     "qpsft, defaults": (),
     "with `activation_offloading: true`": ("--activation_offloading",),
-    "with that and `optim: paged_adamw_32bit`": ("--activation_offloading", "--optim=paged_adamw_32bit"),
 }
 PUBLISHED = {
     "Unsloth, plain SFT, published": (2972, 21848, 40724, 78475),
@@ -66,11 +64,9 @@ def header(columns: list[str]) -> list[str]:
 
 
 def models_table() -> str:
-    lines = header([*CARDS.values(), *OFFLOADED.values()])
+    lines = header([*CARDS.values()])
     for model in MODELS:
-        lengths = [longest(model, card) for card in CARDS]
-        lengths += [longest(model, card, "--activation_offloading") for card in OFFLOADED]
-        lines.append(row(model.partition("/")[2], lengths))
+        lines.append(row(model.partition("/")[2], [longest(model, card) for card in CARDS]))
     return "\n".join(lines)
 
 
