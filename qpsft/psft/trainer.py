@@ -456,6 +456,7 @@ class PSFTTrainer(SFTTrainer):
                 "early_ends": self._get_schedule().early_ends,
                 "trust_region": self.trust_region.state_dict(),
                 "base_logprobs_sha256": self.base_logprobs.sha256,
+                "gradient_checkpointing": self.args.gradient_checkpointing,
             }
             checkpoint.save_run(folder, checkpoint.order_settings(self.args, self.train_dataset), progress)
             for callback in self._checkpointed_callbacks():

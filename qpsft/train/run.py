@@ -22,14 +22,16 @@ from qpsft.model.base import load_base, set_pad_token
 from qpsft.model.base_record import RECORD_FILE, base_record, read_base_record, write_base_record
 from qpsft.model.continue_adapter import check_start, continue_adapter, recipe_tokenizer, warn_past_context
 from qpsft.model.environment import check_machine, use_triton_where_it_runs
-from qpsft.plan.memory_plan import warn_if_short
+from qpsft.plan.memory_plan import plan_run
+from qpsft.plan.result import MemoryPlan
 from qpsft.processes import from_main, is_main
-from qpsft.psft.checkpoint import newest_complete_checkpoint
+from qpsft.psft.checkpoint import batch_sizes, newest_complete_checkpoint
 from qpsft.psft.config import PSFTConfig
 from qpsft.psft.sharding import whole_policy
 from qpsft.psft.trainer import PSFTTrainer
 from qpsft.recipe.arguments import GuardArguments
 from qpsft.recipe.file import Recipe
+from qpsft.terminal import wrap
 from qpsft.train.data import StreamedData, TrainingData, mix_facts, mix_table, mix_use, read_training_data
 from qpsft.train.evaluation import best_step, evaluation_set_line, evaluation_summary, load_evaluation_set, stop_early
 from qpsft.train.guard import Guard
@@ -58,7 +60,7 @@ class Inputs:
     replay: Replay | None
     evaluated: TokenizedRows | None
     guarded: GuardSet | None
-    plan: Any
+    plan: MemoryPlan | None
 
 
 def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSummary:
@@ -136,8 +138,31 @@ def read_inputs(recipe: Recipe) -> Inputs:
         if evaluated is not None:
             print(evaluation_set_line(evaluated), flush=True)
         warn_past_context(recipe, data.longest)
-    plan = warn_if_short(recipe, data.rows) if is_main() else None
+    plan = settle_batch(recipe, data.rows, folder)
     return Inputs(folder, tokenizer, data, replay, evaluated, guarded, plan)
+
+
+def settle_batch(recipe: Recipe, rows: Any, folder: Path) -> MemoryPlan | None:
+    """Plans the run in process 0, and gives every process the batch sizes that `auto` stands for.
+
+    They are those that a run to be resumed began with, else the plan's choice; where there is no plan, 2 x 8.
+    """
+    args: PSFTConfig = recipe.trainer
+
+    def take(sizes: dict[str, Any]) -> None:
+        for name, value in sizes.items():
+            if name not in recipe.given or recipe.given[name] == "auto":
+                setattr(args, name, value)
+        args.activation_checkpointing = args.gradient_checkpointing  # its new name, which transformers goes by
+
+    if args.automatic_batch and recipe.run.resume:
+        take(from_main(lambda: batch_sizes(newest_complete_checkpoint(folder))))
+        args.automatic_batch = False
+    plan = plan_run(recipe, rows) if is_main() else None
+    take(from_main(lambda: plan.chosen if plan is not None and plan.chosen else {}))
+    if plan is not None and plan.chosen:
+        print(wrap(f"batches: {plan.why_chosen}"), flush=True)
+    return plan
 
 
 def load_guarded(recipe: Recipe) -> GuardSet | None:
