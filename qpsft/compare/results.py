@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -129,16 +129,6 @@ class Comparison:
     def difference(self, treatment: str, control: str, name: str) -> Difference | None:
         """Treatment − control of a metric at the last epoch, paired by seed."""
         return paired_difference(self.arms[treatment].last(name), self.arms[control].last(name))
-
-    def shift_difference(self, treatment: str, control: str, name: str) -> Difference | None:
-        """How much further from the base's value the treatment's is than the control's, at the last epoch."""
-        if name not in self.base:
-            return None
-        shifts = [
-            {seed: abs(value - self.base[name]) for seed, value in self.arms[arm].last(name).items()}
-            for arm in (treatment, control)
-        ]
-        return paired_difference(*shifts)
 
     def points(self, runs: Mapping[int, dict[str, Any]]) -> dict[int, list[Point]]:
         """Scores after each epoch by seed, as (in-domain, out of domain), higher is better."""
@@ -292,28 +282,3 @@ def format_mean(values: Mapping[int, float], unit: str) -> str:
     mean, sd = mean_and_sd(list(values.values()))
     shown = format_value(mean, unit)
     return shown if sd is None else f"{shown} ± {format_value(sd, unit)}"
-
-
-def aligned(rows: list[list[str]], keep: Callable[[int], bool] = lambda column: column == 0) -> list[str]:
-    """Rows of cells as lines, the columns that `keep` names to the left and the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if keep(column) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
-def folded(rows: list[list[str]], width: int | None) -> list[str]:
-    """`aligned`, in several tables one below the other, each with the first column, where one is wider than `width`."""
-    widths = {end: max(map(len, aligned([row[:end] for row in rows]))) for end in range(2, len(rows[0]) + 1)}
-    end = max((end for end, wide in widths.items() if width is None or wide <= width), default=2)
-    if end == len(rows[0]):
-        return aligned(rows)
-    return [
-        *aligned([row[:end] for row in rows]),
-        "",
-        *folded([row[:1] + row[end:] for row in rows], width),
-    ]
