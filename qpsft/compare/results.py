@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -261,12 +262,13 @@ def tuning_table(arm: ArmResult) -> dict[str, float | None]:
     if not arm.grid:
         return {}
     seeds = set.intersection(*(set(runs) for runs in arm.grid.values()))
-    return {
-        f"{rate:g}": None
-        if any("diverged" in runs[seed] for seed in seeds)
-        else statistics.fmean(runs[seed]["points"][-1]["metrics"]["validation"] for seed in seeds)
-        for rate, runs in arm.grid.items()
-    }
+    means = {rate: statistics.fmean(validation_score(runs[s]) for s in seeds) for rate, runs in arm.grid.items()}
+    return {f"{rate:g}": None if math.isnan(mean) else mean for rate, mean in means.items()}
+
+
+def validation_score(run: Mapping[str, Any]) -> float:
+    """A run's score on the validation rows; NaN if it diverged."""
+    return math.nan if "diverged" in run else run["points"][-1]["metrics"]["validation"]
 
 
 def format_value(value: float, unit: str) -> str:
