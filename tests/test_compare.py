@@ -302,7 +302,7 @@ def test_unknown_arms_get_the_nearest_name():
         (["--arms", "sfft"], "Did you mean sft"),
         (["--seeds", "many"], "--seeds is 'many'; it must be a whole number"),
         (["--tune", "--seeds", "2", "--tune_seeds", "3"], "tune_seeds is 3, more than the 2 seeds"),
-        (["--learning_rates", "1e-3,-1"], "learning_rates has a value that is not above 0"),
+        (["--learning_rates", "1e-3,-1"], "learning_rates is -1.0; it must be above 0"),
         (["--noise", "0,0.3"], "Use `python benchmarks/noise_study.py RECIPE"),
         (["--sedes", "3"], "--sedes: there is no such option"),
         (["--in_domain", "nowhere.jsonl"], "There is no file nowhere.jsonl"),

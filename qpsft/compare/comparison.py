@@ -164,12 +164,15 @@ def run_arms(arms: Sequence[Arm], recipe: Recipe, options: CompareOptions, runs:
     methods = {arm.name: _method(arm, recipe) for arm in arms}
     rows = runs.setting.data.train
     unseen = {name: unseen_share(method, recipe.trainer, epochs, rows) for name, method in methods.items()}
-    _warn_of_unseen_rows(unseen, methods, recipe)
+    visits = {name: method.get("num_iterations", 1) for name, method in methods.items()}
+    for note in coverage_notes(unseen, visits, max_steps=recipe.trainer.max_steps):
+        warnings.warn(note, stacklevel=1)  # blamed on this module: terminal.py shows the warnings of qpsft only
 
     def specs(arm: Arm, rate: float, seeds: Sequence[int]) -> dict[int, RunSpec]:
         return {seed: RunSpec(methods[arm.name], rate, seed, epochs) for seed in seeds}
 
-    tuned = [arm for arm in arms if _is_tuned(arm, arms, options)]
+    known_rates = options.arm_rates or {}
+    tuned = [arm for arm in arms if options.tune and rate_source(arm, arms) == arm.name and arm.name not in known_rates]
     tuning = {
         arm.name: {rate: specs(arm, rate, seeds[: options.tune_seeds]) for rate in rate_grid(options, recipe)}
         for arm in tuned
@@ -192,10 +195,6 @@ def run_arms(arms: Sequence[Arm], recipe: Recipe, options: CompareOptions, runs:
     return results
 
 
-def _is_tuned(arm: Arm, arms: Sequence[Arm], options: CompareOptions) -> bool:
-    return options.tune and rate_source(arm, arms) == arm.name and arm.name not in (options.arm_rates or {})
-
-
 def _rates(
     arms: Sequence[Arm],
     recipe: Recipe,
@@ -214,31 +213,20 @@ def _rates(
     for name, by_rate in tuning.items():
         scores = {rate: [validation_score(done[s]) for s in at_rate.values()] for rate, at_rate in by_rate.items()}
         rates[name] = choose_rate(scores, sign)
-        _refuse_if_diverged(name, rates[name], by_rate, done)
+        diverged = [done[s]["diverged"] for s in by_rate[rates[name]].values() if "diverged" in done[s]]
+        if diverged:  # the best rate did, so all of them
+            raise DivergedError(
+                f"{name} diverged at every learning rate of the grid ({', '.join(f'{rate:g}' for rate in by_rate)}); "
+                f"at the lowest: {diverged[0]['error']}",
+                "Give lower ones with --learning_rates. If the lowest should work, look at the rows named.",
+                diverged[0]["step"],
+            )
     return {arm.name: rates[rate_source(arm, arms)] for arm in arms}
 
 
 def _method(arm: Arm, recipe: Recipe) -> dict[str, Any]:
     trainer = recipe.trainer
     return arm.options(trainer.reference_steps, trainer.epsilon, trainer.num_iterations)
-
-
-def _warn_of_unseen_rows(unseen: dict[str, float], methods: dict[str, dict[str, Any]], recipe: Recipe) -> None:
-    visits = {name: method.get("num_iterations", 1) for name, method in methods.items()}
-    for note in coverage_notes(unseen, visits, max_steps=recipe.trainer.max_steps):
-        warnings.warn(note, stacklevel=1)  # blamed on this module: terminal.py shows the warnings of qpsft only
-
-
-def _refuse_if_diverged(arm: str, chosen: float, by_rate: Specs, done: dict) -> None:
-    """Raises DivergedError if the chosen learning rate has a run that diverged, so that every rate has."""
-    diverged = next((done[s]["diverged"] for s in by_rate[chosen].values() if "diverged" in done[s]), None)
-    if diverged is not None:
-        raise DivergedError(
-            f"{arm} diverged at every learning rate of the grid ({', '.join(f'{rate:g}' for rate in by_rate)}); at the "
-            f"lowest: {diverged['error']}",
-            "Give lower ones with --learning_rates. If the lowest should work, look at the rows named.",
-            diverged["step"],
-        )
 
 
 def choose_rate(scores: dict[float, list[float]], sign: int) -> float:

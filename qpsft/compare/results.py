@@ -95,10 +95,8 @@ class Comparison:
     """Arms compared on one data set.
 
     Attributes:
-        name: the demonstrations.
         metric: what in_domain, validation and out_of_domain are; as in `describe_metric`.
         base: metrics of the base before training.
-        base_completions: what it writes.
         arms: by name, in the order compared.
         pairs: (treatment, control), in the order reported.
         overlap, counts, shortened: as in `ComparedData`.
@@ -200,9 +198,9 @@ class Comparison:
                     "unseen_share": arm.unseen_share,
                     "last_epoch": {metric: _summary(arm.last(metric)) for metric in self.columns()},
                     "tuning": tuning_table(arm),
-                    "runs": {seed: _run_record(run) for seed, run in arm.runs.items()},
+                    "runs": {seed: _part(run, "label", "points", "log", "seconds") for seed, run in arm.runs.items()},
                     "grid": {
-                        f"{rate:g}": {seed: _grid_record(run) for seed, run in runs.items()}
+                        f"{rate:g}": {seed: _part(run, "points", "diverged") for seed, run in runs.items()}
                         for rate, runs in arm.grid.items()
                         if rate != arm.learning_rate
                     },
@@ -222,9 +220,7 @@ class Comparison:
             if matched is None:
                 return None
             level, difference = matched
-            in_its_own_sign = difference.signed(
-                self.sign("out_of_domain")
-            )  # as in `last_epoch`: a lower NLL is a minus
+            in_its_own_sign = difference.signed(self.sign("out_of_domain"))  # a lower NLL is a minus
             return {"in_domain": self.sign("in_domain") * level, **record(in_its_own_sign)}
 
         return {
@@ -249,12 +245,8 @@ def _summary(values: Mapping[int, float]) -> dict[str, float | None] | None:
     return {"mean": mean, "sd": sd, "n": len(values)}
 
 
-def _run_record(run: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: run[name] for name in ("label", "points", "log", "seconds")}
-
-
-def _grid_record(run: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: run[name] for name in ("points", "diverged") if name in run}
+def _part(run: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: run[name] for name in names if name in run}
 
 
 def tuning_table(arm: ArmResult) -> dict[str, float | None]:

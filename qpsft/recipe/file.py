@@ -57,9 +57,13 @@ def find_beside(given: dict[str, Any], path: Path | None) -> None:
     if path is None:
         return
     for name in ("dataset_name", "model_name_or_path", "adapter_name_or_path"):
-        value = given.get(name)
-        if isinstance(value, str) and not Path(value).exists() and (_folder(path) / value).exists():
-            given[name] = os.path.normpath(_folder(path) / value)
+        if isinstance(given.get(name), str):
+            given[name] = beside(given[name], _folder(path))
+
+
+def beside(name: str, folder: Path) -> str:
+    """A relative path that exists in `folder` and not from the current one, made relative to `folder`."""
+    return os.path.normpath(folder / name) if not Path(name).exists() and (folder / name).exists() else name
 
 
 def _folder(path: Path) -> Path:
@@ -121,7 +125,6 @@ class Recipe:
     """A run, resolved.
 
     Attributes:
-        path: the YAML file, if there was one.
         given: the options that YAML and flags set, flags winning.
         trainer: an instance of the trainer class handed to `load_recipe`.
     """
