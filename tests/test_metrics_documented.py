@@ -48,6 +48,8 @@ def test_every_logged_number_is_defined_and_no_other(tmp_path):
         eval_strategy="steps",
         eval_steps=2,
         max_steps=4,
+        target_kl=10.0,
+        target_clip_fraction=0.1,
     )
     in_float16(trainer).train()  # which logs `loss_scale` too
     lines = read_metrics(out / "metrics.jsonl")

@@ -15,11 +15,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from qpsft import cli
+from qpsft.data.tokenize import load_dataset
 from qpsft.errors import OutputError
 from qpsft.model.base import load_base, load_tokenizer
 from qpsft.psft.config import PSFTConfig
+from qpsft.psft.losses import LOSSES
 from qpsft.recipe.file import load_recipe
 from qpsft.train import run
+from qpsft.train.data import hold_out
 from qpsft.train.progress import log_line, read_metrics
 
 FLAGS = [
@@ -116,8 +119,8 @@ def test_held_out_rows_are_kept_for_verification_and_never_trained_on(trained):
         assert tokenizer.decode(prompt["input_ids"]) == prompt["text"]
         assert 0 < prompt["prompt_length"] < len(prompt["input_ids"])
     recipe = load_recipe(None, FLAGS, PSFTConfig)
-    rows = run.load_dataset(recipe.data, tokenizer, 128, show_progress=False)
-    kept, held_out = run.hold_out(rows, 16, seed=1)
+    rows = load_dataset(recipe.data, tokenizer, 128, show_progress=False)
+    kept, held_out = hold_out(rows, 16, seed=1)
     assert [row["input_ids"] for row in held_out] == [p["input_ids"] for p in prompts]
     assert len(kept) + len(held_out) == 64
     trained_on = {tuple(row["input_ids"]) for row in kept}
@@ -217,11 +220,13 @@ def test_no_supervised_token_is_an_error_before_training(tmp_path, capsys):
     assert not (tmp_path / "a" / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("loss_type", ["nll", "dft"])
+@pytest.mark.parametrize("loss_type", [name for name in LOSSES if name != "psft"])
 def test_the_baselines_run(loss_type, tmp_path):
     assert train(tmp_path / "a", "--max_steps=2", f"--loss_type={loss_type}", "--save_strategy=no") == 0
     last = [line for line in read_metrics(tmp_path / "a" / "metrics.jsonl") if "nll" in line][-1]
     assert last["clip_fraction"] == 0.0 and last["ratio_max"] == 1.0
+    card = (tmp_path / "a" / "README.md").read_text(encoding="utf-8").lower()
+    assert f"by {'plain sft' if loss_type == 'nll' else loss_type}" in card
 
 
 def test_a_run_shorter_than_a_log_interval_still_ends_with_its_numbers(tmp_path):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+from transformers.trainer_utils import has_length
 
 from qpsft.errors import RecipeError
 from qpsft.model.folder import DEMO, one_line, resolve_folder
@@ -149,7 +150,7 @@ def warn_if_short(recipe: Recipe, rows: Dataset) -> MemoryPlan | None:
 
     Args:
         recipe: of the run.
-        rows: what it trains on, tokenized (`input_ids`).
+        rows: what it trains on, tokenized (`input_ids`), or a stream.
 
     Returns:
         The plan; None where there was no need for one (a CPU run much smaller than the memory) or no way.
@@ -161,7 +162,8 @@ def warn_if_short(recipe: Recipe, rows: Dataset) -> MemoryPlan | None:
     available = psutil.virtual_memory().available
     if device not in ("cuda", "cpu") or (device == "cpu" and _small_beside(available, recipe)):
         return None
-    longest_row = None if args.packing else max(len(ids) for ids in rows["input_ids"])
+    full = args.packing or not has_length(rows)  # rows of max_length, or a stream that may have some
+    longest_row = None if full else max(len(ids) for ids in rows["input_ids"])
     try:
         if device == "cuda":
             plan = make_plan(recipe, card=this_card(), processes=world_size(), longest_row=longest_row)

@@ -7,13 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import get_scheduler
+from transformers import SchedulerType, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from trl import SFTConfig
 
 from qpsft.errors import RecipeError
 from qpsft.model.hardware import check_run, hardware_of, pick_device
-from qpsft.psft.losses import EPSILON, LOSSES, OLD_LOGPROBS
+from qpsft.psft.losses import BASE_LOGPROBS, EPSILON, LOSSES, OLD_LOGPROBS
+from qpsft.psft.trust_region import check_targets
+
+DECAY = 0.3
+"""Share of a run over which `warmup_stable_decay` lowers the rate."""
 
 # Values of `report_to` that `get_available_reporting_integrations` does not list.
 _UNLISTED = ("all", "none", "azure_ml", "flyte", "kubeflow")
@@ -37,13 +41,24 @@ class PSFTConfig(SFTConfig):
 
     loss_type: str = _option(
         "psft",
-        "psft (Proximal SFT, arXiv 2508.17784), nll (plain SFT) or dft (arXiv 2508.05629).",
+        "psft (Proximal SFT, arXiv 2508.17784), nll (plain SFT), dft (arXiv 2508.05629), eaft (2601.02151), trsft "
+        "(2512.17636) or stm (2501.14315). docs/methods.md has their formulas and when to take which.",
         choices=list(LOSSES),
     )
     epsilon: float = _option(
         EPSILON,
         "Trust region: a token gets no gradient once it is (1 + epsilon) times as likely as at the last snapshot. "
         "0.28 as in the paper; 0.1 to 0.5 work.",
+    )
+    eaft_alpha: float = _option(
+        1.0, "eaft: power of a token's normalized entropy in its weight; 1 as in the paper, 0 is plain SFT."
+    )
+    trsft_alpha: float = _option(
+        0.1,
+        "trsft: tokens less likely than this are damped, by their probability over it; 0.1 as in the paper, 1 is dft.",
+    )
+    stm_threshold: float = _option(
+        2.5, "stm: the largest perplexity (1 / probability) under the base of a token that is trained on; the paper's."
     )
     reference_steps: int = _option(
         8,
@@ -60,6 +75,16 @@ class PSFTConfig(SFTConfig):
         "Optimizer steps of plain SFT before the first snapshot: a number of steps, or below 1 a fraction of the run. "
         "0 as in the paper; one block (reference_steps) with num_iterations > 1, where visits otherwise learn late.",
     )
+    target_kl: float | None = _option(
+        None,
+        "End a block early, and renew the reference, after a step whose mean approx_kl passed this many nats per "
+        "token. PPO's practice: 0.01 to 0.1. At high learning rates every step becomes a block, which is plain SFT.",
+    )
+    target_clip_fraction: float | None = _option(
+        None,
+        "Move epsilon from block to block, to between a quarter and 4 times of what was given, so that this share of "
+        "the tokens is clipped. For those who do not know which epsilon to take: 0.1 to 0.3.",
+    )
     score_token_budget: int | None = _option(
         None,
         "Tokens per batch, padding included, in the reference pass. Unset: those of two micro-batches, at "
@@ -67,7 +92,8 @@ class PSFTConfig(SFTConfig):
         "free of rounding noise: without a change of the weights the ratio is 1 to the bit.",
     )
     block_order: bool = _option(
-        False, "nll and dft go through the data in PSFT's order (blocks and visits), as a control. psft always does."
+        False,
+        "The other losses go through the data in PSFT's order (blocks and visits), as a control. psft always does.",
     )
 
     packing: bool = _option(
@@ -89,7 +115,9 @@ class PSFTConfig(SFTConfig):
         2e-4, "Initial learning rate of AdamW. 2e-4 is QLoRA's usual one; PSFT takes 1 to 2 times the best for SFT."
     )
     lr_scheduler_type: str = _option(
-        "constant_with_warmup", "Constant after a warm-up: a decaying rate undertrains when blocks are revisited."
+        "warmup_stable_decay",
+        "Constant after a warm-up, then a linear fall to 0 over the last 30 % of the run: where a rate stays constant, "
+        "chance decides how a run ends. lr_scheduler_kwargs changes its parts, such as {num_decay_steps: 20}.",
     )
     warmup_steps: float = _option(
         10,
@@ -161,7 +189,11 @@ class PSFTConfig(SFTConfig):
         for name in ("epsilon", "learning_rate", "num_train_epochs"):
             if not getattr(self, name) > 0:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be above 0.")
-        for name in ("sft_warmup_steps", "warmup_steps", "max_grad_norm", "weight_decay"):
+        if not 0 < self.trsft_alpha <= 1:
+            raise RecipeError(f"trsft_alpha is {self.trsft_alpha}; it must be above 0 and at most 1.")
+        if not self.stm_threshold > 1:
+            raise RecipeError(f"stm_threshold is {self.stm_threshold}; it must be above 1: no perplexity is below 1.")
+        for name in ("sft_warmup_steps", "warmup_steps", "max_grad_norm", "weight_decay", "eaft_alpha"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must not be negative.")
         for name, least in (("score_token_budget", 0), ("max_length", 2)):
@@ -181,6 +213,7 @@ class PSFTConfig(SFTConfig):
             raise RecipeError(f"max_steps is {self.max_steps}; it must be at least 1, or left out to train by epochs.")
 
     def _check_supported(self) -> None:
+        check_targets(self.target_kl, self.target_clip_fraction, self.loss_type, self.takes_snapshots)
         if self.packing and self.packing_strategy == "wrapped":
             raise RecipeError(
                 "packing_strategy wrapped cuts rows in two and lets them see each other.",
@@ -226,7 +259,7 @@ class PSFTConfig(SFTConfig):
         """Refuses schedules without the arguments they need, as transformers does only when training starts."""
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
         try:
-            get_scheduler(self.lr_scheduler_type, optimizer, 1, 2, self.lr_scheduler_kwargs)
+            get_scheduler(self.lr_scheduler_type, optimizer, 1, 2, self.scheduler_kwargs(2))
         except (ValueError, TypeError) as error:
             raise RecipeError(
                 f"lr_scheduler_type {getattr(self.lr_scheduler_type, 'value', self.lr_scheduler_type)!r}: {error}",
@@ -237,6 +270,11 @@ class PSFTConfig(SFTConfig):
     def takes_snapshots(self) -> bool:
         """Whether the loss compares the policy with a reference policy, a snapshot renewed every block."""
         return OLD_LOGPROBS in LOSSES[self.loss_type].needs
+
+    @property
+    def needs_base(self) -> str | None:
+        """What compares the policy with the base, for messages; None if nothing does."""
+        return f"loss_type {self.loss_type}" if BASE_LOGPROBS in LOSSES[self.loss_type].needs else None
 
     @property
     def visits(self) -> int:
@@ -258,6 +296,13 @@ class PSFTConfig(SFTConfig):
                 stacklevel=1,
             )
         return min(asked, longest)
+
+    def scheduler_kwargs(self, total_steps: int) -> dict[str, Any] | None:
+        """`lr_scheduler_kwargs` for a run of `total_steps`; of `warmup_stable_decay` with a linear fall at its end."""
+        if self.lr_scheduler_type != SchedulerType.WARMUP_STABLE_DECAY:
+            return self.lr_scheduler_kwargs
+        decay = {"num_decay_steps": round(DECAY * total_steps), "decay_type": "linear"}
+        return decay | (self.lr_scheduler_kwargs or {})
 
     def sft_warmup_steps_of(self, total_steps: int) -> int:
         """`sft_warmup_steps` as a number of optimizer steps, for a run of `total_steps`."""

@@ -17,7 +17,6 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from qpsft.data.chat_date import find_chat_date, keep_chat_date
-from qpsft.data.tokenize import TokenizedRows, load_dataset
 from qpsft.errors import OutputError, QpsftError, RecipeError
 from qpsft.files import finished_files
 from qpsft.model.adapter import POLICY, add_adapter, save_adapter
@@ -32,11 +31,25 @@ from qpsft.psft.checkpoint import checkpoints, newest_complete_checkpoint, remov
 from qpsft.psft.config import PSFTConfig
 from qpsft.psft.sharding import whole_policy
 from qpsft.psft.trainer import PSFTTrainer
+from qpsft.recipe.arguments import GuardArguments
 from qpsft.recipe.file import Recipe
+from qpsft.recipe.sources import data_name
+from qpsft.terminal import wrap
+from qpsft.train.data import mix_facts, mix_table, mix_use, read_training_data
+from qpsft.train.evaluation import (
+    best_step,
+    evaluation_set_line,
+    evaluation_summary,
+    load_evaluation_set,
+    stop_early,
+)
+from qpsft.train.guard import Guard
+from qpsft.train.guard_set import GuardSet, load_guard_set
 from qpsft.train.model_card import WRITTEN, model_card, resolved_recipe
 from qpsft.train.out_of_memory import is_out_of_memory, out_of_memory
 from qpsft.train.plot import draw_training
 from qpsft.train.progress import ConsoleCallback, MetricsCallback, read_metrics
+from qpsft.train.replay import MADE, ROWS, read_replay, replay_rows
 
 METRICS = "metrics.jsonl"
 VERIFY_PROMPTS = "verify_prompts.jsonl"
@@ -49,33 +62,44 @@ class RunSummary:
 
     Attributes:
         folder: the adapter folder.
-        numbers: the last log line: nll and entropy (nats per token), clip_fraction, tokens_per_second, ….
+        numbers: the last log line of the adapter that is written: nll and entropy (nats per token), clip_fraction,
+            tokens_per_second, ….
+        steps: optimizer steps trained.
+        written: the step of the adapter that is written: the last, the best, or the guard's.
         seconds: wall time of training.
         peak_bytes: the most memory in use: on the CUDA device if there is one, else the process's.
         files: names of what was written.
         data: what training did not take as it stands in the source, as in `DataCounts.facts`.
+        notes: what the guard and the evaluations found and did.
     """
 
     folder: Path
     numbers: dict[str, float]
+    steps: int
+    written: int
     seconds: float
     peak_bytes: int
     files: list[str] = field(default_factory=list)
     data: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         n = self.numbers
         where = "GPU" if torch.cuda.is_available() else "process"
         return (
-            f"trained {int(n['step'])} steps in {self.seconds:.0f} s\n"
-            f"  nll            {n['nll']:.4f} nats per token (last log line)\n"
+            f"trained {self.steps} steps in {self.seconds:.0f} s\n"
+            f"  nll            {n['nll']:.4f} nats per token ({self._which_line()})\n"
             f"  entropy        {n['entropy']:.4f} nats per token\n"
             f"  clip fraction  {n['clip_fraction']:.1%}\n"
             f"  tokens/s       {n['tokens_per_second']:,.0f}\n"
             f"  peak memory    {self.peak_bytes / 1e9:.2f} GB ({where})\n"
-            f"adapter: {self.folder}\n"
+            + "".join(f"{wrap(note)}\n" for note in self.notes)
+            + f"adapter: {self.folder}\n"
             + textwrap.fill(", ".join(self.files), 80, initial_indent="  ", subsequent_indent="  ")
         )
+
+    def _which_line(self) -> str:
+        return "last log line" if self.written == self.steps else f"log line of step {self.numbers['step']}"
 
     def next_commands(self, recipe: Recipe) -> str:
         """The commands that usually come next."""
@@ -98,7 +122,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
     arguments: PSFTConfig = recipe.trainer
     for name, value in (
         ("model_name_or_path", recipe.model.model_name_or_path),
-        ("dataset_name", recipe.data.dataset_name),
+        ("dataset_name", recipe.data.dataset_name or recipe.data.dataset_mix),
     ):
         if not value:
             raise RecipeError(f"{name} is missing.", f"Write `{name}: …` in the recipe or give --{name}.")
@@ -112,12 +136,16 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
         lambda: find_chat_date(recipe.data.chat_date, tokenizer, folder, anew=not recipe.run.resume)
     )
     use_triton_where_it_runs(arguments.device)
-    rows = from_main(lambda: load_dataset(recipe.data, tokenizer, arguments.max_length))
-    train_rows, held_out = hold_out(rows, recipe.run.held_out_rows, arguments.seed)
+    data = read_training_data(recipe, tokenizer)
+    replay = from_main(lambda: read_replay(recipe, tokenizer))
+    evaluated = from_main(lambda: load_evaluation_set(recipe, tokenizer))
+    guarded = from_main(lambda: load_guarded(recipe))
     if is_main():
-        print(data_line(rows, len(train_rows), len(held_out)), flush=True)
-        warn_past_context(recipe, rows.counts.longest)
-    plan = warn_if_short(recipe, train_rows) if is_main() else None
+        print("\n".join([*data.lines(), *([replay.line] if replay else [])]), flush=True)
+        if evaluated is not None:
+            print(evaluation_set_line(evaluated), flush=True)
+        warn_past_context(recipe, data.longest)
+    plan = warn_if_short(recipe, data.rows) if is_main() else None
     _forget_earlier_peak()
     model, _ = load_base(
         recipe.model.model_name_or_path,
@@ -132,16 +160,30 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
         verbose=is_main(),
     )
     set_pad_token(model, tokenizer)
+    if replay is not None:
+        answers = from_main(lambda: replay_rows(replay, model, tokenizer, folder))
+        data = data.with_replay(answers, replay.share)
+        if is_main():
+            print(data.lines()[-1], flush=True)
+        _forget_earlier_peak()
     torch.manual_seed(arguments.seed)
     model = continue_adapter(model, recipe) if recipe.lora.adapter_name_or_path else add_adapter(model, recipe.lora)
     if recipe.run.resume:
         check_same_base(folder, base_record(model))
-    trainer = make_trainer(model, tokenizer, arguments, train_rows, folder, callbacks)
+    rows, eval_rows = data.rows, None if evaluated is None else evaluated.dataset
+    trainer = make_trainer(model, tokenizer, arguments, rows, folder, callbacks, eval_rows)
+    stop_early(trainer, recipe.run.early_stopping_patience)
     if not arguments.packing:
-        trainer.row_places = [rows.places[i] for i in held_out_order(rows, recipe.run.held_out_rows, arguments.seed)[0]]
+        trainer.row_places = data.places
+    uses = mix_use(trainer.train_dataset, arguments, trainer.rows_per_step()) if len(data.sources) > 1 else []
     if is_main():
-        for line in setup_lines(trainer, len(train_rows)):
+        mix = mix_table(uses, trainer.rows_per_step()) if uses else []
+        for line in [*setup_lines(trainer, len(rows) if arguments.packing else 0), *mix]:
             print(line, flush=True)
+    guard = None
+    if guarded is not None:
+        guard = Guard(guarded, tokenizer, trained_before=bool(recipe.lora.adapter_name_or_path))
+        guard.watch(trainer, resumed=recipe.run.resume)
     if not recipe.run.resume:
         from_main(lambda: clear_output(folder))
     from_main(lambda: write_base_record(model, folder))
@@ -155,20 +197,30 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
         step = trainer.state.global_step + 1
         raise out_of_memory(error, step, plan, newest_complete_checkpoint(folder)) from error
     seconds = time.perf_counter() - started
-    numbers = from_main(lambda: [line for line in read_metrics(folder / METRICS) if "nll" in line][-1])
-    summary = RunSummary(folder, numbers, seconds, _peak_bytes(), data=rows.counts.facts())
+    if guard is not None:
+        guard.finish()
+    steps = trainer.state.global_step
+    written = next((step for step in (guard and guard.written_step, best_step(trainer)) if step is not None), steps)
+    numbers = from_main(lambda: numbers_at(folder, written))
+    summary = RunSummary(
+        folder, numbers, steps, written, seconds, _peak_bytes(), data=[*mix_facts(uses), *data.facts()]
+    )
+    summary.notes = evaluation_summary(trainer, recipe.run.early_stopping_patience)
+    summary.notes += guard.summary() if guard is not None else []
     tensors = whole_policy(trainer.model)
-    summary.files = from_main(lambda: write_outputs(recipe, trainer, tokenizer, held_out, summary, tensors))
+    summary.files = from_main(lambda: write_outputs(recipe, trainer, tokenizer, data.held_out, summary, tensors))
     return summary
 
 
-def data_line(rows: TokenizedRows, trained: int, held_out: int) -> str:
-    """What is trained on, in a line or two of at most 80 columns."""
-    counts = rows.counts
-    facts = [f"{trained:,} rows to train on", f"{held_out} held out"]
-    facts += [f"{counts.supervised_tokens:,} supervised tokens", *counts.facts()]
-    line = textwrap.fill(f"data: {rows.name} ({rows.shape}): {', '.join(facts)}", 80, subsequent_indent="      ")
-    return "\n".join([line, *counts.bad_rows])
+def load_guarded(recipe: Recipe) -> GuardSet | None:
+    """The rows of the recipe's guard; None without one."""
+    return load_guard_set(GuardArguments(**recipe.run.guard), recipe.data) if recipe.run.guard else None
+
+
+def numbers_at(folder: Path, step: int) -> dict[str, float]:
+    """The last log line up to a step; the first, if that comes later."""
+    lines = [line for line in read_metrics(folder / METRICS) if "nll" in line]
+    return ([line for line in lines if line["step"] <= step] or lines[:1])[-1]
 
 
 def setup_lines(trainer: PSFTTrainer, rows: int) -> list[str]:
@@ -208,7 +260,13 @@ def check_same_base(folder: Path, record: dict[str, Any]) -> None:
 
 
 def make_trainer(
-    model, tokenizer, arguments: PSFTConfig, train_rows, folder: Path, callbacks: Sequence[TrainerCallback] = ()
+    model,
+    tokenizer,
+    arguments: PSFTConfig,
+    train_rows,
+    folder: Path,
+    callbacks: Sequence[TrainerCallback] = (),
+    eval_rows=None,
 ) -> PSFTTrainer:
     """The trainer of a command-line run: tokenized rows, our own progress bar and `metrics.jsonl`."""
     arguments.disable_tqdm = True  # ConsoleCallback has the bar
@@ -220,6 +278,7 @@ def make_trainer(
             model,
             args=arguments,
             train_dataset=train_rows,
+            eval_dataset=eval_rows,
             processing_class=tokenizer,
             callbacks=[ConsoleCallback(), MetricsCallback(folder / METRICS), *callbacks],
         )
@@ -272,19 +331,6 @@ def clear_output(folder: Path) -> None:
     (folder / METRICS).unlink(missing_ok=True)
 
 
-def hold_out(rows: TokenizedRows, count: int, seed: int) -> tuple[Any, Any]:
-    """Splits off `count` rows, a tenth at most, that training never sees. Returns (train, held out) datasets."""
-    kept, held_out = held_out_order(rows, count, seed)
-    return rows.dataset.select(kept), rows.dataset.select(held_out)
-
-
-def held_out_order(rows: TokenizedRows, count: int, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of the rows that `hold_out` keeps for training, and of those it sets aside."""
-    count = min(count, len(rows.dataset) // 10)
-    order = torch.randperm(len(rows.dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-    return sorted(order[count:]), sorted(order[:count])
-
-
 def write_outputs(recipe: Recipe, trainer, tokenizer, held_out, summary: RunSummary, tensors=None) -> list[str]:
     """Writes the adapter folder: everything under a temporary name first, then renamed into place.
 
@@ -293,16 +339,16 @@ def write_outputs(recipe: Recipe, trainer, tokenizer, held_out, summary: RunSumm
     Returns: the names written. Raises: OutputError; what was in the folder before is then untouched.
     """
     folder = summary.folder
-    lines = [line for line in read_metrics(folder / METRICS) if "nll" in line]
+    lines = read_metrics(folder / METRICS)
     try:
         with finished_files(folder) as partial:
             model = trainer.accelerator.unwrap_model(trainer.model)
             save_adapter(model, partial, tensors)
             tokenizer.save_pretrained(partial)
-            draw_training(lines, partial / "training.png", f"{recipe.trainer.loss_type} on {recipe.data.dataset_name}")
+            draw_training(lines, partial / "training.png", f"{recipe.trainer.loss_type} on {data_name(recipe.data)}")
             options = resolved_name(recipe, folder)
             (partial / options).write_text(resolved_recipe(recipe), encoding="utf-8")
-            card = model_card(recipe, folder, summary.numbers, model.peft_config[POLICY], options, summary.data)
+            card = model_card(recipe, summary, model.peft_config[POLICY], options)
             (partial / "README.md").write_text(card, encoding="utf-8")
             with (partial / VERIFY_PROMPTS).open("w", encoding="utf-8") as file:
                 for row in held_out:
@@ -313,7 +359,8 @@ def write_outputs(recipe: Recipe, trainer, tokenizer, held_out, summary: RunSumm
             f"The adapter could not be written to {folder}: {error.strerror or error}.",
             "Free some space, then give --resume: training itself is done and continues from its last checkpoint.",
         ) from error
-    return [*sorted({*names, RECORD_FILE}), METRICS]
+    replayed = {name for name in (ROWS, MADE) if (folder / name).is_file() and recipe.data.replay_share}
+    return [*sorted({*names, RECORD_FILE, *replayed}), METRICS]
 
 
 def resolved_name(recipe: Recipe, folder: Path) -> str:
