@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from qpsft import cli
-from qpsft.errors import BaseModelError, NotTheSameModelError
+from qpsft.errors import NotTheSameModelError
 from qpsft.evaluate.model import load_evaluated
 from qpsft.merge import merge_adapter
 from qpsft.model.adapter import add_adapter, save_adapter
@@ -83,10 +84,27 @@ def test_chat_and_evaluate_round_as_the_record_says(trained):
         assert torch.equal(model(IDS).logits, logits)
 
 
-def test_a_record_that_does_not_say_is_refused(trained, tmp_path):
-    old = rewrite(trained[1], tmp_path / "old", quantized_on="gone")
-    with pytest.raises(BaseModelError, match="base_quantization.json lacks quantized_on"):
-        read_base_record(old)
+@pytest.mark.parametrize(("compute_dtype", "assumed"), [("float32", "cpu"), ("bfloat16", "cuda")])
+def test_of_an_older_record_the_assumption_is_said(trained, tmp_path, compute_dtype, assumed):
+    old = rewrite(trained[1], tmp_path / "old", quantized_on="gone", compute_dtype=compute_dtype)
+    with pytest.warns(UserWarning, match=rf"does not say where .* {assumed}\. Give --quantized_on"):
+        assert read_base_record(old).quantized_on == assumed
+
+
+def test_the_flag_states_it_in_the_record(trained, tmp_path, capsys, recwarn):
+    where, folder, _ = trained
+    old = rewrite(folder, tmp_path / "old", quantized_on="gone")
+    arguments = ["merge", str(old), "-o", str(tmp_path / "merged"), "--dtype", "float32", "--quantized_on", where]
+    assert cli.main(arguments) == 0
+    assert read_base_record(old).quantized_on == where and not [w for w in recwarn if "does not say" in str(w.message)]
+    merge_adapter(folder, tmp_path / "same", dtype="float32")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "same"))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    assert cli.main(["verify", str(old), str(tmp_path / "merged"), "--quantized_on", where]) == 0
+    capsys.readouterr()
+    other_place = "cpu" if where == "cuda" else "cuda"
+    assert cli.main(["verify", str(old), str(tmp_path / "merged"), "--quantized_on", other_place]) == 2
+    assert f"says it was on {where}" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_with_the_rounding_it_began_with(tmp_path):

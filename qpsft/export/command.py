@@ -20,6 +20,9 @@ def export(argv: Sequence[str]) -> int:
     """`qpsft export`."""
     options = parse(Parser("qpsft export", "SOURCE --to FORMAT [options]", EXPORT), argv, ExportOptions)
     quiet_libraries()
+    from qpsft.model.base_record import state_quantized_on
+
+    state_quantized_on(options.source, options.quantized_on)
     print(write_export(options).summary())
     return 0
 

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import json
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -230,7 +231,12 @@ def write_base_record(model: nn.Module, folder: str | os.PathLike, name_or_path:
     Raises:
         OutputError: the folder cannot be written.
     """
-    path, record = Path(folder) / RECORD_FILE, base_record(model, name_or_path)
+    path = Path(folder) / RECORD_FILE
+    _write_record(path, base_record(model, name_or_path))
+    return path
+
+
+def _write_record(path: Path, record: dict) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
@@ -238,7 +244,6 @@ def write_base_record(model: nn.Module, folder: str | os.PathLike, name_or_path:
         raise OutputError(
             f"{path} cannot be written: {error.strerror or error}.", "Check the disk and its permissions."
         ) from error
-    return path
 
 
 def read_base_record(folder: str | os.PathLike) -> BaseRecord:
@@ -261,7 +266,7 @@ def read_base_record(folder: str | os.PathLike) -> BaseRecord:
     if not isinstance(content, dict):
         raise BaseModelError(f"{path} is not a JSON object.", advice)
     names = [field.name for field in dataclasses.fields(BaseRecord)]
-    missing = [name for name in names if name not in content]
+    missing = [name for name in names if name not in content and name != "quantized_on"]
     if missing:
         raise BaseModelError(f"{path} lacks {', '.join(missing)}.", advice)
     if content["quantization"] == "int8":
@@ -269,7 +274,45 @@ def read_base_record(folder: str | os.PathLike) -> BaseRecord:
             f"{path} says that the base was in int8, and qpsft works with bases in 4 bits or unquantized ones.",
             "Load the adapter with PEFT beside the base it was trained on, or train again with quantization: nf4.",
         )
+    if "quantized_on" not in content:
+        content["quantized_on"] = _assumed_device(path, content)
     return BaseRecord(**{name: content[name] for name in names})
+
+
+def state_quantized_on(folder: str | os.PathLike, quantized_on: str | None) -> None:
+    """Writes into an adapter's record where its base was quantized, if the record does not say; None does nothing.
+
+    Raises:
+        BaseModelError: there is no record, or it says something else.
+        OutputError: the folder cannot be written.
+    """
+    if quantized_on is None:
+        return
+    path = Path(folder) / RECORD_FILE
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the assumption that this replaces
+        record = read_base_record(folder)
+    stated = json.loads(path.read_text(encoding="utf-8")).get("quantized_on")
+    if stated == quantized_on:
+        return
+    if stated is not None or record.quantized_on is None:
+        where = f"on {stated}" if stated else "on disk, before training, or not at all"
+        raise BaseModelError(f"--quantized_on {quantized_on}: {path} says it was {where}.", "Leave the flag out.")
+    _write_record(path, dataclasses.asdict(dataclasses.replace(record, quantized_on=quantized_on)))
+
+
+def _assumed_device(path: Path, content: dict) -> str | None:
+    """Where a base was quantized, for a record older than `quantized_on`: GPUs compute in 16 bits, the CPU in 32."""
+    if content["quantization"] == "none" or content["prequantized"]:
+        return None
+    device = "cpu" if content["compute_dtype"] == "float32" else "cuda"
+    if content["double_quant"]:
+        warnings.warn(
+            f"{path} does not say where the base was quantized. Assumed, from its compute dtype "
+            f"{content['compute_dtype']}: {device}. Give --quantized_on cpu or cuda if it was elsewhere.",
+            stacklevel=3,
+        )
+    return device
 
 
 def _name(dtype: torch.dtype) -> str:

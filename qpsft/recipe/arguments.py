@@ -25,6 +25,9 @@ class BaseOptions:
     base: str | None = option(
         None, "the base's folder or Hub id, if it is no longer where the adapter says", metavar="MODEL"
     )
+    quantized_on: Literal["cpu", "cuda"] | None = option(
+        None, "where the adapter's base was quantized in training; for an adapter whose record does not say"
+    )
 
 
 @dataclass(kw_only=True)
@@ -212,6 +215,7 @@ class RunArguments:
         "A published method by name; it sets the options of the method (docs/methods.md), and what is given beside it "
         f"wins. {', '.join(METHODS)}.",
         choices=list(METHODS),
+        metavar="NAME",
     )
     resume: bool = option(False, "Continue the run in output_dir from its newest whole checkpoint.")
     overwrite: bool = option(False, "Replace the run that output_dir holds.")
