@@ -193,9 +193,10 @@ class PSFTTrainer(SFTTrainer):
         """As in transformers; then the rate is this run's, which may be longer than the one it goes on from."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and isinstance(schedule := self.lr_scheduler, LambdaLR):
-            rates = zip(self.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
-            for group, first, factor in rates:
-                group["lr"] = first * factor(schedule.last_epoch)
+            rates = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            schedule._last_lr = [first * factor(schedule.last_epoch) for first, factor in rates]
+            for group, rate in zip(self.optimizer.param_groups, schedule._last_lr, strict=True):
+                group["lr"] = rate
 
     # ---- the rows ----
 
