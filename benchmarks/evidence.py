@@ -96,7 +96,9 @@ def do_part(part: str, output: Path, jobs: int) -> None:
     print(f"\n== {part}", flush=True)
     # relative: the records hold it, and nobody needs the maker's folders
     common = {"results_dir": os.path.relpath(output / "results"), "jobs": str(jobs)}
-    loaded, options = load_comparison(recipe, [f"--output_dir={os.path.relpath(output / part)}"], given | common)
+    # the rate of the committed results; the default falls to 0 now
+    flags = [f"--output_dir={os.path.relpath(output / part)}", "--lr_scheduler_type=constant_with_warmup"]
+    loaded, options = load_comparison(recipe, flags, given | common)
     if part == "noise":
         summary = str(study_noise(loaded, options, NOISE))
     else:

@@ -6,7 +6,7 @@ from real_templates import templates, tokenizer_for
 
 from qpsft.data.bad_rows import RowError
 from qpsft.data.template import ChatRenderer, Rendered
-from qpsft.data.tokenize import _Encoder, encode_prompt
+from qpsft.data.tokenize import RowEncoder, encode_prompt
 from qpsft.errors import DataError
 from qpsft.recipe.arguments import DataArguments
 
@@ -88,7 +88,7 @@ def test_what_a_template_writes_at_the_end_only_follows_the_generation_prompt(fa
 
 
 def test_a_turn_without_tokens_is_an_error():
-    encoder = _Encoder(byte_tokenizer(CHATML), DataArguments())
+    encoder = RowEncoder(byte_tokenizer(CHATML), DataArguments())
     with pytest.raises(RowError, match="row 1: an assistant turn that is to be trained on gives no token"):
         encoder._label_rendered(Rendered("ab", [(0, 1), (1, 1)], []), "row 1")
 

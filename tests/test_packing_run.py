@@ -5,10 +5,12 @@ import torch
 from safetensors.torch import load_file
 
 from qpsft import cli
+from qpsft.data.tokenize import load_dataset
 from qpsft.model.base import load_tokenizer
 from qpsft.psft.config import PSFTConfig
 from qpsft.recipe.file import load_recipe
 from qpsft.train import run
+from qpsft.train.data import hold_out
 from qpsft.train.progress import read_metrics
 
 FLAGS = [
@@ -45,8 +47,8 @@ def pieces(packed):
 def test_the_pieces_are_the_labelled_rows(packed_run):
     _, trainer = packed_run
     recipe = load_recipe(None, FLAGS, PSFTConfig)
-    rows = run.load_dataset(recipe.data, load_tokenizer("demo"), 128, show_progress=False)
-    kept, _ = run.hold_out(rows, 16, seed=1)
+    rows = load_dataset(recipe.data, load_tokenizer("demo"), 128, show_progress=False)
+    kept, _ = hold_out(rows, 16, seed=1)
     expected = sorted((tuple(row["input_ids"]), tuple(row["labels"])) for row in kept)
     assert sorted(pieces(trainer.train_dataset)) == expected and len(expected) == 58
     assert len(trainer.train_dataset) < 58
@@ -64,7 +66,7 @@ def test_the_log_counts_real_tokens_and_each_block_starts_at_ratio_1(packed_run)
 
 def test_it_says_what_was_packed(packed_run):
     _, trainer = packed_run
-    (packing,) = run.setup_lines(trainer, 58)
+    packing = run.packing_line(trainer, 58)
     count = len(trainer.train_dataset)
     assert " ".join(packing.split()).startswith(f"packing: 58 rows in {count} of 128 tokens, ")
     assert packing.split()[-5:] == ["4", "packed", "rows", "a", "step"]

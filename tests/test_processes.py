@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
-from small_runs import largest_difference, make_base, make_rows, make_trainer, policy
-from two_processes import FLAGS, PACKED, SETTINGS, SIX_STEPS, STOP
+from small_runs import largest_difference, make_rows, make_trainer, policy
+from two_processes import EARLY_ENDS, FLAGS, PACKED, SETTINGS, SIX_STEPS, STOP
 
 from qpsft import cli, processes
 from qpsft.errors import RecipeError
@@ -48,11 +48,6 @@ def launch(*command, timeout=600):
             os.killpg(launched.pid, signal.SIGKILL)  # its workers too
             launched.wait()
     return launched.returncode, stdout, stderr
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +88,14 @@ def test_invariant_4_holds_for_packed_rows(base, found, tmp_path):
     trainer.train()
     assert [rank["packed"] for rank in both] == ["DistributedDataParallel"] * 2
     assert largest_difference(policy(trainer.model), load_file(out / "packed.safetensors")) < 1e-5
+
+
+def test_invariant_4_holds_where_blocks_end_early(base, found, tmp_path):
+    both, out = found
+    trainer = make_trainer(base, tmp_path, **{**EARLY_ENDS, "gradient_accumulation_steps": 4})
+    trainer.train()
+    assert len(trainer._get_schedule().early_ends) > 1
+    assert largest_difference(policy(trainer.model), load_file(out / "early_ends.safetensors")) < 1e-5
 
 
 def test_two_processes_resume_in_mid_block_to_the_same_bytes(found):

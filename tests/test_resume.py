@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import log_lines, make_base, make_lora, make_rows, make_trainer, policy, same
+from small_runs import log_lines, make_lora, make_rows, make_trainer, policy, same
 from transformers import TrainerCallback
 
 from qpsft.errors import TrainingError
@@ -30,11 +30,6 @@ def trainer_of(base, out, **changes):
     settings = dict(rows=make_rows(10), max_steps=12, save_strategy="steps", save_steps=1, save_total_limit=None)
     settings |= dict(learning_rate=1e-3, epsilon=0.2)  # most tokens stay unclipped: old log-probabilities matter
     return make_trainer(base, out, **{**settings, **changes})
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
@@ -197,12 +192,14 @@ def test_settings_that_change_which_rows_a_step_sees_are_refused(base, uninterru
         trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
-def test_a_run_may_be_made_longer(base, uninterrupted, tmp_path):
-    shutil.copytree(uninterrupted("one visit") / "checkpoint-7", tmp_path / "checkpoint-7")
-    longer = trainer_of(base, tmp_path, max_steps=15)
+def test_a_run_may_be_made_longer(base, tmp_path):
+    constant = dict(lr_scheduler_type="constant_with_warmup")
+    trainer_of(base, tmp_path / "whole", **constant).train()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-7", tmp_path / "checkpoint-7")
+    longer = trainer_of(base, tmp_path, max_steps=15, **constant)
     longer.train(resume_from_checkpoint=True)
     assert longer.state.global_step == 15
-    whole = contents(uninterrupted("one visit") / "checkpoint-12")
+    whole = contents(tmp_path / "whole" / "checkpoint-12")
     assert contents(tmp_path / "checkpoint-12")["adapter_model.safetensors"] == whole["adapter_model.safetensors"]
 
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -62,7 +63,7 @@ def test_mini_batches_are_always_full_and_nothing_is_skipped():
 def test_the_sampler_yields_what_the_schedule_says_epoch_by_epoch():
     plan = schedule(num_rows=21, mini_batch_size=4, total_steps=18, reference_steps=3, num_iterations=2)
     done = 0
-    sampler = BlockSampler(lambda: plan, 21, 4, step=lambda: done)
+    sampler = BlockSampler(lambda: plan, 6, 4, step=lambda: done)
     assert len(sampler) == 24
     for done in (0, 6, 8, 12):  # 8: resumed in the middle of the second epoch
         first = done // 6 * 6
@@ -107,3 +108,39 @@ def test_no_row_is_seen_again_before_every_other_row_was_in_the_stream(
             assert not position.is_snapshot
         if position.is_snapshot:
             assert step == warmup_steps or positions[step - 1].block == position.block - 1
+
+
+def ended_early(*steps, **changes):
+    plan = schedule(**changes)
+    for step in steps:
+        plan.end_block(step)
+    return plan
+
+
+def test_a_block_that_ends_early_hands_its_unseen_mini_batches_to_the_next():
+    plan = ended_early(3, 9, reference_steps=8, total_steps=32)
+    positions = [plan.position(step) for step in range(32)]
+    assert [step for step, p in enumerate(positions) if p.is_snapshot] == [0, 3, 9, 17, 25]
+    assert [p.mini_batch for p in positions] == list(range(32))
+    assert [p.block for p in positions] == [0] * 3 + [1] * 6 + [2] * 8 + [3] * 8 + [4] * 7
+    assert plan.early_ends == [3, 9]
+
+
+def test_a_block_that_ends_early_loses_its_remaining_visits():
+    plan = ended_early(6, 13, reference_steps=4, num_iterations=3, total_steps=64)
+    positions = [plan.position(step) for step in range(64)]
+    assert sorted(p.mini_batch for p in positions[:6]) == sorted([0, 1, 2, 3] + [p.mini_batch for p in positions[4:6]])
+    assert [p.visit for p in positions[:13]] == [0] * 4 + [1] * 2 + [0] * 4 + [1] * 3
+    assert positions[6].is_snapshot and [p.mini_batch for p in positions[6:10]] == [4, 5, 6, 7]
+    assert positions[13].is_snapshot and [p.mini_batch for p in positions[13:17]] == [8, 9, 10, 11]
+
+
+@pytest.mark.parametrize("step", [0, 5, 8, 16])
+def test_a_block_cannot_end_early_in_the_warm_up_or_where_it_ends_anyway(step):
+    plan = ended_early(step, reference_steps=8, warmup_steps=8, total_steps=64)
+    assert plan.early_ends == []
+
+
+def test_the_last_block_is_shortened_after_an_early_end_too():
+    plan = ended_early(5, reference_steps=4, num_iterations=4, total_steps=29)
+    assert Counter(plan.position(step).mini_batch for step in range(21, 29)) == {8: 4, 9: 4}

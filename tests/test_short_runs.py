@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import shared_path
 from safetensors.torch import load_file
-from small_runs import Recorder, log_lines, make_base, make_trainer
+from small_runs import Recorder, log_lines, make_trainer
 
 from qpsft import cli
 from qpsft.errors import TrainingError
@@ -15,11 +15,6 @@ from qpsft.psft.config import PSFTConfig
 
 ROWS = [{"prompt": f"What is {i}+{i}?", "completion": f"{i}+{i} is {2 * i}."} for i in range(16)]
 """`../shared/cases/data/W_16rows.jsonl` is of this kind."""
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
 
 
 def write_recipe(folder, **options) -> str:
@@ -70,8 +65,28 @@ def test_the_rates_of_a_short_run(base, tmp_path):
     trainer = make_trainer(base, tmp_path, warmup_steps=10, max_steps=20, gradient_accumulation_steps=1)
     with pytest.warns(UserWarning, match="warmup_steps = 10 is shortened to 2, a tenth of the run's 20 optimizer"):
         trainer.train()
-    rates = [line["learning_rate"] for line in log_lines(trainer)]
-    assert rates == pytest.approx([0, 2.5e-3] + [5e-3] * 18)
+    fall = [5e-3 * (1 - step / 6) for step in range(6)]
+    assert rates_of(trainer) == pytest.approx([0, 2.5e-3] + [5e-3] * 12 + fall)
+
+
+def rates_of(trainer):
+    return [line["learning_rate"] for line in log_lines(trainer)]
+
+
+@pytest.mark.parametrize(
+    ("options", "share_of_the_rate"),
+    [
+        (dict(max_steps=10), [1] * 7 + [1, 2 / 3, 1 / 3]),
+        (dict(max_steps=1), [1]),
+        (dict(max_steps=4, lr_scheduler_kwargs=dict(num_decay_steps=2)), [1, 1, 1, 0.5]),
+        (dict(max_steps=4, lr_scheduler_kwargs='{"num_decay_steps": 4, "min_lr_ratio": 0.5}'), [1, 0.875, 0.75, 0.625]),
+        (dict(max_steps=4, lr_scheduler_type="constant_with_warmup"), [1] * 4),
+    ],
+)
+def test_the_rate_falls_over_the_end_of_a_run(base, tmp_path, options, share_of_the_rate):
+    trainer = make_trainer(base, tmp_path, warmup_steps=0, gradient_accumulation_steps=1, **options)
+    trainer.train()
+    assert rates_of(trainer) == pytest.approx([5e-3 * share for share in share_of_the_rate])
 
 
 NO_RATE = dict(lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs=dict(num_decay_steps=0, num_stable_steps=0))

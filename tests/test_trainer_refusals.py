@@ -6,17 +6,12 @@ import warnings
 import pytest
 import torch
 from peft import get_peft_model
-from small_runs import make_base, make_config, make_lora, make_rows, make_trainer
+from small_runs import make_config, make_lora, make_rows, make_trainer
 from trl import SFTConfig
 
 from qpsft import PSFTConfig, PSFTTrainer
 from qpsft.errors import QpsftError, RecipeError
 from qpsft.model.base import load_base
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
 
 
 def test_the_defaults_are_the_paper_s_and_suit_lora_on_4_bit(tmp_path):
@@ -25,7 +20,7 @@ def test_the_defaults_are_the_paper_s_and_suit_lora_on_4_bit(tmp_path):
         args = PSFTConfig(str(tmp_path), use_cpu=True)
     assert (args.loss_type, args.epsilon, args.reference_steps, args.num_iterations) == ("psft", 0.28, 8, 1)
     assert (args.sft_warmup_steps, args.score_token_budget, args.block_order) == (0, None, False)
-    assert (args.learning_rate, args.lr_scheduler_type, args.warmup_steps) == (2e-4, "constant_with_warmup", 10)
+    assert (args.learning_rate, args.lr_scheduler_type, args.warmup_steps) == (2e-4, "warmup_stable_decay", 10)
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (2, 8)
     assert args.gradient_checkpointing and not args.bf16 and not args.fp16
 

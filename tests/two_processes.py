@@ -39,6 +39,7 @@ SETTINGS = dict(
     max_steps=10,
 )
 PACKED = {**SETTINGS, "packing": True, "max_length": 48, "reference_steps": 2, "max_steps": 4}
+EARLY_ENDS = {**SETTINGS, "target_kl": 2e-5, "target_clip_fraction": 0.2, "epsilon": 0.01}
 SAVING = dict(save_strategy="steps", save_steps=2, save_total_limit=None)
 FLAGS = [
     "--max_length=32", "--lora_r=4", "--learning_rate=1e-3", "--warmup_steps=0", "--reference_steps=2",
@@ -133,7 +134,7 @@ def sharded() -> dict:
     return {
         "refused": refused,
         "reference_in_host_memory": trainer.reference.in_host_memory,
-        "packed": a_packed_run("sharded_packed"),
+        "packed": a_run("sharded_packed", **PACKED),
         "rows_that_mix": rows_that_mix(),
         "layers_sharded": [isinstance(layer, FSDPModule) for layer in layers],
         "kinds": sorted({type(p).__name__ for p in trainer.model.parameters()}),
@@ -176,8 +177,8 @@ def fsdp_environment() -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))}
 
 
-def a_packed_run(name: str) -> str:
-    trainer = make_trainer(BASE, OUT / name, **PACKED)
+def a_run(name: str, **settings) -> str:
+    trainer = make_trainer(BASE, OUT / name, **settings)
     trainer.train()
     trained = sharding.whole_policy(trainer.model) or policy(trainer.model)
     if processes.is_main():
@@ -242,7 +243,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     found = {
         "run": a_run_and_its_resumption(),  # first: it starts the process group
-        "packed": a_packed_run("packed"),
+        "packed": a_run("packed", **PACKED),
+        "early_ends": a_run("early_ends", **EARLY_ENDS),
         "overflow": an_overflow_in_one_process(),
         "once": what_is_done_once(),
         "n_per_process": refusal(average_tokens_across_devices=False),

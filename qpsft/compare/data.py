@@ -85,6 +85,12 @@ def load_data(
             or a metric that a set cannot give.
     """
     name = recipe.data.dataset_name
+    for option in ("dataset_mix", "streaming", "replay_share"):
+        if getattr(recipe.data, option):
+            raise RecipeError(
+                f"qpsft compare cannot take {option}: its arms train on one source, read once.",
+                f"Leave {option} out, or train each arm with `qpsft train` and measure it with `qpsft evaluate`.",
+            )
     if not name:
         raise RecipeError("dataset_name is missing.", "Write `dataset_name: …` in the recipe or give --dataset_name.")
     kind = BUILT_IN.get(name)

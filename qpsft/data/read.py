@@ -15,6 +15,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from qpsft.data.bad_rows import BadRow, RowError, refuse
 from qpsft.errors import DataError
@@ -23,6 +24,8 @@ from qpsft.recipe.arguments import DataArguments
 TEXT_KINDS = (".jsonl", ".json", ".csv")
 KINDS = (*TEXT_KINDS, ".parquet")
 BUILT_IN = {"demo-noisy": "noisy", "demo-clean": "clean"}
+STREAMED_AT_ONCE = 256
+"""Rows of a Parquet file that are decoded together."""
 HUB_TIMEOUT = 10
 """Seconds in which the Hub must answer, or be taken for out of reach."""
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
@@ -87,6 +90,81 @@ def read_records(name: str, arguments: DataArguments, split: str = "train") -> R
         refuse(records.bad, name, len(records.bad))
         raise DataError(f"{name} is empty: there is no row in it.", "Write one demonstration per line or row.")
     return records
+
+
+def stream_records(name: str, arguments: DataArguments) -> Iterator[tuple[int, dict | RowError]]:
+    """The rows of `name` one by one, read as they are asked for: line or row number, and the row or why it is none.
+
+    Args:
+        name: a .jsonl (also .gz) or .parquet file, or a Hub id.
+        arguments: `dataset_limit` and, for the Hub, `dataset_config`, `dataset_revision` and `dataset_train_split`.
+
+    Raises:
+        DataError: nothing of that name, another kind of file, or it cannot be read.
+    """
+    path = Path(name).expanduser()
+    if name in BUILT_IN:
+        rows = enumerate(_read_built_in(name, None, "train").records, start=1)
+    elif path.is_file() and _kind(path) == ".jsonl":
+        rows = _stream_jsonl(name, path)
+    elif path.is_file() and _kind(path) == ".parquet":
+        rows = enumerate(_stream_parquet(name, path), start=1)
+    elif path.exists():
+        raise DataError(f"{name} cannot be streamed.", "Convert it to .jsonl or .parquet, or leave streaming out.")
+    elif HUB_ID.fullmatch(name) and name[0] != "." and _kind(path) is None:
+        rows = enumerate(_stream_hub(name, arguments), start=1)
+    else:
+        raise DataError(f"There is no file {name}.", _near_files(path) or "Check dataset_name.")
+    return islice(rows, arguments.dataset_limit)
+
+
+def stream_unit(name: str) -> str:
+    """What the numbers of `stream_records` count: "line" or "row"."""
+    return "line" if _kind(Path(name)) == ".jsonl" else "row"
+
+
+def _stream_jsonl(name: str, path: Path) -> Iterator[tuple[int, dict | RowError]]:
+    try:
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):  # split at \n only, as a JSON string may hold U+2028
+                where = f"{name}, line {number}"
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if not line.strip():
+                    continue
+                try:
+                    yield number, _json_object(line.decode("utf-8"), where)
+                except UnicodeDecodeError:
+                    yield number, RowError(f"{where}: not valid UTF-8.", "Save the file as UTF-8.")
+                except RowError as error:
+                    yield number, error
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{name} cannot be read: {reason}.", "Check the file and its permissions.") from None
+
+
+def _stream_parquet(name: str, path: Path) -> Iterator[dict]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=STREAMED_AT_ONCE):
+            yield from batch.to_pylist(maps_as_pydicts="strict")
+    except KeyError as error:
+        raise DataError(f"{name}: a map names a key twice ({error}).", "Write it again.") from None
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{name} is not a readable Parquet file: {error}.", "Write it again.") from None
+
+
+def _stream_hub(name: str, arguments: DataArguments) -> Iterator[dict]:
+    import datasets
+
+    try:
+        yield from _hub_table(name, arguments, arguments.dataset_train_split, streaming=True)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"The Hub dataset {name} can be read no further: {_one_line(error)}",
+            "Check the network; a run goes on from its last checkpoint with --resume.",
+        ) from None
 
 
 def _kind(path: Path) -> str | None:
@@ -297,13 +375,22 @@ def _parquet_rows(name: str, path: Path) -> list[dict]:
 
 
 def _read_hub(name: str, arguments: DataArguments, split: str) -> Records:
+    table = _hub_table(name, arguments, split)
+    if arguments.dataset_limit is not None:
+        table = table.select(range(min(arguments.dataset_limit, len(table))))
+    label = ", ".join(filter(None, (name, arguments.dataset_config, split)))
+    return _numbered(label, table.to_list(), None)
+
+
+def _hub_table(name: str, arguments: DataArguments, split: str, *, streaming: bool = False) -> Any:
+    """A split of a Hub dataset: `datasets.Dataset`, or with `streaming` `datasets.IterableDataset`."""
     import datasets
 
     unreachable = _why_unreachable(name, arguments.dataset_revision)
     try:
         with _offline() if unreachable else nullcontext():
-            table = datasets.load_dataset(
-                name, arguments.dataset_config, split=split, revision=arguments.dataset_revision
+            return datasets.load_dataset(
+                name, arguments.dataset_config, split=split, revision=arguments.dataset_revision, streaming=streaming
             )
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
         path = Path(name).expanduser()
@@ -318,10 +405,6 @@ def _read_hub(name: str, arguments: DataArguments, split: str) -> Records:
             f"The Hub dataset {name}, split {split}, cannot be loaded: {_one_line(error)}",
             "Check dataset_config, dataset_train_split and dataset_revision.",
         ) from None
-    if arguments.dataset_limit is not None:
-        table = table.select(range(min(arguments.dataset_limit, len(table))))
-    label = ", ".join(filter(None, (name, arguments.dataset_config, split)))
-    return _numbered(label, table.to_list(), None)
 
 
 def _why_unreachable(name: str, revision: str | None) -> Exception | None:

@@ -96,36 +96,57 @@ def read_rows(records: Records, arguments: DataArguments) -> Rows:
     Raises:
         DataError: columns that fit no shape or several, or a mapping to a column that is not there.
     """
-    mapping = _check_mapping(arguments.dataset_columns or {}, records)
-    left_out = {column for column, yours in mapping.items() if yours is None}
-    mapping = {column: yours for column, yours in mapping.items() if yours is not None}
-    shape = _find_shape(arguments.dataset_shape, mapping, list(records.records[0]), records)
-    known = [column for column in (*SHAPES[shape], *OPTIONAL[shape]) if column not in left_out]
-    source = {column: mapping.get(column, column) for column in known}
-    rows = Rows(records.name, shape, [], [], [], bad=list(records.bad))
+    reader = RowReader(records, arguments)
+    rows = Rows(records.name, reader.shape, [], [], [], bad=list(records.bad))
     for index, record in enumerate(records.records):
         where = records.where(index)
         try:
-            row = _read_row(shape, record, source, arguments.prompt_format, where)
+            row = reader.read(record, where)
         except RowError as error:
-            rows.bad.append(BadRow(records.numbers[index], error))
-            continue
-        except RecursionError:
-            error = RowError(f"{where}: its values are nested too deeply.", "Mend or delete the row.")
             rows.bad.append(BadRow(records.numbers[index], error))
             continue
         rows.rows.append(row)
         rows.places.append(where)
         rows.numbers.append(records.numbers[index])
-    rows.unused_columns = [column for column in records.columns if column not in source.values()]
+    rows.unused_columns = [column for column in records.columns if column not in reader.columns]
     return rows
+
+
+class RowReader:
+    """Brings rows to one shape, which the first ones tell.
+
+    Args:
+        records: non-empty; all rows of the source, or its first ones.
+        arguments: as in `read_rows`.
+
+    Attributes:
+        shape: a key of `SHAPES`.
+        columns: those of the source that are used.
+
+    Raises:
+        DataError: as `read_rows`.
+    """
+
+    def __init__(self, records: Records, arguments: DataArguments):
+        mapping = _check_mapping(arguments.dataset_columns or {}, records)
+        left_out = {column for column, yours in mapping.items() if yours is None}
+        mapping = {column: yours for column, yours in mapping.items() if yours is not None}
+        self.shape = _find_shape(arguments.dataset_shape, mapping, list(records.records[0]), records)
+        known = [column for column in (*SHAPES[self.shape], *OPTIONAL[self.shape]) if column not in left_out]
+        self._source = {column: mapping.get(column, column) for column in known}
+        self._prompt_format = arguments.prompt_format
+        self.columns = set(self._source.values())
+
+    def read(self, record: dict, where: str) -> dict:
+        """One of `Rows.rows`. Raises RowError if the row, which is at `where`, cannot be used."""
+        return _read_row(self.shape, record, self._source, self._prompt_format, where)
 
 
 def split_answers(rows: Rows) -> Rows:
     """One row per answer that is trained on, with all that precedes it as its prompt; other rows as they are."""
     split = replace(rows, rows=[], places=[], numbers=[])
     for row, place, number in zip(rows.rows, rows.places, rows.numbers, strict=True):
-        parts = list(_answers(row))
+        parts = list(answers_of(row))
         for index, part in enumerate(parts, start=1):
             split.rows.append(part)
             split.places.append(place if len(parts) == 1 else f"{place}, answer {index} of {len(parts)}")
@@ -133,7 +154,7 @@ def split_answers(rows: Rows) -> Rows:
     return split
 
 
-def _answers(row: dict) -> Iterator[dict]:
+def answers_of(row: dict) -> Iterator[dict]:
     """The rows that `split_answers` makes of one."""
     if "messages" not in row and not isinstance(row.get("prompt"), list):
         yield row

@@ -11,7 +11,7 @@ import math
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,13 +36,16 @@ from qpsft.recipe.arguments import DataArguments
 
 __all__ = [
     "DataCounts",
+    "RowEncoder",
     "Rows",
     "TokenizedRows",
+    "cut_row",
     "encode_prompt",
     "load_dataset",
     "load_rows",
     "tokenize_records",
     "tokenize_rows",
+    "tokenized_rows",
     "writes_chat",
 ]
 
@@ -132,7 +135,7 @@ def tokenize_rows(
             many there are), unless `skip_bad_rows` is set; messages without a chat template; no supervised token in
             any row.
     """
-    encode = _Encoder(tokenizer, arguments)
+    encode = RowEncoder(tokenizer, arguments)
     conversations = rows.total if arguments.split_turns else None
     rows = split_answers(rows) if arguments.split_turns else rows
     kept = _Kept(DataCounts(rows=rows.total, conversations=conversations, max_length=max_length))
@@ -152,6 +155,23 @@ def tokenize_rows(
         raise _nothing_supervised(rows.name, counts)
     encode.warn(rows.name)
     return TokenizedRows(rows.name, rows.shape, kept.dataset(), counts, kept.places)
+
+
+def tokenized_rows(
+    name: str, shape: str, rows: Sequence[tuple[np.ndarray, np.ndarray, str]], dropped: Mapping[str, int]
+) -> TokenizedRows:
+    """Rows that are tokens already.
+
+    Args:
+        rows: ids, labels (int32, equally long) and place of each; some of its tokens are supervised.
+        dropped: why other rows were left out, with counts.
+    """
+    kept = _Kept(DataCounts(rows=len(rows) + sum(dropped.values())))
+    for ids, labels, place in rows:
+        kept.add(ids, labels, False, place)
+    counts = kept.counted([], name)
+    counts.dropped |= dropped
+    return TokenizedRows(name, shape, kept.dataset(), counts, kept.places)
 
 
 def _with_bar(rows: Rows, show_progress: bool) -> Iterator[tuple[dict, str, int]]:
@@ -178,20 +198,17 @@ class _Kept:
 
     def add(self, ids: np.ndarray, labels: np.ndarray, shared: bool, place: str) -> None:
         """Takes one row in, or drops it if nothing in it is supervised."""
-        limit = self.counts.max_length
         self._lengths.append(len(ids))
-        was_cut = limit is not None and len(ids) > limit
-        ids, labels = ids[:limit], labels[:limit]
-        supervised = int((labels != IGNORED).sum())
-        if not supervised:
-            self._dropped[f"no supervised token within max_length={limit}" if was_cut else "no supervised token"] += 1
+        ids, labels, was_cut, reason = cut_row(ids, labels, self.counts.max_length)
+        if reason:
+            self._dropped[reason] += 1
             return
         self._columns["input_ids"].append(ids)
         self._columns["labels"].append(labels)
         self.places.append(place)
         self.counts.truncated += was_cut
         self.counts.tokens += len(ids)
-        self.counts.supervised_tokens += supervised
+        self.counts.supervised_tokens += int((labels != IGNORED).sum())
         self.counts.shared_tokens += shared
 
     def counted(self, bad: list[BadRow], name: str) -> DataCounts:
@@ -210,6 +227,16 @@ class _Kept:
             ends = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int32)
             arrays[name] = pyarrow.ListArray.from_arrays(ends, np.concatenate(rows))
         return datasets.Dataset(pyarrow.table(arrays))
+
+
+def cut_row(ids: np.ndarray, labels: np.ndarray, limit: int | None) -> tuple[np.ndarray, np.ndarray, bool, str]:
+    """The first `limit` tokens, their labels, whether others were cut off, and why to drop the row or ""."""
+    was_cut = limit is not None and len(ids) > limit
+    ids, labels = ids[:limit], labels[:limit]
+    reason = ""
+    if not (labels != IGNORED).any():
+        reason = f"no supervised token within max_length={limit}" if was_cut else "no supervised token"
+    return ids, labels, was_cut, reason
 
 
 def _nothing_supervised(name: str, counts: DataCounts) -> NothingSupervised:
@@ -279,7 +306,7 @@ class NothingSupervised(DataError):
     """No row has a supervised token within the length limit."""
 
 
-class _Encoder:
+class RowEncoder:
     """One row -> its ids and labels, by the tokenizer's rules and the user's choices.
 
     Attributes:

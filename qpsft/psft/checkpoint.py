@@ -15,8 +15,10 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
+from qpsft.data.mix import MixedDataset
 from qpsft.errors import OutputError, TrainingError
 from qpsft.files import digest, write_atomically
 
@@ -27,6 +29,18 @@ SCORES = "psft_scores_{process}.safetensors"
 
 # what torch.save says on a full disk: RuntimeErrors of its own, not an OSError
 _TORCH_WRITE_ERRORS = ("inline_container", "PytorchStreamWriter", "iostream", "File too large", "No space left")
+
+
+class CheckpointedCallback(TrainerCallback):
+    """A callback with files of its own in every checkpoint, whole or not at all with the rest of it."""
+
+    def save_to(self, folder: Path) -> None:
+        """Writes its files; called in process 0."""
+        raise NotImplementedError
+
+    def load_from(self, folder: Path) -> None:
+        """Reads them, where they are there; called in every process, before `on_train_begin`."""
+        raise NotImplementedError
 
 
 def mark_complete(folder: Path) -> None:
@@ -79,28 +93,20 @@ def whole_or_removed(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def save_run(
-    folder: Path, settings: Mapping[str, Any], num_tokens: int, base_logprobs_sha256: str | None = None
-) -> None:
-    """Saves the settings that fix which rows a step sees, and the tokens trained on so far.
-
-    Args:
-        base_logprobs_sha256: of `base_logprobs.safetensors` in the run's folder, which is not copied.
-    """
-    run: dict[str, Any] = {"num_tokens": num_tokens, "settings": settings}
-    if base_logprobs_sha256 is not None:
-        run["base_logprobs_sha256"] = base_logprobs_sha256
-    (folder / RUN).write_text(json.dumps(run, indent=1), encoding="utf-8")
+def save_run(folder: Path, settings: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
+    """Saves the settings that fix which rows a step sees, and what a run knows after a step (JSON values)."""
+    text = json.dumps({**progress, "settings": settings}, indent=1)
+    (folder / RUN).write_text(text, encoding="utf-8")
 
 
-def load_run(folder: Path, settings: Mapping[str, Any]) -> int:
-    """The tokens trained on so far; 0 for a checkpoint of another trainer.
+def load_run(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The progress that `save_run` saved; empty for a checkpoint of another trainer.
 
     Raises:
         TrainingError: a setting differs, so that the kept log-probabilities would belong to other rows.
     """
     if not (folder / RUN).is_file():
-        return 0
+        return {}
     run = json.loads((folder / RUN).read_text(encoding="utf-8"))
     for name, saved in run["settings"].items():
         if settings.get(name) != saved:
@@ -108,30 +114,32 @@ def load_run(folder: Path, settings: Mapping[str, Any]) -> int:
                 f"{folder} was made with {name} = {saved}, this run has {settings.get(name)}: steps see other rows.",
                 "Resume with the settings the checkpoint was made with.",
             )
-    return run["num_tokens"]
+    return run
 
 
-def base_logprobs_sha256(folder: Path) -> str | None:
-    """The digest of the base's log-probabilities that a checkpoint's run had; None if it had none."""
-    if not (folder / RUN).is_file():
-        return None
-    return json.loads((folder / RUN).read_text(encoding="utf-8")).get("base_logprobs_sha256")
+def batch_sizes(folder: Path) -> dict[str, Any]:
+    """The micro-batch, the accumulation and gradient checkpointing that a checkpoint was made with, as options."""
+    run = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    sizes = {name: run["settings"][name] for name in ("per_device_train_batch_size", "gradient_accumulation_steps")}
+    return sizes | {"gradient_checkpointing": run["gradient_checkpointing"]}
 
 
 def order_settings(args: Any, dataset: Any) -> dict[str, Any]:
     """What decides which rows a step sees. Args: PSFTConfig; tokenized rows, or a stream."""
-    known = has_length(dataset)
+    known, is_mix = has_length(dataset), isinstance(dataset, MixedDataset)
     return {
         "loss_type": args.loss_type,
         "rows": len(dataset) if known else None,
-        "rows_sha256": rows_sha256(dataset) if known else None,
+        "rows_sha256": rows_sha256(dataset) if known else getattr(dataset, "sha256", None),
         "processes": args.world_size,
         "per_device_train_batch_size": args.train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "reference_steps": args.reference_steps,
         "num_iterations": args.visits,
+        "target_kl": args.target_kl,
         "seed": args.order_seed,
         "train_sampling_strategy": str(args.train_sampling_strategy),
+        "mix": [[len(part.rows), str(part.share)] for part in dataset.parts] if is_mix else None,
     }
 
 

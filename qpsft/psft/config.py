@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from transformers import get_scheduler
+from transformers import SchedulerType, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from trl import SFTConfig
 
 from qpsft.errors import RecipeError
 from qpsft.model.hardware import check_run, hardware_of, pick_device
 from qpsft.psft.losses import BASE_LOGPROBS, EPSILON, LOSSES, OLD_LOGPROBS
+from qpsft.psft.trust_region import check_targets
+
+DECAY = 0.3
+"""Share of a run over which `warmup_stable_decay` lowers the rate."""
+
+MINI_BATCH = 16
+"""Rows per optimizer step and process, between the paper's mini-batches of 8 and 32, unless both sizes are given."""
 
 # Values of `report_to` that `get_available_reporting_integrations` does not list.
 _UNLISTED = ("all", "none", "azure_ml", "flyte", "kubeflow")
@@ -21,6 +28,11 @@ _UNLISTED = ("all", "none", "azure_ml", "flyte", "kubeflow")
 
 def _option(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
+
+
+def _rest(size: int) -> int:
+    """How often `size` goes into a step's rows, at least once; a size that is not above 0 is refused elsewhere."""
+    return max(1, round(MINI_BATCH / max(1, size)))
 
 
 @dataclass
@@ -77,6 +89,16 @@ class PSFTConfig(SFTConfig):
         "Optimizer steps of plain SFT before the first snapshot: a number of steps, or below 1 a fraction of the run. "
         "0 as in the paper; one block (reference_steps) with num_iterations > 1, where visits otherwise learn late.",
     )
+    target_kl: float | None = _option(
+        None,
+        "End a block early, and renew the reference, after a step whose mean approx_kl passed this many nats per "
+        "token. PPO's practice: 0.01 to 0.1. At high learning rates every step becomes a block, which is plain SFT.",
+    )
+    target_clip_fraction: float | None = _option(
+        None,
+        "Move epsilon from block to block, to between a quarter and 4 times of what was given, so that this share of "
+        "the tokens is clipped. For those who do not know which epsilon to take: 0.1 to 0.3.",
+    )
     score_token_budget: int | None = _option(
         None,
         "Tokens per batch, padding included, in the reference pass. Unset: those of two micro-batches, at "
@@ -101,24 +123,30 @@ class PSFTConfig(SFTConfig):
     fused_lora: bool = _option(
         False,
         "Run each LoRA layer as one function while training in 16 bits, with 16-bit copies of A and B made once per "
-        "step: a third fewer operators. Off until it has been measured on a GPU; `qpsft plan` does not count it.",
+        "step: a third fewer operators. Off until it has been measured on a GPU.",
     )
     learning_rate: float = _option(
         2e-4, "Initial learning rate of AdamW. 2e-4 is QLoRA's usual one; PSFT takes 1 to 2 times the best for SFT."
     )
     lr_scheduler_type: str = _option(
-        "constant_with_warmup", "Constant after a warm-up: a decaying rate undertrains when blocks are revisited."
+        "warmup_stable_decay",
+        "Constant after a warm-up, then a linear fall to 0 over the last 30 % of the run: where a rate stays constant, "
+        "chance decides how a run ends. lr_scheduler_kwargs changes its parts, such as {num_decay_steps: 20}.",
     )
     warmup_steps: float = _option(
         10,
         "Learning-rate warm-up: steps, or below 1 a fraction of the run; at most a tenth of it. 10 as in the paper.",
     )
     max_grad_norm: float = _option(1.0, "Gradient clipping, as in the paper; 0 turns it off.")
-    per_device_train_batch_size: int = _option(
-        2, "Rows per micro-batch. Small, to fit small cards; the reference pass is batched larger by itself."
+    per_device_train_batch_size: int | Literal["auto"] = _option(
+        "auto",
+        "Rows per micro-batch. auto: the fastest that fits this machine by `qpsft plan`, which then also decides on "
+        "gradient_checkpointing if it is not given; the result is the same up to rounding. From Python: 2.",
     )
-    gradient_accumulation_steps: int = _option(
-        8, "Micro-batches per optimizer step; 2 x 8 = 16 rows, between the paper's mini-batches of 8 and 32."
+    gradient_accumulation_steps: int | Literal["auto"] = _option(
+        "auto",
+        "Micro-batches per optimizer step. auto: as many as make 16 rows a step on each device, between the paper's "
+        "mini-batches of 8 and 32. For a step of other than 16 rows give both sizes.",
     )
     save_steps: float = _option(
         100, "Save a checkpoint every so many steps. Often, since adapters are small and runs at home get interrupted."
@@ -126,6 +154,7 @@ class PSFTConfig(SFTConfig):
     save_total_limit: int | None = _option(2, "Checkpoints kept; two, so that one is whole while the next is written.")
 
     def __post_init__(self) -> None:
+        self._settle_batch()
         self._check_ranges()
         self._check_supported()
         self._check_loggers()
@@ -162,6 +191,15 @@ class PSFTConfig(SFTConfig):
         self._check_texts()
         if self.accelerator_config.split_batches:
             raise RecipeError("split_batches is not supported.", "Give per_device_train_batch_size per process.")
+
+    def _settle_batch(self) -> None:
+        """Numbers for `auto`. Where both sizes are, `automatic_batch` lets `qpsft.plan.batch_sizes` choose others."""
+        rows, count = self.per_device_train_batch_size, self.gradient_accumulation_steps
+        self.automatic_batch = rows == count == "auto"
+        if rows == "auto":
+            rows = 2 if count == "auto" else _rest(count)
+        self.per_device_train_batch_size = rows
+        self.gradient_accumulation_steps = _rest(rows) if count == "auto" else count
 
     def _check_ranges(self) -> None:
         if self.loss_type not in LOSSES:
@@ -203,6 +241,7 @@ class PSFTConfig(SFTConfig):
             raise RecipeError(f"max_steps is {self.max_steps}; it must be at least 1, or left out to train by epochs.")
 
     def _check_supported(self) -> None:
+        check_targets(self.target_kl, self.target_clip_fraction, self.loss_type, self.takes_snapshots)
         if self.packing and self.packing_strategy == "wrapped":
             raise RecipeError(
                 "packing_strategy wrapped cuts rows in two and lets them see each other.",
@@ -248,7 +287,7 @@ class PSFTConfig(SFTConfig):
         """Refuses schedules without the arguments they need, as transformers does only when training starts."""
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
         try:
-            get_scheduler(self.lr_scheduler_type, optimizer, 1, 2, self.lr_scheduler_kwargs)
+            get_scheduler(self.lr_scheduler_type, optimizer, 1, 2, self.scheduler_kwargs(2))
         except (ValueError, TypeError) as error:
             raise RecipeError(
                 f"lr_scheduler_type {getattr(self.lr_scheduler_type, 'value', self.lr_scheduler_type)!r}: {error}",
@@ -287,6 +326,13 @@ class PSFTConfig(SFTConfig):
                 stacklevel=1,
             )
         return min(asked, longest)
+
+    def scheduler_kwargs(self, total_steps: int) -> dict[str, Any] | None:
+        """`lr_scheduler_kwargs` for a run of `total_steps`; of `warmup_stable_decay` with a linear fall at its end."""
+        if self.lr_scheduler_type != SchedulerType.WARMUP_STABLE_DECAY:
+            return self.lr_scheduler_kwargs
+        decay = {"num_decay_steps": round(DECAY * total_steps), "decay_type": "linear"}
+        return decay | (self.lr_scheduler_kwargs or {})
 
     def sft_warmup_steps_of(self, total_steps: int) -> int:
         """`sft_warmup_steps` as a number of optimizer steps, for a run of `total_steps`."""

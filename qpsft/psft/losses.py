@@ -232,12 +232,18 @@ class Loss:
         self,
         logprobs: Tensor,
         mask: Tensor,
-        made: Mapping[str, Tensor | None],
+        made: Mapping[str, Any],
         args: Any,
         num_items: Tensor | int | None,
     ) -> Tensor:
-        """The function's value. Args: `made` holds what is needed, by name; `args` has the options as attributes."""
-        by_name = {name: made[name] for name in self.needs} | {name: getattr(args, name) for name in self.options}
+        """The function's value.
+
+        Args:
+            made: what is needed, by name, and options that the trainer moves while it runs.
+            args: the other options, as attributes.
+        """
+        options = {name: made.get(name, getattr(args, name)) for name in self.options}
+        by_name = {name: made[name] for name in self.needs} | options
         return self.function(logprobs, mask=mask, num_items=num_items, **by_name)
 
 

@@ -79,6 +79,12 @@ class ReferencePolicy:
         for name, parameter in self._policy.items():
             self._copy[name].copy_(parameter)
 
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Policy := the copy, bit for bit."""
+        for name, parameter in self._policy.items():
+            parameter.copy_(self._copy[name])
+
     @contextmanager
     def active(self) -> Iterator[nn.Module]:
         """The model computes with the reference's parameters inside, without gradients.

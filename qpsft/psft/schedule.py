@@ -5,9 +5,10 @@
                        ^ snapshot                                       ^ snapshot
 
 A *mini-batch* is one optimizer step's data: `mini_batch_size` consecutive rows of an endless stream of permutations of
-the data (so every mini-batch is full, also at an epoch's end). A *block* is K = `reference_steps` consecutive
-mini-batches, visited V = `num_iterations` times, from the second visit on in a new order. Everything is a function of
-the seed and the step, so nothing but the step is needed to resume.
+the data (so every mini-batch is full, also at an epoch's end), or rows of several sources (`qpsft.data.mix`). A *block*
+is K = `reference_steps` consecutive mini-batches, visited V = `num_iterations` times, from the second visit on in a new
+order. Everything is a function of the seed, the step, and the steps at which a block ended early (`target_kl`; without
+it there are none).
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import has_length
 
+from qpsft.data.mix import MiniBatches, MixedDataset, MixedMiniBatches, Permute
 from qpsft.errors import RecipeError
+
+MIXED_STRATEGIES = ("random", "sequential")
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,25 @@ class StepPosition:
         return self.block is None
 
 
+@dataclass(frozen=True)
+class _Start:
+    """From here on blocks follow each other regularly."""
+
+    step: int
+    mini_batch: int
+    block: int
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A step's block: its number, its first mini-batch, how many it has, and its steps before this one."""
+
+    number: int
+    mini_batch: int
+    length: int
+    offset: int
+
+
 class BlockSchedule:
     """The order of mini-batches over a run.
 
@@ -53,6 +76,7 @@ class BlockSchedule:
             mini-batches as can still be visited V times.
         seed: seed of the permutations.
         permute: `f(generator) -> list of row indices`, one pass over the data; default a uniform permutation.
+        mini_batches: the stream of mini-batches, where it is not one source's; `permute` then has no effect.
     """
 
     def __init__(
@@ -65,7 +89,8 @@ class BlockSchedule:
         warmup_steps: int = 0,
         total_steps: int,
         seed: int = 0,
-        permute: Callable[[torch.Generator], list[int]] | None = None,
+        permute: Permute | None = None,
+        mini_batches: MiniBatches | MixedMiniBatches | None = None,
     ):
         self.num_rows = num_rows
         self.mini_batch_size = mini_batch_size
@@ -74,33 +99,53 @@ class BlockSchedule:
         self.warmup_steps = min(warmup_steps, total_steps)
         self.total_steps = total_steps
         self.seed = seed
-        self._permute = permute or (lambda generator: torch.randperm(num_rows, generator=generator).tolist())
-        self._passes: dict[int, list[int]] = {}
+        self.mini_batches = mini_batches or MiniBatches(num_rows, mini_batch_size, seed, permute)
+        self._starts = [_Start(self.warmup_steps, self.warmup_steps, 0)]
+
+    @property
+    def early_ends(self) -> list[int]:
+        """The steps at which a block began because the one before it had ended early."""
+        return [start.step for start in self._starts[1:]]
+
+    def end_block(self, step: int) -> bool:
+        """Ends the block of step - 1: `step` begins the next, on mini-batches not yet seen.
+
+        Called for later and later steps. Returns: False in the warm-up, and where the block ends there anyway.
+        """
+        if step <= self.warmup_steps:
+            return False
+        block = self._block(step - 1)
+        done = block.offset + 1
+        early = done < block.length * self.num_iterations
+        if early:
+            self._starts.append(_Start(step, block.mini_batch + min(done, block.length), block.number + 1))
+        return early
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps that transformers counts as one epoch."""
-        return math.ceil(self.num_rows / self.mini_batch_size)
+        return self.mini_batches.per_epoch
 
     def position(self, step: int) -> StepPosition:
         """The position of optimizer step `step` (0-based)."""
         if step < self.warmup_steps:
             return StepPosition(mini_batch=step, block=None)
-        full = self.reference_steps * self.num_iterations
-        block, offset = divmod(step - self.warmup_steps, full)
-        length = self._block_length(block)
-        visit, index = divmod(offset, length)
-        first = self.warmup_steps + block * self.reference_steps
+        block = self._block(step)
+        visit, index = divmod(block.offset, block.length)
         return StepPosition(
-            mini_batch=first + self._order(block, visit, length)[index],
-            block=block,
+            mini_batch=block.mini_batch + self._order(block.number, visit, block.length)[index],
+            block=block.number,
             visit=visit,
-            is_snapshot=offset == 0,
+            is_snapshot=block.offset == 0,
         )
 
-    def _block_length(self, block: int) -> int:
-        left = self.total_steps - self.warmup_steps - block * self.reference_steps * self.num_iterations
-        return max(1, min(self.reference_steps, math.ceil(left / self.num_iterations)))
+    def _block(self, step: int) -> _Block:
+        start = next(start for start in reversed(self._starts) if start.step <= step)
+        full = self.reference_steps * self.num_iterations
+        blocks, offset = divmod(step - start.step, full)
+        left = self.total_steps - start.step - blocks * full
+        length = max(1, min(self.reference_steps, math.ceil(left / self.num_iterations)))
+        return _Block(start.block + blocks, start.mini_batch + blocks * self.reference_steps, length, offset)
 
     def _order(self, block: int, visit: int, length: int) -> list[int]:
         if visit == 0:
@@ -110,22 +155,15 @@ class BlockSchedule:
 
     def rows(self, step: int) -> list[int]:
         """The data set's row indices of optimizer step `step`, in order: `mini_batch_size` of them."""
-        start = self.position(step).mini_batch * self.mini_batch_size
-        return [self._row(position) for position in range(start, start + self.mini_batch_size)]
-
-    def _row(self, position: int) -> int:
-        data_pass, index = divmod(position, self.num_rows)
-        if data_pass not in self._passes:
-            if len(self._passes) > 2:  # the stream moves on; a block spans few passes
-                self._passes.pop(min(self._passes))
-            generator = torch.Generator().manual_seed(self.seed + data_pass)
-            self._passes[data_pass] = self._permute(generator)
-        return self._passes[data_pass][index]
+        return self.mini_batches.rows(self.position(step).mini_batch)
 
     def unseen_share(self) -> float:
-        """Share of the rows that the run never reaches, in [0, 1)."""
-        last = max((self.position(step).mini_batch for step in range(self.total_steps)), default=-1)
-        return max(0.0, 1.0 - (last + 1) * self.mini_batch_size / self.num_rows)
+        """Share of the rows that the run never reaches, in [0, 1); of a mix, of the first source's."""
+        return self.mini_batches.unseen_share(self.reached())
+
+    def reached(self) -> int:
+        """Mini-batches of the stream that the run takes."""
+        return max((self.position(step).mini_batch for step in range(self.total_steps)), default=-1) + 1
 
     def check(self, *, takes_snapshots: bool) -> None:
         """Warns of a block longer than the run, and of rows that are never reached.
@@ -162,7 +200,7 @@ class BlockSchedule:
             )
 
 
-def row_order(strategy: str, dataset: Any, mini_batch_size: int) -> Callable[[torch.Generator], list[int]] | None:
+def row_order(strategy: str, dataset: Any, mini_batch_size: int) -> Permute | None:
     """`BlockSchedule`'s `permute` for transformers' `train_sampling_strategy`; None for `random`.
 
     Args:
@@ -184,17 +222,34 @@ def row_order(strategy: str, dataset: Any, mini_batch_size: int) -> Callable[[to
     )
 
 
-def make_schedule(args: Any, dataset: Any, mini_batch_size: int, total_steps: int) -> BlockSchedule:
+def steps_per_epoch(dataset: Any, mini_batch_size: int) -> int:
+    """Optimizer steps of an epoch: one pass over the rows, or over the first source of a `MixedDataset`."""
+    if isinstance(dataset, MixedDataset):
+        return dataset.mini_batches(mini_batch_size, seed=0).per_epoch
+    return math.ceil(len(dataset) / mini_batch_size)
+
+
+def make_schedule(
+    args: Any, dataset: Any, mini_batch_size: int, total_steps: int, *, check: bool = True
+) -> BlockSchedule:
     """The schedule of a run.
 
     Args:
         args: PSFTConfig.
-        dataset: tokenized rows, or a stream: its rows come in their own order, and the schedule tells the phases.
+        dataset: tokenized rows, of a `MixedDataset` in its shares, or a stream: its rows come in their own order, and
+            the schedule tells the phases.
         mini_batch_size, total_steps: as in `BlockSchedule`.
+        check: False leaves the warnings of `BlockSchedule.check` out.
 
     Raises:
         RecipeError: as `BlockSchedule.check` and `row_order`.
     """
+    strategy = str(args.train_sampling_strategy)
+    mixed = None
+    if isinstance(dataset, MixedDataset):
+        if strategy not in MIXED_STRATEGIES:
+            raise RecipeError(f"train_sampling_strategy {strategy!r} cannot mix sources.", "Use random or sequential.")
+        mixed = dataset.mini_batches(mini_batch_size, args.order_seed, shuffle=strategy == "random")
     schedule = BlockSchedule(
         len(dataset) if has_length(dataset) else mini_batch_size,
         mini_batch_size,
@@ -203,9 +258,11 @@ def make_schedule(args: Any, dataset: Any, mini_batch_size: int, total_steps: in
         warmup_steps=args.sft_warmup_steps_of(total_steps),
         total_steps=total_steps,
         seed=args.order_seed,
-        permute=row_order(args.train_sampling_strategy, dataset, mini_batch_size),
+        permute=None if mixed else row_order(strategy, dataset, mini_batch_size),
+        mini_batches=mixed,
     )
-    schedule.check(takes_snapshots=args.takes_snapshots)
+    if check:
+        schedule.check(takes_snapshots=args.takes_snapshots)
     return schedule
 
 
@@ -214,17 +271,17 @@ class BlockSampler(Sampler[int]):
 
     Args:
         schedule: called when iteration starts, since the number of steps is known only then.
-        num_rows, mini_batch_size: as in the schedule.
+        per_epoch, mini_batch_size: mini-batches of an epoch, and rows of each, as in the schedule.
         step: returns the optimizer steps done so far; the epoch they lie in is yielded from its beginning
             (transformers itself skips what a resumed run has done).
     """
 
     def __init__(
-        self, schedule: Callable[[], BlockSchedule], num_rows: int, mini_batch_size: int, step: Callable[[], int]
+        self, schedule: Callable[[], BlockSchedule], per_epoch: int, mini_batch_size: int, step: Callable[[], int]
     ):
         self._schedule = schedule
         self._step = step
-        self._length = math.ceil(num_rows / mini_batch_size) * mini_batch_size
+        self._length = per_epoch * mini_batch_size
 
     def __len__(self) -> int:
         return self._length

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import is_peft_model, send_to_device
 from peft import PeftConfig, PeftModel
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, set_seed
@@ -17,12 +17,14 @@ from transformers.trainer_utils import has_length, rotate_checkpoints
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from qpsft.data.mix import MixedDataset
 from qpsft.errors import DivergedError, RecipeError, TrainingError
 from qpsft.model.attention import attention_by_piece, repeat_keys_where_no_kernel_groups
 from qpsft.model.environment import check_machine, use_triton_where_it_runs
 from qpsft.model.hardware import INSTEAD_OF_FLOAT16, settle_precision
 from qpsft.model.lora_linear import fused_lora_linears
 from qpsft.model.tiled_mlp import TileMlpsAgain, tile_mlps
+from qpsft.model.undisturbed import undisturbed
 from qpsft.psft import checkpoint
 from qpsft.psft.base_kl import BASE_HIDDEN, BaseKL, is_measured
 from qpsft.psft.base_logprobs import BaseLogprobs
@@ -47,9 +49,10 @@ from qpsft.psft.packing import check_packing, packed_collator
 from qpsft.psft.policy import check_loss, default_config, float32_adapter, prepare_policy, warn_of_noise
 from qpsft.psft.reference import BasePolicy, ReferencePolicy
 from qpsft.psft.rows import as_datasets, labels_are_ours, tokenized
-from qpsft.psft.schedule import BlockSampler, BlockSchedule, StepPosition, make_schedule
+from qpsft.psft.schedule import BlockSampler, BlockSchedule, StepPosition, make_schedule, steps_per_epoch
 from qpsft.psft.scoring import real_tokens
 from qpsft.psft.sharding import check_sharding
+from qpsft.psft.trust_region import TrustRegion
 
 __all__ = ["PSFTConfig", "PSFTTrainer"]
 
@@ -73,6 +76,7 @@ class PSFTTrainer(SFTTrainer):
         peft_config: LoRA and the like; `lora_dropout` above 0 warns. The adapter stays float32.
         **kwargs: processing_class, callbacks, … of SFTTrainer. train_dataset and eval_dataset may be lists of dicts;
             rows of texts or messages are prepared as by `qpsft train` (docs/data.md), tokenized ones as by TRL.
+            train_dataset may be what `qpsft.data.mix.mixed` makes of several.
 
     Raises:
         RecipeError: settings that cannot work together. DataError: rows that cannot be used. While training:
@@ -152,9 +156,11 @@ class PSFTTrainer(SFTTrainer):
     def _start_over(self) -> None:
         self._flops_per_token: int | None = None
         self.old_logprobs = OldLogprobs(self.model, self.args)
+        self.trust_region = TrustRegion(self.args.epsilon, self.args.target_kl, self.args.target_clip_fraction)
         self.base_logprobs = BaseLogprobs(self.model, self.args)
         self.base_kl = BaseKL(self.model, self.args)
         self._schedule: BlockSchedule | None = None
+        self._early_ends: list[int] = []  # of the run that is resumed
         self._position: StepPosition | None = None
         self._statistics = RunStatistics()
 
@@ -174,10 +180,25 @@ class PSFTTrainer(SFTTrainer):
             todo = "Use adamw_torch_fused, adamw_8bit or paged_adamw_8bit."
             raise RecipeError(what + str(error).splitlines()[0], todo) from error
 
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        given = self.args.lr_scheduler_kwargs
+        self.args.lr_scheduler_kwargs = self.args.scheduler_kwargs(num_training_steps)
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        finally:
+            self.args.lr_scheduler_kwargs = given
+
     # ---- the rows ----
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        """Texts and messages get our labels; what TRL then does with tokenized rows (packing, …) is the same."""
+        """Texts and messages get our labels; what TRL then does with tokenized rows (packing, …) is the same.
+
+        The sources of a mix are prepared, and packed, each by itself.
+        """
+        if isinstance(dataset, MixedDataset):
+            rest = processing_class, args, packing, formatting_func, dataset_name
+            rows = [self._prepare_dataset(as_datasets(part.rows, formatting_func), *rest) for part in dataset.parts]
+            return MixedDataset([replace(part, rows=own) for part, own in zip(dataset.parts, rows, strict=True)])
         if labels_are_ours(dataset, processing_class, formatting_func):
             dataset = tokenized(dataset, processing_class, args, dataset_name)
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
@@ -190,13 +211,15 @@ class PSFTTrainer(SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         train_dataset = self.train_dataset if train_dataset is None else train_dataset
-        return BlockSampler(
-            self._get_schedule, len(train_dataset), self.rows_per_step(), step=lambda: self.state.global_step
-        )
+        size = self.rows_per_step()
+        per_epoch = steps_per_epoch(train_dataset, size)
+        return BlockSampler(self._get_schedule, per_epoch, size, step=lambda: self.state.global_step)
 
     def _get_schedule(self) -> BlockSchedule:
         if self._schedule is None:
             self._schedule = make_schedule(self.args, self.train_dataset, self.rows_per_step(), self.state.max_steps)
+            for step in self._early_ends:
+                self._schedule.end_block(step)
         return self._schedule
 
     # ---- one optimizer step ----
@@ -210,11 +233,13 @@ class PSFTTrainer(SFTTrainer):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, num_items
+        self._begin_step()
+        if self._get_schedule().early_ends and has_length(self.train_dataset):
+            batches, num_items = self._batches_now(len(batches), device), None  # the loader had fetched rows ahead
         if num_items is None:
             counts = sum(batch["labels"][..., 1:].ne(-100).sum() for batch in batches).to(device)
             num_items = self.accelerator.gather(counts).sum()
         self._window = batches, num_items
-        self._position = self._get_schedule().position(self.state.global_step)
         self._measure_kl(batches[-1])
         self._attach(batches)
         return batches, num_items
@@ -242,11 +267,27 @@ class PSFTTrainer(SFTTrainer):
         if not self.is_fsdp_enabled and BasePolicy.missing(self.model) is None:  # FSDP takes the LM head apart
             self._statistics.add_measured(*self.base_kl.measure(batch, self.state.global_step))
 
+    def _begin_step(self) -> None:
+        """Where the step stands, after the trust region has had its say about the block."""
+        schedule, step = self._get_schedule(), self.state.global_step
+        self.trust_region.end_step(self.accelerator)
+        if self.trust_region.is_left and schedule.end_block(step):
+            self.trust_region.blocks_ended += 1
+        self._position = schedule.position(step)
+        if self._position.is_snapshot:
+            self.trust_region.begin_block()
+
     def _own_rows(self, micro_batches: int) -> list[list[int]]:
         """The data set's row numbers of this process's micro-batches: the processes take them in turn."""
         rows, size = self._get_schedule().rows(self.state.global_step), self.args.train_batch_size
         world, rank = self.args.world_size, self.args.process_index
         return [rows[(m * world + rank) * size :][:size] for m in range(micro_batches)]
+
+    def _batches_now(self, micro_batches: int, device: torch.device) -> list[dict[str, Any]]:
+        """This process's micro-batches of the step, by the schedule as it is now."""
+        dataset = self._remove_unused_columns(self.train_dataset, description="training")
+        made = [self.data_collator([dataset[row] for row in rows]) for rows in self._own_rows(micro_batches)]
+        return [send_to_device(batch, device) for batch in made]
 
     def _loss(self) -> Loss:
         """The step's loss: the negative log-likelihood in the SFT warm-up."""
@@ -271,7 +312,7 @@ class PSFTTrainer(SFTTrainer):
         outputs = policy_forward(model, inputs, right_padded=right_padded, hidden=hidden)
         logprobs, mask = outputs.log_probs, outputs.label_mask
         old_logprobs = self.old_logprobs.resolve(attached, logprobs)
-        made = {OLD_LOGPROBS: old_logprobs, BASE_LOGPROBS: base_logprobs}
+        made = {OLD_LOGPROBS: old_logprobs, BASE_LOGPROBS: base_logprobs, "epsilon": self.trust_region.epsilon}
         if TOP_ENTROPY in needs:
             made[TOP_ENTROPY] = spread(top_entropy(outputs.hidden, outputs.head), mask)
         try:
@@ -290,23 +331,27 @@ class PSFTTrainer(SFTTrainer):
             logprobs.detach(),
             old_logprobs,
             mask,
-            epsilon=self.args.epsilon,
+            epsilon=self.trust_region.epsilon,
             entropy=outputs.entropy.detach(),
             is_top1=outputs.is_top1,
         )
         if kl is not None:
             part["kl_to_base"] = kl.detach()
         self._statistics.add(part, real_tokens(inputs))
+        self.trust_region.add(part)
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
         if self.accelerator.scaler is not None:
-            forget = partial(self._statistics.forget, len(self._window[0]))
-            return repeat_until_finite(self, model, norm, self._window, forget)
+            return repeat_until_finite(self, model, norm, self._window, self._forget_step)
         if not torch.isfinite(torch.as_tensor(norm)):
             raise self._not_finite("the gradient is NaN or infinite")
         return norm
+
+    def _forget_step(self) -> None:
+        self._statistics.forget(len(self._window[0]))
+        self.trust_region.forget_step()
 
     def _not_finite(self, what: str) -> DivergedError:
         rows, counted = "", " (counted from 0, in the prepared data)"
@@ -332,15 +377,25 @@ class PSFTTrainer(SFTTrainer):
         """Adds the numbers of docs/metrics.md: token means since the last line, over all steps and processes."""
         if self.model.training:
             numbers = self._statistics.read(self.accelerator)
+            if numbers:
+                numbers |= self.trust_region.numbers()
+                self.trust_region.warn_if_far(numbers["approx_kl"])
             if numbers and self.accelerator.scaler is not None:
                 numbers["loss_scale"] = self.accelerator.scaler.get_scale()
             self._metrics["train"].update({name: [value] for name, value in numbers.items()})
             self._total_train_tokens = self._statistics.num_tokens  # SFTTrainer logs it with evaluations
         super().log(logs, start_time)
 
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Inside, the model may be run on anything: training goes on as without it, and the time does not count in
+        `tokens_per_second`."""
+        with self._statistics.paused(), undisturbed(self.model):
+            yield
+
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in SFTTrainer, on lists of rows too; its time does not count in `tokens_per_second`."""
-        with self._statistics.paused(), self._attention():
+        """As in SFTTrainer, on lists of rows too; training goes on as without it."""
+        with self.measuring(), self._attention():
             return super().evaluate(as_datasets(eval_dataset, self._formatting_func), *args, **kwargs)
 
     def _attention(self) -> AbstractContextManager:
@@ -392,12 +447,24 @@ class PSFTTrainer(SFTTrainer):
         if self.args.takes_snapshots:
             state = self.old_logprobs.state_dict()
             checkpoint.save_psft_state(folder, state, self.args.process_index, with_reference=self.args.should_save)
+        self.trust_region.end_step(self.accelerator)
         num_tokens = self._statistics.tokens_so_far(self.accelerator)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            settings = checkpoint.order_settings(self.args, self.train_dataset)
-            checkpoint.save_run(folder, settings, num_tokens, self.base_logprobs.sha256)
+            progress = {
+                "num_tokens": num_tokens,
+                "early_ends": self._get_schedule().early_ends,
+                "trust_region": self.trust_region.state_dict(),
+                "base_logprobs_sha256": self.base_logprobs.sha256,
+                "gradient_checkpointing": self.args.gradient_checkpointing,
+            }
+            checkpoint.save_run(folder, checkpoint.order_settings(self.args, self.train_dataset), progress)
+            for callback in self._checkpointed_callbacks():
+                callback.save_to(folder)
             checkpoint.mark_complete(folder)
+
+    def _checkpointed_callbacks(self) -> list[checkpoint.CheckpointedCallback]:
+        return [one for one in self.callback_handler.callbacks if isinstance(one, checkpoint.CheckpointedCallback)]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -405,9 +472,14 @@ class PSFTTrainer(SFTTrainer):
             checkpoint.check_adapter(folder, self.model.peft_config[self.model.active_adapter])
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         settings = checkpoint.order_settings(self.args, self.train_dataset)
-        self._statistics.num_tokens = checkpoint.load_run(folder, settings)
-        if (sha256 := checkpoint.base_logprobs_sha256(folder)) is not None:
-            self.base_logprobs.resume(sha256)
+        if progress := checkpoint.load_run(folder, settings):
+            self._statistics.num_tokens = progress["num_tokens"]
+            self._early_ends = progress["early_ends"]
+            self.trust_region.load_state_dict(progress["trust_region"])
+            if progress["base_logprobs_sha256"] is not None:
+                self.base_logprobs.resume(progress["base_logprobs_sha256"])
+        for callback in self._checkpointed_callbacks():
+            callback.load_from(folder)
         if self.args.takes_snapshots:
             self.old_logprobs.load_state_dict(checkpoint.load_psft_state(folder, self.args.process_index))
 

@@ -8,11 +8,12 @@ by the caller, so this module needs neither torch nor transformers.
 from __future__ import annotations
 
 import datetime
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from qpsft.errors import RecipeError
-from qpsft.recipe.flags import option
+from qpsft.recipe.flags import option, option_types, read_values
+from qpsft.recipe.methods import METHODS
 
 Quantization = Literal["nf4", "fp4", "none"]
 QuantizedOn = Literal["cpu", "cuda"]
@@ -91,6 +92,27 @@ class DataArguments:
     dataset_revision: str | None = option(None, "Branch, tag or commit of a Hub dataset.")
     dataset_train_split: str = option("train", "Split of a Hub dataset to train on.")
     dataset_limit: int | None = option(None, "Use only the first N rows.")
+    eval_dataset: str | None = option(
+        None, "Rows to evaluate on while training, in the shape of the training rows: see eval_strategy and eval_steps."
+    )
+    dataset_test_split: str = option(
+        "test", "Split of an eval_dataset or of a guard's data from the Hub or the built-in sets."
+    )
+    dataset_mix: list[dict] | None = option(
+        None,
+        "Several sources in stated shares of the rows of every mini-batch, instead of dataset_name. Written in YAML as "
+        "a list of {dataset_name: …, share: 0.2, …}, each with its own dataset_config, dataset_train_split, "
+        "dataset_columns and so on; one share may be left out and is the rest. An epoch is one pass over the first "
+        "source; others are repeated where they are too small.",
+    )
+    streaming: bool = option(
+        False,
+        "Read rows while training, from a Hub dataset, .jsonl (also .gz) or .parquet, instead of all before. Needs "
+        "max_steps and num_iterations 1; not with packing, dataset_mix or replay.",
+    )
+    streaming_buffer: int = option(
+        1000, "Rows held in memory with streaming, out of which the next is drawn at random. 1: the source's order."
+    )
     dataset_shape: Literal["auto", "prompt_completion", "messages", "sharegpt", "alpaca", "text"] = option(
         "auto", "Shape of the rows; auto detects it from the columns."
     )
@@ -126,7 +148,28 @@ class DataArguments:
         "starts, also when it is resumed later.",
     )
 
+    replay_share: float | None = option(
+        None,
+        "Share of the rows of every mini-batch that keeps old skills: rows of replay_dataset, or the base's own "
+        "answers to prompts, sampled once before training.",
+    )
+    replay_dataset: str | dict | None = option(
+        None, "Rows to replay: a file or Hub id, or a mapping as in dataset_mix, without share."
+    )
+    replay_prompts: str | None = option(
+        None,
+        "Prompts whose answers by the base are replayed: a .txt file with one a line, or rows with a column `prompt`. "
+        "Unset, without replay_dataset: about 100 short general ones of qpsft's own, for bases with a chat template.",
+    )
+    replay_samples: int = option(1, "Answers sampled per prompt, at temperature 1.")
+    replay_max_new_tokens: int = option(
+        256, "Tokens of a sampled answer at most; answers that do not end within them are dropped and counted."
+    )
+
     def __post_init__(self) -> None:
+        for name in ("streaming_buffer", "replay_samples", "replay_max_new_tokens"):
+            if getattr(self, name) <= 0:
+                raise RecipeError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.dataset_limit is not None and self.dataset_limit <= 0:
             raise RecipeError(
                 f"dataset_limit is {self.dataset_limit}; it must be at least 1.", "Leave it out for all rows."
@@ -146,10 +189,25 @@ class DataArguments:
 class RunArguments:
     """What happens around training."""
 
+    method: str | None = option(
+        None,
+        "A published method by name; it sets the options of the method (docs/methods.md), and what is given beside it "
+        f"wins. {', '.join(METHODS)}.",
+        choices=list(METHODS),
+    )
     resume: bool = option(False, "Continue the run in output_dir from its newest whole checkpoint.")
     overwrite: bool = option(False, "Replace the run that output_dir holds.")
     held_out_rows: int = option(
         16, "Rows kept from training, at most a tenth of them, to verify merged and exported models on."
+    )
+    early_stopping_patience: int | None = option(
+        None,
+        "Stop when metric_for_best_model (default: loss) has not got better in so many evaluations one after another.",
+    )
+    guard: dict | None = option(
+        None,
+        "An old skill that must not be lost, such as {data: old.jsonl, metric: accuracy, max_drop: 0.05, every: 50, "
+        "action: stop}; docs/guard.md has every key.",
     )
     compare: dict | None = option(
         None, "Options of `qpsft compare` on this recipe, such as {in_domain: test.jsonl}; training ignores them."
@@ -158,5 +216,62 @@ class RunArguments:
     def __post_init__(self) -> None:
         if self.held_out_rows < 0:
             raise RecipeError(f"held_out_rows is {self.held_out_rows}; it must not be negative.", "0 keeps none.")
+        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
+            raise RecipeError(
+                f"early_stopping_patience is {self.early_stopping_patience}; it must be at least 1.",
+                "Leave it out to train to the end.",
+            )
         if self.resume and self.overwrite:
             raise RecipeError("resume and overwrite contradict each other.", "Give one of them.")
+
+
+@dataclass
+class GuardArguments:
+    """The keys of `guard`: rows of an old skill, how it is measured, and what happens when too much of it is lost."""
+
+    data: str | None = option(None, "Rows with references for what the base can do: a file, Hub id or built-in set.")
+    metric: Literal["accuracy", "nll", "kl"] = option(
+        "accuracy",
+        "accuracy: greedy answers that a verifier finds right. nll: of the references, nats per token. kl: KL(base || "
+        "policy) along the references, nats per token.",
+    )
+    max_drop: float = option(
+        0.05, "How far accuracy may fall below the base's, or nll or kl rise above it; in the metric's unit."
+    )
+    every: int = option(50, "Measure every so many optimizer steps, and at the end.")
+    action: Literal["stop", "lower_lr", "warn"] = option(
+        "stop",
+        "Beyond the limit: stop, and write the last adapter inside it; lower_lr, go on from that adapter at half the "
+        "learning rate, a few times at most; or warn, and go on.",
+    )
+    limit: int | None = option(None, "Use only the first N rows.")
+    columns: dict | None = option(None, "Mapping from a known column to the data's, as dataset_columns.")
+    verifier: str = option("auto", "What makes an answer right, as in qpsft evaluate.")
+    max_new_tokens: int = option(256, "Length cap of answers.")
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise RecipeError(
+                "guard: data is missing.", "Name rows of a skill that must not be lost, such as old.jsonl."
+            )
+        if not self.max_drop > 0:
+            raise RecipeError(f"guard: max_drop is {self.max_drop}; it must be above 0.", "Usual: 0.02 to 0.1.")
+        for name in ("every", "limit", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RecipeError(f"guard: {name} is {value}; it must be at least 1.")
+
+
+def read_guard(given: dict[str, Any], where: str) -> dict[str, Any]:
+    """The mapping `guard` of a recipe, checked and complete.
+
+    Args:
+        where: what to call it in an error: its flag, or its file and key.
+
+    Raises:
+        RecipeError: a key is unknown, with the nearest right name, or a value is of another type or out of range.
+    """
+    hints = option_types([GuardArguments])
+    places = {name: f"{where}: {name}" for name in given}
+    others = f"Its keys are {', '.join(hints)}."
+    return asdict(GuardArguments(**read_values(given, hints, places, others=others)))

@@ -39,17 +39,16 @@ def preview(argv: Sequence[str]) -> int:
     quiet_libraries()
     if print_help("preview", argv, PREVIEW, PREVIEW_EXAMPLE):
         return 0
-    from qpsft.data.preview import render_preview
-    from qpsft.data.tokenize import load_dataset
     from qpsft.model.continue_adapter import recipe_tokenizer, warn_past_context
+    from qpsft.train.data import preview_blocks, read_training_data
 
     recipe = read_recipe(argv)
     if not recipe.model.model_name_or_path:
         raise RecipeError("model_name_or_path is missing.", "The tokenizer comes with the model: name it.")
     tokenizer = recipe_tokenizer(recipe)
-    rows = load_dataset(recipe.data, tokenizer, recipe.trainer.max_length)
-    print(render_preview(rows, tokenizer), end="")
-    warn_past_context(recipe, rows.counts.longest)
+    data = read_training_data(recipe, tokenizer)
+    print("\n".join(preview_blocks(data, recipe, tokenizer)), end="")
+    warn_past_context(recipe, data.longest)
     return 0
 
 

@@ -1,0 +1,59 @@
+"""`method:` — published methods by name: each sets the options below and no other; a value given beside it wins."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qpsft.errors import RecipeError
+
+VISITS = 4
+REFERENCE_STEPS = 8  # PSFTConfig's default
+BLOCK = "one block"  # stands for `reference_steps`
+
+
+@dataclass(frozen=True)
+class Method:
+    """What it is in a line, and its options."""
+
+    what: str
+    options: Mapping[str, Any]
+
+
+METHODS = {
+    "psft": Method("PSFT, one visit, as in its paper", {"loss_type": "psft", "num_iterations": 1}),
+    "psft_visits": Method(
+        "PSFT, several visits to each block, one block of SFT first",
+        {"loss_type": "psft", "num_iterations": VISITS, "sft_warmup_steps": BLOCK},
+    ),
+    "sft": Method("plain SFT", {"loss_type": "nll"}),
+    "sft_kl": Method("SFT with the KL to the base", {"loss_type": "nll", "base_kl": 0.1}),
+    "dft": Method("DFT", {"loss_type": "dft"}),
+    "asft": Method("ASFT: DFT with the KL to the base", {"loss_type": "dft", "base_kl": 0.05}),
+    "eaft": Method("EAFT: tokens the policy is sure of count less", {"loss_type": "eaft"}),
+    "stm": Method("STM: only tokens the base finds likely", {"loss_type": "stm"}),
+    "trsft": Method("TrSFT: unlikely tokens count less", {"loss_type": "trsft"}),
+    "psft_kl": Method("PSFT with the KL to the base", {"loss_type": "psft", "num_iterations": 1, "base_kl": 0.1}),
+    "psft_replay": Method(
+        "PSFT, a tenth of the rows the base's own answers",
+        {"loss_type": "psft", "num_iterations": 1, "replay_share": 0.1},
+    ),
+}
+"""By name."""
+
+
+def method_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a method sets beside those given.
+
+    Raises:
+        RecipeError: no such method, with the nearest name.
+    """
+    if name not in METHODS:
+        near = difflib.get_close_matches(str(name), METHODS, n=1, cutoff=0.5)
+        todo = f"Did you mean {near[0]}? " if near else ""
+        raise RecipeError(f"There is no method {name!r}.", f"{todo}Methods: {', '.join(METHODS)}.")
+    block = given.get("reference_steps", REFERENCE_STEPS)
+    options = METHODS[name].options.items()
+    return {key: block if value == BLOCK else value for key, value in options if key not in given}
