@@ -4,7 +4,8 @@
 
 NF4 with LoRA of rank 8, by the process's own CPU clock, float32 and bfloat16 in turns, each with the LoRA layers that
 training has: the embedded base, with rows of its size, and four layers of SmolLM2-135M's width.
-What bfloat16 does to the ratio is in `noise_floor.py`. Results: benchmarks/results/cpu_bfloat16.json.
+`--model FOLDER` measures another base instead. What bfloat16 does to the ratio is in `noise_floor.py`.
+Results: benchmarks/results/cpu_bfloat16.json.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from qpsft.model.lora_linear import fused_lora_linears
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
 
-def embedded(dtype: str) -> nn.Module:
-    """The embedded base with an adapter, in training mode, the adapter float32."""
-    base, _ = load_base(DEMO, dtype=dtype, device="cpu", verbose=False)
+def loaded(name: str, dtype: str) -> nn.Module:
+    """A base (a folder, a Hub id, the embedded one) with an adapter, in training mode, the adapter float32."""
+    base, _ = load_base(name, dtype=dtype, device="cpu", verbose=False)
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -66,14 +67,21 @@ def compare(models: dict[str, nn.Module], rows: int, length: int, pairs: int) ->
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--model", help="a folder or Hub id: 4 x 256 tokens of this base, and of no other")
     parser.add_argument("--output", type=Path, default=RESULTS / "cpu_bfloat16.json")
     options = parser.parse_args()
     result: dict[str, Any] = {
         "environment": environment("cpu"),
         "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
-        "embedded base": compare({name: embedded(name) for name in DTYPES}, 16, 96, options.pairs),
-        "SmolLM2-135M's width, 4 layers": compare({name: policy(4, 8, name) for name in DTYPES}, 2, 256, options.pairs),
     }
+    if options.model:
+        models = {dtype: loaded(options.model, dtype) for dtype in DTYPES}
+        result[Path(options.model).name] = compare(models, 4, 256, options.pairs)
+    else:
+        models = {dtype: loaded(DEMO, dtype) for dtype in DTYPES}
+        result["embedded base"] = compare(models, 16, 96, options.pairs)
+        models = {dtype: policy(4, 8, dtype) for dtype in DTYPES}
+        result["SmolLM2-135M's width, 4 layers"] = compare(models, 2, 256, options.pairs)
     for name, cell in result.items():
         if isinstance(cell, dict) and "seconds" in cell:
             print(f"{name}: bfloat16 / float32 {cell['bfloat16_over_float32_median']:.2f}")

@@ -1,7 +1,8 @@
-"""The table of README that says what fits which card, as `qpsft plan` counts it.
+"""The tables of README that say what fits which card, as `qpsft plan` counts it.
 
-    python docs/fits.py            plan every model for every card (some 20 minutes) and renew the table
-    python docs/fits.py --print    only print it
+    python docs/fits.py                  plan every model for every card and renew the tables
+    python docs/fits.py --table rank32   only that table, or `models`
+    python docs/fits.py --print          only print them
 
 A cell is the longest `max_length` that fits with one row per micro-batch and qpsft's defaults otherwise (NF4, rank 16
 on all linear layers, gradient checkpointing, PSFT with its reference policy); none is longer than the model's context.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -27,42 +29,69 @@ MODELS = (
     "Qwen/Qwen3-14B",
 )
 CARDS = {"8GB": "8 GB", "12GB": "12 GB", "T4": "T4 (15 GB)", "16GB": "16 GB", "24GB": "24 GB"}
-TABLE = re.compile(r"(?<=<!-- made by docs/fits.py -->\n).*?(?=\n\n)", flags=re.S)
+
+LLAMA = "meta-llama/Llama-3.1-8B-Instruct"
+SETTINGS = {
+    "qpsft, defaults": (),
+    "with `activation_offloading: true`": ("--activation_offloading",),
+}
+PUBLISHED = {
+    "Unsloth, plain SFT, published": (2972, 21848, 40724, 78475),
+    "Hugging Face with FlashAttention-2, published there": (None, 932, 2551, 5789),
+}
+RANK_32_CARDS = ("8GB", "12GB", "16GB", "24GB")
 
 
-def longest(model: str, card: str) -> int | None:
+def longest(model: str, card: str, *flags: str) -> int | None:
     """The longest rows that fit; None: not even the shortest."""
-    from qpsft import PSFTConfig
     from qpsft.plan import make_plan
     from qpsft.plan.cards import find_card
+    from qpsft.plan.planned_config import PlannedConfig
     from qpsft.recipe.file import load_recipe
 
-    flags = ["--model_name_or_path", model, "--per_device_train_batch_size", "1"]
-    return make_plan(load_recipe(None, flags, PSFTConfig), card=find_card(card)).max_length
+    flags = ("--model_name_or_path", model, "--per_device_train_batch_size", "1", *flags)
+    return make_plan(load_recipe(None, flags, PlannedConfig), card=find_card(card)).max_length
 
 
-def cell(length: int | None) -> str:
-    return "–" if length is None else f"{length:,}"
+def row(name: str, lengths: list[int | None]) -> str:
+    line = f"| {name} | " + " | ".join("–" if length is None else f"{length:,}" for length in lengths) + " |"
+    print(line, file=sys.stderr, flush=True)
+    return line
 
 
-def table() -> str:
-    lines = ["| | " + " | ".join(CARDS.values()) + " |", "| --- |" + " ---: |" * len(CARDS)]
+def header(columns: list[str]) -> list[str]:
+    return ["| | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+
+
+def models_table() -> str:
+    lines = header([*CARDS.values()])
     for model in MODELS:
-        cells = [cell(longest(model, card)) for card in CARDS]
-        lines.append(f"| {model.partition('/')[2]} | " + " | ".join(cells) + " |")
-        print(lines[-1], file=sys.stderr, flush=True)
+        lines.append(row(model.partition("/")[2], [longest(model, card) for card in CARDS]))
     return "\n".join(lines)
+
+
+def rank_32_table() -> str:
+    lines = header([CARDS[card] for card in RANK_32_CARDS])
+    for name, flags in SETTINGS.items():
+        lines.append(row(name, [longest(LLAMA, card, "--lora_r=32", *flags) for card in RANK_32_CARDS]))
+    return "\n".join([*lines, *(row(name, list(lengths)) for name, lengths in PUBLISHED.items())])
+
+
+TABLES: dict[str, Callable[[], str]] = {"models": models_table, "rank32": rank_32_table}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", choices=list(TABLES), help="only this one")
     parser.add_argument("--print", action="store_true", help="leave README as it is")
-    only_print = parser.parse_args().print
-    made = table()
-    if only_print:
-        print(made)
-    else:
-        README.write_text(TABLE.sub(lambda _: made, README.read_text(encoding="utf-8")), encoding="utf-8")
+    options = parser.parse_args()
+    for name in [options.table] if options.table else TABLES:
+        made = TABLES[name]()
+        if options.print:
+            print(made)
+            continue
+        place = re.compile(rf"(?<=<!-- {name}: made by docs/fits.py -->\n).*?(?=\n\n)", flags=re.S)
+        README.write_text(place.sub(lambda _, made=made: made, README.read_text(encoding="utf-8")), encoding="utf-8")
     return 0
 
 

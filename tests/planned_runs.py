@@ -14,8 +14,13 @@ LLAMA = {
 }  # fmt: skip
 
 
+AUTO = ("--per_device_train_batch_size=auto", "--gradient_accumulation_steps=auto")
+STATED = ("--per_device_train_batch_size=2", "--gradient_accumulation_steps=8")
+
+
 def recipe_of(*flags: str, model: str = "somebody/some-llama", trainer: type = PlannedConfig) -> Recipe:
-    return load_recipe(None, [f"--model_name_or_path={model}", "--report_to=none", *flags], trainer)
+    """A step's rows are split 2 x 8 unless the flags say otherwise, as `AUTO` does."""
+    return load_recipe(None, [f"--model_name_or_path={model}", "--report_to=none", *STATED, *flags], trainer)
 
 
 def planned(*flags: str, **settings) -> MemoryPlan:

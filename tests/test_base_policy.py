@@ -198,7 +198,7 @@ def test_what_stm_cannot_do_is_refused_by_name(base, tmp_path, settings, what):
 
 def test_without_an_adapter_there_is_no_base(base, tmp_path):
     model, _ = load_base(base, quantization="none", dtype="float32", verbose=False)
-    with pytest.raises(RecipeError, match="loss_type stm compares with the base, the model with its LoRA adapter off"):
+    with pytest.raises(RecipeError, match="loss_type stm compares the policy with the base: the base is the model"):
         make_trainer(base, tmp_path, model=model, **STM)
 
 

@@ -2,11 +2,13 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
 import torch
 import yaml
+from markdown import ROOT, text_of
 from safetensors.torch import load_file
 from test_resume import StopAt, contents, same
 
@@ -179,6 +181,7 @@ def test_summary_and_card_say_what_happened_and_what_to_do(stopped):
     assert "guard: stopped at step 6: accuracy on " in said
     assert "fell from 0.900 to 0.800, more than 0.05; written: the adapter of step 4 (0.880)" in said
     assert "lower learning_rate" in said
+    assert "--resume" not in summary.next_commands(load_recipe(None, RUN, PSFTConfig))
     card = (folder / "README.md").read_text()
     assert "| optimizer steps | 4 |" in card and "- guard: stopped at step 6" in card
     log = [line for line in read_metrics(folder / "metrics.jsonl") if line["step"] == 4 and "nll" in line]
@@ -481,3 +484,32 @@ def test_fsdp_is_refused(old, monkeypatch, tmp_path):
     monkeypatch.setattr(guards, "fsdp_is_asked", lambda args: True)
     with pytest.raises(RecipeError, match="not supported with FSDP"):
         train(tmp_path / "a", guard={"data": str(old)})
+
+
+# ---- a real run ----
+
+
+@pytest.mark.journey
+def test_a_real_run_ends_before_the_old_skill_is_gone(tmp_path):
+    """The recipe of docs/guard.md, with fewer rows and checks; what is written is measured again, from its folder."""
+    from peft import PeftModel
+
+    recipe = re.search(r"```yaml\n(model_name.*?)```", text_of(ROOT / "docs" / "guard.md"), re.DOTALL)[1]
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    sets = built_in.out_of_domain("test", 25).values()
+    old = write_rows(tmp_path / "old.jsonl", [row for rows in sets for row in rows])
+    options = {"data": str(old), "every": 8, "max_drop": 0.05, "max_new_tokens": 56}
+    flags = [f"--guard={json.dumps(options)}", "--eval_strategy=no", "--eval_dataset=", "--eval_steps=none"]
+    torch.manual_seed(0)
+    path = tmp_path / "recipe.yaml"
+    summary = run.train(load_recipe(path, [*flags, "--use_cpu", f"--output_dir={tmp_path / 'a'}"], PSFTConfig))
+    scores = dict(checks(tmp_path / "a"))
+    assert 8 <= summary.written < summary.steps < 63 and summary.steps == summary.written + 8
+    assert scores[summary.steps] < scores[0] - 0.05 <= scores[summary.written]
+    base, tokenizer = load_base("demo", verbose=False)
+    in_domain = load_guard_set(GuardArguments(data="demo-noisy", metric="nll"), DataArguments())
+    before = in_domain.score(base, tokenizer)
+    model = PeftModel.from_pretrained(base, tmp_path / "a")
+    one = load_guard_set(GuardArguments(**options), DataArguments())
+    assert one.score(model, tokenizer) == pytest.approx(scores[summary.written], abs=0.011)
+    assert in_domain.score(model, tokenizer) < before - 0.5  # the new skill: 1.06 before

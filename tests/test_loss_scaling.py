@@ -56,6 +56,8 @@ PLANS = {
     "one visit": dict(),
     "visits and warm-up": dict(num_iterations=2, sft_warmup_steps=1, dataloader_num_workers=1),
     "nll": dict(loss_type="nll"),
+    "anchored": dict(loss_type="eaft", base_kl=0.5),
+    "the base's choice": dict(loss_type="stm", stm_threshold=80.0),
 }
 # on and after snapshots, in the warm-up, in the second visit, the first and the last step, one and several on end
 OVERFLOWS = {0: 1, 1: 2, 3: 1, 4: 3, 6: 1, 8: 2}

@@ -15,7 +15,7 @@ from qpsft.model.hardware import hardware_of
 from qpsft.plan import make_plan, memory_plan
 from qpsft.plan.cards import GIB, USABLE, find_card
 from qpsft.plan.memory import OF_ACTIVATIONS
-from qpsft.plan.memory_plan import warn_if_short
+from qpsft.plan.memory_plan import plan_run
 from qpsft.plan.planned_config import PlannedConfig
 from qpsft.plan.shapes import find_shape
 from qpsft.psft.config import PSFTConfig
@@ -208,7 +208,7 @@ def test_a_model_whose_code_needs_values_is_planned_without_activations(monkeypa
     recipe.trainer.use_cpu = False
     fake_cuda(monkeypatch, 24 * GIB)
     with pytest.warns(UserWarning, match="no whole plan for this run: what activations of a llama model need"):
-        assert warn_if_short(recipe, {"input_ids": [[1]]}).fits is None
+        assert plan_run(recipe, {"input_ids": [[1]]}).fits is None
 
 
 MIXTRAL = LLAMA | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
@@ -273,17 +273,17 @@ def test_training_is_silent_where_it_fits(monkeypatch, no_warning):
     recipe = recipe_of(*TRAIN, model="demo", trainer=PSFTConfig)
     recipe.trainer.use_cpu = False
     fake_cuda(monkeypatch, 24 * GIB)
-    found = warn_if_short(recipe, {"input_ids": [[1] * 30, [1] * 50]})
+    found = plan_run(recipe, {"input_ids": [[1] * 30, [1] * 50]})
     assert found.fits and found.length == 50
 
 
 def test_training_on_the_cpu_warns_only_when_memory_is_short(monkeypatch, no_warning):
     rows = {"input_ids": [[1] * 50]}
     recipe = recipe_of(*TRAIN, model="demo", trainer=PSFTConfig)
-    assert warn_if_short(recipe, rows) is None  # far from short: not even planned
+    assert plan_run(recipe, rows) is None  # far from short: not even planned
     monkeypatch.setattr(memory_plan.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=2**20))
     with pytest.warns(UserWarning, match="are free, so it will probably run out"):
-        short = warn_if_short(recipe, rows)
+        short = plan_run(recipe, rows)
     assert short.parts["CUDA context"] == 0 and not short.fits
 
 
@@ -294,7 +294,7 @@ def test_a_sharded_run_is_not_said_to_run_out_of_memory(monkeypatch, no_warning)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert "FSDP's sharding is not planned: these are the numbers of DDP" in make_plan(recipe, device="cpu").notes
     monkeypatch.setattr(memory_plan.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=2**20))
-    assert warn_if_short(recipe, {"input_ids": [[1] * 50]}) is None
+    assert plan_run(recipe, {"input_ids": [[1] * 50]}) is None
 
 
 def test_a_run_without_a_plan_goes_on(monkeypatch):
@@ -306,4 +306,4 @@ def test_a_run_without_a_plan_goes_on(monkeypatch):
     recipe.trainer.use_cpu = False
     fake_cuda(monkeypatch, 24 * GIB)
     with pytest.warns(UserWarning, match="no memory plan for this run"):
-        assert warn_if_short(recipe, {"input_ids": [[1]]}) is None
+        assert plan_run(recipe, {"input_ids": [[1]]}) is None

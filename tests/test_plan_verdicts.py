@@ -9,6 +9,7 @@ from qpsft.errors import BaseModelError
 from qpsft.plan import make_plan, result
 from qpsft.plan.cards import GIB, find_card
 from qpsft.plan.changes import Suggestion, changed
+from qpsft.plan.passes import Passes
 
 
 def narrow(monkeypatch):
@@ -79,7 +80,7 @@ def test_a_run_in_host_memory_has_no_cuda_context():
 
 def batches(*flags, **changes):
     found = make_plan(recipe_of(*flags), config=LLAMA | changes)
-    activations = found._measure(found._recipe).activations
+    activations = found._planner.measure(found._recipe).activations
     return tuple(activations.batch.__dict__.values()), tuple(activations.score_batch.__dict__.values())
 
 
@@ -132,6 +133,26 @@ def test_rows_just_below_the_tiled_ones_may_need_the_most(monkeypatch):
     assert of[4095] <= of[4096] < 1.01 * of[4095] and of[16384] > 1.3 * of[4095]
     whole = make_plan(recipe_of(*flags, "--max_length=16384", "--tiled_mlp=false"), config=shape)
     assert whole.phases["backward"] > 1.2 * of[16384]
+
+
+def test_what_very_long_rows_need_is_on_a_line_unless_attention_keeps_scores(monkeypatch):
+    narrow(monkeypatch)
+    measure, run = Passes.measure, []
+
+    def recorded(self, batch, *args, **settings):
+        run.append(batch.length)
+        return measure(self, batch, *args, **settings)
+
+    monkeypatch.setattr(Passes, "measure", recorded)
+    for attention, on_a_line in (("sdpa", True), ("eager", False)):
+        flags = ("--per_device_train_batch_size=1", "--max_length=4000", f"--attn_implementation={attention}")
+        monkeypatch.setattr("qpsft.plan.planner.FAR", 8192)
+        exact = planned(*flags).phases
+        monkeypatch.setattr("qpsft.plan.planner.FAR", 2048)
+        run.clear()
+        found = planned(*flags).phases
+        assert (4000 in run) != on_a_line and 2048 in run
+        assert found == (pytest.approx(exact, rel=0.02) if on_a_line else exact)
 
 
 def test_the_reference_is_in_host_memory_on_a_card_and_comes_to_score(monkeypatch):

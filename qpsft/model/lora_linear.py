@@ -26,7 +26,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 @contextlib.contextmanager
-def fused_lora_linears(model: nn.Module) -> Iterator[list[str]]:
+def fused_lora_linears(model: nn.Module, *, planned: torch.dtype | None = None) -> Iterator[list[str]]:
     """Inside the context, the LoRA linears of a model train as one autograd function each; yields their names.
 
     A layer runs PEFT's own forward where this one is not the same: in evaluation mode, without autocast to 16 bits,
@@ -38,11 +38,12 @@ def fused_lora_linears(model: nn.Module) -> Iterator[list[str]]:
 
     Args:
         model: with PEFT's LoRA layers, not sharded: the copies would be of parameters that come and go.
+        planned: what autocast would compute in, for a plan on the meta device, which has no autocast.
     """
     fused = {name: module for name, module in model.named_modules() if type(module) in _lora_linears()}
     before = {name: module.__dict__.get("forward") for name, module in fused.items()}
     for module in fused.values():
-        module.forward = _FusedForward(module)
+        module.forward = _FusedForward(module, planned)
     handle = register_optimizer_step_post_hook(_parameters_changed)
     try:
         yield list(fused)
@@ -65,19 +66,27 @@ def _parameters_changed(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any
 class _FusedForward:
     """Stands for the `forward` of one LoRA linear."""
 
-    def __init__(self, module: nn.Module):
-        self._module, self._by_peft = module, module.forward
+    def __init__(self, module: nn.Module, planned: torch.dtype | None):
+        self._module, self._by_peft, self._planned = module, module.forward, planned
         self._copies: tuple[Tensor, Tensor] | None = None
         self._of: tuple = ()  # what the copies are of
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapter, dtype = self._only_adapter(), _autocast_dtype(x.device.type)
+        adapter, dtype = self._only_adapter(), self._planned or _autocast_dtype(x.device.type)
         if args or kwargs or adapter is None or dtype not in HALF:
             return self._by_peft(x, *args, **kwargs)
         result = self._module.base_layer(x).contiguous()
         a, b = self._module.lora_A[adapter].weight, self._module.lora_B[adapter].weight
         scale = self._module.scaling[adapter]
         return _LoraLinear.apply(result, x, a, b, *self._in_16_bits(a, b, scale, dtype), scale)
+
+    def make_planned_copies(self) -> int:
+        """Makes the 16-bit copies of a plan's layer before its forward does. Returns their bytes; 0 for PEFT's own."""
+        adapter = self._only_adapter()
+        if adapter is None or self._planned not in HALF:
+            return 0
+        a, b = self._module.lora_A[adapter].weight, self._module.lora_B[adapter].weight
+        return sum(copy.nbytes for copy in self._in_16_bits(a, b, self._module.scaling[adapter], self._planned))
 
     def _only_adapter(self) -> str | None:
         """The active adapter, where it is one, trained, and no more than two matrices and a scale."""

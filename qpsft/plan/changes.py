@@ -68,7 +68,7 @@ def suggest(recipe: Recipe, needed: Needed, limit: int, *, cuda: bool, longest: 
 
 
 def _changes(recipe: Recipe, cuda: bool) -> Iterator[dict[str, Any]]:
-    """Single changes, by what they cost in time."""
+    """Single changes: those that leave the result as it is up to rounding first, by what they cost in time."""
     args = recipe.trainer
     rows = args.per_device_train_batch_size
     if rows > 1:
@@ -78,15 +78,15 @@ def _changes(recipe: Recipe, cuda: bool) -> Iterator[dict[str, Any]]:
         }
     if not args.gradient_checkpointing:
         yield {"gradient_checkpointing": True}
+    if not args.tiled_mlp:
+        yield {"tiled_mlp": True}
+    if cuda and not args.activation_offloading:
+        yield {"activation_offloading": True}
     optim = str(getattr(args.optim, "value", args.optim))
     if optim.startswith("adamw_torch") and cuda:
         yield {"optim": "adamw_8bit"}
     if "adamw" in optim and "paged" not in optim and cuda:
         yield {"optim": "paged_adamw_8bit"}
-    if not args.tiled_mlp:
-        yield {"tiled_mlp": True}
-    if cuda and not args.activation_offloading:
-        yield {"activation_offloading": True}
 
 
 def longest_that_fits(recipe: Recipe, needed: Needed, limit: int, longest: int) -> int | None:
@@ -95,41 +95,24 @@ def longest_that_fits(recipe: Recipe, needed: Needed, limit: int, longest: int) 
     From the recipe's own length by doubling or halving, then where a straight line crosses the limit: planning very
     long rows takes long itself.
     """
-
-    def need(length: int) -> int:
-        return needed(changed(recipe, {"max_length": length}))
-
+    needs: dict[int, int] = {}
     length = min(recipe.trainer.max_length, longest)
-    at = need(length)
-    if at <= limit:
-        low, at_low = length, at
-        while True:
+    while True:
+        needs[length] = needed(changed(recipe, {"max_length": length}))
+        low = max((n for n in needs if needs[n] <= limit), default=None)
+        high = min((n for n in needs if needs[n] > limit), default=None)
+        if high is None:
             if low == longest:
                 return longest
             length = min(2 * low, longest)
-            at = need(length)
-            if at > limit:
-                high, at_high = length, at
-                break
-            low, at_low = length, at
-    else:
-        while True:
-            high, at_high = length, at
+        elif low is None:
             if high <= STEP:
                 return None
             length = max(STEP, high // 2)
-            at = need(length)
-            if at <= limit:
-                low, at_low = length, at
-                break
-    while high - low > max(STEP, low // 32):
-        guess = low + (high - low) * (limit - at_low) / (at_high - at_low)
-        inside = min(max(guess, low + 0.1 * (high - low)), high - 0.1 * (high - low))
-        length = int(inside) // STEP * STEP
-        length = length if low < length < high else int(inside)
-        at = need(length)
-        if at <= limit:
-            low, at_low = length, at
+        elif high - low <= max(STEP, low // 32):
+            return low
         else:
-            high, at_high = length, at
-    return low
+            guess = low + (high - low) * (limit - needs[low]) / (needs[high] - needs[low])
+            inside = int(min(max(guess, low + 0.1 * (high - low)), high - 0.1 * (high - low)))
+            rounded = inside // STEP * STEP
+            length = rounded if low < rounded < high else inside

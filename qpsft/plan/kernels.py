@@ -42,11 +42,13 @@ class Target:
         device: "cuda" or "cpu".
         capability: CUDA's (major, minor), or ROCm's architecture name.
         autocast: mixed precision's dtype, or None.
+        fused_lora: the LoRA linears are `qpsft.model.lora_linear`'s, where autocast is on.
     """
 
     device: str
     capability: tuple[int, int] | str
     autocast: torch.dtype | None
+    fused_lora: bool = False
 
     @functools.cached_property
     def flash_attention(self) -> bool:

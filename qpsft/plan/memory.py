@@ -77,6 +77,8 @@ def add_up(weights: WeightBytes, optimizer: OptimizerBytes, activations: Activat
         "batch": settings.window_bytes,
         "workspaces and rounding": _overhead(weights, settings, 2 + on_device) if settings.cuda else 0,
     }
+    if training.copies:
+        parts["adapter in 16 bits"] = training.copies
     if settings.processes > 1:
         parts["DDP gradient buckets"] = adapter
     held = sum(parts.values())

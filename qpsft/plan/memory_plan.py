@@ -8,6 +8,7 @@ tests/test_plan.py); what is particular to CUDA (attention and LM-head kernels, 
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from qpsft.errors import RecipeError
 from qpsft.model.folder import DEMO, one_line, resolve_folder
 from qpsft.model.hardware import pick_device
 from qpsft.plan.after import after_training
+from qpsft.plan.batch_sizes import RowLengths, fastest_that_fits
 from qpsft.plan.cards import Card, gib, this_card
 from qpsft.plan.changes import changed
 from qpsft.plan.planner import Planner
@@ -42,9 +44,9 @@ def make_plan(
     processes: int = 1,
     card: Card | None = None,
     device: str = "cuda",
-    longest_row: int | None = None,
+    rows: RowLengths | None = None,
 ) -> MemoryPlan:
-    """Plans a run without loading anything.
+    """Plans a run without loading anything; where there is a limit, with the batch sizes that `auto` stands for.
 
     Args:
         recipe: of the run; data are not looked at. Its trainer's options are a PSFTConfig, or a
@@ -54,7 +56,7 @@ def make_plan(
         processes: of DDP; the plan is one process's.
         card: for its memory, and for its compute capability, which decides dtype and kernels ((8, 0) if not given).
         device: "cuda", or "cpu" for a run in the computer's memory.
-        longest_row: tokens in the longest row, if it is known; rows are as long as `max_length` otherwise.
+        rows: their lengths, if they are known; each is as long as `max_length` otherwise.
 
     Raises:
         BaseModelError: no such model, or not a causal language model.
@@ -63,7 +65,7 @@ def make_plan(
     name = recipe.model.model_name_or_path
     if not name and config is None:
         raise RecipeError("model_name_or_path is missing.", "Write `model_name_or_path: …` or give the flag.")
-    for what, value in (("gpu_bytes", gpu_bytes), ("processes", processes), ("longest_row", longest_row)):
+    for what, value in (("gpu_bytes", gpu_bytes), ("processes", processes), ("longest_row", rows and rows.longest)):
         if value is not None and value <= 0:
             raise RecipeError(f"{what} is {value}; it must be above 0.")
     if config is None:
@@ -71,15 +73,27 @@ def make_plan(
         shape = find_shape(name, revision=recipe.model.model_revision, trust_remote_code=trust)
     else:
         shape = Shape(read_shape(config) if isinstance(config, dict) else config, "the config given")
-    if longest_row is not None:
-        length = min(longest_row, recipe.trainer.max_length or longest_row)
+    if rows is not None:
+        length = min(rows.longest, recipe.trainer.max_length or rows.longest)
         recipe = changed(recipe, {"max_length": max(2, length)})
     capability = card.capability if card is not None else (8, 0)
     planner = Planner(recipe, shape, device=device, capability=capability, processes=processes)
     if gpu_bytes is None and card is not None:
         gpu_bytes = card.nbytes
+    chosen = None
+    if gpu_bytes is not None and recipe.trainer.automatic_batch and not fsdp_is_asked(recipe.trainer):
+        chosen = _chosen(recipe, planner, gpu_bytes, rows or RowLengths(recipe.trainer.max_length))
     named = card.name if card is not None else f"{gib(gpu_bytes)} GiB" if gpu_bytes is not None else "no card"
-    return _plan(recipe, planner, gpu_bytes, named)
+    plan = _plan(changed(recipe, chosen or {}), planner, gpu_bytes, named)
+    return dataclasses.replace(plan, chosen=chosen, rows=rows)
+
+
+def _chosen(recipe: Recipe, planner: Planner, limit: int, rows: RowLengths) -> dict[str, Any] | None:
+    """The batch sizes and gradient checkpointing for the limit; None where activations are not known."""
+    if not planner.measure(recipe).activations.known:
+        return None
+    base = {"layers": planner.layers, "parameters": planner.weights.parameters, "device": planner.device}
+    return fastest_that_fits(recipe, planner.needed, limit, rows, **base)
 
 
 def _plan(recipe: Recipe, planner: Planner, gpu_bytes: int | None, card: str) -> MemoryPlan:
@@ -112,6 +126,8 @@ def _plan(recipe: Recipe, planner: Planner, gpu_bytes: int | None, card: str) ->
         length=args.max_length,
         processes=planner.processes,
         complete=measured.activations.known,
+        rows=None,
+        chosen=None,
         notes=measured.notes,
         _recipe=recipe,
         _planner=planner,
@@ -145,7 +161,7 @@ def _batch(batch: Any) -> str:
     return "" if batch is None else f", {batch.rows} x {batch.length:,} tokens"
 
 
-def warn_if_short(recipe: Recipe, rows: Dataset) -> MemoryPlan | None:
+def plan_run(recipe: Recipe, rows: Dataset) -> MemoryPlan | None:
     """Plans a run that is about to start on this machine, and warns when memory will not do. Never stops it.
 
     Args:
@@ -160,15 +176,15 @@ def warn_if_short(recipe: Recipe, rows: Dataset) -> MemoryPlan | None:
         return None
     device = pick_device("cpu" if args.use_cpu else "auto").type
     available = psutil.virtual_memory().available
-    if device not in ("cuda", "cpu") or (device == "cpu" and _small_beside(available, recipe)):
+    needless = device == "cpu" and not args.automatic_batch and _small_beside(available, recipe)
+    if device not in ("cuda", "cpu") or needless:
         return None
-    full = args.packing or not has_length(rows)  # rows of max_length, or a stream that may have some
-    longest_row = None if full else max(len(ids) for ids in rows["input_ids"])
     try:
         if device == "cuda":
-            plan = make_plan(recipe, card=this_card(), processes=world_size(), longest_row=longest_row)
+            plan = make_plan(recipe, card=this_card(), processes=world_size(), rows=_lengths(args, rows))
         else:
-            plan = make_plan(recipe, gpu_bytes=available, device="cpu", longest_row=longest_row)
+            free = available // world_size()
+            plan = make_plan(recipe, gpu_bytes=free, device="cpu", processes=world_size(), rows=_lengths(args, rows))
     except Exception as error:  # the planner's own mistakes too: training must go on
         warnings.warn(f"There is no memory plan for this run. {one_line(error)}", stacklevel=2)
         return None
@@ -184,6 +200,14 @@ def warn_if_short(recipe: Recipe, rows: Dataset) -> MemoryPlan | None:
             stacklevel=2,
         )
     return plan
+
+
+def _lengths(args: Any, rows: Dataset) -> RowLengths | None:
+    """None: of packed rows, which are full, and of a stream, which may have full ones."""
+    if args.packing or not has_length(rows):
+        return None
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    return RowLengths(max(lengths), sum(lengths) / len(lengths))
 
 
 def _small_beside(available: int, recipe: Recipe) -> bool:

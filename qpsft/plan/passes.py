@@ -49,6 +49,18 @@ class Activations:
         return cls(batch, score_batch, TrainingBytes(*(0 for _ in dataclasses.fields(TrainingBytes))), 0, known=False)
 
 
+def in_line(near: Activations, far: Activations, batch: Batch, score_batch: Batch | None) -> Activations:
+    """Activations of longer rows, on the straight line through those of two shorter lengths."""
+    share = (batch.length - far.batch.length) / (far.batch.length - near.batch.length)
+
+    def extend(a: int, b: int) -> int:
+        return round(b + (b - a) * share)
+
+    fields = [field.name for field in dataclasses.fields(TrainingBytes)]
+    training = {name: extend(getattr(near.training, name), getattr(far.training, name)) for name in fields}
+    return Activations(batch, score_batch, TrainingBytes(**training), extend(near.scoring, far.scoring))
+
+
 class Passes:
     """Measures passes of one model; keeps what it has built.
 
@@ -90,7 +102,7 @@ class Passes:
         one = other if few == more else train(few)
         extended = {
             name: round(_extend(getattr(one, name), getattr(other, name), few, more, self.layers))
-            for name in ("saved", "casts", "offloaded")
+            for name in ("saved", "casts", "offloaded", "copies")
         }
         training = dataclasses.replace(other, **extended)
         scoring = 0

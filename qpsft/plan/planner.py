@@ -18,7 +18,7 @@ from qpsft.model.tiled_mlp import TILE, is_tiled
 from qpsft.plan.kernels import STAND_IN, Target
 from qpsft.plan.memory import Memory, Settings, add_up
 from qpsft.plan.optimizers import OptimizerBytes, optimizer_bytes
-from qpsft.plan.passes import Activations, Passes
+from qpsft.plan.passes import Activations, Passes, in_line
 from qpsft.plan.shapes import Shape
 from qpsft.plan.step import Batch
 from qpsft.plan.weights import WeightBytes, build_skeleton, weight_bytes
@@ -27,6 +27,9 @@ from qpsft.psft.scoring import token_budget
 from qpsft.psft.sharding import fsdp_is_asked
 from qpsft.recipe.arguments import LoraArguments
 from qpsft.recipe.file import Recipe
+
+FAR = 8 * TILE
+"""Tokens. Longer rows are not run: what they need is on a straight line, unless attention has a matrix of scores."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +86,12 @@ class Planner:
         self._base_config = skeleton.get_base_model().config  # which knows its attention implementation
         self.context_length = getattr(shape.config.get_text_config(), "max_position_embeddings", None) or 2**20
         autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
-        target = Target(device, capability, autocast)
+        target = Target(device, capability, autocast, fused_lora=recipe.trainer.fused_lora)
         self._passes = {
             tiled: Passes(shape.config, functools.partial(self._build, tiled=tiled), self.lora, target)
             for tiled in (False, True)
         }
+        self.layers = self._passes[False].layers
         self._optimizers: dict[tuple, OptimizerBytes] = {}
         self._measured: dict[tuple, Activations] = {}
         self._why_unknown = ""
@@ -115,8 +119,7 @@ class Planner:
         activations = self._activations(batch, score_batch, tiled, every, args.activation_offloading)
         if tiled:  # the longest rows that are not, 4,095 tokens, may need more
             length = min(batch.length, 2 * TILE - 1)
-            batches = (of and dataclasses.replace(of, length=length) for of in (batch, score_batch))
-            shorter = self._activations(*batches, False, every, args.activation_offloading)
+            shorter = self._activations(*_of(length, batch, score_batch), False, every, args.activation_offloading)
             training = max(activations.training, shorter.training, key=lambda training: training.peak)
             scoring = max(activations.scoring, shorter.scoring)
             activations = dataclasses.replace(activations, training=training, scoring=scoring)
@@ -142,13 +145,24 @@ class Planner:
             accumulates=args.gradient_accumulation_steps > 1,
             processes=self.processes,
             window_bytes=_window_bytes(args, batch),
-            layers=self._passes[tiled].layers,
+            layers=self.layers,
         )
         return Measured(add_up(self.weights, optimizer, activations, settings), activations, optimizer, notes)
+
+    def needed(self, recipe: Recipe) -> int:
+        """Bytes of the card that `recipe` takes, with what torch does not count."""
+        memory = self.measure(recipe).memory
+        return memory.peak + memory.margin
 
     def _activations(
         self, batch: Batch, score_batch: Batch | None, tiled: bool, every: int | None, offloading: bool
     ) -> Activations:
+        if batch.length > FAR:
+            settings = (tiled, every, offloading)
+            lengths = (FAR // 4, FAR // 2, FAR)
+            near, middle, far = (self._activations(*_of(n, batch, score_batch), *settings) for n in lengths)
+            if far.known and _close(in_line(near, middle, far.batch, far.score_batch), far):
+                return in_line(middle, far, batch, score_batch)
         key = (batch, score_batch, tiled, every, offloading)
         if key not in self._measured:
             try:
@@ -193,6 +207,16 @@ class Planner:
         if not args.takes_snapshots:
             return "none"
         return "host" if self.device == "cuda" else "device"
+
+
+def _of(length: int, *batches: Batch | None) -> list[Batch | None]:
+    return [batch and dataclasses.replace(batch, length=length) for batch in batches]
+
+
+def _close(one: Activations, other: Activations) -> bool:
+    """Within 1 %."""
+    pairs = ((one.training.peak, other.training.peak), (one.scoring, other.scoring))
+    return all(abs(a - b) <= 0.01 * b for a, b in pairs)
 
 
 def _scores(args: Any) -> bool:

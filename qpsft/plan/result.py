@@ -11,9 +11,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from qpsft.plan.batch_sizes import RowLengths, smallest
 from qpsft.plan.cards import GIB, USABLE, gib
 from qpsft.plan.changes import Suggestion, changed, longest_that_fits, suggest
-from qpsft.plan.planner import Measured, Planner
+from qpsft.plan.planner import Planner
 from qpsft.plan.shapes import find_shape, smaller_models
 from qpsft.recipe.file import Recipe
 from qpsft.terminal import wrap
@@ -21,7 +22,7 @@ from qpsft.terminal import wrap
 COMMON_SIZES = (6, 8, 10, 12, 16, 24, 32, 48, 80)
 _GROUPS = (
     ("all the time", ("quantized weights", "quantization constants", "unquantized weights", "policy adapter",
-                      "reference adapter", "optimizer state", "batch", "workspaces and rounding",
+                      "reference adapter", "adapter in 16 bits", "optimizer state", "batch", "workspaces and rounding",
                       "DDP gradient buckets")),
     ("training pass", ("gradients", "saved activations", "layer working set", "dequantization buffers",
                        "LM-head tile")),
@@ -50,6 +51,8 @@ class MemoryPlan:
         length: rows of so many tokens were planned.
         processes: of DDP; every number is one process's.
         complete: activations are among the parts; else all numbers are without them, so a run needs more.
+        rows: their lengths, where not all were taken to have `length`.
+        chosen: the batch sizes and gradient checkpointing that the plan chose, as options; None: as the recipe has it.
         notes: what the plan does not know.
     """
 
@@ -71,6 +74,8 @@ class MemoryPlan:
     length: int
     processes: int
     complete: bool
+    rows: RowLengths | None
+    chosen: dict[str, Any] | None
     notes: list[str]
     _recipe: Recipe = field(repr=False)
     _planner: Planner = field(repr=False)
@@ -103,7 +108,7 @@ class MemoryPlan:
         if self._planner.device == "cuda" and not args.activation_offloading:
             others["with offloading"] = {"activation_offloading": True}
         return {
-            name: self._measure(changed(self._recipe, options)).activations.training.saved
+            name: self._planner.measure(changed(self._recipe, options)).activations.training.saved
             for name, options in others.items()
         }
 
@@ -111,12 +116,34 @@ class MemoryPlan:
     def max_length(self) -> int | None:
         """The longest rows that fit with everything else as it is, up to the base's context; None: none, or not known.
 
-        It is not known without a card, and without activations.
+        It is not known without a card, and without activations. Where the plan chooses the batch sizes, with the
+        smallest.
         """
+        return self._longest({})
+
+    @functools.cached_property
+    def max_length_offloaded(self) -> int | None:
+        """The same with activation offloading; None also where it is on already, or cannot be."""
+        return None if self.offloads else self._longest({"activation_offloading": True})
+
+    def _longest(self, options: dict[str, Any]) -> int | None:
         if self.gpu_bytes is None or not self.complete:
             return None
+        recipe = changed(self._recipe, options | (smallest(self._recipe) if self.chosen else {}))
         with self._trying() as needed:
-            return longest_that_fits(self._recipe, needed, self.gpu_bytes, self._planner.context_length)
+            return longest_that_fits(recipe, needed, self.gpu_bytes, self._planner.context_length)
+
+    @property
+    def why_chosen(self) -> str:
+        """What the plan chose, in a sentence."""
+        sizes, rows = self.chosen, self.rows
+        of = f"rows of {rows.mean:.0f} tokens on average, {rows.longest:,} at most" if rows else "full rows"
+        limit, free = (self.card, "") if self._planner.device == "cuda" else ("memory", " free")
+        return (
+            f"{sizes['per_device_train_batch_size']} x {sizes['gradient_accumulation_steps']} rows a step, "
+            f"gradient checkpointing {'on' if sizes['gradient_checkpointing'] else 'off'}: "
+            f"the fastest for {of} by the plan, {gib(self.needed_bytes)} of {limit}'s {gib(self.gpu_bytes)} GiB{free}"
+        )
 
     @functools.cached_property
     def suggestion(self) -> Suggestion | None:
@@ -139,7 +166,7 @@ class MemoryPlan:
         for name in smaller_models(self.model):
             planner = self._planner.for_base(self._recipe, find_shape(name))
             for others in [{}, options] if options else [{}]:
-                need = _needed(planner.measure(changed(self._recipe, others)))
+                need = planner.needed(changed(self._recipe, others))
                 if need <= limit:
                     return Suggestion({"model_name_or_path": name} | others, need)
         return change
@@ -151,12 +178,9 @@ class MemoryPlan:
 
             def needed(recipe: Recipe) -> int:
                 bar.update()
-                return _needed(self._measure(recipe))
+                return self._planner.needed(recipe)
 
             yield needed
-
-    def _measure(self, recipe: Recipe) -> Measured:
-        return self._planner.measure(recipe)
 
     @staticmethod
     def usable(size: float) -> int:
@@ -168,17 +192,14 @@ class MemoryPlan:
         names = (
             "model", "setting", "card", "parts", "phases", "held_bytes", "peak_bytes", "margin_bytes", "needed_bytes",
             "gpu_bytes", "fits", "host_bytes", "disk_bytes", "merge_ram_bytes", "verify_ram_bytes", "export_ram_bytes",
-            "length", "max_length", "processes", "complete", "saved_otherwise", "notes",
+            "length", "max_length", "max_length_offloaded", "processes", "complete", "saved_otherwise", "chosen",
+            "notes",
         )  # fmt: skip
         suggestion = self.suggestion and {"options": self.suggestion.options, "needed_bytes": self.suggestion.needed}
         return {name: getattr(self, name) for name in names} | {"suggestion": suggestion}
 
     def __str__(self) -> str:
         return render(self)
-
-
-def _needed(measured: Measured) -> int:
-    return measured.memory.peak + measured.memory.margin
 
 
 def render(plan: MemoryPlan) -> str:
@@ -230,8 +251,10 @@ def _verdict(plan: MemoryPlan) -> list[str]:
             lines.append(f"fits {card}: {gib(spare)} to spare")
         else:
             lines += [f"does not fit {card}: {gib(-spare)} short", *_advice(plan)]
+        if plan.chosen:
+            lines.append(f"chosen: {plan.why_chosen}")
         if plan.max_length:
-            lines.append(f"longest max_length that fits: {plan.max_length:,} (as it is now, {plan.length:,})")
+            lines.append(_longest_rows(plan))
     if plan.host_bytes:
         lines.append(f"host memory in place of the card's: {gib(plan.host_bytes)} GiB")
     disk = plan.disk_bytes
@@ -242,6 +265,13 @@ def _verdict(plan: MemoryPlan) -> list[str]:
         f"to export GGUF: {gib(plan.export_ram_bytes)} GiB",
     ]
     return [wrap(line) for line in [*lines, *(f"note: {note}" for note in plan.notes)]]
+
+
+def _longest_rows(plan: MemoryPlan) -> str:
+    sizes = "with one row per micro-batch" if plan.chosen else f"as it is now, {plan.length:,}"
+    longer = plan.max_length_offloaded
+    more = f"; with --activation_offloading {longer:,}" if longer and longer > plan.max_length else ""
+    return f"longest max_length that fits: {plan.max_length:,} ({sizes}){more}"
 
 
 def _without_activations(plan: MemoryPlan) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
+from qpsft.model.lora_linear import fused_lora_linears
 from qpsft.plan.kernels import AsOnTarget, Target, dequantizes, kernel_workspace
 from qpsft.plan.live_bytes import LiveBytes, cuda_block
 from qpsft.plan.lm_head import logprobs
@@ -50,6 +51,7 @@ class TrainingBytes:
         layers_backward: the most in the layers' backward, above `saved`.
         dequantized: of `layers_backward`, dequantized weights.
         offloaded: in host memory instead.
+        copies: 16-bit copies of the adapter, which fused LoRA layers keep from step to step; in none of the others.
     """
 
     saved: int
@@ -60,6 +62,7 @@ class TrainingBytes:
     layers_backward: int
     dequantized: int
     offloaded: int
+    copies: int
 
     @property
     def peak(self) -> int:
@@ -90,7 +93,7 @@ def training_bytes(
         marks[name], marks[f"{name} peak"] = live.now, live.peak
         live.mark()
 
-    with _autocast(target, mode), live, mode, host.hooks():
+    with _fused(model, target) as copies, _autocast(target, mode), live, mode, host.hooks():
         loss = _forward(model, batch, target, lambda hidden: mark("layers"), lambda grad: mark("head")).sum()
         before = live.now
         mode.forward_done()
@@ -113,6 +116,7 @@ def training_bytes(
         layers_backward=live.peak - saved,
         dequantized=live.dequantized_at_peak,
         offloaded=host.nbytes,
+        copies=copies,
     )
 
 
@@ -120,7 +124,7 @@ def scoring_bytes(model: PeftModel, batch: Batch, target: Target) -> int:
     """The most that a batch of the reference pass needs beside the weights."""
     live, mode = _tracker(target), AsOnTarget(target, batch.masked)
     _set_checkpointing(model, None)
-    with torch.no_grad(), _autocast(target, mode), live, mode:
+    with torch.no_grad(), _fused(model, target), _autocast(target, mode), live, mode:
         _forward(model, batch, target)
     return live.peak
 
@@ -146,6 +150,16 @@ def _forward(
         layers_done(hidden)
     softcap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
     return logprobs(hidden, base.get_output_embeddings(), target, softcap)
+
+
+@contextlib.contextmanager
+def _fused(model: PeftModel, target: Target) -> Iterator[int]:
+    """The LoRA layers that training has. Yields the bytes of their 16-bit copies, which earlier steps have made."""
+    if not target.fused_lora or target.autocast is None:
+        yield 0
+        return
+    with fused_lora_linears(model, planned=target.autocast) as names:
+        yield sum(model.get_submodule(name).forward.make_planned_copies() for name in names)
 
 
 @contextlib.contextmanager

@@ -117,6 +117,13 @@ def load_run(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     return run
 
 
+def batch_sizes(folder: Path) -> dict[str, Any]:
+    """The micro-batch, the accumulation and gradient checkpointing that a checkpoint was made with, as options."""
+    run = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    sizes = {name: run["settings"][name] for name in ("per_device_train_batch_size", "gradient_accumulation_steps")}
+    return sizes | {"gradient_checkpointing": run["gradient_checkpointing"]}
+
+
 def order_settings(args: Any, dataset: Any) -> dict[str, Any]:
     """What decides which rows a step sees. Args: PSFTConfig; tokenized rows, or a stream."""
     known, is_mix = has_length(dataset), isinstance(dataset, MixedDataset)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import SchedulerType, get_scheduler
@@ -19,12 +19,20 @@ from qpsft.psft.trust_region import check_targets
 DECAY = 0.3
 """Share of a run over which `warmup_stable_decay` lowers the rate."""
 
+MINI_BATCH = 16
+"""Rows per optimizer step and process, between the paper's mini-batches of 8 and 32, unless both sizes are given."""
+
 # Values of `report_to` that `get_available_reporting_integrations` does not list.
 _UNLISTED = ("all", "none", "azure_ml", "flyte", "kubeflow")
 
 
 def _option(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
+
+
+def _rest(size: int) -> int:
+    """How often `size` goes into a step's rows, at least once; a size that is not above 0 is refused elsewhere."""
+    return max(1, round(MINI_BATCH / max(1, size)))
 
 
 @dataclass
@@ -59,6 +67,12 @@ class PSFTConfig(SFTConfig):
     )
     stm_threshold: float = _option(
         2.5, "stm: the largest perplexity (1 / probability) under the base of a token that is trained on; the paper's."
+    )
+    base_kl: float = _option(
+        0.0,
+        "Added to any loss: this times KL(base || policy) over the supervised tokens' whole distributions, nats. nll "
+        "with it is SFT-KL, dft with it ASFT (arXiv 2509.23753, whose code has 0.05 to 0.1). It costs a forward "
+        "without the adapter per row and step.",
     )
     reference_steps: int = _option(
         8,
@@ -109,7 +123,7 @@ class PSFTConfig(SFTConfig):
     fused_lora: bool = _option(
         False,
         "Run each LoRA layer as one function while training in 16 bits, with 16-bit copies of A and B made once per "
-        "step: a third fewer operators. Off until it has been measured on a GPU; `qpsft plan` does not count it.",
+        "step: a third fewer operators. Off until it has been measured on a GPU.",
     )
     learning_rate: float = _option(
         2e-4, "Initial learning rate of AdamW. 2e-4 is QLoRA's usual one; PSFT takes 1 to 2 times the best for SFT."
@@ -124,11 +138,15 @@ class PSFTConfig(SFTConfig):
         "Learning-rate warm-up: steps, or below 1 a fraction of the run; at most a tenth of it. 10 as in the paper.",
     )
     max_grad_norm: float = _option(1.0, "Gradient clipping, as in the paper; 0 turns it off.")
-    per_device_train_batch_size: int = _option(
-        2, "Rows per micro-batch. Small, to fit small cards; the reference pass is batched larger by itself."
+    per_device_train_batch_size: int | Literal["auto"] = _option(
+        "auto",
+        "Rows per micro-batch. auto: the fastest that fits this machine by `qpsft plan`, which then also decides on "
+        "gradient_checkpointing if it is not given; the result is the same up to rounding. From Python: 2.",
     )
-    gradient_accumulation_steps: int = _option(
-        8, "Micro-batches per optimizer step; 2 x 8 = 16 rows, between the paper's mini-batches of 8 and 32."
+    gradient_accumulation_steps: int | Literal["auto"] = _option(
+        "auto",
+        "Micro-batches per optimizer step. auto: as many as make 16 rows a step on each device, between the paper's "
+        "mini-batches of 8 and 32. For a step of other than 16 rows give both sizes.",
     )
     save_steps: float = _option(
         100, "Save a checkpoint every so many steps. Often, since adapters are small and runs at home get interrupted."
@@ -136,6 +154,7 @@ class PSFTConfig(SFTConfig):
     save_total_limit: int | None = _option(2, "Checkpoints kept; two, so that one is whole while the next is written.")
 
     def __post_init__(self) -> None:
+        self._settle_batch()
         self._check_ranges()
         self._check_supported()
         self._check_loggers()
@@ -173,6 +192,15 @@ class PSFTConfig(SFTConfig):
         if self.accelerator_config.split_batches:
             raise RecipeError("split_batches is not supported.", "Give per_device_train_batch_size per process.")
 
+    def _settle_batch(self) -> None:
+        """Numbers for `auto`. Where both sizes are, `automatic_batch` lets `qpsft.plan.batch_sizes` choose others."""
+        rows, count = self.per_device_train_batch_size, self.gradient_accumulation_steps
+        self.automatic_batch = rows == count == "auto"
+        if rows == "auto":
+            rows = 2 if count == "auto" else _rest(count)
+        self.per_device_train_batch_size = rows
+        self.gradient_accumulation_steps = _rest(rows) if count == "auto" else count
+
     def _check_ranges(self) -> None:
         if self.loss_type not in LOSSES:
             raise RecipeError(f"loss_type {self.loss_type!r} is not known.", f"Use one of {', '.join(LOSSES)}.")
@@ -193,8 +221,8 @@ class PSFTConfig(SFTConfig):
             raise RecipeError(f"trsft_alpha is {self.trsft_alpha}; it must be above 0 and at most 1.")
         if not self.stm_threshold > 1:
             raise RecipeError(f"stm_threshold is {self.stm_threshold}; it must be above 1: no perplexity is below 1.")
-        for name in ("sft_warmup_steps", "warmup_steps", "max_grad_norm", "weight_decay", "eaft_alpha"):
-            if getattr(self, name) < 0:
+        for name in ("sft_warmup_steps", "warmup_steps", "max_grad_norm", "weight_decay", "eaft_alpha", "base_kl"):
+            if not getattr(self, name) >= 0:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must not be negative.")
         for name, least in (("score_token_budget", 0), ("max_length", 2)):
             value = getattr(self, name)
@@ -274,7 +302,9 @@ class PSFTConfig(SFTConfig):
     @property
     def needs_base(self) -> str | None:
         """What compares the policy with the base, for messages; None if nothing does."""
-        return f"loss_type {self.loss_type}" if BASE_LOGPROBS in LOSSES[self.loss_type].needs else None
+        if BASE_LOGPROBS in LOSSES[self.loss_type].needs:
+            return f"loss_type {self.loss_type}"
+        return f"base_kl {self.base_kl:g}" if self.base_kl else None
 
     @property
     def visits(self) -> int:

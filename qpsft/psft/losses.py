@@ -70,7 +70,8 @@ def _checked_pair(logprobs: Tensor, name: str, other: Tensor, mask: Tensor) -> t
     return logprobs, other
 
 
-def _per_item(total: Tensor, mask: Tensor, num_items: Tensor | int | None) -> Tensor:
+def per_item(total: Tensor, mask: Tensor, num_items: Tensor | int | None) -> Tensor:
+    """A sum over supervised tokens, divided by N: `num_items`, or if that is None the supervised tokens of `mask`."""
     count = mask.sum() if num_items is None else torch.as_tensor(num_items, device=total.device)
     return total / count.clamp(min=1)  # a batch without supervised tokens is 0, not 0/0
 
@@ -81,7 +82,7 @@ def nll_loss(logprobs: Tensor, mask: Tensor, *, num_items: Tensor | int | None =
     Returns: scalar, nats per supervised token. Args, raises: as `psft_loss`.
     """
     logprobs = _checked("logprobs", _masked("logprobs", logprobs, mask))
-    return _per_item(-logprobs.sum(), mask, num_items)
+    return per_item(-logprobs.sum(), mask, num_items)
 
 
 def dft_loss(logprobs: Tensor, mask: Tensor, *, num_items: Tensor | int | None = None) -> Tensor:
@@ -91,7 +92,7 @@ def dft_loss(logprobs: Tensor, mask: Tensor, *, num_items: Tensor | int | None =
     """
     logprobs = _checked("logprobs", _masked("logprobs", logprobs, mask))
     probability = logprobs.detach().exp()
-    return _per_item(-(probability * logprobs).sum(), mask, num_items)
+    return per_item(-(probability * logprobs).sum(), mask, num_items)
 
 
 def eaft_loss(
@@ -118,7 +119,7 @@ def eaft_loss(
     """
     logprobs, top_entropy = _checked_pair(logprobs, TOP_ENTROPY, top_entropy, mask)
     weight = (top_entropy / math.log(TOP)).clamp(min=0.0) ** eaft_alpha  # rounding may give -1e-8
-    return _per_item(-(weight * logprobs).sum(), mask, num_items)
+    return per_item(-(weight * logprobs).sum(), mask, num_items)
 
 
 def trsft_loss(
@@ -138,7 +139,7 @@ def trsft_loss(
     """
     logprobs = _checked("logprobs", _masked("logprobs", logprobs, mask))
     weight = (logprobs.detach().exp() / trsft_alpha).clamp(max=1.0)
-    return _per_item(-(weight * logprobs).sum(), mask, num_items)
+    return per_item(-(weight * logprobs).sum(), mask, num_items)
 
 
 def stm_loss(
@@ -165,7 +166,7 @@ def stm_loss(
     """
     logprobs, base_logprobs = _checked_pair(logprobs, BASE_LOGPROBS, base_logprobs, mask)
     kept = base_logprobs >= -math.log(stm_threshold)
-    return _per_item(-logprobs.masked_fill(~kept, 0.0).sum(), mask, num_items)
+    return per_item(-logprobs.masked_fill(~kept, 0.0).sum(), mask, num_items)
 
 
 def psft_loss(
@@ -203,7 +204,7 @@ def psft_loss(
     logprobs, old_logprobs = _checked_pair(logprobs, OLD_LOGPROBS, old_logprobs, mask)
     ratio = (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     surrogate = torch.clamp(ratio, max=1.0 + epsilon).masked_fill(~mask, 0.0)
-    return _per_item(-surrogate.sum(), mask, num_items)
+    return per_item(-surrogate.sum(), mask, num_items)
 
 
 OLD_LOGPROBS = "old_logprobs"

@@ -76,8 +76,12 @@ def prepare_policy(
 
 def check_loss(model: nn.Module, args: PSFTConfig) -> None:
     """Raises RecipeError where the loss needs what cannot be had of this model."""
-    if args.needs_base is not None:
-        BasePolicy.check(model, args.needs_base)
+    missing = BasePolicy.missing(model)
+    if args.needs_base is not None and missing is not None:
+        raise RecipeError(
+            f"{args.needs_base} compares the policy with the base: {missing}.",
+            "Train a LoRA adapter without trained biases, or leave out what needs the base.",
+        )
     if TOP_ENTROPY in LOSSES[args.loss_type].needs and is_prompt_learning(model):
         raise RecipeError(f"loss_type {args.loss_type} is not supported with prompt learning.", "Train a LoRA adapter.")
 

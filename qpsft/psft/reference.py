@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from qpsft.errors import RecipeError, TrainingError
+from qpsft.errors import TrainingError
 from qpsft.model.adapter import adapter_off, has_adapter
 from qpsft.psft.forward import PolicyOutput, is_prompt_learning, policy_forward
 from qpsft.psft.lm_head import LMHead
@@ -182,26 +182,16 @@ class BasePolicy:
         self._sharded, self._fused_limit = is_sharded(model), fused_limit(model)
 
     @staticmethod
-    def check(model: nn.Module, what: str) -> None:
-        """Raises RecipeError where `model` has no base that can be had by switching an adapter off.
-
-        Args:
-            what: option and value that need the base.
-        """
+    def missing(model: nn.Module) -> str | None:
+        """Why `model` has no base that can be had by switching an adapter off; None if it has."""
         if not has_adapter(model):
-            raise RecipeError(
-                f"{what} compares with the base, the model with its LoRA adapter off, and this model has none.",
-                "Train a LoRA adapter (`peft_config=LoraConfig(...)`), or choose a loss that needs no base.",
-            )
+            return "the base is the model with its LoRA adapter off, and this model has none"
         if is_prompt_learning(model):
-            raise RecipeError(f"{what} is not supported with prompt learning.", "Train a LoRA adapter.")
-        for config in model.peft_config.values():
-            if getattr(config, "bias", "none") != "none":
-                raise RecipeError(
-                    f"{what} compares with the base, and this adapter trains the base's own biases (bias: "
-                    f"{config.bias}), which cannot be switched off.",
-                    "Use an adapter without trained biases.",
-                )
+            return "prompt learning is not supported with it"
+        biases = {getattr(config, "bias", "none") for config in model.peft_config.values()} - {"none"}
+        if biases:
+            return f"this adapter trains the base's own biases (bias: {biases.pop()}), which cannot be switched off"
+        return None
 
     @contextmanager
     def active(self) -> Iterator[nn.Module]:

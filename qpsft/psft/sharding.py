@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from qpsft.errors import RecipeError
 from qpsft.model.base import fsdp_is_on
 from qpsft.model.hardware import is_of_bitsandbytes
+from qpsft.psft.losses import LOSSES, TOP_ENTROPY
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -40,8 +41,8 @@ def check_sharding(trainer: Trainer) -> None:
     """Looks at a trainer before it shards its model, and turns FSDP's own mixed precision off.
 
     Raises:
-        RecipeError: DeepSpeed, FSDP 1, FSDP with float16, checkpoints in shards or bitsandbytes' optimizers, or
-            with 4-bit weights whose storage differs from the other frozen weights' dtype.
+        RecipeError: DeepSpeed, FSDP 1, FSDP with float16, checkpoints in shards, bitsandbytes' optimizers, `base_kl`
+            or EAFT, or with 4-bit weights whose storage differs from the other frozen weights' dtype.
     """
     if trainer.is_deepspeed_enabled:
         raise RecipeError("DeepSpeed is not supported.", "Use torchrun (DDP), or accelerate's FSDP 2 for a large base.")
@@ -65,6 +66,12 @@ def check_sharding(trainer: Trainer) -> None:
         raise RecipeError(
             f"optim {optimizer} is not supported with FSDP: bitsandbytes' optimizers cannot step sharded parameters.",
             "Use adamw_torch_fused, the default.",
+        )
+    if trainer.args.base_kl or TOP_ENTROPY in LOSSES[trainer.args.loss_type].needs:
+        what = f"base_kl {trainer.args.base_kl:g}" if trainer.args.base_kl else f"loss_type {trainer.args.loss_type}"
+        raise RecipeError(
+            f"{what} is not supported with FSDP: it needs the LM head after the forward, when FSDP has taken it apart.",
+            "Use several cards without FSDP, or one of the other losses.",
         )
     frozen = trainer.model.get_input_embeddings().weight.dtype
     for name, parameter in trainer.model.named_parameters():

@@ -26,6 +26,7 @@ from qpsft.model.lora_linear import fused_lora_linears
 from qpsft.model.tiled_mlp import TileMlpsAgain, tile_mlps
 from qpsft.model.undisturbed import undisturbed
 from qpsft.psft import checkpoint
+from qpsft.psft.base_kl import BASE_HIDDEN, BaseKL, is_measured
 from qpsft.psft.base_logprobs import BaseLogprobs
 from qpsft.psft.config import PSFTConfig
 from qpsft.psft.float16 import repeat_until_finite
@@ -39,13 +40,14 @@ from qpsft.psft.losses import (
     Loss,
     NotFiniteError,
     loss_statistics,
+    per_item,
 )
 from qpsft.psft.metrics import RunStatistics
 from qpsft.psft.movement import MovementCheck
 from qpsft.psft.old_logprobs import OldLogprobs
 from qpsft.psft.packing import check_packing, packed_collator
 from qpsft.psft.policy import check_loss, default_config, float32_adapter, prepare_policy, warn_of_noise
-from qpsft.psft.reference import ReferencePolicy
+from qpsft.psft.reference import BasePolicy, ReferencePolicy
 from qpsft.psft.rows import as_datasets, labels_are_ours, tokenized
 from qpsft.psft.schedule import BlockSampler, BlockSchedule, StepPosition, make_schedule, steps_per_epoch
 from qpsft.psft.scoring import real_tokens
@@ -156,6 +158,7 @@ class PSFTTrainer(SFTTrainer):
         self.old_logprobs = OldLogprobs(self.model, self.args)
         self.trust_region = TrustRegion(self.args.epsilon, self.args.target_kl, self.args.target_clip_fraction)
         self.base_logprobs = BaseLogprobs(self.model, self.args)
+        self.base_kl = BaseKL(self.model, self.args)
         self._schedule: BlockSchedule | None = None
         self._early_ends: list[int] = []  # of the run that is resumed
         self._position: StepPosition | None = None
@@ -237,15 +240,32 @@ class PSFTTrainer(SFTTrainer):
             counts = sum(batch["labels"][..., 1:].ne(-100).sum() for batch in batches).to(device)
             num_items = self.accelerator.gather(counts).sum()
         self._window = batches, num_items
-        needs = self._loss().needs
+        self._measure_kl(batches[-1])
+        self._attach(batches)
+        return batches, num_items
+
+    def _attach(self, batches: list[dict[str, Any]]) -> None:
+        """Gives each micro-batch what the loss needs from other forwards than its own."""
+        step, needs = self.state.global_step, self._loss().needs
+        base_hidden = self.base_kl.hidden(batches, step) if self.args.base_kl else []
         if OLD_LOGPROBS in needs:
-            self.old_logprobs.attach(batches, self._position, self.state.global_step)
+            self.old_logprobs.attach(batches, self._position, step)
         if BASE_LOGPROBS in needs:
             if self.base_logprobs.sha256 is None:
                 with self._statistics.paused():
                     self.base_logprobs.score(self.train_dataset, self.data_collator)
             self.base_logprobs.attach(batches, self._own_rows(len(batches)))
-        return batches, num_items
+        for batch, states in zip(batches, base_hidden, strict=False):  # of no micro-batch, or of all
+            batch[BASE_HIDDEN] = states
+
+    def _measure_kl(self, batch: dict[str, Any]) -> None:
+        """Measures `kl_to_base` for the log, in some steps, where `base_kl` does not give it anyway."""
+        lines = {"logging_steps": self.state.logging_steps, "max_steps": self.state.max_steps}
+        micro_batches = self.args.gradient_accumulation_steps
+        if self.args.base_kl or not is_measured(self.state.global_step + 1, **lines, micro_batches=micro_batches):
+            return
+        if not self.is_fsdp_enabled and BasePolicy.missing(self.model) is None:  # FSDP takes the LM head apart
+            self._statistics.add_measured(*self.base_kl.measure(batch, self.state.global_step))
 
     def _begin_step(self) -> None:
         """Where the step stands, after the trust region has had its say about the block."""
@@ -284,10 +304,12 @@ class PSFTTrainer(SFTTrainer):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         needs = self._loss().needs
         attached, base_logprobs = inputs.pop(OLD_LOGPROBS, None), inputs.pop(BASE_LOGPROBS, None)
+        base_hidden = inputs.pop(BASE_HIDDEN, None)
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         right_padded = isinstance(self.data_collator, DataCollatorForLanguageModeling)
-        outputs = policy_forward(model, inputs, right_padded=right_padded, hidden=TOP_ENTROPY in needs)
+        hidden = TOP_ENTROPY in needs or base_hidden is not None
+        outputs = policy_forward(model, inputs, right_padded=right_padded, hidden=hidden)
         logprobs, mask = outputs.log_probs, outputs.label_mask
         old_logprobs = self.old_logprobs.resolve(attached, logprobs)
         made = {OLD_LOGPROBS: old_logprobs, BASE_LOGPROBS: base_logprobs, "epsilon": self.trust_region.epsilon}
@@ -297,6 +319,10 @@ class PSFTTrainer(SFTTrainer):
             loss = self._loss()(logprobs, mask, made, self.args, num_items_in_batch)
         except NotFiniteError as error:
             raise self._not_finite(f"{error.name} is NaN or infinite") from error
+        kl = None
+        if base_hidden is not None:
+            kl = self.base_kl.total(outputs, base_hidden)
+            loss = loss + self.args.base_kl * per_item(kl, mask, num_items_in_batch)
         if self.args.average_tokens_across_devices:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())  # DDP averages gradients
         if self.aux_loss_enabled:
@@ -309,6 +335,8 @@ class PSFTTrainer(SFTTrainer):
             entropy=outputs.entropy.detach(),
             is_top1=outputs.is_top1,
         )
+        if kl is not None:
+            part["kl_to_base"] = kl.detach()
         self._statistics.add(part, real_tokens(inputs))
         self.trust_region.add(part)
         return loss
@@ -428,6 +456,7 @@ class PSFTTrainer(SFTTrainer):
                 "early_ends": self._get_schedule().early_ends,
                 "trust_region": self.trust_region.state_dict(),
                 "base_logprobs_sha256": self.base_logprobs.sha256,
+                "gradient_checkpointing": self.args.gradient_checkpointing,
             }
             checkpoint.save_run(folder, checkpoint.order_settings(self.args, self.train_dataset), progress)
             for callback in self._checkpointed_callbacks():

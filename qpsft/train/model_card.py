@@ -19,7 +19,7 @@ from qpsft.recipe.sources import data_name
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from qpsft.train.run import RunSummary
+    from qpsft.train.summary import RunSummary
 
 WRITTEN = "# Written by qpsft train."
 RUN_OPTIONS = ("held_out_rows", "early_stopping_patience", "guard")
@@ -67,6 +67,8 @@ def model_card(recipe: Recipe, summary: RunSummary, config: LoraConfig, options:
         "trsft": f"TrSFT (arXiv 2512.17636), α = {arguments.trsft_alpha:g}",
         "stm": f"STM (arXiv 2501.14315), perplexity up to {arguments.stm_threshold:g}",
     }[arguments.loss_type]
+    if arguments.base_kl:
+        method += f" + {arguments.base_kl:g} KL(base || policy)"
     start = recipe.lora.adapter_name_or_path
     start = f" Training went on from the adapter `{start}`." if start else ""
     rows = f"\n\nOf the rows: {', '.join(summary.data)}." if summary.data else ""
