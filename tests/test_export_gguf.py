@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -307,12 +308,12 @@ def test_an_interrupted_export_leaves_nothing_and_the_converter_dies(merged, tmp
     script = f"import time\nwhile True:\n    open({str(beat)!r}, 'a').write('x')\n    time.sleep(0.02)"
     tools = fake_llama_cpp(tmp_path / "llama.cpp", script)
 
-    def interrupt(process, *args):
+    def interrupt(seconds):
         while not beat.exists():
             pass
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(llama_cpp, "_wait", interrupt)
+    monkeypatch.setattr(llama_cpp, "time", SimpleNamespace(sleep=interrupt))
     with pytest.raises(KeyboardInterrupt):
         export("gguf", merged, tmp_path / "x.gguf", llama_cpp=tools)
     size = beat.stat().st_size

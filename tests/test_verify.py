@@ -265,8 +265,8 @@ def test_another_base_is_refused_with_both_names(adapter, merged, stories):
 def test_distance_of_two_known_distributions():
     """Two tokens, p = (.5, .5) and q = (.25, .75): KL = .5 ln(.5/.25) + .5 ln(.5/.75)."""
     p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
-    first = Measurement(p[:, 0], torch.tensor([0]), torch.tensor([0.0]), p, torch.empty(0))
-    second = Measurement(q[:, 0], torch.tensor([1]), torch.tensor([1.1]), q, torch.empty(0))
+    first = Measurement(p[:, 0], torch.tensor([0]), torch.tensor([0.0]), p)
+    second = Measurement(q[:, 0], torch.tensor([1]), torch.tensor([1.1]), q)
     result = distance(first, second, [Sequence([0, 0], 1)], near_tie=0.1)
     assert result.kl == pytest.approx(0.143841, abs=1e-6)
     assert result.max_abs == pytest.approx(0.693147, abs=1e-6)
