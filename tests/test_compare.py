@@ -19,6 +19,7 @@ from qpsft.compare.report import report_page
 from qpsft.compare.run import RESULT
 from qpsft.compare.verdict import render
 from qpsft.errors import RecipeError, TrainingError
+from qpsft.recipe.methods import METHODS
 
 
 def scores(spec):
@@ -274,14 +275,14 @@ def test_known_rates_are_taken(tmp_path, fake):
 
 def test_methods_of_the_arms(tmp_path):
     recipe, _ = load_comparison(write_recipe(tmp_path), [], {})
-    trainer = recipe.trainer
-    methods = {
-        n: arm.options(trainer.reference_steps, trainer.epsilon, trainer.num_iterations) for n, arm in ARMS.items()
-    }
+    methods = {name: arm.options(recipe.trainer) for name, arm in ARMS.items()}
+    assert set(METHODS) <= set(ARMS)
     assert methods["sft"] == methods["sft_matched"] == {"loss_type": "nll"}
     assert methods["dft"] == {"loss_type": "dft"}
     psft = {"loss_type": "psft", "epsilon": 0.28, "reference_steps": 2, "num_iterations": 1, "sft_warmup_steps": 0}
     assert methods["psft"] == psft
+    assert methods["psft_kl"] == psft | {"base_kl": 0.05} and methods["psft_replay"] == psft | {"replay_share": 0.1}
+    assert methods["asft"] == {"loss_type": "dft", "base_kl": 0.05}
     assert methods["psft_visits"] == psft | {"num_iterations": 4, "sft_warmup_steps": 2}
     # the same order as psft_visits, another loss
     order = {name: methods["psft_visits"][name] for name in ("reference_steps", "num_iterations", "sft_warmup_steps")}

@@ -7,14 +7,15 @@ with several visits go through the rows in another order, and may see fewer of t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from qpsft.errors import RecipeError, did_you_mean
+from qpsft.recipe.methods import METHODS, VISITS
 
-VISITS = 4
 METHOD_OPTIONS = frozenset(
-    {"loss_type", "epsilon", "reference_steps", "num_iterations", "sft_warmup_steps", "block_order"}
+    {"loss_type", "epsilon", "reference_steps", "num_iterations", "sft_warmup_steps", "block_order", "base_kl"}
+    | {"target_kl", "target_clip_fraction", "replay_share"}
 )
 """Options that belong to an arm; the other options of a recipe are the same for all arms."""
 
@@ -24,11 +25,12 @@ class Arm:
     """One side of a comparison.
 
     Attributes:
-        name: what users call it.
+        name: what users call it; one of `qpsft.recipe.methods.METHODS` where there is one.
         what: one line for tables.
         loss_type: of PSFTConfig.
         visits: whether it goes through each block several times, after one block of plain SFT.
         block_order: whether it takes PSFT's order of the rows though its loss needs none.
+        keeps: what it adds to the loss against forgetting: `base_kl`, or `replay_share` of the rows.
         rate_of: arms whose learning rate it takes, the first that takes part; none: it has its own.
         control: the arm that differs from it in the loss alone.
     """
@@ -38,26 +40,39 @@ class Arm:
     loss_type: str
     visits: bool = False
     block_order: bool = False
+    keeps: Mapping[str, float] = field(default_factory=dict)
     rate_of: tuple[str, ...] = ()
     control: str | None = None
 
-    def options(self, reference_steps: int, epsilon: float, num_iterations: int) -> dict[str, Any]:
-        """The arm's options of PSFTConfig, all that its steps depend on and no other.
+    def options(self, trainer: Any) -> dict[str, Any]:
+        """The arm's options of PSFTConfig, all that its steps depend on and no other, and its `replay_share`.
 
         Args:
-            reference_steps, epsilon: the recipe's.
-            num_iterations: the recipe's; `VISITS` where it has one visit only.
+            trainer: the recipe's PSFTConfig. Its K, epsilon, targets, visits (`VISITS` where it has one only) and, if
+                not 0, `base_kl` are the arms' that have such a thing.
         """
-        options: dict[str, Any] = {"loss_type": self.loss_type}
+        options: dict[str, Any] = {"loss_type": self.loss_type, **self.keeps}
+        if "base_kl" in options:
+            options["base_kl"] = trainer.base_kl or options["base_kl"]
         if self.loss_type == "psft":
-            options["epsilon"] = epsilon
+            options["epsilon"] = trainer.epsilon
+            targets = {name: getattr(trainer, name) for name in ("target_kl", "target_clip_fraction")}
+            options |= {name: value for name, value in targets.items() if value is not None}
         if self.block_order:
             options["block_order"] = True
         if self.loss_type == "psft" or self.block_order:
-            options["reference_steps"] = reference_steps
-            options["num_iterations"] = (num_iterations if num_iterations > 1 else VISITS) if self.visits else 1
-            options["sft_warmup_steps"] = reference_steps if self.visits else 0
+            visits = trainer.num_iterations if trainer.num_iterations > 1 else VISITS
+            options["reference_steps"] = trainer.reference_steps
+            options["num_iterations"] = visits if self.visits else 1
+            options["sft_warmup_steps"] = trainer.reference_steps if self.visits else 0
         return options
+
+
+def _of_method(name: str) -> Arm:
+    """A method of one visit, at its own learning rate."""
+    options = METHODS[name].options
+    keeps = {key: options[key] for key in ("base_kl", "replay_share") if key in options}
+    return Arm(name, METHODS[name].what, options["loss_type"], keeps=keeps)
 
 
 ARMS: dict[str, Arm] = {
@@ -73,9 +88,16 @@ ARMS: dict[str, Arm] = {
             block_order=True,
             rate_of=("psft_visits", "psft"),
         ),
-        Arm("dft", "DFT", "dft"),
+        _of_method("sft_kl"),
+        _of_method("dft"),
+        _of_method("asft"),
+        _of_method("eaft"),
+        _of_method("stm"),
+        _of_method("trsft"),
         Arm("psft", "PSFT, one visit (the paper)", "psft", control="sft_matched"),
         Arm("psft_visits", "PSFT, several visits, one block of SFT first", "psft", visits=True, control="sft_blocks"),
+        _of_method("psft_kl"),
+        _of_method("psft_replay"),
     )
 }
 DEFAULT_ARMS = ("sft", "sft_matched", "dft", "psft", "psft_visits")

@@ -12,10 +12,12 @@ import json
 import math
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import datasets
 
 from qpsft.compare.arms import DEFAULT_ARMS, Arm, find_arms, pairs, rate_source
 from qpsft.compare.coverage import coverage_notes, unseen_share
@@ -26,11 +28,15 @@ from qpsft.compare.queue import RunQueue
 from qpsft.compare.results import ArmResult, Comparison, is_accuracy, validation_score
 from qpsft.compare.run import RunSpec, Setting, base_key, decisive_options, load_setting
 from qpsft.data.chat_date import find_chat_date, keep_chat_date
+from qpsft.data.tokenize import load_dataset
 from qpsft.errors import DivergedError, OutputError, RecipeError
 from qpsft.files import finished_files
 from qpsft.model.base import load_tokenizer
 from qpsft.model.environment import check_machine
 from qpsft.recipe.file import Recipe
+from qpsft.recipe.methods import REPLAY_SHARE
+from qpsft.recipe.sources import replay_source
+from qpsft.train.replay import read_replay, replay_rows
 
 RECORD = "comparison.json"
 Specs = dict[float, dict[int, RunSpec]]
@@ -137,7 +143,22 @@ def make_setting(recipe: Recipe, options: CompareOptions, folder: Path, noise: f
     if BASE_SAMPLES in (options.out_of_domain or ()):
         samples = sample_base(lambda: load_setting(setting), folder / f"{BASE_SAMPLES}-{setting.rounded_key}.jsonl")
     setting.data = load_data(recipe, options, tokenizer, noise=noise, base_samples=samples)
+    if any("replay_share" in arm.keeps for arm in find_arms(options.arms or DEFAULT_ARMS)):
+        setting.replay = load_replay(recipe, tokenizer, lambda: load_setting(setting), folder)
     return setting
+
+
+def load_replay(recipe: Recipe, tokenizer: Any, load: Callable[[], tuple[Any, Any]], folder: Path) -> datasets.Dataset:
+    """The rows that arms with replay train on too: of `replay_dataset`, or the base's own answers, kept in `folder`.
+
+    Args:
+        load: returns the base, without an adapter, and its tokenizer.
+    """
+    data = replace(recipe.data, replay_share=REPLAY_SHARE)
+    if (source := replay_source(data)) is not None:
+        return load_dataset(source, tokenizer, recipe.trainer.max_length).dataset
+    replay = read_replay(replace(recipe, data=data), tokenizer)
+    return replay_rows(replay, load()[0], tokenizer, folder).dataset
 
 
 @dataclass
@@ -161,7 +182,7 @@ def run_arms(arms: Sequence[Arm], recipe: Recipe, options: CompareOptions, runs:
     """Runs the base, the tuning grid, then every arm at its learning rate on every seed; kept results are reused."""
     seeds = range(recipe.trainer.seed, recipe.trainer.seed + options.seeds)
     epochs = options.epochs or recipe.trainer.num_train_epochs
-    methods = {arm.name: _method(arm, recipe) for arm in arms}
+    methods = {arm.name: arm.options(recipe.trainer) for arm in arms}
     rows = runs.setting.data.train
     unseen = {name: unseen_share(method, recipe.trainer, epochs, rows) for name, method in methods.items()}
     visits = {name: method.get("num_iterations", 1) for name, method in methods.items()}
@@ -224,11 +245,6 @@ def _rates(
     return {arm.name: rates[rate_source(arm, arms)] for arm in arms}
 
 
-def _method(arm: Arm, recipe: Recipe) -> dict[str, Any]:
-    trainer = recipe.trainer
-    return arm.options(trainer.reference_steps, trainer.epsilon, trainer.num_iterations)
-
-
 def choose_rate(scores: dict[float, list[float]], sign: int) -> float:
     """The learning rate with the best mean validation score; of equal ones the lowest.
 
@@ -275,7 +291,7 @@ def gather(
         shortened=setting.data.shortened,
         settings={
             "comparison": asdict(options),
-            "methods": {arm.name: _method(arm, recipe) for arm in arms},
+            "methods": {arm.name: arm.options(recipe.trainer) for arm in arms},
             "base": asdict(setting.model) | {"weights": setting.base_key},
             "adapter": asdict(setting.lora),
             "training": setting.options,

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import enum
 import json
+import math
 import os
 import platform
 import shutil
@@ -20,18 +21,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 
 from qpsft.compare.arms import METHOD_OPTIONS
 from qpsft.compare.data import ComparedData
 from qpsft.compare.measure import EpochEvaluation, Measurement, measure, rounded
+from qpsft.data.mix import mixed
 from qpsft.errors import DivergedError, OutputError
 from qpsft.files import digest, write_atomically
 from qpsft.model.adapter import add_adapter
 from qpsft.model.base import load_base
 from qpsft.model.base_record import parameter_count
 from qpsft.model.folder import resolve_folder
+from qpsft.psft.checkpoint import rows_sha256
 from qpsft.psft.config import PSFTConfig
+from qpsft.psft.schedule import steps_per_epoch
 from qpsft.psft.trainer import PSFTTrainer
 from qpsft.recipe.arguments import LoraArguments, ModelArguments
 from qpsft.recipe.file import Recipe
@@ -65,6 +70,7 @@ class Setting:
         options: `decisive_options` of the recipe.
         base_key: hash of the base's weights.
         measurement: what is measured, and how.
+        replay: tokenized rows for arms with `replay_share`.
     """
 
     model: ModelArguments
@@ -74,6 +80,7 @@ class Setting:
     base_key: str
     data: ComparedData
     measurement: Measurement
+    replay: datasets.Dataset | None = None
 
     @property
     def rounded_key(self) -> str:
@@ -105,6 +112,7 @@ class RunSpec:
         kind = self.method["loss_type"]
         if self.method.get("num_iterations", 1) > 1:
             kind += f"-{self.method['num_iterations']}visits"
+        kind += "-kl" if "base_kl" in self.method else "-replay" if "replay_share" in self.method else ""
         return f"{kind}-lr{short_rate(self.learning_rate)}-seed{self.seed}"
 
     def identity(self, setting: Setting) -> dict[str, Any]:
@@ -121,6 +129,8 @@ class RunSpec:
             "options": setting.options,
             "lora": lora,
         }
+        if "replay_share" in self.method:
+            training["replay"] = rows_sha256(setting.replay)
         return {
             "format": FORMAT,
             "base": setting.base_key,
@@ -256,10 +266,10 @@ def make_run_trainer(spec: RunSpec, setting: Setting, model: Any, tokenizer: Any
     """The trainer of a run, on a base as `load_setting` returns it; `folder` is emptied."""
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off
     folder.mkdir(parents=True)
+    options = {name: value for name, value in {**setting.options, **spec.method}.items() if name != "replay_share"}
     arguments = PSFTConfig(
         output_dir=str(folder),
-        **setting.options,
-        **spec.method,
+        **options,
         learning_rate=spec.learning_rate,
         seed=spec.seed,
         num_train_epochs=spec.epochs,
@@ -267,8 +277,14 @@ def make_run_trainer(spec: RunSpec, setting: Setting, model: Any, tokenizer: Any
         save_strategy="no",
         report_to=[],
     )
+    rows = setting.data.train
+    if (share := spec.method.get("replay_share")) is not None:
+        if arguments.max_steps <= 0:  # an epoch of a mix is longer, and all arms take as many steps
+            size = arguments.train_batch_size * arguments.gradient_accumulation_steps
+            arguments.max_steps = math.ceil(spec.epochs * steps_per_epoch(rows, size))
+        rows = mixed([(rows, None), (setting.replay, share)])
     torch.manual_seed(spec.seed)
-    trainer = runs.make_trainer(add_adapter(model, setting.lora), tokenizer, arguments, setting.data.train, folder)
+    trainer = runs.make_trainer(add_adapter(model, setting.lora), tokenizer, arguments, rows, folder)
     trainer.remove_callback(ConsoleCallback)
     return trainer
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qpsft.errors import RecipeError
+from qpsft.errors import RecipeError, did_you_mean
 
 VISITS = 4
 REFERENCE_STEPS = 8  # PSFTConfig's default
 BLOCK = "one block"  # stands for `reference_steps`
+BASE_KL = 0.05  # ASFT's authors', for all three
+REPLAY_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,16 @@ METHODS = {
         {"loss_type": "psft", "num_iterations": VISITS, "sft_warmup_steps": BLOCK},
     ),
     "sft": Method("plain SFT", {"loss_type": "nll"}),
-    "sft_kl": Method("SFT with the KL to the base", {"loss_type": "nll", "base_kl": 0.1}),
+    "sft_kl": Method("SFT with the KL to the base", {"loss_type": "nll", "base_kl": BASE_KL}),
     "dft": Method("DFT", {"loss_type": "dft"}),
-    "asft": Method("ASFT: DFT with the KL to the base", {"loss_type": "dft", "base_kl": 0.05}),
+    "asft": Method("ASFT: DFT with the KL to the base", {"loss_type": "dft", "base_kl": BASE_KL}),
     "eaft": Method("EAFT: tokens the policy is sure of count less", {"loss_type": "eaft"}),
     "stm": Method("STM: only tokens the base finds likely", {"loss_type": "stm"}),
     "trsft": Method("TrSFT: unlikely tokens count less", {"loss_type": "trsft"}),
-    "psft_kl": Method("PSFT with the KL to the base", {"loss_type": "psft", "num_iterations": 1, "base_kl": 0.1}),
+    "psft_kl": Method("PSFT with the KL to the base", {"loss_type": "psft", "num_iterations": 1, "base_kl": BASE_KL}),
     "psft_replay": Method(
         "PSFT, a tenth of the rows the base's own answers",
-        {"loss_type": "psft", "num_iterations": 1, "replay_share": 0.1},
+        {"loss_type": "psft", "num_iterations": 1, "replay_share": REPLAY_SHARE},
     ),
 }
 """By name."""
@@ -51,9 +52,9 @@ def method_options(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
         RecipeError: no such method, with the nearest name.
     """
     if name not in METHODS:
-        near = difflib.get_close_matches(str(name), METHODS, n=1, cutoff=0.5)
-        todo = f"Did you mean {near[0]}? " if near else ""
-        raise RecipeError(f"There is no method {name!r}.", f"{todo}Methods: {', '.join(METHODS)}.")
+        raise RecipeError(
+            f"There is no method {name!r}.", f"{did_you_mean(name, METHODS)}Methods: {', '.join(METHODS)}."
+        )
     block = given.get("reference_steps", REFERENCE_STEPS)
     options = METHODS[name].options.items()
     return {key: block if value == BLOCK else value for key, value in options if key not in given}
