@@ -237,7 +237,8 @@ def scale_record(name: str, folder: Path, record: dict[str, Any]) -> dict[str, A
 
 def render(scales: list[dict[str, Any]]) -> str:
     """Both scales in one table, and the differences at equal in-domain accuracy."""
-    from qpsft.compare.results import SHARE, aligned, describe_metric, format_value
+    from qpsft.compare.results import SHARE, describe_metric, format_value
+    from qpsft.terminal import text_table
 
     names = [name for name in scales[-1]["arms"]["sft"] if name != "learning_rate"]
     metrics = [describe_metric(name) for name in names]
@@ -251,7 +252,7 @@ def render(scales: list[dict[str, Any]]) -> str:
         for arm, found in scale["arms"].items():
             cells = [_mean(found.get(name), metric.unit) for name, metric in zip(names, metrics, strict=True)]
             rows.append([size, arm, f"{found['learning_rate']:g}", str(found["in_domain"]["n"]), *cells])
-    lines = aligned(rows, keep=lambda column: column < 2)
+    lines = [text_table(rows, left=2)]
     for scale in scales:
         lines += ["", f"{scale['parameters'] / 1e6:.2g} M: out of domain at equal in-domain accuracy, 95 % intervals"]
         for one in scale["differences"]:

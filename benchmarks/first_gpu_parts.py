@@ -139,7 +139,7 @@ def merges(device: str) -> Found:
         numbers["training"] = train(trained, device, steps=4 if device == "cpu" else 64)
         for dtype in ("bfloat16", "float16", "float32"):
             try:
-                report = merge_adapter(trained, Path(folder) / dtype, dtype=dtype, show_progress=False)
+                report = merge_adapter(trained, Path(folder) / dtype, dtype=dtype)
                 numbers[dtype] = report.verification
             except QpsftError as error:
                 numbers[dtype] = {"same_model": False, "error": str(error)}

@@ -141,7 +141,7 @@ def run(way: str, base: Path, adapter: Path, output: Path) -> dict[str, float]:
         model.merge_and_unload().save_pretrained(output, max_shard_size="2GB")
     else:
         onto = "original" if "original" in way else "trained"
-        merge_adapter(adapter, output, onto=onto, verify=False, show_progress=False)
+        merge_adapter(adapter, output, onto=onto, no_verify=True)
     os.sync()
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     return {"seconds": seconds, "cpu_seconds": cpu, "peak": peak_memory(), "libraries": libraries}

@@ -10,25 +10,42 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qpsft.compare.arms import find_arms
-from qpsft.compare.figures import draw_gains
 from qpsft.compare.options import CompareOptions, load_comparison
 from qpsft.compare.paired import Difference, mean_and_sd
-from qpsft.compare.results import Comparison, describe_metric, folded, format_mean, format_value, is_accuracy
+from qpsft.compare.results import Comparison, describe_metric, format_mean, format_value, is_accuracy
 from qpsft.errors import OutputError, QpsftError, RecipeError
 from qpsft.files import write_atomically
 from qpsft.recipe.file import Recipe
 from qpsft.recipe.flags import Parser, add_flags, option, option_types, parse_known, split_flags
-from qpsft.terminal import fill, quiet_libraries, terminal_width
+from qpsft.terminal import fill, quiet_libraries, terminal_width, text_table
 
 CONTROL = "sft"
 ARMS = ("sft", "psft_visits")
 SCORES = ("in_domain", "out_of_domain")
+PAGE = """
+{% extends "page.html.jinja" %}
+{% from "macros.html.jinja" import table, bullets, picture %}
+{% block body %}
+<h1>{{ study.name }}: the gain against the noise</h1>
+{% for treatment, figure in figures.items() %}
+<h2>{{ treatment }} − {{ control }}</h2>
+{{ picture("Mean over seeds.", figure) }}
+{{ table(study.rows(treatment)) }}
+{% endfor %}
+{% for share, lines in verdicts.items() %}
+<h2>{{ "%.0f" % (100 * share) }}% wrong demonstrations</h2>
+{{ bullets(lines) }}
+<p><a href="noise-{{ "%g" % share }}/{{ report }}">its own report</a></p>
+{% endfor %}
+<p>{{ method }}</p>
+{% endblock %}
+"""
 
 
 @dataclass
@@ -138,8 +155,8 @@ class NoiseStudy:
         return self.render()
 
     def render(self, width: int | None = None) -> str:
-        """The tables as text, folded to so many columns."""
-        return "\n\n".join("\n".join(folded(self.rows(treatment), width)) for treatment in self.treatments)
+        """The tables as text, at most so many columns wide."""
+        return "\n\n".join(text_table(self.rows(treatment), width) for treatment in self.treatments)
 
 
 def _gain(difference: Difference | None, unit: str) -> str:
@@ -189,24 +206,60 @@ def write_study(study: NoiseStudy, folder: Path) -> None:
 
 
 def _write_study(study: NoiseStudy, folder: Path) -> None:
-    from qpsft.compare.report import PNG_DPI, REPORT, bullets, page, picture, table
+    from qpsft.compare.report import PNG_DPI, REPORT, page_templates
     from qpsft.compare.verdict import METHOD, verdict
 
     write_atomically(folder / "noise.json", json.dumps(study.to_dict(), indent=1) + "\n")
-    parts = [f"<h1>{study.name}: the gain against the noise</h1>"]
-    for treatment, figure in study.figures().items():
-        name = "noise.png" if len(study.treatments) == 1 else f"noise-{treatment}.png"
+    figures = study.figures()
+    for treatment, figure in figures.items():
+        name = "noise.png" if len(figures) == 1 else f"noise-{treatment}.png"
         figure.savefig(folder / name, dpi=PNG_DPI)
-        parts += [
-            f"<h2>{treatment} − {CONTROL}</h2>",
-            picture("Mean over seeds.", figure),
-            table(study.rows(treatment)),
-        ]
-    for share, comparison in study.comparisons.items():
-        link = f'<p><a href="noise-{share:g}/{REPORT}">its own report</a></p>'
-        parts += [f"<h2>{share:.0%} wrong demonstrations</h2>", bullets(verdict(comparison)), link]
-    parts.append(f"<p>{METHOD}</p>")
-    (folder / REPORT).write_text(page(f"noise study: {study.name}", parts), encoding="utf-8")
+    page = page_templates().from_string(PAGE).render(
+        title=f"noise study: {study.name}", study=study, figures=figures, control=CONTROL, report=REPORT,
+        verdicts={share: verdict(comparison) for share, comparison in study.comparisons.items()}, method=METHOD,
+    )  # fmt: skip
+    (folder / REPORT).write_text(page, encoding="utf-8")
+
+
+def draw_gains(
+    noise: Sequence[float], gains: Mapping[str, Sequence[Difference | None]], unit: str, scores: Mapping[str, Any]
+) -> Any:
+    """A figure of the gain against the noise, and of the scores it comes from.
+
+    Args:
+        noise: shares of wrong demonstrations, ascending.
+        gains: what is compared -> its difference at each noise.
+        unit: of the differences, for the axis.
+        scores: title -> arm -> (mean, sd) at each noise.
+    """
+    from matplotlib.figure import Figure
+
+    from qpsft.compare.figures import STYLES
+
+    figure = Figure(figsize=(4.6 * (1 + len(scores)), 3.8), layout="constrained")
+    panels = figure.subplots(1, 1 + len(scores))
+    for (label, values), fmt in zip(gains.items(), ("k-o", "r--s", "b:^"), strict=False):
+        known = [(x, gain) for x, gain in zip(noise, values, strict=True) if gain is not None]
+        panels[0].errorbar(
+            [x for x, _ in known],
+            [gain.mean for _, gain in known],
+            yerr=[gain.half_width or 0.0 for _, gain in known],
+            fmt=fmt,
+            label=label,
+            capsize=3,
+        )
+    panels[0].axhline(0.0, color="0.45", linestyle=":")
+    panels[0].set_title("Gain out of domain, 95 % intervals", fontsize=10)
+    panels[0].set_ylabel(unit)
+    for axes, (title, arms) in zip(panels[1:], scores.items(), strict=True):
+        for arm, values in arms.items():
+            means, sds = zip(*values, strict=True)
+            axes.errorbar(noise, means, yerr=[sd or 0.0 for sd in sds], label=arm, capsize=2, **STYLES[arm])
+        axes.set_title(title, fontsize=10)
+    for axes in panels:
+        axes.legend(fontsize=8, frameon=False)
+        axes.set_xlabel("share of wrong demonstrations")
+    return figure
 
 
 def main(argv: Sequence[str] | None = None) -> int:

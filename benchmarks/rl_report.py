@@ -13,7 +13,8 @@ from typing import Any
 
 from qpsft.compare.arms import ARMS, pairs
 from qpsft.compare.paired import Difference, mean_and_sd, paired_difference
-from qpsft.compare.results import NATS, SHARE, aligned, format_mean, format_value
+from qpsft.compare.results import NATS, SHARE, format_mean, format_value
+from qpsft.terminal import text_table
 
 LAST_STEPS = 5
 SMOOTHED = 5
@@ -153,12 +154,13 @@ class Outcome:
         ends = ["mean_reward", "last_reward", *(name for name in self.numbers if name.startswith("end_"))]
         parts = [
             "the adapters, before RL (test rows; mean ± sd over seeds)",
-            *aligned(self._table(starts, self.rates[0])),
+            text_table(self._table(starts, self.rates[0])),
         ]
         for rate in self.rates:
-            parts += ["", f"after {self.plan['steps']} steps of GRPO at lr {rate:g}", *aligned(self._table(ends, rate))]
+            title = f"after {self.plan['steps']} steps of GRPO at lr {rate:g}"
+            parts += ["", title, text_table(self._table(ends, rate))]
             if self.pairs():
-                parts += ["", "paired differences, 95 % intervals", *aligned(self._differences(ends, rate))]
+                parts += ["", "paired differences, 95 % intervals", text_table(self._differences(ends, rate))]
         words = [*self.checked(), *(line for rate in self.rates for line in self.words(rate))]
         return "\n".join([*parts, "", *words]).rstrip()
 

@@ -6,8 +6,9 @@ if sys.version_info < (3, 11):  # noqa: UP036 - before anything that an older Py
     sys.stderr.write(f"error: qpsft needs Python 3.11 or newer; this is {sys.version.split()[0]}.\n")
     raise SystemExit(2)
 
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from qpsft.lazy import imported_on_use
 
 if TYPE_CHECKING:
     from qpsft.model.base import load_base
@@ -32,10 +33,8 @@ _HOME = {
 
 def __getattr__(name: str) -> Any:
     """Imports on first use, so that `import qpsft` and `qpsft --help` do not wait for torch."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'qpsft' has no attribute {name!r}")
     try:
-        return getattr(importlib.import_module(_HOME[name]), name)
+        return imported_on_use("qpsft", _HOME)(name)
     except ImportError as error:
         from qpsft.model.environment import broken_torchvision
 

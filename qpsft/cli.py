@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 
 from qpsft import __version__
-from qpsft.errors import QpsftError
+from qpsft.errors import QpsftError, did_you_mean
 from qpsft.processes import is_main, let_memory_segments_grow, print_error, world_size
 from qpsft.terminal import fill
 
@@ -69,9 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(verb: str, argv: Sequence[str]) -> int:
     if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, n=1)
-        todo = f"Did you mean {near[0]}?" if near else f"Verbs: {', '.join(VERBS)}."
-        raise QpsftError(f"qpsft has no verb {verb!r}.", todo)
+        raise QpsftError(f"qpsft has no verb {verb!r}.", f"{did_you_mean(verb, VERBS)}Verbs: {', '.join(VERBS)}.")
     if verb != "train" and world_size() > 1:
         raise QpsftError(f"qpsft {verb} works in one process, not in {world_size()}.", "Leave out torchrun.")
     package, _ = VERBS[verb]

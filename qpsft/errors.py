@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class QpsftError(Exception):
     """A mistake or a condition the user can change. The command line prints it without a traceback and exits with 2.
@@ -63,3 +66,9 @@ class NotTheSameModelError(QpsftError):
     """An exported model is not the model that was trained."""
 
     exit_code = 1
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ "Did you mean NAME? " with the nearest known name, for an error's advice; "" where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"Did you mean {near[0]}? " if near else ""

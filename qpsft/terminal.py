@@ -8,6 +8,7 @@ import signal
 import sys
 import textwrap
 import warnings
+from collections.abc import Sequence
 from typing import TextIO
 
 from qpsft.processes import is_main
@@ -80,3 +81,25 @@ def short_number(number: float) -> str:
         if number >= size:
             return f"{number / size:.{1 if number < 100 * size else 0}f}{unit}"
     return f"{number:.0f}"
+
+
+def text_table(rows: Sequence[Sequence[str]], width: int | None = None, *, left: int = 1) -> str:
+    """Rows of cells as aligned text, the first of them the header.
+
+    Args:
+        width: columns at most; cells that do not fit are wrapped. None: as wide as it is.
+        left: so many columns stand to the left, the others to the right.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="")
+    for number, title in enumerate(rows[0]):
+        is_left = number < left
+        table.add_column(title, justify="left" if is_left else "right", no_wrap=is_left, overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*row)
+    console = Console(width=width or 10_000, color_system=None, markup=False, highlight=False, emoji=False)
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -13,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from qpsft.export.command import write_export
+from qpsft.export.options import ExportOptions
 from qpsft.model.adapter import add_adapter, save_adapter
 from qpsft.model.base import load_base
 from qpsft.model.base_record import quantized_linears
@@ -80,3 +83,8 @@ def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> N
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def export(to: str, source: Path, output: Path | None = None, **options: Any) -> Any:
+    """What `qpsft export SOURCE --to TO` does. Returns its report."""
+    return write_export(ExportOptions(source=source, to=to, output=output, **options))

@@ -31,7 +31,7 @@ def digest(folder: Path) -> dict[str, bytes] | None:
 
 
 def merge(adapter: Path, output: Path, overwrite: bool, dtype: str) -> None:
-    merge_adapter(adapter, output, overwrite=overwrite, dtype=dtype, verify=False, show_progress=False)
+    merge_adapter(adapter, output, overwrite=overwrite, dtype=dtype, no_verify=True)
 
 
 def kill_some(adapter: Path, output: Path, kills: int, rng: random.Random, *, overwrite: bool) -> None:

@@ -31,7 +31,7 @@ COUNT = 42
 def exported(tmp_path_factory):
     """A right merge of the demo adapter."""
     folder = tmp_path_factory.mktemp("merged") / "merged"
-    merge_adapter(DEMO, folder, verify=False, show_progress=False)
+    merge_adapter(DEMO, folder, no_verify=True)
     return folder
 
 

@@ -222,7 +222,7 @@ def test_the_merge_is_the_trained_model(tmp_path, model_type):
     with (adapter / "verify_prompts.jsonl").open("w") as file:
         for ids in make_rows(4)["input_ids"]:
             file.write(json.dumps({"input_ids": ids, "prompt_length": 3}) + "\n")
-    report = merge_adapter(adapter, tmp_path / "merged", show_progress=False)
+    report = merge_adapter(adapter, tmp_path / "merged")
     assert report.verification["same_model"]
     if model_type in MULTIMODAL:  # transformers loads it whole
         _, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", output_loading_info=True)

@@ -256,7 +256,7 @@ def test_a_sentence_of_eighty_columns_says_what_was_loaded(llama, capsys):
     load_base(llama, device="cpu")
     lines = capsys.readouterr().out.splitlines()
     said = " ".join(line.strip() for line in lines)
-    assert f"base: {llama.name} · 99.6 K parameters · nf4 + double quantization · float32 compute on cpu · " in said
+    assert f"base: {llama.name} · 99.6k parameters · nf4 + double quantization · float32 compute on cpu · " in said
     assert len(lines) == 2 and max(map(len, lines)) <= 80 and lines[1].startswith("      ")
     load(llama)
     assert capsys.readouterr().out == ""

@@ -275,7 +275,7 @@ def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(adapter, monkeypatc
 
 
 def test_a_merged_model_answers_as_the_adapter_and_has_no_base(adapter, answers, tmp_path, monkeypatch, capsys):
-    merge_adapter(adapter, tmp_path / "merged", dtype="float32", verify=False, show_progress=False)
+    merge_adapter(adapter, tmp_path / "merged", dtype="float32", no_verify=True)
     capsys.readouterr()
     assert talk(monkeypatch, tmp_path / "merged", f"/base\n/both\n{FIRST}\n", CAP) == 2
     captured = capsys.readouterr()
@@ -322,7 +322,7 @@ def test_prompts_are_written_as_the_adapter_was_trained(stories, tmp_path, monke
     assert talk(monkeypatch, out, "time\n", "--max_new_tokens=8", "--prompt_format=A {prompt} was") == 0
     assert capsys.readouterr().out == expected("A time was") + "\n"
     # The merged folder knows its adapter's recipe.
-    merge_adapter(out, tmp_path / "merged", dtype="float32", verify=False, show_progress=False)
+    merge_adapter(out, tmp_path / "merged", dtype="float32", no_verify=True)
     capsys.readouterr()
     assert talk(monkeypatch, tmp_path / "merged", "time\n", "--max_new_tokens=8") == 0
     assert capsys.readouterr().out == f"{texts[0]}\n"
@@ -343,12 +343,12 @@ def test_drawn_answers_and_a_system_turn(adapter, monkeypatch, capsys):
     [
         (["/nowhere/adapter"], "There is no base model folder /nowhere/adapter"),
         (["demo", "--base", "demo"], "--base is given, but demo is not an adapter's folder"),
-        (["demo", "--temperature=-1"], "--temperature is -1.0; it must not be negative"),
+        (["demo", "--temperature=-1"], "temperature is -1.0; it must be at least 0"),
         (["demo", "--temperature=nan"], "--temperature is 'nan'; it must be a finite number"),
-        (["demo", "--temperature=1", "--top_p=0"], "--top_p is 0.0; it must be above 0"),
+        (["demo", "--temperature=1", "--top_p=0"], "top_p is 0.0; it must be above 0"),
         (["demo", "--top_p=0.9", "--seed=1"], "--top_p and --seed have no effect at temperature 0"),
-        (["demo", "--temperature=1", "--seed=-1"], "--seed is -1; it must be from 0"),
-        (["demo", "--max_new_tokens=0"], "--max_new_tokens is 0; it must be at least 1"),
+        (["demo", "--temperature=1", "--seed=-1"], "seed is -1; it must be at least 0"),
+        (["demo", "--max_new_tokens=0"], "max_new_tokens is 0; it must be at least 1"),
         (["demo", "--prompt_format=x"], "prompt_format 'x' lacks {prompt}"),
         (["demo", "--use_chat_template=never", "--system=x"], "A system turn needs a chat template"),
     ],

@@ -154,7 +154,7 @@ def test_config_value_transformers_cannot_use(own_llama):
     ("changes", "said"),
     [
         ({"model_type": "t5"}, "not a causal language model"),
-        ({"model_type": "lama"}, "Did you mean 'llama'?"),
+        ({"model_type": "lama"}, "Did you mean llama?"),
         ({"model_type": None}, "does not know"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized with gptq"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantized with awq"),

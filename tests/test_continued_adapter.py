@@ -128,7 +128,7 @@ def test_trained_further_merged_and_verified(base, rows, tmp_path, kind):
             assert config[name] == value, name
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| rank, alpha | {KINDS[kind]['r']}, {KINDS[kind]['lora_alpha']:g} |" in card and str(start) in card
-    report = merge_adapter(tmp_path / "out", dtype="float32", show_progress=False)
+    report = merge_adapter(tmp_path / "out", dtype="float32")
     assert report.verification["same_model"] and report.onto == "trained"
 
 

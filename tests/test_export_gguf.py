@@ -2,20 +2,19 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from exporting import copy_folder, edit_json, edit_weights, make_adapter, merge_by_hand
+from exporting import copy_folder, edit_json, edit_weights, export, make_adapter, merge_by_hand
 from safetensors.torch import load_file, save_file
 
 from qpsft.errors import ExportError, OutputError
 from qpsft.export import gguf as gguf_module
 from qpsft.export import gguf_check, llama_cpp
-from qpsft.export.gguf import export_gguf
 from qpsft.export.gguf_check import BLOCK_ERROR, check_gguf, rounding_error
 from qpsft.export.gguf_file import GgufFile, interleave_halves, join_halves
-from qpsft.export.gguf_lora import export_gguf_lora
 from qpsft.export.gguf_run import llama_cpp_python, run_gguf
 from qpsft.export.gguf_texts import COUNT, varied_texts
 from qpsft.export.merged_model import MergedModel, without_generation_markers
@@ -59,7 +58,7 @@ def exported(merged, tools) -> Path:
     path = merged.parent / "demo.gguf"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gguf_check, "BLOCK_OF_VALUES", 700)
-        report = export_gguf(merged, path, show_progress=False, run=False)
+        report = export("gguf", merged, path, no_run=True)
     assert report.check.types == {"F16": 22, "F32": 7} and report.check.tensors == 29
     assert report.check.largest_error < 2**-11 and report.run.summary().startswith("run with llama.cpp: not run")
     assert {"llama.context_length", "llama.rope.freq_base", "tokenizer.chat_template"} <= set(report.check.metadata)
@@ -74,7 +73,7 @@ def check(path: Path, folder: Path, gguf):
 
 def test_an_adapter_is_merged_verified_and_converted(adapter, tools, tmp_path):
     output = tmp_path / "new" / "model.gguf"
-    report = export_gguf(adapter, output, outtype="q8_0", run=False, show_progress=False)
+    report = export("gguf", adapter, output, outtype="q8_0", no_run=True)
     assert report.merge.verification["same_model"] and "verified: the same model" in report.summary()
     assert report.check.types == {"Q8_0": 22, "F32": 7} and 1e-3 < report.check.largest_error < 0.01
     assert [path.name for path in output.parent.iterdir()] == ["model.gguf"]
@@ -170,7 +169,7 @@ def test_special_tokens_that_became_plain_text_are_caught(merged, tools, gguf, t
     """What the converter makes of a folder that transformers 5 saved, without what `stage` adds to it."""
     path = tmp_path / "raw.gguf"
     arguments = [str(merged), "--outtype", "f16"]
-    llama_cpp.run_converter(tools, llama_cpp.CONVERTER, arguments, path, expected=1, show_progress=False)
+    llama_cpp.run_converter(tools, llama_cpp.CONVERTER, arguments, path, expected=1)
     with pytest.raises(ExportError, match=r"its token '<\|end\|>' is plain text"):
         check_gguf(path, MergedModel(merged, load_tokenizer(merged), {3}), gguf)
 
@@ -179,7 +178,7 @@ def test_a_lost_merge_order_is_refused_where_it_cannot_be_run(merged, tools, tmp
     other = copy_folder(merged, tmp_path / "merged")
     (other / "tokenizer.model").unlink()
     with pytest.raises(ExportError, match="has no tokenizer.model") as error:
-        export_gguf(other, tmp_path / "x.gguf", show_progress=False, run=False)
+        export("gguf", other, tmp_path / "x.gguf", no_run=True)
     assert str(error.value).count(str(other)) == 2
 
 
@@ -188,20 +187,20 @@ def test_a_lost_merge_order_of_an_adapter_is_its_bases(tools, tmp_path):
     adapter = make_adapter(tmp_path / "adapter", base)
     (base / "tokenizer.model").unlink()
     with pytest.raises(ExportError, match="has no tokenizer.model") as error:
-        export_gguf(adapter, tmp_path / "x.gguf", show_progress=False, run=False, verify=False)
+        export("gguf", adapter, tmp_path / "x.gguf", no_run=True)
     assert str(error.value).count(str(base)) == 2 and "exporting" not in str(error.value)
 
 
 def test_stop_tokens_the_file_cannot_name_are_reported(merged, tools, tmp_path):
     two_stops = copy_folder(merged, tmp_path / "merged")
     edit_json(two_stops / "generation_config.json", eos_token_id=[3, 1])
-    report = export_gguf(two_stops, tmp_path / "x.gguf", show_progress=False, run=False)
+    report = export("gguf", two_stops, tmp_path / "x.gguf", no_run=True)
     assert report.stops == ["<s>", "<|end|>"] and "stop tokens '<s>'" in report.notes[-1]
 
 
 def test_a_quantized_type_without_llama_cpp_python_leaves_the_f16(merged, tools, tmp_path, monkeypatch):
     monkeypatch.setattr(gguf_module, "llama_cpp_python", lambda: None)
-    report = export_gguf(merged, tmp_path / "m-Q4_K_M.gguf", outtype="Q4_K_M", show_progress=False, run=False)
+    report = export("gguf", merged, tmp_path / "m-Q4_K_M.gguf", outtype="Q4_K_M", no_run=True)
     assert report.path == tmp_path / "m-f16.gguf" and report.path.is_file() and report.outtype == "f16"
     assert "q4_k_m needs llama-cpp-python" in report.summary()
 
@@ -225,7 +224,7 @@ def test_rounding_bounds_of_block_types_hold_and_bite(gguf):
 def test_an_adapter_alone(tools, gguf, tmp_path, options, factor):
     """llama.cpp's update is alpha / rank · B·A (llama-adapter.cpp), so B carries what PEFT's scale has besides."""
     adapter = make_adapter(tmp_path / "adapter", **options)
-    report = export_gguf_lora(adapter, tmp_path / "lora.gguf", show_progress=False)
+    report = export("gguf-lora", adapter, tmp_path / "lora.gguf")
     assert report.layers == 21 and "not the model that was trained" in report.summary()
     file = GgufFile(tmp_path / "lora.gguf", gguf)
     assert file.value("general.type") == "adapter" and file.value("adapter.lora.alpha") == 8
@@ -240,7 +239,7 @@ def test_an_adapter_alone(tools, gguf, tmp_path, options, factor):
 def test_alphas_of_single_layers_are_carried_by_b(tools, gguf, tmp_path):
     adapter = make_adapter(tmp_path / "adapter")
     edit_json(adapter / "adapter_config.json", alpha_pattern={"layers.1.mlp.down_proj": 4})
-    export_gguf_lora(adapter, tmp_path / "lora.gguf", show_progress=False)
+    export("gguf-lora", adapter, tmp_path / "lora.gguf")
     stored = GgufFile(tmp_path / "lora.gguf", gguf).values("blk.1.ffn_down.weight.lora_b")
     original = load_file(adapter / "adapter_model.safetensors")
     assert torch.allclose(stored, 0.5 * original["base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"])
@@ -251,7 +250,7 @@ def test_what_a_lora_gguf_cannot_hold_is_refused(adapter, tmp_path, key, value):
     other = copy_folder(adapter, tmp_path / "adapter")
     edit_json(other / "adapter_config.json", **{key: value})
     with pytest.raises(ExportError, match="cannot hold"):
-        export_gguf_lora(other, tmp_path / "lora.gguf", show_progress=False)
+        export("gguf-lora", other, tmp_path / "lora.gguf")
 
 
 def test_a_nan_in_the_adapter_is_refused(adapter, tmp_path):
@@ -261,7 +260,7 @@ def test_a_nan_in_the_adapter_is_refused(adapter, tmp_path):
     tensors[name][0, 0] = float("nan")
     save_file(tensors, other / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ExportError, match="not finite"):
-        export_gguf_lora(other, tmp_path / "lora.gguf", show_progress=False)
+        export("gguf-lora", other, tmp_path / "lora.gguf")
 
 
 # bad input
@@ -271,20 +270,20 @@ def test_bad_input_says_what_to_do(merged, tmp_path, monkeypatch):
     existing = tmp_path / "there.gguf"
     existing.write_text("mine")
     with pytest.raises(OutputError, match="exists"):
-        export_gguf(merged, existing, show_progress=False)
+        export("gguf", merged, existing)
     assert existing.read_text() == "mine"
     with pytest.raises(OutputError, match="is a folder"):
-        export_gguf(merged, tmp_path, show_progress=False)
+        export("gguf", merged, tmp_path)
     with pytest.raises(ExportError, match="outtype 'q9' is not known"):
-        export_gguf(merged, tmp_path / "x.gguf", outtype="q9", show_progress=False)
+        export("gguf", merged, tmp_path / "x.gguf", outtype="q9")
     with pytest.raises(ExportError, match="neither an adapter folder"):
-        export_gguf(tmp_path, tmp_path / "x.gguf", show_progress=False)
+        export("gguf", tmp_path, tmp_path / "x.gguf")
     with pytest.raises(ExportError, match="no llama.cpp checkout"):
-        export_gguf(merged, tmp_path / "x.gguf", llama_cpp=tmp_path, show_progress=False)
+        export("gguf", merged, tmp_path / "x.gguf", llama_cpp=tmp_path)
     free = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda folder: free)
     with pytest.raises(OutputError, match="0.00 GB free"):
-        export_gguf(merged, tmp_path / "x.gguf", show_progress=False)
+        export("gguf", merged, tmp_path / "x.gguf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there.gguf"]
 
 
@@ -300,7 +299,7 @@ def test_a_failing_converter_shows_what_it_said_and_leaves_nothing(merged, tmp_p
     script = "import sys\nprint('ERROR: the sky fell', file=sys.stderr)\nsys.exit(3)"
     tools = fake_llama_cpp(tmp_path / "llama.cpp", script)
     with pytest.raises(ExportError, match=r"(?s)exit code 3.*the sky fell"):
-        export_gguf(merged, tmp_path / "x.gguf", llama_cpp=tools, show_progress=False)
+        export("gguf", merged, tmp_path / "x.gguf", llama_cpp=tools)
     assert [path.name for path in tmp_path.iterdir()] == ["llama.cpp"]
 
 
@@ -309,14 +308,14 @@ def test_an_interrupted_export_leaves_nothing_and_the_converter_dies(merged, tmp
     script = f"import time\nwhile True:\n    open({str(beat)!r}, 'a').write('x')\n    time.sleep(0.02)"
     tools = fake_llama_cpp(tmp_path / "llama.cpp", script)
 
-    def interrupt(process, *args):
+    def interrupt(seconds):
         while not beat.exists():
             pass
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(llama_cpp, "_wait", interrupt)
+    monkeypatch.setattr(llama_cpp, "time", SimpleNamespace(sleep=interrupt))
     with pytest.raises(KeyboardInterrupt):
-        export_gguf(merged, tmp_path / "x.gguf", llama_cpp=tools, show_progress=False)
+        export("gguf", merged, tmp_path / "x.gguf", llama_cpp=tools)
     size = beat.stat().st_size
     import time
 
@@ -333,7 +332,7 @@ def test_what_a_killed_run_left_is_removed(merged, tmp_path):
     other.mkdir()
     tools = fake_llama_cpp(tmp_path / "llama.cpp", "raise SystemExit(1)")
     with pytest.raises(ExportError):
-        export_gguf(merged, tmp_path / "x.gguf", llama_cpp=tools, show_progress=False)
+        export("gguf", merged, tmp_path / "x.gguf", llama_cpp=tools)
     assert not left.exists() and other.exists()
 
 
@@ -373,7 +372,7 @@ def test_the_varied_texts_are_varied(merged):
 @needs_llama_cpp_python
 @pytest.mark.parametrize("outtype", ["f32", "f16", "bf16", "q8_0", "q4_k_m"])
 def test_llama_cpp_computes_the_merged_model(adapter, tools, tmp_path, outtype):
-    report = export_gguf(adapter, tmp_path / "x.gguf", outtype=outtype, show_progress=False)
+    report = export("gguf", adapter, tmp_path / "x.gguf", outtype=outtype)
     assert report.outtype == outtype and report.run.ran and report.run.texts == COUNT
     print(outtype, json.dumps(report.run.numbers))
 
@@ -394,5 +393,5 @@ def test_llama_cpp_that_computes_another_model_fails(merged, exported, gguf, tmp
 @needs_llama_cpp_python
 def test_stories260k_is_tokenized_otherwise_by_llama_cpp(stories, tools, tmp_path):
     with pytest.raises(ExportError, match="llama.cpp makes other tokens of 'Once upon a time, there was a little girl"):
-        export_gguf(stories, tmp_path / "x.gguf", show_progress=False)
+        export("gguf", stories, tmp_path / "x.gguf")
     assert list(tmp_path.iterdir()) == []

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import trl
-from exporting import copy_folder, make_adapter, merge_by_hand
+from exporting import copy_folder, export, make_adapter, merge_by_hand
 
-from qpsft.errors import ExportError, OutputError
+from qpsft.errors import ExportError, OutputError, RecipeError
 from qpsft.export import gguf as gguf_module
 from qpsft.export import llama_cpp
-from qpsft.export.ollama import ChatPieces, derive_template, export_ollama, modelfile
+from qpsft.export.ollama import ChatPieces, derive_template, modelfile
 from qpsft.model.base import load_tokenizer
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -107,14 +107,14 @@ def test_an_adapter_becomes_a_folder_for_ollama_create(tmp_path):
     adapter = make_adapter(tmp_path / "adapter")
     merged = merge_by_hand(adapter, tmp_path / "merged", "float16")
     output = tmp_path / "ollama"
-    report = export_ollama(merged, output, run=False, show_progress=False)
+    report = export("ollama", merged, output, no_run=True)
     assert sorted(path.name for path in output.iterdir()) == ["Modelfile", "model.gguf"]
     text = (output / "Modelfile").read_text()
     assert text.startswith('FROM ./model.gguf\nTEMPLATE """') and '{{ if eq .Role "system" }}<|system|>' in text
     assert text.endswith('PARAMETER stop "<|end|>"\nPARAMETER num_ctx 512\n')
     assert report.template and f"ollama create NAME -f {output / 'Modelfile'}" in report.summary()
     with pytest.raises(OutputError, match="exists"):
-        export_ollama(merged, output, run=False, show_progress=False)
+        export("ollama", merged, output, no_run=True)
 
 
 def test_a_failed_export_leaves_no_folder(tmp_path, monkeypatch):
@@ -129,7 +129,7 @@ def test_a_failed_export_leaves_no_folder(tmp_path, monkeypatch):
     for name in ("convert_hf_to_gguf.py", "gguf-py/gguf/__init__.py", "gguf-py/gguf/quants.py"):
         (tools / name).touch()
     with pytest.raises(ExportError):
-        export_ollama(merged, tmp_path / "o", llama_cpp=tools, show_progress=False)
+        export("ollama", merged, tmp_path / "o", llama_cpp=tools)
     assert not (tmp_path / "o").exists()
-    with pytest.raises(ExportError, match="num_ctx is 0"):
-        export_ollama(copy_folder(merged, tmp_path / "m2"), tmp_path / "o", num_ctx=0)
+    with pytest.raises(RecipeError, match="num_ctx is 0"):
+        export("ollama", copy_folder(merged, tmp_path / "m2"), tmp_path / "o", num_ctx=0)

@@ -4,11 +4,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-from exporting import copy_folder, edit_json, make_adapter
+from exporting import copy_folder, edit_json, export, make_adapter
 from merging import ALL, save_peft_adapter
 
 from qpsft.errors import BaseModelError, ExportError
-from qpsft.export.vllm import check_vllm, export_vllm
 from qpsft.model.folder import MODEL_DIR
 
 
@@ -32,29 +31,29 @@ def hub(monkeypatch):
 
 
 def test_the_command_for_an_adapter(adapter):
-    report = check_vllm(adapter)
+    report = export("vllm", adapter)
     assert report.servable and not report.refusals
     assert shlex.split(report.command) == [
         *("vllm", "serve", "owner/name", "--revision", "abc", "--quantization", "bitsandbytes", "--enable-lora"),
         *("--lora-modules", f"my adapter={adapter}"),
     ]
     assert "rounds the base as training did" in report.notes[0]
-    assert shlex.split(check_vllm(adapter, base=str(MODEL_DIR)).command)[2:4] == [str(MODEL_DIR), "--quantization"]
+    assert shlex.split(export("vllm", adapter, base=str(MODEL_DIR)).command)[2:4] == [str(MODEL_DIR), "--quantization"]
     with pytest.raises(BaseModelError, match="no base model folder /models/other"):
-        check_vllm(adapter, base="/models/other")
+        export("vllm", adapter, base="/models/other")
 
 
 def test_the_embedded_base_is_served_from_its_folder(tmp_path):
     adapter = make_adapter(tmp_path / "adapter")
-    command = shlex.split(check_vllm(adapter).command)
+    command = shlex.split(export("vllm", adapter).command)
     assert command[2] == str(MODEL_DIR) and (Path(command[2]) / "config.json").is_file()
-    assert shlex.split(check_vllm(adapter, base="demo").command)[2] == str(MODEL_DIR)
+    assert shlex.split(export("vllm", adapter, base="demo").command)[2] == str(MODEL_DIR)
 
 
 @pytest.mark.parametrize("rank, flag", [(16, None), (17, "32"), (64, "64"), (100, "128"), (512, "512")])
 def test_ranks_above_vllms_default_need_a_flag(tmp_path, rank, flag):
     other = save_peft_adapter(tmp_path / "adapter", "demo", r=rank, target_modules=["q_proj"])
-    command = shlex.split(check_vllm(other).command)
+    command = shlex.split(export("vllm", other).command)
     assert command[-2:] == ["--max-lora-rank", flag] if flag else "--max-lora-rank" not in command
 
 
@@ -72,7 +71,7 @@ def test_ranks_above_vllms_default_need_a_flag(tmp_path, rank, flag):
 )
 def test_what_vllm_refuses(tmp_path, settings, words):
     other = save_peft_adapter(tmp_path / "adapter", "demo", **settings)
-    report = check_vllm(other)
+    report = export("vllm", other)
     assert not report.servable and report.command is None
     assert words in report.refusals[0] and words in report.summary() and "next: merge it" in report.summary()
 
@@ -80,42 +79,40 @@ def test_what_vllm_refuses(tmp_path, settings, words):
 def test_a_base_that_vllm_rounds_otherwise_is_noted(adapter, tmp_path):
     other = copy_folder(adapter, tmp_path / "adapter")
     edit_json(other / "base_quantization.json", quantization="fp4")
-    report = check_vllm(other)
+    report = export("vllm", other)
     assert "--quantization" not in report.command and "does not round the base to fp4" in report.notes[0]
 
 
 def test_a_refused_adapter_is_merged_instead(tmp_path):
     adapter = make_adapter(tmp_path / "adapter", use_dora=True)
-    assert export_vllm(adapter).merge is None
-    report = export_vllm(adapter, tmp_path / "merged", verify=False, show_progress=False)
+    assert export("vllm", adapter).merge is None
+    report = export("vllm", adapter, tmp_path / "merged")
     assert report.command == f"vllm serve {tmp_path / 'merged'}" and (tmp_path / "merged/config.json").is_file()
 
 
 def test_a_servable_adapter_is_not_merged(adapter, tmp_path):
-    report = export_vllm(adapter, tmp_path / "merged")
+    report = export("vllm", adapter, tmp_path / "merged")
     assert report.merge is None and "--enable-lora" in report.command and not (tmp_path / "merged").exists()
 
 
 def test_a_merged_folder_is_served_as_it_is(tmp_path):
     merged = copy_folder(MODEL_DIR, tmp_path / "merged model")
-    report = export_vllm(merged)
+    report = export("vllm", merged)
     assert report.servable and shlex.split(report.command) == ["vllm", "serve", str(merged)]
     assert "a merged model" in report.summary() and report.summary().endswith(f"next: vllm serve '{merged}'")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ExportError, match="neither an adapter folder"):
-        export_vllm(tmp_path / "empty")
+        export("vllm", tmp_path / "empty")
     (merged / "model.safetensors").unlink()
     with pytest.raises(BaseModelError, match="merged model"):
-        export_vllm(merged)
+        export("vllm", merged)
 
 
 def test_bad_input(adapter, tmp_path):
-    with pytest.raises(BaseModelError, match="not an adapter's folder"):
-        check_vllm(tmp_path)
     other = copy_folder(adapter, tmp_path / "adapter")
     edit_json(other / "adapter_config.json", peft_type="LOHA")
     with pytest.raises(ExportError, match="of type LOHA"):
-        check_vllm(other)
+        export("vllm", other)
     (other / "adapter_config.json").write_text("{")
     with pytest.raises(BaseModelError, match="is not valid JSON"):
-        check_vllm(other)
+        export("vllm", other)

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "qpsft"
 
 # Lowest first. A module imports from its own package and from lower layers only.
 LAYERS = [
-    {"errors"},
+    {"errors", "lazy"},
     {"processes"},
     {"files", "terminal"},
     {"recipe"},

@@ -154,7 +154,7 @@ def test_an_adapter_of_trl_s_is_trained_further_merged_and_verified(base, from_t
     start, end = (load_file(folder / "adapter_model.safetensors") for folder in (from_trl, out))
     moved = max((end[name] - start[name].float()).abs().max() for name in start)
     assert start.keys() == end.keys() and 1e-3 < moved < 0.05
-    report = merge_adapter(out, dtype="float32", show_progress=False)
+    report = merge_adapter(out, dtype="float32")
     assert report.verification["same_model"] and report.onto == "trained"
 
 
@@ -162,9 +162,9 @@ def test_an_adapter_of_trl_s_merges_as_it_is(base, from_trl, tmp_path):
     """Onto the original weights at once; onto the rounded ones, and verified, once their record is written."""
     adapter = tmp_path / "adapter"
     shutil.copytree(from_trl, adapter)
-    assert merge_adapter(adapter, tmp_path / "original", onto="original", show_progress=False).onto == "original"
+    assert merge_adapter(adapter, tmp_path / "original", onto="original").onto == "original"
     write_base_record(load_base(base, verbose=False)[0], adapter)
-    report = merge_adapter(adapter, tmp_path / "trained", dtype="float32", show_progress=False)
+    report = merge_adapter(adapter, tmp_path / "trained", dtype="float32")
     assert report.verification["same_model"]
 
 

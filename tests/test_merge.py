@@ -22,7 +22,7 @@ QKV = ["q_proj", "k_proj", "v_proj"]
 def merged_is_live(tmp_path, base, adapter, *, load=None, vocabulary=180, tolerance=1e-5):
     ids = tokens(vocabulary)
     live, alone = live_logprobs(adapter, base, ids, **(load or {}))
-    report = merge_adapter(adapter, dtype="float32", verify=False, show_progress=False)
+    report = merge_adapter(adapter, dtype="float32", no_verify=True)
     merged = load_strictly(tmp_path / "adapter-merged")
     assert largest(logprobs(merged, ids), live) < tolerance
     assert largest(alone, live) > 0.05, "the adapter does nothing, so the comparison says nothing"
@@ -135,7 +135,7 @@ def test_an_adapter_that_would_untie_them_is_refused(tmp_path, config):
     base = save_tiny_model(tmp_path / "base", tie_word_embeddings=True)
     adapter = save_peft_adapter(tmp_path / "adapter", base, **config)
     with pytest.raises(ExportError, match=r"ties lm_head.weight to model.embed_tokens.weight, and the adapter changes"):
-        merge_adapter(adapter, verify=False, show_progress=False)
+        merge_adapter(adapter, no_verify=True)
     assert not (tmp_path / "adapter-merged").exists()
 
 
@@ -155,9 +155,9 @@ def test_initialisations_that_take_from_the_base(tmp_path, init):
     write_base_record(peft_model, tmp_path / "adapter")
     peft_model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(ExportError, match=f"{init!r}: training started by taking .* Save it with PEFT's path_initial"):
-        merge_adapter(tmp_path / "adapter", verify=False, show_progress=False)
+        merge_adapter(tmp_path / "adapter", no_verify=True)
     peft_model.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
-    merge_adapter(tmp_path / "adapter", dtype="float32", verify=False, show_progress=False)
+    merge_adapter(tmp_path / "adapter", dtype="float32", no_verify=True)
     assert largest(logprobs(load_strictly(tmp_path / "adapter-merged"), tokens()), trained) < 1e-5
     assert largest(trained, alone) > 0.05
 
@@ -202,7 +202,7 @@ def test_the_real_model(tmp_path, stories):
     text = "One day, Lily went to the park with her mom. She saw a big dog and a red ball. The dog was happy to play."
     ids = torch.tensor([tokenizer(text)["input_ids"]])
     live, alone = live_logprobs(tmp_path / "adapter", stories, ids)
-    report = merge_adapter(tmp_path / "adapter", dtype="float32", verify=False, show_progress=False)
+    report = merge_adapter(tmp_path / "adapter", dtype="float32", no_verify=True)
     merged = load_strictly(tmp_path / "adapter-merged")
     found = logprobs(merged, ids)
     label = ids[:, 1:, None]

@@ -39,7 +39,7 @@ def adapter(tmp_path, base):
 
 
 def merge(adapter, output=None, **options):
-    return merge_adapter(adapter, output, **{"verify": False, "show_progress": False} | options)
+    return merge_adapter(adapter, output, **{"no_verify": True} | options)
 
 
 def names(folder: Path) -> list[str]:
@@ -126,7 +126,7 @@ def test_what_the_architecture_does_not_use_is_left_out_and_said(tmp_path, base,
 
 
 def test_the_card_and_the_report_say_how(tmp_path, base, adapter):
-    report = merge(adapter, verify=True, dtype="float32")
+    report = merge(adapter, no_verify=False, dtype="float32")
     assert report.verification["same_model"] and "the same model" in report.summary()
     card = (tmp_path / "adapter-merged" / "README.md").read_text()
     for text in ("| base | base |", "| adapter | adapter |", "weights training saw", "float32", "nf4 in blocks of 64"):
@@ -139,7 +139,7 @@ def test_the_card_and_the_report_say_how(tmp_path, base, adapter):
 
 
 def test_onto_the_original_weights_another_model_is_what_it_is(tmp_path, adapter):
-    report = merge(adapter, onto="original", verify=True)
+    report = merge(adapter, onto="original", no_verify=False)
     assert not report.verification["same_model"]
     card = (tmp_path / "adapter-merged" / "README.md").read_text()
     for text in (card, report.summary()):

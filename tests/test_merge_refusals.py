@@ -13,7 +13,7 @@ from tiny_models import edit_config, save_tiny_model
 
 from qpsft.errors import BaseModelError, ExportError, NotTheSameModelError, QpsftError
 from qpsft.merge import merge_adapter
-from qpsft.merge.merging import parse_size
+from qpsft.merge.options import parse_size
 from qpsft.model.base import load_base
 
 MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -31,7 +31,7 @@ def adapter(tmp_path, base):
 
 def refused(kind, match, adapter, **options):
     with pytest.raises(kind, match=match) as caught:
-        merge_adapter(adapter, **{"verify": False, "show_progress": False} | options)
+        merge_adapter(adapter, **{"no_verify": True} | options)
     assert isinstance(caught.value, QpsftError) and caught.value.todo
     assert [path.name for path in adapter.parent.iterdir() if "merg" in path.name] == []
     return caught.value
@@ -105,7 +105,7 @@ def test_a_base_that_is_gone(base, adapter):
     base.rename(base.with_name("moved"))
     error = refused(BaseModelError, "that the adapter in .*adapter was trained on cannot be had", adapter)
     assert "--base" in error.todo
-    merge_adapter(adapter, base=str(base.with_name("moved")), verify=False, show_progress=False)
+    merge_adapter(adapter, base=str(base.with_name("moved")), no_verify=True)
 
 
 def test_a_base_on_the_hub_without_network(monkeypatch, adapter):
@@ -222,7 +222,7 @@ def test_experts_in_one_matrix(tmp_path, model_type):
     ids = tokens()
     adapter = save_peft_adapter(tmp_path / "adapter", base, target_modules=ALL[:4])
     live, alone = live_logprobs(adapter, base, ids)
-    merge_adapter(adapter, dtype="float32", verify=False, show_progress=False)
+    merge_adapter(adapter, dtype="float32", no_verify=True)
     assert largest(logprobs(load_strictly(tmp_path / "adapter-merged"), ids), live) < 1e-5 < 0.01 < largest(live, alone)
     experts = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}
     (tmp_path / "other").mkdir()
@@ -237,7 +237,7 @@ def test_the_original_weights_of_a_base_quantized_on_disk(tmp_path, base):
     adapter = save_peft_adapter(tmp_path / "adapter", tmp_path / "rounded")
     refused(ExportError, "its original weights are not there", adapter, onto="original")
     refused(BaseModelError, "quantized on disk, and .* is not quantized on disk", adapter, base=str(base))
-    merge_adapter(adapter, base=str(base), onto="original", verify=False, show_progress=False)
+    merge_adapter(adapter, base=str(base), onto="original", no_verify=True)
 
 
 def test_tied_weights_that_differ_on_disk(base, adapter):
@@ -254,7 +254,7 @@ def test_a_wrong_merge_is_found_and_removed(monkeypatch, adapter):
     monkeypatch.setattr(
         "qpsft.merge.adapter_file.LowRank.factors", lambda self: (self.left.read(), self.right.read() * 3)
     )
-    error = refused(NotTheSameModelError, "merged model is not the model that was trained", adapter, verify=True)
+    error = refused(NotTheSameModelError, "merged model is not the model that was trained", adapter, no_verify=False)
     assert error.exit_code == 1 and "q_proj" in str(error)
 
 
@@ -262,5 +262,5 @@ def test_lora_config_is_only_read(adapter):
     """Unknown keys of a newer peft are not an error: they are what peft makes of them."""
     edit_adapter_config(adapter, some_future_option=None)
     before = (adapter / "adapter_config.json").read_text()
-    merge_adapter(adapter, verify=False, show_progress=False)
+    merge_adapter(adapter, no_verify=True)
     assert (adapter / "adapter_config.json").read_text() == before and LoraConfig.from_pretrained(adapter).r == 4

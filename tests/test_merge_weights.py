@@ -20,7 +20,7 @@ FLOAT = torch.float32
 
 
 def merge(adapter, output, **options):
-    return merge_adapter(adapter, output, verify=False, show_progress=False, **options)
+    return merge_adapter(adapter, output, no_verify=True, **options)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -101,7 +101,7 @@ def test_pieces_of_any_size(tmp_path, monkeypatch, piece, config):
     base = save_tiny_model(tmp_path / "base", hidden_size=60, intermediate_size=172, head_dim=14)
     adapter = save_peft_adapter(tmp_path / "adapter", base, **config)
     merge(adapter, tmp_path / "whole", dtype="float32")
-    for module in ("rounding", "tensor"):
+    for module in ("rounding", "weights"):
         monkeypatch.setattr(f"qpsft.merge.{module}.PIECE", piece)
     merge(adapter, tmp_path / "pieces", dtype="float32")
     expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "pieces"))
@@ -186,7 +186,7 @@ def test_integers_are_copied(tmp_path):
     """A stored buffer, such as a table of positions, has no dtype to be merged to."""
     from qpsft.merge.base_tensors import BaseTensor
     from qpsft.merge.safetensors_stream import TensorFile
-    from qpsft.merge.tensor import MergedTensor
+    from qpsft.merge.weights import MergedTensor
 
     ids = tokens()
     save_file({"ids": ids}, tmp_path / "ids.safetensors")

@@ -247,7 +247,7 @@ def test_a_bad_row_of_any_source_is_named_by_its_own_file(recipe, capsys):
     with (recipe.parent / "others.jsonl").open("a") as file:
         file.write('{"question": "q", "answer": ""}\n')
     assert cli.main(["preview", str(recipe)]) == 2
-    assert "others.jsonl, line 6" in capsys.readouterr().err
+    assert "others.jsonl, line 6: the completion is empty" in " ".join(capsys.readouterr().err.split())
 
 
 def test_evaluation_counts_duplicates_of_every_source(recipe, tmp_path, capsys):

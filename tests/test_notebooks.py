@@ -32,7 +32,7 @@ SAID = {  # what a reader must find in the outputs, and only a run that worked p
 }
 
 
-PICTURES = {"01_quickstart": 1, "02_sft_vs_psft": 3, "03_merge_and_export": 0, "04_grpo_from_psft": 2}
+PICTURES = {"01_quickstart": 1, "02_sft_vs_psft": 2, "03_merge_and_export": 0, "04_grpo_from_psft": 2}
 
 
 def pictures(path: Path) -> int:

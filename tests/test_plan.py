@@ -12,8 +12,9 @@ from tiny_models import save_tiny_model
 import qpsft.plan.lm_head as lm_head
 from qpsft.errors import BaseModelError
 from qpsft.model.adapter import add_adapter
-from qpsft.model.base import load_base, load_config
+from qpsft.model.base import load_base
 from qpsft.model.base_record import quantized_linears
+from qpsft.model.skeleton import load_config
 from qpsft.plan.kernels import Target, dequantizes, kernel_workspace
 from qpsft.plan.live_bytes import LiveBytes, cuda_block
 from qpsft.plan.optimizers import optimizer_bytes

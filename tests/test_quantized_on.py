@@ -57,7 +57,7 @@ def test_the_record_says_where(trained):
 def test_the_merge_is_the_live_model(trained, tmp_path, dtype):
     """Refused with max |Δ log-prob| 0.19 where the CPU's rounding was taken for a GPU's."""
     _, folder, logits = trained
-    report = merge_adapter(folder, tmp_path / "merged", dtype=dtype, show_progress=False)
+    report = merge_adapter(folder, tmp_path / "merged", dtype=dtype)
     assert report.verification["same_model"]
     merged, _ = load_base(tmp_path / "merged", quantization="none", dtype="float32", verbose=False)
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_a_merge_that_rounds_as_the_other_device_is_refused(trained, tmp_path, m
     honest = rounding.round_maxima
     monkeypatch.setattr(rounding, "round_maxima", lambda maxima, quantized_on: honest(maxima, other))
     with pytest.raises(NotTheSameModelError):
-        merge_adapter(folder, tmp_path / "merged", dtype="float32", show_progress=False)
+        merge_adapter(folder, tmp_path / "merged", dtype="float32")
     assert not (tmp_path / "merged").exists()
 
 
@@ -97,7 +97,7 @@ def test_the_flag_states_it_in_the_record(trained, tmp_path, capsys, recwarn):
     arguments = ["merge", str(old), "-o", str(tmp_path / "merged"), "--dtype", "float32", "--quantized_on", where]
     assert cli.main(arguments) == 0
     assert read_base_record(old).quantized_on == where and not [w for w in recwarn if "does not say" in str(w.message)]
-    merge_adapter(folder, tmp_path / "same", dtype="float32", show_progress=False)
+    merge_adapter(folder, tmp_path / "same", dtype="float32")
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "same"))
     assert all(torch.equal(one[name], other[name]) for name in other)
     assert cli.main(["verify", str(old), str(tmp_path / "merged"), "--quantized_on", where]) == 0

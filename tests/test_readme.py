@@ -90,7 +90,7 @@ def run_line(line: str) -> None:
 def has_converter() -> bool:
     """Whether llama.cpp's converters are in the cache, or can be downloaded."""
     try:
-        return find_llama_cpp(verbose=False).is_dir()
+        return find_llama_cpp().is_dir()
     except ExportError as error:
         if "could not download" in error.what:
             return False

@@ -239,5 +239,5 @@ def test_its_options_are_its_recipe_s():
 def test_it_merges_into_the_model_that_was_trained(tmp_path):
     config = json.loads((SHIPPED / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["base_model_name_or_path"] == "qpsft/demo/model"  # from the repository's root; no one's own folder
-    report = merge_adapter(SHIPPED, tmp_path / "merged", show_progress=False)
+    report = merge_adapter(SHIPPED, tmp_path / "merged")
     assert report.verification["same_model"]

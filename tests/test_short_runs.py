@@ -89,6 +89,14 @@ def test_the_rate_falls_over_the_end_of_a_run(base, tmp_path, options, share_of_
     assert rates_of(trainer) == pytest.approx([5e-3 * share for share in share_of_the_rate])
 
 
+def test_a_finished_run_that_is_made_longer_goes_on_at_the_longer_run_s_rate(base, tmp_path):
+    settings = dict(warmup_steps=0, gradient_accumulation_steps=1, save_strategy="steps", save_steps=5)
+    make_trainer(base, tmp_path, max_steps=5, **settings).train()
+    longer = make_trainer(base, tmp_path, max_steps=10, **settings)
+    longer.train(resume_from_checkpoint=True)
+    assert rates_of(longer)[5:] == pytest.approx([5e-3, 5e-3, 5e-3, 5e-3 * 2 / 3, 5e-3 / 3])
+
+
 NO_RATE = dict(lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs=dict(num_decay_steps=0, num_stable_steps=0))
 
 

@@ -104,14 +104,14 @@ def write_prompts(adapter: Path, count: int = 4, length: int = 12, prompt_length
 
 def merged_passes_and_changed_fails(adapter: Path, out: Path, dtype: str, changed: str) -> None:
     write_prompts(adapter)
-    report = merge_adapter(adapter, out, dtype=dtype, verify=True, show_progress=False)
+    report = merge_adapter(adapter, out, dtype=dtype)
     assert report.verification["same_model"]
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors[changed].view(-1)[1] += 0.5
 
     edit_weights(out, change)
-    found = verify_export(adapter, out, max_prompts=2, max_new_tokens=4, show_progress=False)
+    found = verify_export(adapter, out, max_prompts=2, max_new_tokens=4)
     assert not found.same_model and found.failing_layer is not None
     with pytest.raises(NotTheSameModelError):
         found.require_same()
@@ -161,9 +161,7 @@ def test_a_base_in_shards(tmp_path, dtype):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(whole / name, tmp_path / "base" / name)
     adapter = save_peft_adapter(tmp_path / "adapter", tmp_path / "base")
-    report = merge_adapter(
-        adapter, tmp_path / "shards", dtype=dtype, max_shard_size="50KB", verify=True, show_progress=False
-    )
+    report = merge_adapter(adapter, tmp_path / "shards", dtype=dtype, max_shard_size="50KB")
     assert report.verification["same_model"] and len(report.files) > 8
     merged_passes_and_changed_fails(adapter, tmp_path / "out", dtype, f"{FIRST}mlp.down_proj.weight")
 
@@ -171,29 +169,29 @@ def test_a_base_in_shards(tmp_path, dtype):
 def test_every_wrong_expert_is_named(tmp_path):
     base = save_tiny_model(tmp_path / "base", "mixtral", num_local_experts=4, num_experts_per_tok=2)
     adapter = save_peft_adapter(tmp_path / "adapter", base, target_modules=ALL[:4])
-    merge_adapter(adapter, tmp_path / "out", dtype="float32", verify=False, show_progress=False)
+    merge_adapter(adapter, tmp_path / "out", dtype="float32", no_verify=True)
     first, second = (f"{FIRST}block_sparse_moe.experts.{number}.w2.weight" for number in (0, 3))
 
     def swap(tensors):
         tensors[first], tensors[second] = tensors[second], tensors[first]
 
     edit_weights(tmp_path / "out", swap)
-    report = verify_export(adapter, tmp_path / "out", max_prompts=2, show_progress=False)
+    report = verify_export(adapter, tmp_path / "out", max_prompts=2)
     assert report.failing_layer == f"{FIRST}mlp.experts.down_proj" and len(report.numbers["weights"]["wrong"]) == 1
     edit_weights(tmp_path / "out", lambda tensors: tensors.pop(first))
     with pytest.raises(BaseModelError, match="The export in .*out cannot be loaded"):
-        verify_export(adapter, tmp_path / "out", max_prompts=2, show_progress=False)
+        verify_export(adapter, tmp_path / "out", max_prompts=2)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_trained_row_that_is_lost_is_found(tmp_path, tied):
     base = save_tiny_model(tmp_path / "base", tie_word_embeddings=tied)
     adapter = save_peft_adapter(tmp_path / "adapter", base, trainable_token_indices=[3, 5, 170])
-    merge_adapter(adapter, tmp_path / "out", dtype="bfloat16", verify=False, show_progress=False)
+    merge_adapter(adapter, tmp_path / "out", dtype="bfloat16", no_verify=True)
     name = "model.embed_tokens.weight"
     original = load_file(base / "model.safetensors")[name][170].bfloat16()
     edit_weights(tmp_path / "out", lambda tensors: tensors[name][170].copy_(original))
-    report = verify_export(adapter, tmp_path / "out", max_prompts=2, show_progress=False)
+    report = verify_export(adapter, tmp_path / "out", max_prompts=2)
     assert report.failing_layer == name and "times the adapter's update" in report.reasons[0]
 
 
@@ -201,19 +199,19 @@ def test_a_lost_lora_bias_is_found(tmp_path):
     base = save_tiny_model(tmp_path / "base", "qwen2")
     adapter = save_peft_adapter(tmp_path / "adapter", base, lora_bias=True, target_modules=QKV)
     write_prompts(adapter)
-    merge_adapter(adapter, tmp_path / "out", dtype="float32", verify=False, show_progress=False)
+    merge_adapter(adapter, tmp_path / "out", dtype="float32", no_verify=True)
     name = f"{FIRST}self_attn.v_proj.bias"
     original = load_file(base / "model.safetensors")[name]
     edit_weights(tmp_path / "out", lambda tensors: tensors.update({name: original}))
-    report = verify_export(adapter, tmp_path / "out", max_prompts=2, show_progress=False)
+    report = verify_export(adapter, tmp_path / "out", max_prompts=2)
     assert report.failing_layer == name
 
 
 def test_long_prompts_and_continuations_stay_within_the_context(tmp_path):
     base = save_tiny_model(tmp_path / "base", "gpt2", n_positions=16, max_position_embeddings=16)
     adapter = save_peft_adapter(tmp_path / "adapter", base, target_modules=GPT2)
-    merge_adapter(adapter, tmp_path / "out", dtype="float32", verify=False, show_progress=False)
+    merge_adapter(adapter, tmp_path / "out", dtype="float32", no_verify=True)
     write_prompts(adapter, 1, 40, 30)
-    report = verify_export(adapter, tmp_path / "out", max_new_tokens=64, show_progress=False)
+    report = verify_export(adapter, tmp_path / "out", max_new_tokens=64)
     assert report.same_model, report.summary()
     assert 8 <= report.numbers["tokens"] <= 15  # 8 of the prompt and 1 to 8 of its continuation

@@ -6,7 +6,6 @@ Answers go to standard output; notes, errors, and the prompt if the output is no
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 import os
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from qpsft.chat.conversation import TUNED, Conversation
 from qpsft.chat.options import ChatOptions
-from qpsft.errors import DataError, QpsftError
+from qpsft.errors import DataError, QpsftError, did_you_mean
 from qpsft.evaluate.model import describe_evaluated, is_merged, load_evaluated, prompt_arguments
 from qpsft.terminal import fill, takes_color, visible
 
@@ -146,11 +145,8 @@ class _Session:
 
     def _obey(self, command: str) -> None:
         if command not in COMMANDS:
-            near = difflib.get_close_matches(command, COMMANDS, n=1)
-            raise DataError(
-                f"There is no command {visible(command)}.",
-                f"{f'Did you mean {near[0]}? ' if near else ''}Commands: {', '.join(COMMANDS)}.",
-            )
+            todo = f"{did_you_mean(command, COMMANDS)}Commands: {', '.join(COMMANDS)}."
+            raise DataError(f"There is no command {visible(command)}.", todo)
         if command == "/help":
             print(HELP, file=sys.stderr)
         elif command == "/reset":

@@ -1,12 +1,5 @@
 """`qpsft compare`: the same base and rows by several methods; what each learns and keeps."""
 
-from typing import Any
+from qpsft.lazy import imported_on_use
 
-
-def __getattr__(name: str) -> Any:
-    """Imports on first use, so that `qpsft compare --help` does not wait for torch."""
-    if name != "compare":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from qpsft.compare.comparison import compare
-
-    return compare
+__getattr__ = imported_on_use(__name__, {"compare": "qpsft.compare.comparison"})

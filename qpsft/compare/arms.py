@@ -6,12 +6,11 @@ with several visits go through the rows in another order, and may see fewer of t
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qpsft.errors import RecipeError
+from qpsft.errors import RecipeError, did_you_mean
 
 VISITS = 4
 METHOD_OPTIONS = frozenset(
@@ -85,9 +84,7 @@ DEFAULT_ARMS = ("sft", "sft_matched", "dft", "psft", "psft_visits")
 def find_arm(name: str) -> Arm:
     """The arm of this name. Raises RecipeError with the nearest one."""
     if name not in ARMS:
-        near = difflib.get_close_matches(name, ARMS, n=1, cutoff=0.5)
-        todo = f"Did you mean {near[0]}? " if near else ""
-        raise RecipeError(f"There is no arm {name!r}.", f"{todo}Arms: {', '.join(ARMS)}.")
+        raise RecipeError(f"There is no arm {name!r}.", f"{did_you_mean(name, ARMS)}Arms: {', '.join(ARMS)}.")
     return ARMS[name]
 
 

@@ -23,7 +23,7 @@ from qpsft.compare.data import BASE_SAMPLES, load_data, sample_base
 from qpsft.compare.measure import Measurement
 from qpsft.compare.options import CompareOptions, load_comparison, rate_grid
 from qpsft.compare.queue import RunQueue
-from qpsft.compare.results import ArmResult, Comparison, is_accuracy
+from qpsft.compare.results import ArmResult, Comparison, is_accuracy, validation_score
 from qpsft.compare.run import RunSpec, Setting, base_key, decisive_options, load_setting
 from qpsft.data.chat_date import find_chat_date, keep_chat_date
 from qpsft.errors import DivergedError, OutputError, RecipeError
@@ -159,47 +159,40 @@ class RunResults:
 
 def run_arms(arms: Sequence[Arm], recipe: Recipe, options: CompareOptions, runs: RunQueue) -> RunResults:
     """Runs the base, the tuning grid, then every arm at its learning rate on every seed; kept results are reused."""
-    seeds = [recipe.trainer.seed + index for index in range(options.seeds)]
+    seeds = range(recipe.trainer.seed, recipe.trainer.seed + options.seeds)
     epochs = options.epochs or recipe.trainer.num_train_epochs
     methods = {arm.name: _method(arm, recipe) for arm in arms}
     rows = runs.setting.data.train
     unseen = {name: unseen_share(method, recipe.trainer, epochs, rows) for name, method in methods.items()}
-    _warn_of_unseen_rows(unseen, methods, recipe)
+    visits = {name: method.get("num_iterations", 1) for name, method in methods.items()}
+    for note in coverage_notes(unseen, visits, max_steps=recipe.trainer.max_steps):
+        warnings.warn(note, stacklevel=1)  # blamed on this module: terminal.py shows the warnings of qpsft only
 
-    def specs(arm: str, rate: float, seeds: Sequence[int]) -> dict[int, RunSpec]:
-        return {seed: RunSpec(methods[arm], rate, seed, epochs) for seed in seeds}
+    def specs(arm: Arm, rate: float, seeds: Sequence[int]) -> dict[int, RunSpec]:
+        return {seed: RunSpec(methods[arm.name], rate, seed, epochs) for seed in seeds}
 
-    tuned = [arm for arm in arms if _is_tuned(arm, arms, options)]
-    grid = rate_grid(options, recipe)
-    tuning = {arm.name: {rate: specs(arm.name, rate, seeds[: options.tune_seeds]) for rate in grid} for arm in tuned}
-    base, first = RunSpec({}), [s for by_rate in tuning.values() for s in _every(by_rate)]
+    known_rates = options.arm_rates or {}
+    tuned = [arm for arm in arms if options.tune and rate_source(arm, arms) == arm.name and arm.name not in known_rates]
+    tuning = {
+        arm.name: {rate: specs(arm, rate, seeds[: options.tune_seeds]) for rate in rate_grid(options, recipe)}
+        for arm in tuned
+    }
+    base = RunSpec({})
+    first = [spec for grid in tuning.values() for at_rate in grid.values() for spec in at_rate.values()]
     later = max(0, len(seeds) - options.tune_seeds) * len(tuned) + (len(arms) - len(tuned)) * len(seeds)
     runs.expect(1 + len(first) + later)
     done = runs.do([base, *first], may_diverge=True)
     rates = _rates(arms, recipe, options, tuning, done, runs.setting.data.metric)
-    last = {arm.name: {rates[arm.name]: specs(arm.name, rates[arm.name], seeds)} for arm in arms}
-    needed = [s for by_rate in last.values() for s in _every(by_rate)]
+    last = {arm.name: specs(arm, rates[arm.name], seeds) for arm in arms}
+    needed = [spec for at_rate in last.values() for spec in at_rate.values()]
     # Asked for again, a run of another arm's grid that diverged, as it was allowed to there, is an error.
-    diverged = [s for s in needed if s in done and "diverged" in done[s]]
-    done |= runs.do(diverged + [s for s in needed if s not in done])
+    done |= runs.do([spec for spec in needed if spec not in done or "diverged" in done[spec]])
     results = RunResults(done[base], rates, unseen)
-    for arm in last:
-        by_rate = _merged(tuning.get(arm, {}), last[arm])
-        results.runs[arm] = {rate: {seed: done[s] for seed, s in of_rate.items()} for rate, of_rate in by_rate.items()}
+    for arm, at_rate in last.items():
+        by_rate = dict(tuning.get(arm, {}))
+        by_rate[rates[arm]] = by_rate.get(rates[arm], {}) | at_rate
+        results.runs[arm] = {rate: {seed: done[s] for seed, s in by_seed.items()} for rate, by_seed in by_rate.items()}
     return results
-
-
-def _is_tuned(arm: Arm, arms: Sequence[Arm], options: CompareOptions) -> bool:
-    return options.tune and rate_source(arm, arms) == arm.name and arm.name not in (options.arm_rates or {})
-
-
-def _every(by_rate: Specs) -> list[RunSpec]:
-    return [spec for by_seed in by_rate.values() for spec in by_seed.values()]
-
-
-def _merged(one: Specs, other: Specs) -> Specs:
-    """The runs of both, by learning rate and seed."""
-    return {rate: one.get(rate, {}) | other.get(rate, {}) for rate in dict.fromkeys([*one, *other])}
 
 
 def _rates(
@@ -218,37 +211,22 @@ def _rates(
     sign = 1 if is_accuracy("validation", metric) else -1
     rates = {arm.name: (options.arm_rates or {}).get(arm.name, recipe.trainer.learning_rate) for arm in arms}
     for name, by_rate in tuning.items():
-        scores = {rate: [_validation(done[s]) for s in by_seed.values()] for rate, by_seed in by_rate.items()}
+        scores = {rate: [validation_score(done[s]) for s in at_rate.values()] for rate, at_rate in by_rate.items()}
         rates[name] = choose_rate(scores, sign)
-        _refuse_if_diverged(name, rates[name], by_rate, done)
+        diverged = [done[s]["diverged"] for s in by_rate[rates[name]].values() if "diverged" in done[s]]
+        if diverged:  # the best rate did, so all of them
+            raise DivergedError(
+                f"{name} diverged at every learning rate of the grid ({', '.join(f'{rate:g}' for rate in by_rate)}); "
+                f"at the lowest: {diverged[0]['error']}",
+                "Give lower ones with --learning_rates. If the lowest should work, look at the rows named.",
+                diverged[0]["step"],
+            )
     return {arm.name: rates[rate_source(arm, arms)] for arm in arms}
 
 
 def _method(arm: Arm, recipe: Recipe) -> dict[str, Any]:
     trainer = recipe.trainer
     return arm.options(trainer.reference_steps, trainer.epsilon, trainer.num_iterations)
-
-
-def _warn_of_unseen_rows(unseen: dict[str, float], methods: dict[str, dict[str, Any]], recipe: Recipe) -> None:
-    visits = {name: method.get("num_iterations", 1) for name, method in methods.items()}
-    for note in coverage_notes(unseen, visits, max_steps=recipe.trainer.max_steps):
-        warnings.warn(note, stacklevel=1)  # blamed on this module: terminal.py shows the warnings of qpsft only
-
-
-def _validation(result: dict[str, Any]) -> float:
-    return math.nan if "diverged" in result else result["points"][-1]["metrics"]["validation"]
-
-
-def _refuse_if_diverged(arm: str, chosen: float, by_rate: Specs, done: dict) -> None:
-    """Raises DivergedError if the chosen learning rate has a run that diverged, so that every rate has."""
-    diverged = next((done[s]["diverged"] for s in by_rate[chosen].values() if "diverged" in done[s]), None)
-    if diverged is not None:
-        raise DivergedError(
-            f"{arm} diverged at every learning rate of the grid ({', '.join(f'{rate:g}' for rate in by_rate)}); at the "
-            f"lowest: {diverged['error']}",
-            "Give lower ones with --learning_rates. If the lowest should work, look at the rows named.",
-            diverged["step"],
-        )
 
 
 def choose_rate(scores: dict[float, list[float]], sign: int) -> float:

@@ -37,8 +37,6 @@ class ComparedData:
     """What every run of one data set trains and is evaluated on.
 
     Attributes:
-        name: the demonstrations.
-        train: tokenized rows.
         validation: rows that learning rates are chosen on.
         in_domain: test rows like the demonstrations.
         out_of_domain: test rows of other kinds, by set.

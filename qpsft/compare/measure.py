@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,32 +49,31 @@ def measure(
         `metrics`: name -> number (see `qpsft.compare.results.describe_metric`; accuracies and pass@k as shares, the
         others in nats per token), and `completions`: set -> a few rows with what the model wrote.
     """
-    with warnings.catch_warnings():
-        # In the middle of training many completions may not stop; those at the end are counted in the report.
-        warnings.simplefilter("ignore")
-        return _measure(model, tokenizer, data, measurement, is_last)
 
-
-def _measure(model: Any, tokenizer: Any, data: ComparedData, measurement: Measurement, is_last: bool) -> dict[str, Any]:
     def evaluated(rows: Rows, **settings: Any) -> Evaluation:
         settings = {"k": 0, "verifier": measurement.verifier, **settings}
         limits = {"max_new_tokens": measurement.max_new_tokens, "arguments": measurement.arguments}
-        return evaluate(model, tokenizer, rows, **limits, **settings)
+        with warnings.catch_warnings():
+            # In the middle of training many completions may not stop; those at the end are counted in the report.
+            warnings.simplefilter("ignore")
+            return evaluate(model, tokenizer, rows, **limits, **settings)
 
     metrics: dict[str, float] = {}
     if is_last:
         metrics["validation"] = _score(evaluated(data.validation, drift=False), "validation", data.metric)
     in_domain = evaluated(data.in_domain)
-    metrics |= _in_domain_metrics(in_domain, data.metric)
     others = {
         label: evaluated(rows, verifier=set_verifier(measurement.verifier, rows))
         for label, rows in data.out_of_domain.items()
     }
-    metrics |= _out_of_domain_metrics(others, data.metric)
-    samples = _sample(evaluated, data.in_domain, measurement)
-    for temperature, sampled in samples.items():
-        metrics |= _sample_metrics(sampled, temperature)
-    shown = samples[1.0] if 1.0 in samples and "sample_entropy" in samples[1.0].metrics else in_domain
+    metrics |= _in_domain_metrics(in_domain, data.metric) | _out_of_domain_metrics(others, data.metric)
+    shown = in_domain
+    few = data.in_domain.select(range(min(measurement.sample_rows, len(data.in_domain.rows))))
+    if measurement.k and "text" not in few.rows[0]:
+        for temperature in measurement.temperatures:
+            samples = evaluated(few, k=measurement.k, temperature=temperature, drift=temperature == 1)
+            metrics |= _sample_metrics(samples, temperature)
+            shown = samples if temperature == 1 and "sample_entropy" in samples.metrics else shown
     completions = {"in_domain": _shown(shown, SHOWN)}
     completions |= {label: _shown(evaluation, SHOWN // 2) for label, evaluation in others.items()}
     return {
@@ -84,20 +83,19 @@ def _measure(model: Any, tokenizer: Any, data: ComparedData, measurement: Measur
 
 
 def _in_domain_metrics(evaluation: Evaluation, metric: str) -> dict[str, float]:
-    metrics = {"in_domain": _score(evaluation, "in_domain", metric)}
-    metrics |= {f"in_domain_{name}": evaluation[name] for name in ("nll", "entropy")}
-    return metrics | _drift(evaluation, "in_domain_kl") | _completed(evaluation)
+    named = {"nll": "in_domain_nll", "entropy": "in_domain_entropy", "kl_text": "in_domain_kl"}
+    named["greedy_length_capped"] = "length_capped"
+    metrics = {"in_domain": _score(evaluation, "in_domain", metric)} | _renamed(evaluation, named)
+    if "length_capped" in metrics:
+        metrics["parsed"] = evaluation.counts["parsed"] / evaluation.counts["completions"]
+    return metrics
 
 
 def _out_of_domain_metrics(evaluations: Mapping[str, Evaluation], metric: str) -> dict[str, float]:
     """Each set's score, likelihood, entropy and drift, and their means over the sets."""
+    named = {"nll": "_nll", "entropy": "_entropy", "kl_text": "_kl"}
     by_set = {
-        label: {
-            "": _score(evaluation, "out_of_domain", metric),
-            "_nll": evaluation["nll"],
-            "_entropy": evaluation["entropy"],
-            **_drift(evaluation, "_kl"),
-        }
+        label: {"": _score(evaluation, "out_of_domain", metric)} | _renamed(evaluation, named)
         for label, evaluation in evaluations.items()
     }
     metrics = {
@@ -108,24 +106,16 @@ def _out_of_domain_metrics(evaluations: Mapping[str, Evaluation], metric: str) -
     return metrics
 
 
-def _sample(evaluated: Callable[..., Evaluation], rows: Rows, measurement: Measurement) -> dict[float, Evaluation]:
-    """Temperature -> samples of the first in-domain rows; none where k is 0 or the rows are plain text."""
-    few = rows.select(range(min(measurement.sample_rows, len(rows.rows))))
-    if not measurement.k or "text" in few.rows[0]:
-        return {}
-    return {
-        temperature: evaluated(few, k=measurement.k, temperature=temperature, drift=temperature == 1)
-        for temperature in measurement.temperatures
-    }
-
-
 def _sample_metrics(evaluation: Evaluation, temperature: float) -> dict[str, float]:
-    passed = {name: evaluation[name] for name in evaluation.metrics if name.startswith("pass@")}
-    metrics = {f"{name}, T={temperature:g}": value for name, value in passed.items()}
+    named = {name: f"{name}, T={temperature:g}" for name in evaluation.metrics if name.startswith("pass@")}
     if temperature == 1 and "sample_entropy" in evaluation.metrics:
-        metrics |= {"sample_entropy": evaluation["sample_entropy"], "sample_length": evaluation["length"]}
-        metrics |= _drift(evaluation, "sample_kl", "kl_samples")
-    return metrics
+        named |= {"sample_entropy": "sample_entropy", "length": "sample_length", "kl_samples": "sample_kl"}
+    return _renamed(evaluation, named)
+
+
+def _renamed(evaluation: Evaluation, names: Mapping[str, str]) -> dict[str, float]:
+    """Values of those metrics that were measured, under other names."""
+    return {new: evaluation[name] for name, new in names.items() if name in evaluation.metrics}
 
 
 def rounded(value: float) -> float:
@@ -135,18 +125,6 @@ def rounded(value: float) -> float:
 
 def _score(evaluation: Evaluation, name: str, metric: str) -> float:
     return evaluation["accuracy" if is_accuracy(name, metric) else "nll"]
-
-
-def _drift(evaluation: Evaluation, name: str, metric: str = "kl_text") -> dict[str, float]:
-    return {name: evaluation[metric]} if metric in evaluation.metrics else {}
-
-
-def _completed(evaluation: Evaluation) -> dict[str, float]:
-    """Shares of the greedy completions that the length cap cut off, and that held an answer."""
-    if "greedy_length_capped" not in evaluation.metrics:
-        return {}
-    parsed = evaluation.counts["parsed"] / evaluation.counts["completions"]
-    return {"length_capped": evaluation["greedy_length_capped"], "parsed": parsed}
 
 
 def _shown(evaluation: Evaluation, rows: int) -> list[dict[str, Any]]:

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from qpsft.compare.arms import DEFAULT_ARMS, find_arm
 from qpsft.errors import RecipeError
-from qpsft.recipe.file import Recipe, load_recipe
-from qpsft.recipe.flags import coerce, option, option_types, read_values
+from qpsft.recipe.file import Recipe, beside, load_recipe
+from qpsft.recipe.flags import check_ranges, coerce, option, option_types, read_values
 
 DEFAULT_EPOCHS = 4
 RATE_FACTORS = (0.25, 0.5, 1.0, 2.0)
@@ -21,17 +21,23 @@ class CompareOptions:
     """How arms are compared."""
 
     arms: list[str] | None = option(None, f"Arms, separated by commas. Unset: {','.join(DEFAULT_ARMS)}.")
-    seeds: int = option(5, "Runs per arm. Seed i of each arm has the same initial adapter and shuffled rows.")
+    seeds: int = option(5, "Runs per arm. Seed i of each arm has the same initial adapter and shuffled rows.", least=1)
     epochs: float | None = option(
-        None, f"Epochs of every run. Unset: the recipe's num_train_epochs, or {DEFAULT_EPOCHS} if it has none."
+        None,
+        f"Epochs of every run. Unset: the recipe's num_train_epochs, or {DEFAULT_EPOCHS} if it has none.",
+        above=0,
     )
     tune: bool = option(False, "Choose each arm's learning rate on the validation rows, from the same grid.")
     learning_rates: list[float] | None = option(
-        None, "The grid. Unset: the recipe's learning_rate times 1/4, 1/2, 1 and 2."
+        None, "The grid. Unset: the recipe's learning_rate times 1/4, 1/2, 1 and 2.", above=0
     )
-    tune_seeds: int = option(2, "Seeds the choice is made on; these runs count as runs of the chosen rate too.")
+    tune_seeds: int = option(
+        2, "Seeds the choice is made on; these runs count as runs of the chosen rate too.", least=1
+    )
     arm_rates: dict | None = option(
-        None, "Learning rates that are known already, such as {sft: 2e-3}; without --tune, others take the recipe's."
+        None,
+        "Learning rates that are known already, such as {sft: 2e-3}; without --tune, others take the recipe's.",
+        above=0,
     )
     in_domain: str | None = option(
         None, "Rows like the demonstrations: a file, Hub id or built-in set. Unset: a tenth of them, never trained on."
@@ -44,8 +50,8 @@ class CompareOptions:
         "What the base could do before: any number of files or Hub ids, or base_samples, text sampled from the base "
         "itself. Unset: the built-in world's sets for its demonstrations, else none.",
     )
-    eval_rows: int = option(200, "At most so many rows of the in-domain and of the validation set.")
-    out_of_domain_rows: int = option(64, "At most so many rows of each out-of-domain set.")
+    eval_rows: int = option(200, "At most so many rows of the in-domain and of the validation set.", least=1)
+    out_of_domain_rows: int = option(64, "At most so many rows of each out-of-domain set.", least=1)
     metric: Literal["auto", "accuracy", "nll", "mixed"] = option(
         "auto", "What is compared: greedy accuracy by the verifier, nll, the references' negative log-likelihood, or "
         "mixed: accuracy in-domain and nll out of domain. auto: accuracy where every answer can be checked; plain text "
@@ -56,36 +62,22 @@ class CompareOptions:
         "Whether a completion is right, as in qpsft evaluate. Out-of-domain sets whose references it cannot read get "
         "their own.",
     )
-    k: int = option(8, "Completions sampled per prompt for pass@k.")
-    sample_rows: int = option(32, "Sample for so many in-domain rows.")
-    temperatures: list[float] = option([1.0, 0.6], "Of the samples.")
-    max_new_tokens: int = option(256, "Length cap of completions.")
-    jobs: int = option(1, "Runs at a time, each in a process of its own with one thread.")
+    k: int = option(8, "Completions sampled per prompt for pass@k; 0 draws no samples.", least=0)
+    sample_rows: int = option(32, "Sample for so many in-domain rows.", least=1)
+    temperatures: list[float] = option([1.0, 0.6], "Of the samples.", above=0)
+    max_new_tokens: int = option(256, "Length cap of completions.", least=1)
+    jobs: int = option(1, "Runs at a time, each in a process of its own with one thread.", least=1)
     results_dir: str | None = option(
         None, "Where finished runs are kept and looked for. Unset: results/ in output_dir."
     )
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "tune_seeds", "eval_rows", "out_of_domain_rows", "sample_rows", "max_new_tokens", "jobs"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.k < 0:
-            raise RecipeError(f"k is {self.k}; it must not be negative.", "0 draws no samples.")
         for name in self.arm_rates or {}:
             find_arm(name)
         self.arm_rates = {  # YAML reads 2e-3 as a text
             name: coerce(rate, float, f"arm_rates: {name}") for name, rate in (self.arm_rates or {}).items()
         }
-        positive = {
-            "temperatures": self.temperatures,
-            "learning_rates": self.learning_rates or [],
-            "arm_rates": self.arm_rates.values(),
-        }
-        for name, values in positive.items():
-            if any(not value > 0 for value in values):
-                raise RecipeError(f"{name} has a value that is not above 0.", "Give positive numbers.")
-        if self.epochs is not None and not self.epochs > 0:
-            raise RecipeError(f"epochs is {self.epochs}; it must be above 0.")
+        check_ranges(self)
         if self.tune and self.tune_seeds > self.seeds:
             raise RecipeError(
                 f"tune_seeds is {self.tune_seeds}, more than the {self.seeds} seeds.", "Lower it, or raise seeds."
@@ -124,18 +116,11 @@ def load_comparison(
     if values.get("epochs") is None and "num_train_epochs" not in recipe.given:
         values["epochs"] = DEFAULT_EPOCHS
     options = CompareOptions(**values)
-    for name in ("in_domain", "validation"):
-        setattr(options, name, _beside(getattr(options, name), folder))
+    options.in_domain = options.in_domain and beside(options.in_domain, folder)
+    options.validation = options.validation and beside(options.validation, folder)
     if options.out_of_domain is not None:
-        options.out_of_domain = [_beside(name, folder) for name in options.out_of_domain]
+        options.out_of_domain = [beside(name, folder) for name in options.out_of_domain]
     return recipe, options
-
-
-def _beside(name: str | None, folder: Path) -> str | None:
-    """A relative path is looked up from where the command runs, then beside the recipe."""
-    if name is not None and not Path(name).exists() and (folder / name).exists():
-        return str(folder / name)
-    return name
 
 
 def rate_grid(options: CompareOptions, recipe: Recipe) -> list[float]:

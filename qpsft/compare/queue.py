@@ -44,17 +44,12 @@ class RunQueue:
         self.setting = setting
         self.reused = 0
         self.done = 0
-        self._deadline = deadline
-        self._run_seconds = run_seconds
+        self._results, self._jobs = results, jobs
+        self._deadline, self._run_seconds = deadline, run_seconds
         self._longest = 0.0  # of the runs done now
         self._longest_kept = 0.0
-        self._results = results
-        self._jobs = jobs
         self._pool: ProcessPoolExecutor | None = None
-        self._bar: tqdm | None = None
-        self._seconds = 0.0
-        self._trained = 0
-        self._left = 0
+        self._bar = tqdm(unit="run", disable=None, leave=False)
         self._cache: dict[str, Result] = {}
 
     def __enter__(self) -> RunQueue:
@@ -63,15 +58,11 @@ class RunQueue:
     def __exit__(self, *error: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
     def expect(self, runs: int) -> None:
         """How many runs there will be, repeated ones included."""
-        self._left = runs
-        if self._bar is not None:
-            self._bar.close()
-        self._bar = tqdm(total=runs, unit="run", disable=None, leave=False)
+        self._bar.reset(total=runs)
 
     def do(self, specs: Sequence[RunSpec], *, may_diverge: bool = False) -> dict[RunSpec, Result]:
         """The results of these runs: kept ones are read, the others are run. Specs that mean the same run share it.
@@ -85,26 +76,29 @@ class RunQueue:
         by_key: dict[str, list[RunSpec]] = {}
         for spec in specs:
             by_key.setdefault(spec.key(self.setting), []).append(spec)
-        missing = []
+        missing = {}
         for key, same in by_key.items():
-            result = self._cache.get(key)
+            result = self._cache.get(key) or self._kept_before(same[0])
             if result is None:
-                result = read_result(same[0], self.setting, self._results)
-                self.reused += result is not None
-                if result is not None and same[0].method:
-                    self._longest_kept = max(self._longest_kept, sum(result["seconds"].values()))
-            if result is None:
-                missing.append((key, same))
+                missing[key] = same
             else:
                 self._keep(key, same, result, may_diverge)
         if self.reused and missing and not self.done:
             tqdm.write(f"{self.reused} runs are reused, {len(missing)} to do next")
-        for key, same, result in self._work(missing):
+        for key, result in self._work({key: same[0] for key, same in missing.items()}):
             self.done += 1
-            self._trained += bool(same[0].method)
-            self._keep(key, same, result, may_diverge)
-            tqdm.write(self._line(result))
+            self._keep(key, missing[key], result, may_diverge)
+            tqdm.write(_line(result))
         return {spec: self._cache[key] for key, same in by_key.items() for spec in same}
+
+    def _kept_before(self, spec: RunSpec) -> Result | None:
+        """The result that an earlier comparison left."""
+        result = read_result(spec, self.setting, self._results)
+        if result is not None:
+            self.reused += 1
+            if spec.method:
+                self._longest_kept = max(self._longest_kept, sum(result["seconds"].values()))
+        return result
 
     def _keep(self, key: str, same: list[RunSpec], result: Result, may_diverge: bool) -> None:
         if "diverged" in result and not may_diverge:
@@ -115,48 +109,50 @@ class RunQueue:
                 result["diverged"]["step"],
             )
         self._cache[key] = result
-        self._left -= len(same)  # counted here too: a disabled bar does not count
         self._bar.update(len(same))
 
-    def _work(self, missing: list[tuple[str, list[RunSpec]]]) -> Iterator[tuple[str, list[RunSpec], Result]]:
-        if self._jobs == 1:
-            for key, same in missing:
-                if not self._is_time_left():
-                    raise TimeUp
-                started = time.perf_counter()
-                result = do_run(same[0], self.setting, self._results)
-                if same[0].method:  # the base is only measured: its time says nothing about the others
-                    self._seconds += time.perf_counter() - started
-                    self._longest = max(self._longest, time.perf_counter() - started)
-                yield key, same, result
+    def _work(self, missing: dict[str, RunSpec]) -> Iterator[tuple[str, Result]]:
+        """Does the runs, and yields each as soon as it is done."""
+        if self._jobs > 1 and missing:
+            yield from self._work_in_processes(missing)
             return
-        if self._pool is None and missing:
-            context = multiprocessing.get_context("spawn")  # a forked torch may hang
-            self._pool = ProcessPoolExecutor(self._jobs, context, quiet_worker)
-        waiting = list(missing)
-        running: dict[Future, tuple[str, list[RunSpec], float]] = {}
-        while waiting or running:
-            while waiting and len(running) < self._jobs and self._is_time_left():
-                key, same = waiting.pop(0)
-                future = self._pool.submit(do_run, same[0], self.setting, self._results)
-                running[future] = (key, same, time.perf_counter())
-            if not running:
+        for key, spec in missing.items():
+            if not self._is_time_left():
                 raise TimeUp
             started = time.perf_counter()
+            result = do_run(spec, self.setting, self._results)
+            self._note_time(spec, started)
+            yield key, result
+
+    def _work_in_processes(self, missing: dict[str, RunSpec]) -> Iterator[tuple[str, Result]]:
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")  # a forked torch may hang
+            self._pool = ProcessPoolExecutor(self._jobs, context, quiet_worker)
+        waiting = list(missing.items())
+        running: dict[Future, tuple[str, RunSpec, float]] = {}
+        while waiting or running:
+            while waiting and len(running) < self._jobs and self._is_time_left():
+                key, spec = waiting.pop(0)
+                future = self._pool.submit(do_run, spec, self.setting, self._results)
+                running[future] = (key, spec, time.perf_counter())
+            if not running:
+                raise TimeUp
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
-            self._seconds += time.perf_counter() - started
             for future in finished:
-                key, same, begun = running.pop(future)
+                key, spec, started = running.pop(future)
                 try:
                     result = future.result()
                 except BrokenProcessPool as error:
                     raise TrainingError(
-                        f"A worker process was killed during {same[0].label}, perhaps for lack of memory.",
+                        f"A worker process was killed during {spec.label}, perhaps for lack of memory.",
                         "Repeat with fewer --jobs; finished runs are kept.",
                     ) from error
-                if same[0].method:
-                    self._longest = max(self._longest, time.perf_counter() - begun)
-                yield key, same, result
+                self._note_time(spec, started)
+                yield key, result
+
+    def _note_time(self, spec: RunSpec, started: float) -> None:
+        if spec.method:  # the base is only measured: its time says nothing about the others
+            self._longest = max(self._longest, time.perf_counter() - started)
 
     def _is_time_left(self) -> bool:
         if self._longest:
@@ -165,18 +161,12 @@ class RunQueue:
             expected = self._longest_kept + STARTING if self._longest_kept else self._run_seconds
         return time.monotonic() + expected < self._deadline
 
-    def _line(self, result: Result) -> str:
-        metrics, seconds = result["points"][-1]["metrics"] if result["points"] else {}, result["seconds"]
-        diverged = [f"diverged at step {result['diverged']['step']}"] if "diverged" in result else []
-        scores = diverged or [
-            f"{short} {metrics[name]:.3f}"
-            for name, short in (("in_domain", "in"), ("out_of_domain", "out of domain"))
-            if name in metrics
-        ]
-        left = self._left * self._seconds / max(1, self._trained)
-        ahead = f" · about {_duration(left)} left" if self._trained else ""
-        return f"{result['label']:<26} {' · '.join(scores)} · {sum(seconds.values()):.0f} s{ahead}"
 
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min"
+def _line(result: Result) -> str:
+    """A run's label, scores and seconds."""
+    metrics = result["points"][-1]["metrics"] if result["points"] else {}
+    names = {"in_domain": "in", "out_of_domain": "out of domain"}
+    scores = [f"{short} {metrics[name]:.3f}" for name, short in names.items() if name in metrics]
+    if "diverged" in result:
+        scores = [f"diverged at step {result['diverged']['step']}"]
+    return f"{result['label']:<26} {' · '.join(scores)} · {sum(result['seconds'].values()):.0f} s"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -94,10 +95,8 @@ class Comparison:
     """Arms compared on one data set.
 
     Attributes:
-        name: the demonstrations.
         metric: what in_domain, validation and out_of_domain are; as in `describe_metric`.
         base: metrics of the base before training.
-        base_completions: what it writes.
         arms: by name, in the order compared.
         pairs: (treatment, control), in the order reported.
         overlap, counts, shortened: as in `ComparedData`.
@@ -129,16 +128,6 @@ class Comparison:
     def difference(self, treatment: str, control: str, name: str) -> Difference | None:
         """Treatment − control of a metric at the last epoch, paired by seed."""
         return paired_difference(self.arms[treatment].last(name), self.arms[control].last(name))
-
-    def shift_difference(self, treatment: str, control: str, name: str) -> Difference | None:
-        """How much further from the base's value the treatment's is than the control's, at the last epoch."""
-        if name not in self.base:
-            return None
-        shifts = [
-            {seed: abs(value - self.base[name]) for seed, value in self.arms[arm].last(name).items()}
-            for arm in (treatment, control)
-        ]
-        return paired_difference(*shifts)
 
     def points(self, runs: Mapping[int, dict[str, Any]]) -> dict[int, list[Point]]:
         """Scores after each epoch by seed, as (in-domain, out of domain), higher is better."""
@@ -209,9 +198,9 @@ class Comparison:
                     "unseen_share": arm.unseen_share,
                     "last_epoch": {metric: _summary(arm.last(metric)) for metric in self.columns()},
                     "tuning": tuning_table(arm),
-                    "runs": {seed: _run_record(run) for seed, run in arm.runs.items()},
+                    "runs": {seed: _part(run, "label", "points", "log", "seconds") for seed, run in arm.runs.items()},
                     "grid": {
-                        f"{rate:g}": {seed: _grid_record(run) for seed, run in runs.items()}
+                        f"{rate:g}": {seed: _part(run, "points", "diverged") for seed, run in runs.items()}
                         for rate, runs in arm.grid.items()
                         if rate != arm.learning_rate
                     },
@@ -231,9 +220,7 @@ class Comparison:
             if matched is None:
                 return None
             level, difference = matched
-            in_its_own_sign = difference.signed(
-                self.sign("out_of_domain")
-            )  # as in `last_epoch`: a lower NLL is a minus
+            in_its_own_sign = difference.signed(self.sign("out_of_domain"))  # a lower NLL is a minus
             return {"in_domain": self.sign("in_domain") * level, **record(in_its_own_sign)}
 
         return {
@@ -258,12 +245,8 @@ def _summary(values: Mapping[int, float]) -> dict[str, float | None] | None:
     return {"mean": mean, "sd": sd, "n": len(values)}
 
 
-def _run_record(run: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: run[name] for name in ("label", "points", "log", "seconds")}
-
-
-def _grid_record(run: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: run[name] for name in ("points", "diverged") if name in run}
+def _part(run: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: run[name] for name in names if name in run}
 
 
 def tuning_table(arm: ArmResult) -> dict[str, float | None]:
@@ -271,12 +254,13 @@ def tuning_table(arm: ArmResult) -> dict[str, float | None]:
     if not arm.grid:
         return {}
     seeds = set.intersection(*(set(runs) for runs in arm.grid.values()))
-    return {
-        f"{rate:g}": None
-        if any("diverged" in runs[seed] for seed in seeds)
-        else statistics.fmean(runs[seed]["points"][-1]["metrics"]["validation"] for seed in seeds)
-        for rate, runs in arm.grid.items()
-    }
+    means = {rate: statistics.fmean(validation_score(runs[s]) for s in seeds) for rate, runs in arm.grid.items()}
+    return {f"{rate:g}": None if math.isnan(mean) else mean for rate, mean in means.items()}
+
+
+def validation_score(run: Mapping[str, Any]) -> float:
+    """A run's score on the validation rows; NaN if it diverged."""
+    return math.nan if "diverged" in run else run["points"][-1]["metrics"]["validation"]
 
 
 def format_value(value: float, unit: str) -> str:
@@ -292,28 +276,3 @@ def format_mean(values: Mapping[int, float], unit: str) -> str:
     mean, sd = mean_and_sd(list(values.values()))
     shown = format_value(mean, unit)
     return shown if sd is None else f"{shown} ± {format_value(sd, unit)}"
-
-
-def aligned(rows: list[list[str]], keep: Callable[[int], bool] = lambda column: column == 0) -> list[str]:
-    """Rows of cells as lines, the columns that `keep` names to the left and the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if keep(column) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
-def folded(rows: list[list[str]], width: int | None) -> list[str]:
-    """`aligned`, in several tables one below the other, each with the first column, where one is wider than `width`."""
-    widths = {end: max(map(len, aligned([row[:end] for row in rows]))) for end in range(2, len(rows[0]) + 1)}
-    end = max((end for end, wide in widths.items() if width is None or wide <= width), default=2)
-    if end == len(rows[0]):
-        return aligned(rows)
-    return [
-        *aligned([row[:end] for row in rows]),
-        "",
-        *folded([row[:1] + row[end:] for row in rows], width),
-    ]

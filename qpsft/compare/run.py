@@ -62,11 +62,8 @@ class Setting:
     """What the runs on one data set share.
 
     Attributes:
-        model, lora: the base and the adapter.
         options: `decisive_options` of the recipe.
-        logging_steps: of the recipe.
         base_key: hash of the base's weights.
-        data: the rows.
         measurement: what is measured, and how.
     """
 

@@ -12,11 +12,11 @@ from qpsft.compare.results import (
     SHARE,
     Comparison,
     describe_metric,
-    folded,
     format_mean,
     format_value,
     tuning_table,
 )
+from qpsft.terminal import text_table
 
 METHOD = (
     "± behind a mean is the standard deviation over seeds; ± behind a difference is half its 95 % t interval over "
@@ -44,10 +44,6 @@ class Claim:
 
 KEEPS = Claim("keeps more out of domain than", "keeps less out of domain than", "out of domain")
 LEARNS = Claim("is better in-domain than", "is worse in-domain than", "in-domain")
-CLOSER = Claim(
-    "moves its entropy further from the base's than", "keeps its entropy closer to the base's than", "in entropy shift"
-)
-DRIFTS = Claim("drifts further from the base than", "drifts less from the base than", "in drift (KL to the base)")
 
 
 def judge(treatment: str, control: str, difference: Difference, claim: Claim, unit: str, where: str) -> str:
@@ -80,21 +76,16 @@ def judge(treatment: str, control: str, difference: Difference, claim: Claim, un
 
 
 def verdict(comparison: Comparison) -> list[str]:
-    """Sentences on what is learned, kept, and how far the policies moved, for each pair of the comparison."""
+    """Sentences on what is learned and kept, for each pair of the comparison, and on what limits the comparison."""
     lines = []
     for treatment, control in comparison.pairs:
         if comparison.same_runs(treatment, control):
             lines.append(f"{treatment} and {control} are the same runs here: one method at one learning rate.")
-            continue
-        lines += _pair_verdict(comparison, treatment, control)
-    return (
-        lines
-        + _coverage_notes(comparison)
-        + _shortened_notes(comparison)
-        + _divergence_notes(comparison)
-        + _edge_notes(comparison)
-        + _completion_notes(comparison)
-    )
+        else:
+            lines += _pair_verdict(comparison, treatment, control)
+    for notes in (_coverage_notes, _shortened_notes, _rate_notes, _completion_notes):
+        lines += notes(comparison)
+    return lines
 
 
 def _pair_verdict(comparison: Comparison, treatment: str, control: str) -> list[str]:
@@ -116,15 +107,6 @@ def _pair_verdict(comparison: Comparison, treatment: str, control: str) -> list[
     in_domain = comparison.difference(treatment, control, "in_domain")
     if in_domain is not None:
         lines.append(judge(treatment, control, in_domain.signed(sign), LEARNS, score.unit, _LAST))
-    for name, claim in (("sample_entropy", CLOSER), ("sample_kl", DRIFTS)):
-        metric = describe_metric(name, comparison.metric)
-        shift = (
-            comparison.shift_difference(treatment, control, name)
-            if claim is CLOSER
-            else comparison.difference(treatment, control, name)
-        )
-        if shift is not None:
-            lines.append(judge(treatment, control, shift, claim, metric.unit, _LAST))
     return lines
 
 
@@ -155,25 +137,18 @@ def _shortened_notes(comparison: Comparison) -> list[str]:
     return notes
 
 
-def _divergence_notes(comparison: Comparison) -> list[str]:
-    """Arms and learning rates of the grid at which training diverged."""
-    notes = []
-    for arm in comparison.arms.values():
-        for rate, runs in sorted(arm.grid.items()):
-            steps = [run["diverged"]["step"] for run in runs.values() if "diverged" in run]
-            if steps:
-                notes.append(
-                    f"{arm.name}: training diverged at learning rate {rate:g} ({len(steps)} of {len(runs)} seeds, at "
-                    f"optimizer step {', '.join(map(str, sorted(set(steps))))}), so it counts as the worst."
-                )
-    return notes
-
-
-def _edge_notes(comparison: Comparison) -> list[str]:
-    """Arms whose chosen learning rate lies at an end of the grid."""
+def _rate_notes(comparison: Comparison) -> list[str]:
+    """Learning rates at which training diverged, and arms whose chosen rate lies at an end of the grid."""
     notes = []
     for arm in comparison.arms.values():
         rates = sorted(arm.grid)
+        for rate in rates:
+            steps = [run["diverged"]["step"] for run in arm.grid[rate].values() if "diverged" in run]
+            if steps:
+                notes.append(
+                    f"{arm.name}: training diverged at learning rate {rate:g} ({len(steps)} of {len(arm.grid[rate])} "
+                    f"seeds, at optimizer step {', '.join(map(str, sorted(set(steps))))}), so it counts as the worst."
+                )
         if len(rates) > 1 and arm.learning_rate in (rates[0], rates[-1]):
             end = "lowest" if arm.learning_rate == rates[0] else "highest"
             notes.append(
@@ -250,8 +225,10 @@ def difference_rows(comparison: Comparison) -> list[list[str]]:
 
 
 def tuning_rows(comparison: Comparison, title: str) -> list[list[str]]:
-    """Validation scores of the tuned arms: a header with the grid, and one row per arm."""
+    """Validation scores of the tuned arms: a header with the grid, and one row per arm; [] where none was tuned."""
     tuned = {name: tuning_table(arm) for name, arm in comparison.arms.items() if arm.grid}
+    if not tuned:
+        return []
     unit = describe_metric("validation", comparison.metric).unit
     rows = [[title, *next(iter(tuned.values()))]]
     for name, scores in tuned.items():
@@ -284,10 +261,10 @@ def render(comparison: Comparison, width: int | None = None) -> str:
     Args:
         width: columns of the terminal; None: tables of any width.
     """
-    parts = [*folded(table_rows(comparison), width), "", *folded(difference_rows(comparison), width), ""]
-    if any(arm.grid for arm in comparison.arms.values()):
-        kind = describe_metric("validation", comparison.metric).title
-        parts += [*folded(tuning_rows(comparison, f"{kind} by learning rate"), width), ""]
+    kind = describe_metric("validation", comparison.metric).title
+    tuning = tuning_rows(comparison, f"{kind} by learning rate")
+    tables = [table_rows(comparison), difference_rows(comparison), tuning]
+    parts = [f"{text_table(rows, width)}\n" for rows in tables if rows]
     for line in [*verdict(comparison), *overlap_lines(comparison), METHOD]:
         wide = min(width or 110, 110)
         parts += textwrap.wrap(line, wide, initial_indent="· ", subsequent_indent="  ", break_on_hyphens=False)

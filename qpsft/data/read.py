@@ -386,11 +386,12 @@ def _hub_table(name: str, arguments: DataArguments, split: str, *, streaming: bo
     """A split of a Hub dataset: `datasets.Dataset`, or with `streaming` `datasets.IterableDataset`."""
     import datasets
 
+    lazily = {"streaming": True} if streaming else {}
     unreachable = _why_unreachable(name, arguments.dataset_revision)
     try:
         with _offline() if unreachable else nullcontext():
             return datasets.load_dataset(
-                name, arguments.dataset_config, split=split, revision=arguments.dataset_revision, streaming=streaming
+                name, arguments.dataset_config, split=split, revision=arguments.dataset_revision, **lazily
             )
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
         path = Path(name).expanduser()

@@ -1,12 +1,5 @@
 """`qpsft evaluate`: likelihood, accuracy, pass@k, drift from the base, public benchmarks."""
 
-from typing import Any
+from qpsft.lazy import imported_on_use
 
-
-def __getattr__(name: str) -> Any:
-    """Imports on first use, so that `qpsft evaluate --help` does not wait for torch."""
-    if name != "evaluate":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from qpsft.evaluate.evaluation import evaluate
-
-    return evaluate
+__getattr__ = imported_on_use(__name__, {"evaluate": "qpsft.evaluate.evaluation"})

@@ -20,6 +20,10 @@ from qpsft.evaluate.task_data import BENCHMARKS, SPLITS, benchmark_of, copy_of_h
 TWO_SIDED_95 = 1.96
 SAME_VALUE = 1e-9
 NAMES_SHOWN = 5
+FOR_GROUPS = (
+    "A group's data come from the Hub or its cache on this machine. A single task takes a local copy: --tasks TASK "
+    "--task_data TASK=FOLDER. `lm_eval ls tasks` lists them."
+)
 
 
 def run_tasks(
@@ -44,11 +48,9 @@ def run_tasks(
         tasks: the harness's names, groups included (`gsm8k`, `truthfulqa_mc1`, `ifeval`, `mmlu`, `arc_easy`, …).
         task_data: local copies by benchmark (a key of `task_data.BENCHMARKS`) or by task. A benchmark's own files are
             read for these; for any other task a folder that `datasets.load_dataset` takes in place of the Hub id.
-        limit: rows per task.
         num_fewshot: worked examples in the prompt; None: as each task has it.
         apply_chat_template: put the prompts through the tokenizer's chat template.
         max_new_tokens: length cap of completions; None: as each task has it.
-        batch_size: rows per forward.
         seed: of the few-shot examples and the bootstrap.
         samples: keep the harness's record of every row under `samples`.
         train_prompts: texts the model was trained on; rows with a field that is one of them are counted.
@@ -105,7 +107,7 @@ def check_tasks(tasks: Sequence[str], task_data: Mapping[str, Path]) -> list[str
     _check_names(names, task_data, manager.all_tasks)
     for name in names:
         if name in task_data and _is_group(name, manager):
-            raise DataError(f"--task_data {name}: {_GROUP.format(name)}.", _for_groups([name], manager))
+            raise DataError(f"--task_data {name}: {name} is a group of tasks, each with its own data.", FOR_GROUPS)
     return names
 
 
@@ -196,32 +198,8 @@ def _copy_explained(name: str, path: Path) -> Iterator[None]:
         ) from error
 
 
-_GROUP = "{0} is a group of tasks, each with its own data"
-
-
 def _is_group(name: str, manager: Any) -> bool:
     return name in manager.all_groups or name in manager.all_tags
-
-
-def _for_groups(names: Sequence[str], manager: Any) -> str:
-    """What to do if the data of groups cannot be read: only single tasks take local copies."""
-    inner = ", ".join(_first_task(name, manager) for name in names)
-    return (
-        f"A group's data come from the Hub or its cache on this machine. Single tasks take a local copy each, such as "
-        f"{inner}: --tasks TASK --task_data TASK=FOLDER."
-    )
-
-
-def _first_task(name: str, manager: Any) -> str:
-    """The first single task of a group; a single task is returned as it is."""
-    while _is_group(name, manager):
-        entry = manager.task_index[name]
-        inner = sorted(entry.tags) if name in manager.all_tags else (entry.cfg or {}).get("task", [])
-        inner = [one for one in inner if isinstance(one, str)] if isinstance(inner, list) else []
-        if not inner:
-            break
-        name = inner[0]
-    return name
 
 
 @contextlib.contextmanager
@@ -261,7 +239,7 @@ def _unreachable(names: Sequence[str], task_data: Mapping[str, Path], error: Exc
     return DataError(
         f"The data of {', '.join(missing)} could not be read from the Hub{offline}: "
         f"{' '.join(str(error).split())[:200].rstrip('.')}.",
-        " ".join(todo + ([_for_groups(groups, _manager())] if groups else [])),
+        " ".join(todo + ([FOR_GROUPS] if groups else [])),
     )
 
 

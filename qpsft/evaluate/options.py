@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal
 
 from qpsft.errors import DataError
-from qpsft.recipe.arguments import QUANTIZED_ON, Quantization, QuantizedOn
-from qpsft.recipe.flags import option
+from qpsft.recipe.arguments import LoadOptions
+from qpsft.recipe.flags import check_ranges, option
 
 
 @dataclass
-class EvaluationOptions:
+class EvaluationOptions(LoadOptions):
     """What `qpsft evaluate` was asked for.
 
     Raises:
-        DataError: a value is out of range or has no effect.
+        RecipeError: a value is out of range. DataError: it has no effect.
     """
 
     model: str = option(help="folder of an adapter or of a model, a Hub id, or demo")
@@ -27,48 +25,31 @@ class EvaluationOptions:
         [], "public benchmarks by lm-evaluation-harness: gsm8k truthfulqa_mc1 ifeval mmlu arc_easy …", metavar="TASK"
     )
     task_data: list[str] = option([], "local copies of benchmarks: gsm8k=FOLDER truthfulqa=FILE …", metavar="NAME=PATH")
-    limit: int | None = option(None, "only the first N rows of each data set and task")
-    seed: int = option(0, "seed of the samples and the bootstrap")
-    k: int = option(8, "completions sampled per prompt, for pass@k; 0: greedy only")
-    temperature: float = option(1.0, "temperature of the samples", metavar="T")
+    limit: int | None = option(None, "only the first N rows of each data set and task", least=1)
+    seed: int = option(0, "seed of the samples and the bootstrap", least=0)
+    k: int = option(8, "completions sampled per prompt, for pass@k; 0: greedy only", least=0)
+    temperature: float = option(1.0, "temperature of the samples; greedy is always measured", metavar="T", above=0)
     max_new_tokens: int | None = option(
-        None, "length cap of completions (default: 256, the built-in sets 56; tasks have their own)"
+        None, "length cap of completions (default: 256, the built-in sets 56; tasks have their own)", least=1
     )
     verifier: str = option("auto", "auto, exact, last_number, gsm8k, math_verify, choice or demo", metavar="NAME")
     no_drift: bool = option(False, "do not measure the divergence from the base")
-    drift_samples: int = option(1, "samples per prompt that the divergence is measured on")
-    batch_size: int | None = option(None, "sequences at once (default: as many as fit; 8 for tasks)")
+    drift_samples: int = option(1, "samples per prompt that the divergence is measured on", least=1)
+    batch_size: int | None = option(None, "sequences at once (default: as many as fit; 8 for tasks)", least=1)
     split: str = option("test", "split of Hub data sets and of the built-in sets", metavar="NAME")
     train_data: str | None = option(
         None, "what it was trained on, to count duplicates (default: what the adapter's recipe names)", metavar="DATA"
     )
     dataset_config: str | None = option(None, "configuration of Hub data sets", metavar="NAME")
     dataset_columns: dict | None = option(None, "which column is which: '{prompt: question, completion: answer}'")
-    use_chat_template: Literal["auto", "always", "never"] | None = option(
-        None, "put plain-string prompts through the chat template (default: as in training)"
-    )
-    prompt_format: str | None = option(None, "text around a plain-string prompt (default: as in training)")
     num_fewshot: int | None = option(None, "worked examples in a task's prompt (default: as the task has it)")
     apply_chat_template: bool = option(False, "put the tasks' prompts through the chat template")
-    base: str | None = option(None, "the adapter's base, if it is no longer where it was", metavar="MODEL")
-    quantization: Quantization | None = option(None, "of a model without adapter (default: nf4; none for a merged one)")
-    quantized_on: QuantizedOn | None = option(None, QUANTIZED_ON)
     dtype: str = option("auto", "compute dtype of a model without adapter", metavar="NAME")
-    device: str = option("auto", "cpu, cuda, …", metavar="NAME")
     json: str | None = option(None, "write all numbers to this file", metavar="FILE")
     completions: bool = option(False, "write every completion with its verdict to it too")
 
     def __post_init__(self) -> None:
-        for name, least in (("limit", 1), ("k", 0), ("max_new_tokens", 1), ("drift_samples", 1), ("batch_size", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise DataError(f"--{name} is {value}; it must be at least {least}.")
-        if not 0 < self.temperature < math.inf:
-            raise DataError(
-                f"--temperature is {self.temperature}; it must be above 0 and finite.", "Greedy is always measured."
-            )
-        if self.seed < 0:
-            raise DataError(f"--seed is {self.seed}; it must not be negative.")
+        check_ranges(self)
         if not self.data and self.train_data and not self.tasks:
             raise DataError("--train_data is given without --data.", "Name what to evaluate on.")
         if self.task_data and not self.tasks:

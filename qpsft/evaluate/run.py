@@ -84,11 +84,8 @@ class EvaluationReport:
         return "\n\n".join([*blocks, "[…]: 95 % bootstrap interval over rows. docs/metrics.md defines every number."])
 
 
-def run_evaluation(options: EvaluationOptions, *, verbose: bool = True) -> EvaluationReport:
+def run_evaluation(options: EvaluationOptions) -> EvaluationReport:
     """Loads the model once and evaluates it on everything asked for.
-
-    Args:
-        verbose: print a line about the model, and progress bars on a terminal.
 
     Raises:
         QpsftError: the model, the data or the tasks cannot be used; the JSON file cannot be written.
@@ -102,9 +99,8 @@ def run_evaluation(options: EvaluationOptions, *, verbose: bool = True) -> Evalu
         dtype=options.dtype,
         device=options.device,
     )
-    if verbose:
-        print(wrap(f"evaluating {options.model} · {describe_evaluated(model)}", "  "), flush=True)
-    evaluations = [_evaluate(model, tokenizer, rows, inputs, options, verbose) for rows in inputs.sets]
+    print(wrap(f"evaluating {options.model} · {describe_evaluated(model)}", "  "), flush=True)
+    evaluations = [_evaluate(model, tokenizer, rows, inputs, options) for rows in inputs.sets]
     tasks = _run_tasks(model, tokenizer, inputs, options) if options.tasks else {}
     seconds = time.perf_counter() - started
     report = EvaluationReport(options.model, evaluations, tasks, asdict(options), seconds)
@@ -118,8 +114,6 @@ class _Inputs:
     """What is read and checked before the model is loaded.
 
     Attributes:
-        arguments: how prompts are written.
-        sets: the data sets to evaluate on.
         train_rows: what the model was trained on, if it is known and here.
         task_data: benchmark -> its local copy.
     """
@@ -153,9 +147,7 @@ def _read_inputs(options: EvaluationOptions) -> _Inputs:
     return _Inputs(arguments, sets, train_rows, task_data)
 
 
-def _evaluate(
-    model: Any, tokenizer: Any, rows: Rows, inputs: _Inputs, options: EvaluationOptions, verbose: bool
-) -> Evaluation:
+def _evaluate(model: Any, tokenizer: Any, rows: Rows, inputs: _Inputs, options: EvaluationOptions) -> Evaluation:
     is_built_in = "task" in rows.rows[0]
     return evaluate(
         model,
@@ -172,7 +164,7 @@ def _evaluate(
         drift=not options.no_drift,
         drift_samples=options.drift_samples,
         batch_size=options.batch_size,
-        progress=verbose,
+        progress=True,
     )
 
 

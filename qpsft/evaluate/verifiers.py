@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import warnings
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 
 from qpsft.data import built_in
-from qpsft.errors import DataError
+from qpsft.errors import DataError, did_you_mean
 
 Verdict = bool | None
 """Right or wrong; None when the completion has no answer that the verifier can read (counted as wrong)."""
@@ -96,8 +95,7 @@ def find_verifier(
         _check_choices(rows, places or [f"{source}, row {number}" for number in range(1, len(rows) + 1)])
         return CHOICE, None
     if name not in VERIFIERS:
-        near = difflib.get_close_matches(name, NAMES, n=1)
-        todo = f"Did you mean {near[0]}?" if near else f"Use one of {', '.join(NAMES)}."
+        todo = f"{did_you_mean(name, NAMES)}Use one of {', '.join(NAMES)}."
         raise DataError(f"There is no verifier {name!r}.", todo)
     if name != "demo":  # the demo's check looks at the row's task, not at its reference
         _check_references(name, rows, source)

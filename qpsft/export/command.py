@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from qpsft.recipe.arguments import QUANTIZED_ON, QuantizedOn
-from qpsft.recipe.flags import Parser, option, parse
+from qpsft.export.options import ExportOptions, PushOptions
+from qpsft.recipe.flags import Parser, parse
 from qpsft.terminal import quiet_libraries
 
 EXPORT = (
@@ -16,42 +14,6 @@ EXPORT = (
     "An adapter is merged first, into a temporary folder."
 )
 PUSH = "Upload a folder to the Hugging Face Hub, card included. Never checkpoints or data rows."
-
-
-@dataclass
-class ExportOptions:
-    """What `qpsft export` takes."""
-
-    source: str = option(help="folder of an adapter or of a merged model")
-    to: Literal["gguf", "gguf-lora", "ollama", "vllm"] = option(help="what to write", required=True)
-    output: str | None = option(
-        None, "file (gguf, gguf-lora) or folder (ollama, vllm) to write", short="-o", metavar="PATH"
-    )
-    outtype: str | None = option(
-        None,
-        "f32, f16 (default), bf16, q8_0; q4_k_m and the like with llama-cpp-python; gguf-lora: f32",
-        metavar="TYPE",
-    )
-    base: str | None = option(
-        None, "the base's folder or Hub id, if it is no longer where the adapter says", metavar="MODEL"
-    )
-    llama_cpp: str | None = option(
-        None, "llama.cpp's source (default: $LLAMA_CPP, else a pinned copy from PyPI)", metavar="FOLDER"
-    )
-    num_ctx: int | None = option(None, "ollama: context length (default: the model's)")
-    overwrite: bool = option(False, "replace an earlier export")
-    no_run: bool = option(False, "do not run the GGUF in llama.cpp, only read it back")
-    quantized_on: QuantizedOn | None = option(None, QUANTIZED_ON)
-
-
-@dataclass
-class PushOptions:
-    """What `qpsft push` takes."""
-
-    folder: str = option(help="an adapter's or a merged model's folder, or one with a GGUF")
-    repo_id: str = option(help="OWNER/NAME; made if it does not exist")
-    private: bool = option(False, "make it private")
-    dry_run: bool = option(False, "list files and sizes; needs no network and no token")
 
 
 def export(argv: Sequence[str]) -> int:
@@ -66,25 +28,14 @@ def export(argv: Sequence[str]) -> int:
 
 
 def write_export(options: ExportOptions) -> Any:
-    """Writes the format asked for, by default to a name made of the source's. Returns that format's report."""
+    """Writes the format asked for. Returns that format's report."""
     from qpsft.export.gguf import export_gguf
     from qpsft.export.gguf_lora import export_gguf_lora
     from qpsft.export.ollama import export_ollama
     from qpsft.export.vllm import export_vllm
 
-    name = Path(options.source.rstrip("/")).name
-    common = {"base": options.base, "overwrite": options.overwrite}
-    if options.to == "vllm":
-        return export_vllm(options.source, options.output, **common)
-    common["llama_cpp"] = options.llama_cpp
-    if options.to == "gguf-lora":
-        output = options.output or f"{name}-lora.gguf"
-        return export_gguf_lora(options.source, output, outtype=options.outtype or "f32", **common)
-    common |= {"outtype": options.outtype or "f16", "run": not options.no_run}
-    if options.to == "ollama":
-        output = options.output or f"{name}-ollama"
-        return export_ollama(options.source, output, num_ctx=options.num_ctx, **common)
-    return export_gguf(options.source, options.output or f"{name}.gguf", **common)
+    formats = {"gguf": export_gguf, "gguf-lora": export_gguf_lora, "ollama": export_ollama, "vllm": export_vllm}
+    return formats[options.to](options)
 
 
 def push(argv: Sequence[str]) -> int:

@@ -5,36 +5,24 @@ from __future__ import annotations
 import os
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
-from tqdm.auto import tqdm
-
-from qpsft.errors import ExportError, OutputError
+from qpsft.errors import ExportError
 from qpsft.export.gguf_check import GgufCheck, check_gguf
 from qpsft.export.gguf_run import PROMPTS, GgufRun, llama_cpp_python, run_gguf
 from qpsft.export.llama_cpp import CONVERTER, find_llama_cpp, last_lines, load_gguf, run_converter, run_process
 from qpsft.export.merged_model import MergedModel, count_weights, stage
+from qpsft.export.options import CONVERTED, QUANTIZED, ExportOptions
 from qpsft.files import check_space, put_in_place, work_folder
+from qpsft.merge.merging import merge_adapter
+from qpsft.merge.report import MergeReport
 from qpsft.model.adapter_folder import AdapterFolder
 from qpsft.model.folder import is_adapter
 from qpsft.terminal import wrap
 from qpsft.verify.exported import ExportedWeights
 from qpsft.verify.prompts import read_prompts
-
-if TYPE_CHECKING:
-    from qpsft.merge.merging import MergeReport
-
-CONVERTED = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 1.07}
-"""Types the converter writes, and bytes a weight."""
-
-QUANTIZED = (
-    "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_1", "q4_k_s", "q4_k_m", "q5_0", "q5_1", "q5_k_s", "q5_k_m",
-    "q6_k", "iq4_nl", "iq4_xs",
-)  # fmt: skip
-"""Types that llama-cpp-python makes from an f16 file."""
 
 MERGE_DTYPE = {"f32": "float32", "bf16": "bfloat16"}
 """What an adapter is merged to, so that weights are rounded once; float16 for the others, which round more than it."""
@@ -48,68 +36,17 @@ sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode
 
 
 @dataclass
-class GgufOptions:
-    """What `export_gguf` takes, which explains each, checked.
-
-    Attributes:
-        outtype: the type that can be made here: f16 where a quantized one was asked for without llama-cpp-python.
-        output: the file; its name says f16 too in that case.
-        notes: what the user should know; a line about that case.
-    """
-
-    source: str | Path
-    output: str | Path
-    outtype: str
-    base: str | None
-    onto: str
-    llama_cpp: str | Path | None
-    overwrite: bool
-    verify: bool
-    run: bool
-    prompts: str | Path | list[Any] | None
-    show_progress: bool
-    notes: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.source, self.output = Path(self.source).expanduser(), Path(self.output).expanduser()
-        self.outtype = wanted = self.outtype.lower()
-        if wanted not in CONVERTED and wanted not in QUANTIZED:
-            raise ExportError(f"outtype {wanted!r} is not known.", f"Use {', '.join((*CONVERTED, *QUANTIZED))}.")
-        if self.output.is_dir():
-            raise OutputError(f"{self.output} is a folder; a GGUF is one file.", "Give a file name that ends in .gguf.")
-        self.from_adapter = is_adapter(self.source)
-        if wanted in QUANTIZED and llama_cpp_python() is None:
-            self.outtype, self.output = "f16", _renamed(self.output, wanted)
-            self.notes.append(
-                f"{wanted} needs llama-cpp-python (pip install llama-cpp-python); the f16 is left as {self.output.name}"
-            )
-
-    @property
-    def converted_type(self) -> str:
-        """What the converter writes, from which llama-cpp-python makes the quantized types."""
-        return self.outtype if self.outtype in CONVERTED else "f16"
-
-
-@dataclass
 class ExportReport:
     """A GGUF that was written and what was checked.
 
     Attributes:
-        path: the file.
         outtype: its type, which is f16 where a quantized one was asked for and could not be made.
-        bytes: its size.
-        source: the adapter or merged folder.
-        check: the result of reading it back.
-        run: the result of running it with llama.cpp.
-        merge: the report of the merge, if the source was an adapter.
-        notes: what the user should know.
         stops: the model's stop tokens, as text.
     """
 
     path: Path
     outtype: str
     bytes: int
-    source: Path
     check: GgufCheck
     run: GgufRun
     merge: MergeReport | None
@@ -127,89 +64,62 @@ class ExportReport:
         return "\n".join(lines)
 
 
-def export_gguf(
-    source: str | Path,
-    output: str | Path,
-    *,
-    outtype: str = "f16",
-    base: str | None = None,
-    onto: str = "trained",
-    llama_cpp: str | Path | None = None,
-    overwrite: bool = False,
-    verify: bool = True,
-    run: bool = True,
-    prompts: str | Path | list[Any] | None = None,
-    show_progress: bool = True,
-) -> ExportReport:
-    """Writes a GGUF and checks it.
+def export_gguf(options: ExportOptions) -> ExportReport:
+    """Writes a GGUF and checks it. An adapter is merged first, into a temporary folder.
 
-    Args:
-        source: an adapter's folder (it is merged first, into a temporary folder) or a merged one.
-        output: the file to write.
-        outtype: f32, f16, bf16 or q8_0, or one of `QUANTIZED`, which needs llama-cpp-python; without it the f16 is
-            left and said so.
-        base, onto, verify: for the merge, as in `qpsft.merge.merge_adapter`.
-        llama_cpp: see `qpsft.export.llama_cpp.find_llama_cpp`.
-        overwrite: replace an existing `output`.
-        run: run the file too, if llama-cpp-python is installed.
-        prompts: for that; see `qpsft.verify.prompts.read_prompts`.
-        show_progress: show progress bars.
+    A quantized type needs llama-cpp-python; without it the f16 is left, and the report says so.
 
     Raises:
         BaseModelError: source or base cannot be loaded.
-        ExportError: the type is unknown, the converter fails, or the file is not the merged model.
+        ExportError: the converter fails, or the file is not the merged model.
         NotTheSameModelError: the merge is not the model that was trained.
         OutputError: the output exists or cannot be written, or the disk is too full.
     """
-    options = GgufOptions(
-        source, output, outtype, base, onto, llama_cpp, overwrite, verify, run, prompts, show_progress
-    )
+    from_adapter, notes = is_adapter(options.source), []
+    if options.outtype in QUANTIZED and llama_cpp_python() is None:
+        wanted, output = options.outtype, _renamed(options.output, options.outtype)
+        options = replace(options, outtype="f16", output=output)
+        notes.append(
+            f"{wanted} needs llama-cpp-python (pip install llama-cpp-python); the f16 is left as {output.name}"
+        )
+    converted_type = options.outtype if options.outtype in CONVERTED else "f16"
     with work_folder(options.output, overwrite=options.overwrite, source=options.source) as work:
-        check_space(options.output.parent, _bytes_needed(options), "The export")
+        check_space(options.output.parent, _bytes_needed(options, from_adapter, converted_type), "The export")
         tools = find_llama_cpp(options.llama_cpp)
         gguf = load_gguf(tools)
-        merge = _merge(options, work / "merged") if options.from_adapter else None
-        merged = MergedModel.load(options.source if merge is None else work / "merged")
-        made = _convert(merged, options, tools, work)
-        check, ran = _check(made, merged, options, gguf)
+        merge, folder = None, options.source
+        if from_adapter:
+            folder = work / "merged"
+            merge = merge_adapter(
+                options.source, folder, base=options.base, dtype=MERGE_DTYPE.get(converted_type, "float16")
+            )
+        merged = MergedModel.load(folder)
+        made = _convert(merged, options, converted_type, tools, work)
+        check = check_gguf(made, merged, gguf)
+        ran = GgufRun(False, "switched off") if options.no_run else _run(made, merged, options, gguf)
+        if check.merge_order_lost and not ran.ran:
+            raise _merge_order_lost(options, from_adapter)
         report = ExportReport(
-            options.output, options.outtype, made.stat().st_size, options.source, check, ran, merge,
-            notes=options.notes + ran.notes + _note_on_stops(check, ran), stops=merged.stop_texts(),
+            options.output, options.outtype, made.stat().st_size, check, ran, merge,
+            notes=notes + ran.notes + _note_on_stops(check, ran), stops=merged.stop_texts(),
         )  # fmt: skip
         put_in_place(made, options.output)
     return report
 
 
-def _merge(options: GgufOptions, folder: Path) -> MergeReport:
-    from qpsft.merge.merging import merge_adapter
-
-    return merge_adapter(
-        options.source,
-        folder,
-        base=options.base,
-        onto=options.onto,
-        dtype=MERGE_DTYPE.get(options.converted_type, "float16"),
-        verify=options.verify,
-        show_progress=options.show_progress,
-    )
-
-
-def _convert(merged: MergedModel, options: GgufOptions, tools: Path, work: Path) -> Path:
+def _convert(merged: MergedModel, options: ExportOptions, converted_type: str, tools: Path, work: Path) -> Path:
     """The GGUF in the work folder."""
-    kind, made = options.converted_type, work / "converted.gguf"
+    made = work / "converted.gguf"
     staged = stage(merged.folder, work / "staged")
-    arguments = [str(staged), "--outtype", kind, "--model-name", options.source.resolve().name]
-    size = int(count_weights(merged.weights) * CONVERTED[kind])
-    run_converter(tools, CONVERTER, arguments, made, expected=size, show_progress=options.show_progress)
-    if options.outtype != kind:
-        made = _quantize(made, work / "quantized.gguf", options.outtype, options.show_progress)
-    return made
+    arguments = [str(staged), "--outtype", converted_type, "--model-name", options.source.resolve().name]
+    size = int(count_weights(merged.weights) * CONVERTED[converted_type])
+    run_converter(tools, CONVERTER, arguments, made, expected=size)
+    return made if options.outtype == converted_type else _quantize(made, work / "quantized.gguf", options.outtype)
 
 
-def _quantize(source: Path, target: Path, outtype: str, show_progress: bool) -> Path:
+def _quantize(source: Path, target: Path, outtype: str) -> Path:
     command = [sys.executable, "-c", QUANTIZE, str(source), str(target), outtype]
-    expected = int(source.stat().st_size * 0.3)
-    code, said = run_process(command, dict(os.environ), target, expected=expected, show_progress=show_progress)
+    code, said = run_process(command, dict(os.environ), target, expected=int(source.stat().st_size * 0.3))
     if code != 0 or not target.is_file():
         raise ExportError(
             f"llama.cpp could not quantize to {outtype} (exit code {code}):\n{last_lines(said, 8)}\n",
@@ -219,26 +129,21 @@ def _quantize(source: Path, target: Path, outtype: str, show_progress: bool) -> 
     return target
 
 
-def _check(made: Path, merged: MergedModel, options: GgufOptions, gguf: ModuleType) -> tuple[GgufCheck, GgufRun]:
-    """Reads the file back, and runs it if asked to. Raises ExportError where it is not the merged model."""
-    disable = None if options.show_progress else True
-    with tqdm(desc="reading back", unit="tensor", disable=disable, leave=False) as bar:
-        check = check_gguf(made, merged, gguf, bar)
-    ran = GgufRun(False, "switched off")
-    if options.run:
-        context = merged.config.get("max_position_embeddings") or 2**20
-        prompts, _ = read_prompts(options.prompts, options.source, merged.tokenizer, PROMPTS, context)
-        ran = run_gguf(made, merged, gguf, prompts)
-    if check.merge_order_lost and not ran.ran:
-        lacking = options.source
-        if options.from_adapter:
-            lacking = AdapterFolder(options.source).base_folder(options.base, same_rounding=False)
-        raise ExportError(
-            f"{lacking} has no tokenizer.model, so the converter cannot tell the order in which pieces are merged, "
-            "and llama.cpp would make other tokens than training did.",
-            f"Copy tokenizer.model from the original model into {lacking}, and export again.",
-        )
-    return check, ran
+def _run(made: Path, merged: MergedModel, options: ExportOptions, gguf: ModuleType) -> GgufRun:
+    context = merged.config.get("max_position_embeddings") or 2**20
+    prompts, _ = read_prompts(None, options.source, merged.tokenizer, PROMPTS, context)
+    return run_gguf(made, merged, gguf, prompts)
+
+
+def _merge_order_lost(options: ExportOptions, from_adapter: bool) -> ExportError:
+    folder = options.source
+    if from_adapter:
+        folder = AdapterFolder(options.source).base_folder(options.base, same_rounding=False)
+    return ExportError(
+        f"{folder} has no tokenizer.model, so the converter cannot tell the order in which pieces are merged, and "
+        "llama.cpp would make other tokens than training did.",
+        f"Copy tokenizer.model from the original model into {folder}, and export again.",
+    )
 
 
 def _note_on_stops(check: GgufCheck, ran: GgufRun) -> list[str]:
@@ -255,15 +160,15 @@ def _renamed(output: Path, wanted: str) -> Path:
     return output.with_name((stem if stem != output.stem else f"{output.stem}-f16") + output.suffix)
 
 
-def _bytes_needed(options: GgufOptions) -> float:
+def _bytes_needed(options: ExportOptions, from_adapter: bool, converted_type: str) -> float:
     """Of the temporary merge, the converted file and the quantized one, at the same time."""
-    kind, merge = options.converted_type, 0.0
-    if options.from_adapter:
+    merge = 0.0
+    if from_adapter:
         adapter = AdapterFolder(options.source)
         count = count_weights(ExportedWeights(adapter.base_folder(options.base, same_rounding=False)))
         count *= 2 if adapter.record.prequantized else 1  # two 4-bit weights are stored in one byte
-        merge = count * (4 if kind == "f32" else 2)
+        merge = count * (4 if converted_type == "f32" else 2)
     else:
         count = count_weights(ExportedWeights(options.source))
-    quantized = CONVERTED["q8_0"] if options.outtype != kind else 0
-    return merge + count * (CONVERTED[kind] + quantized) + 50e6
+    quantized = CONVERTED["q8_0"] if options.outtype != converted_type else 0
+    return merge + count * (CONVERTED[converted_type] + quantized) + 50e6

@@ -10,13 +10,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from qpsft.errors import ExportError
 from qpsft.export.gguf_file import GgufFile, Source, sources_of
+from qpsft.export.llama_cpp import went_wrong
 from qpsft.export.merged_model import MergedModel
 from qpsft.verify.exported import ExportedWeights
 
@@ -46,8 +47,6 @@ class GgufCheck:
         tensors: how many tensors were compared with the merged weights.
         computed: names of tensors that have no source because they follow from the config.
         largest_error: largest relative error (root mean square) of a tensor.
-        types: how many tensors of each type.
-        metadata: the keys that were compared.
         stops_missing: stop tokens of the merged model that the file does not name.
         merge_order_lost: the file's SentencePiece tokenizer has one score for all pieces.
         adds_bos: llama.cpp puts the beginning-of-sequence token before every text.
@@ -71,59 +70,46 @@ class GgufCheck:
         )
 
 
-def check_gguf(path: Path, merged: MergedModel, gguf: ModuleType, progress: Any = None) -> GgufCheck:
+def check_gguf(path: Path, merged: MergedModel, gguf: ModuleType) -> GgufCheck:
     """Compares a GGUF with the merged model it was made from.
-
-    Args:
-        path: the GGUF.
-        merged: the model.
-        gguf: llama.cpp's gguf-py, of `qpsft.export.llama_cpp.load_gguf`.
-        progress: a tqdm bar over tensors.
 
     Raises:
         ExportError: a tensor is missing, has no source, another shape or other values; or metadata differ (named).
     """
     file, check = GgufFile(path, gguf), GgufCheck()
-    _check_tensors(file, merged, check, progress)
+    _check_tensors(file, merged, check)
     _check_metadata(file, merged, check)
     _check_special_tokens(file, merged, check)
     _note_tokenizer(file, merged, check)
     return check
 
 
-def _check_tensors(file: GgufFile, merged: MergedModel, check: GgufCheck, progress: Any) -> None:
+def _check_tensors(file: GgufFile, merged: MergedModel, check: GgufCheck) -> None:
     """Every tensor of the merged model is in the file with its values, and every one in the file comes from it."""
-    if progress is not None:
-        progress.reset(total=len(file.tensors))
     seen = set()
-    for source in sources_of(file, merged.weights, merged.config):
+    sources = sources_of(file, merged.weights, merged.config)
+    bar = {"desc": "reading back", "unit": "tensor", "disable": None, "leave": False}
+    for source in tqdm(sources, total=len(file.tensors), **bar):
         if source.name not in file.tensors:
-            raise _wrong(file.path, f"it lacks {source.name}, which is {source.sources[0]} of the merged model")
+            raise went_wrong(file.path, f"it lacks {source.name}, which is {source.sources[0]} of the merged model")
         seen.add(source.name)
         check.largest_error = max(check.largest_error, _check_tensor(file, source, merged.weights))
         kind = file.type_of(source.name)
         check.types[kind] = check.types.get(kind, 0) + 1
         check.tensors += 1
-        if progress is not None:
-            progress.update()
     rest = sorted(set(file.tensors) - seen)
     check.computed = [name for name in rest if name.startswith(COMPUTED)]
     if unknown := [name for name in rest if name not in check.computed]:
-        raise _wrong(file.path, f"{unknown[0]} in it comes from no tensor of the merged model")
-
-
-def _expected_values(source: Source, weights: ExportedWeights) -> Tensor:
-    """What the GGUF tensor must hold before its type's rounding, float32."""
-    parts = [source.layout.forward(weights.tensor(name)) for name in source.sources]
-    return parts[0] if len(parts) == 1 else torch.stack(parts)
+        raise went_wrong(file.path, f"{unknown[0]} in it comes from no tensor of the merged model")
 
 
 def _check_tensor(file: GgufFile, source: Source, weights: ExportedWeights) -> float:
     """Returns the tensor's relative error. Raises ExportError when it is more than its type explains."""
-    expected = _expected_values(source, weights)
+    parts = [source.layout.forward(weights.tensor(name)) for name in source.sources]
+    expected = parts[0] if len(parts) == 1 else torch.stack(parts)  # in float32, before the type's rounding
     where = f"{source.name} ({source.sources[0]})"
     if file.shape_of(source.name) != list(expected.shape):
-        raise _wrong(file.path, f"{where} has shape {file.shape_of(source.name)}, not {list(expected.shape)}")
+        raise went_wrong(file.path, f"{where} has shape {file.shape_of(source.name)}, not {list(expected.shape)}")
     kind = file.type_of(source.name)
     # by rows, because a vocabulary's embedding is large
     rows = max(1, BLOCK_OF_VALUES // max(1, expected.numel() // len(expected)))
@@ -132,7 +118,9 @@ def _check_tensor(file: GgufFile, source: Source, weights: ExportedWeights) -> f
     if right is None:
         raise ExportError(f"{where} is of type {kind}, which qpsft cannot check.", "Choose another --outtype.")
     if not right:
-        raise _wrong(file.path, f"the values of {where} differ by {error:.1e} of their size, and {kind} explains less")
+        raise went_wrong(
+            file.path, f"the values of {where} differ by {error:.1e} of their size, and {kind} explains less"
+        )
     return error
 
 
@@ -183,7 +171,7 @@ def _check_metadata(file: GgufFile, merged: MergedModel, check: GgufCheck) -> No
             continue
         equal = abs(stored - value) <= 1e-6 * abs(value) if isinstance(value, float) else stored == value
         if not equal:
-            raise _wrong(file.path, f"its {key.replace('{arch}', file.architecture)} is {stored!r}, not {value!r}")
+            raise went_wrong(file.path, f"its {key.replace('{arch}', file.architecture)} is {stored!r}, not {value!r}")
         check.metadata.append(key.replace("{arch}", file.architecture))
 
 
@@ -196,9 +184,9 @@ def _check_special_tokens(file: GgufFile, merged: MergedModel, check: GgufCheck)
     for number, token in merged.tokenizer.added_tokens_decoder.items():
         if number >= len(tokens) or tokens[number] != token.content:
             stored = repr(tokens[number]) if number < len(tokens) else "missing"
-            raise _wrong(file.path, f"its token {number} is {stored}, not {token.content!r}")
+            raise went_wrong(file.path, f"its token {number} is {stored}, not {token.content!r}")
         if token.special and types and types[number] not in whole:
-            raise _wrong(file.path, f"its token {token.content!r} is plain text")
+            raise went_wrong(file.path, f"its token {token.content!r} is plain text")
     check.metadata.append("tokenizer.ggml.tokens")
 
 
@@ -223,10 +211,3 @@ def _adds_bos(file: GgufFile) -> bool:
     if file.value("tokenizer.ggml.model") == "llama":
         return True
     return file.value("tokenizer.ggml.pre") in ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral")
-
-
-def _wrong(path: Path, what: str) -> ExportError:
-    return ExportError(
-        f"The conversion to {path.name} went wrong: {what}.",
-        "Try a newer llama.cpp with --llama_cpp, or use the merged safetensors folder.",
-    )

@@ -33,8 +33,6 @@ class GgufFile:
     """A GGUF opened with a llama.cpp's own gguf-py.
 
     Attributes:
-        gguf: the gguf module.
-        path: the file.
         architecture: llama.cpp's name of it.
     """
 

@@ -7,7 +7,8 @@ llama.cpp multiplies B·A by `adapter.lora.alpha / rank`, with one alpha for all
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -16,10 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qpsft.errors import ExportError, OutputError
+from qpsft.errors import ExportError
 from qpsft.export.gguf_check import rounding_error
 from qpsft.export.gguf_file import GgufFile, layout_of
-from qpsft.export.llama_cpp import LORA_CONVERTER, find_llama_cpp, load_gguf, run_converter
+from qpsft.export.llama_cpp import LORA_CONVERTER, find_llama_cpp, load_gguf, run_converter, went_wrong
+from qpsft.export.options import ExportOptions
 from qpsft.files import check_space, put_in_place, work_folder
 from qpsft.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFolder
 from qpsft.terminal import wrap
@@ -28,7 +30,6 @@ from qpsft.verify.exported import read_text_config
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-TYPES = ("f32", "f16", "bf16")
 NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
@@ -37,97 +38,62 @@ class LoraExportReport:
     """A LoRA GGUF that was written.
 
     Attributes:
-        path: the file.
-        outtype: its type.
-        bytes: its size.
         layers: how many layers it adapts, each read back and equal to the adapter's.
-        notes: what the user should know.
     """
 
     path: Path
     outtype: str
     bytes: int
     layers: int
-    notes: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
         """A few lines for a terminal."""
-        lines = [f"wrote {self.path}: {self.bytes / 1e6:,.2f} MB, {self.outtype}", f"read back: {self.layers} layers"]
-        return "\n".join(lines + [wrap(f"note: {note}") for note in self.notes])
+        note = (
+            "note: on a base that is rounded otherwise than in training (any GGUF of it) this is not the model that "
+            "was trained; the merged GGUF (--to gguf) is"
+        )
+        wrote = f"wrote {self.path}: {self.bytes / 1e6:,.2f} MB, {self.outtype}"
+        return "\n".join([wrote, f"read back: {self.layers} layers", wrap(note)])
 
 
-def export_gguf_lora(
-    adapter: str | Path,
-    output: str | Path,
-    *,
-    outtype: str = "f32",
-    base: str | None = None,
-    llama_cpp: str | Path | None = None,
-    overwrite: bool = False,
-    show_progress: bool = True,
-) -> LoraExportReport:
+def export_gguf_lora(options: ExportOptions) -> LoraExportReport:
     """Writes an adapter as a LoRA GGUF and reads it back.
-
-    Args:
-        adapter: the adapter's folder.
-        output: the file to write.
-        outtype: f32, f16 or bf16. Adapters are small, and float32 is what they were trained in.
-        base: where the base is now; None is the place in the adapter's record.
-        llama_cpp: see `qpsft.export.llama_cpp.find_llama_cpp`.
-        overwrite: replace an existing `output`.
-        show_progress: show a progress bar.
 
     Raises:
         BaseModelError: not an adapter, or not this base's.
         ExportError: something a LoRA GGUF cannot hold (named), the converter failed, or the file holds other values.
         OutputError: the output exists or cannot be written.
     """
-    opened, output = AdapterFolder(adapter), Path(output).expanduser()
-    adapter = opened.path
-    if outtype not in TYPES:
-        raise ExportError(f"outtype {outtype!r} is not known for an adapter.", f"Use {', '.join(TYPES)}.")
-    if output.is_dir():
-        raise OutputError(f"{output} is a folder; a GGUF is one file.", "Give a file name that ends in .gguf.")
-    config = _config_without_what_gguf_lacks(opened)
-    base_folder = opened.base_folder(base, same_rounding=False)
-    with work_folder(output, overwrite=overwrite, source=adapter) as work:
-        size = (adapter / ADAPTER_WEIGHTS).stat().st_size
+    adapter, output = AdapterFolder(options.source), options.output
+    config = _config_without_what_gguf_lacks(adapter)
+    base_folder = adapter.base_folder(options.base, same_rounding=False)
+    with work_folder(output, overwrite=options.overwrite, source=adapter.path) as work:
+        size = adapter.weights_file.stat().st_size
         check_space(output.parent, 3 * size + 1e6, "The export")
-        tools = find_llama_cpp(llama_cpp)
-        tensors = _with_llama_cpp_scale(load_file(adapter / ADAPTER_WEIGHTS), config)
+        tools = find_llama_cpp(options.llama_cpp)
+        tensors = _with_llama_cpp_scale(load_file(adapter.weights_file), config)
         staged = work / "adapter"
         staged.mkdir()
         save_file(tensors, staged / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        (staged / ADAPTER_CONFIG).write_text((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"), encoding="utf-8")
+        shutil.copy(adapter.path / ADAPTER_CONFIG, staged)
         made = work / "lora.gguf"
-        arguments = [str(staged), "--base", str(base_folder), "--outtype", outtype]
-        run_converter(tools, LORA_CONVERTER, arguments, made, expected=size, show_progress=show_progress)
+        arguments = [str(staged), "--base", str(base_folder), "--outtype", options.outtype]
+        run_converter(tools, LORA_CONVERTER, arguments, made, expected=size)
         layers = _check(made, tensors, config, base_folder, load_gguf(tools))
-        report = LoraExportReport(output, outtype, made.stat().st_size, layers)
+        report = LoraExportReport(output, options.outtype, made.stat().st_size, layers)
         put_in_place(made, output)
-    report.notes.append(
-        "on a base that is rounded otherwise than in training (any GGUF of it) this is not the model that was "
-        "trained; the merged GGUF (--to gguf) is"
-    )
     return report
 
 
 def _config_without_what_gguf_lacks(adapter: AdapterFolder) -> LoraConfig:
     """The adapter's config. Raises ExportError for what llama.cpp's LoRA cannot hold."""
     config = adapter.mergeable_config()
-    cannot = {
-        "DoRA": config.use_dora,
-        "modules trained in full (modules_to_save)": bool(config.modules_to_save),
-        "trained biases": config.bias != "none" or getattr(config, "lora_bias", False),
-        "trainable token rows": bool(getattr(config, "trainable_token_indices", None)),
-        "adapted parameters (target_parameters)": bool(getattr(config, "target_parameters", None)),
-    }
-    for what, is_there in cannot.items():
-        if is_there:
-            raise ExportError(
-                f"The adapter in {adapter.path} has {what}, which a LoRA GGUF cannot hold.",
-                "Use --to gguf, which merges it.",
-            )
+    beyond = adapter.beyond_low_rank()
+    if beyond:
+        raise ExportError(
+            f"The adapter in {adapter.path} has {beyond[0]}, which a LoRA GGUF cannot hold.",
+            "Use --to gguf, which merges it.",
+        )
     return config
 
 
@@ -158,13 +124,13 @@ def _check(path: Path, tensors: dict[str, Tensor], config: LoraConfig, base: Pat
     names = file.name_map(int(model["num_hidden_layers"]))
     alpha = file.value("adapter.lora.alpha")
     if alpha is None or abs(alpha - config.lora_alpha) > 1e-6 * abs(config.lora_alpha):
-        raise _wrong(path, f"its alpha is {alpha}, not {config.lora_alpha}")
+        raise went_wrong(path, f"its alpha is {alpha}, not {config.lora_alpha}")
     seen = set()
     for name, tensor in tensors.items():
         layer, part = NAME.fullmatch(name).groups()
         target = names(f"{layer}.weight")
         if target is None or f"{target}.lora_{part.lower()}" not in file.tensors:
-            raise _wrong(path, f"it lacks {name}")
+            raise went_wrong(path, f"it lacks {name}")
         target = f"{target}.lora_{part.lower()}"
         seen.add(target)
         expected = tensor.float()
@@ -172,14 +138,7 @@ def _check(path: Path, tensors: dict[str, Tensor], config: LoraConfig, base: Pat
             expected = layout_of(file.architecture, f"{layer}.weight", model).forward(expected)
         stored = file.values(target)
         if stored.shape != expected.shape or not rounding_error([(stored, expected)], file.type_of(target))[1]:
-            raise _wrong(path, f"{target} does not hold {name}")
+            raise went_wrong(path, f"{target} does not hold {name}")
     if rest := sorted(set(file.tensors) - seen):
-        raise _wrong(path, f"{rest[0]} in it comes from no tensor of the adapter")
+        raise went_wrong(path, f"{rest[0]} in it comes from no tensor of the adapter")
     return len(seen) // 2
-
-
-def _wrong(path: Path, what: str) -> ExportError:
-    return ExportError(
-        f"The conversion to {path.name} went wrong: {what}.",
-        "Try a newer llama.cpp with --llama_cpp, or merge with --to gguf.",
-    )

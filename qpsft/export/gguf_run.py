@@ -25,6 +25,7 @@ from qpsft.model.hardware import pick_device
 from qpsft.verify.exported import load_exported
 from qpsft.verify.measure import Sequence, measure
 from qpsft.verify.prompts import Prompt
+from qpsft.verify.text import first_difference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,10 +45,8 @@ class GgufRun:
 
     Attributes:
         ran: whether it was run; llama-cpp-python may not be installed.
-        why_not: why it was not.
         texts: how many texts gave the same tokens.
         numbers: mean and largest |Δ log-probability| of llama.cpp and of rounding alone, and the bound, in nats.
-        notes: what the user should know.
     """
 
     ran: bool
@@ -76,12 +75,6 @@ def llama_cpp_python() -> ModuleType | None:
 
 def run_gguf(path: Path, merged: MergedModel, gguf: ModuleType, prompts: list[Prompt]) -> GgufRun:
     """Loads the file with llama-cpp-python, tokenizes and evaluates.
-
-    Args:
-        path: the GGUF.
-        merged: the model it was made from.
-        gguf: llama.cpp's gguf-py.
-        prompts: texts to evaluate on.
 
     Raises:
         ExportError: llama.cpp cannot load the file, makes other tokens of a text (both shown), or computes other
@@ -115,19 +108,10 @@ def _compare_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, path: Path) 
         if made != expected:
             raise ExportError(
                 f"llama.cpp makes other tokens of {text!r} than the model's own tokenizer: "
-                f"{_first_difference(made, expected)}; so {path.name} would not be the model that was trained.",
+                f"{first_difference(expected, made)}; so {path.name} would not be the model that was trained.",
                 "Use the merged safetensors folder, or a base whose tokenizer llama.cpp knows. (--no_run skips this.)",
             )
     return len(texts)
-
-
-def _first_difference(made: list[int], expected: list[int]) -> str:
-    place = next(
-        (index for index, (a, b) in enumerate(zip(made, expected, strict=False)) if a != b),
-        min(len(made), len(expected)),
-    )
-    start = max(0, place - 2)
-    return f"{made[start : place + 6]} instead of {expected[start : place + 6]} from token {start} on"
 
 
 def _notes(model: Any, merged: MergedModel, llama_cpp: ModuleType) -> list[str]:

@@ -2,131 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import random
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
-
-from qpsft.verify.text import CONVERSATIONS
+from qpsft.verify.text import CONVERSATIONS, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 COUNT = 500
 
-SENTENCES = (
-    "Once upon a time, there was a little girl named Lily.",
-    "The quick brown fox jumps over the lazy dog.",
-    "She didn't know what they'd said; I'm sure you've heard it's 'fine'.",
-    "WHY ARE YOU SHOUTING? i am not.",
-    "Der Bär läuft über die Straße und grüßt höflich.",
-    "L'été dernier, j'ai mangé une crème brûlée à Besançon.",
-    "El niño corrió rápidamente; ¿dónde está la señora?",
-    "Il perché della città è già più chiaro.",
-    "Żółw je źdźbło trawy w Łodzi.",
-    "Příliš žluťoučký kůň úpěl ďábelské ódy.",
-    "Íslenska þjóðin, ævintýri og öl.",
-    "Съешь ещё этих мягких французских булок.",
-    "Η γρήγορη αλεπού πηδά πάνω από τον σκύλο.",
-    "השועל החום המהיר קופץ מעל הכלב.",
-    "الثعلب البني السريع يقفز فوق الكلب.",
-    "तेज़ भूरी लोमड़ी कुत्ते पर कूदती है।",
-    "দ্রুত বাদামী শিয়াল লাফ দেয়।",
-    "เร็วสุนัขจิ้งจอกสีน้ำตาลกระโดด",
-    "敏捷的棕色狐狸跳过了懒狗。",
-    "今天天气怎么样？我很好。",
-    "素早い茶色の狐がのろまな犬を飛び越える。",
-    "カタカナとひらがなと漢字。",
-    "빠른 갈색 여우가 게으른 개를 뛰어넘습니다.",
-    "Tiếng Việt có rất nhiều dấu thanh.",
-    "Hızlı kahverengi tilki, ığüşöç.",
-    "ქართული ენა ლამაზია.",
-    "Հայերեն լեզու։",
-    "😀 😃 😄",
-    "👩‍👩‍👧‍👦 family, 🏳️‍🌈 flag, 👍🏽 thumb",
-    "🙂🙃🙂",
-    "⚡️☀️❤️‍🔥",
-    "e\u0301 is not é",
-    "ﬁ ligature, ½, ², ™, №",
-    "zero\u200bwidth\u200djoiner",
-    "non\u00a0breaking\u2003space",
-    "\u202ertl override\u202c",
-    "tab\tseparated\tvalues",
-)
-
-CODE = (
-    "def f(x):\n    return x ** 2\n",
-    "for (int i = 0; i < n; ++i) {\n\tsum += a[i];\n}",
-    "SELECT * FROM t WHERE a >= 1.5;",
-    '{"key": [1, 2.0, null, true], "nested": {"a": "b\\n"}}',
-    '<div class="x">&nbsp;</div>',
-    "#!/bin/bash\nset -e\ncd ~/x",
-    "import numpy as np  # comment",
-    "x = y if z else w;",
-    "a->b::c<d, e>()",
-    "^\\d{3}-\\w+(?:foo|bar)*$",
-    "C:\\Users\\x\\y.txt",
-    "https://example.org/a?b=c&d=%20#e",
-    "user@example.org",
-    "\\frac{a}{b} \\leq \\sum_{i=0}^{n} x_i",
-    "$$ E = mc^2 $$",
-    "- item\n- item 2\n  - nested\n\n1. one\n2. two",
-    "| a | b |\n|---|---|\n| 1 | 2 |",
-    "```python\nprint('hi')\n```",
-    "lambda: (yield)",
-    "!@#$%^&*()_+-=[]{}|;':\",./<>?",
-    "....",
-    "---",
-    "======",
-    "a_b-c.d/e",
-    "CamelCaseAndsnake_case",
-)
-
-NUMBERS = (
-    "0",
-    "7",
-    "42",
-    "123",
-    "1234",
-    "12345",
-    "123456789",
-    "3.14159",
-    "-17",
-    "1,000,000",
-    "1e-10",
-    "0x1F",
-    "2024-02-29",
-    "12:34:56",
-    "17 + 25 = 42",
-    "99%",
-    "$5.00",
-    "١٢٣",
-    "一百二十三",
-    "Ⅳ",
-    "1st 2nd 3rd",
-    "007",
-    "1/2",
-    "10^6",
-)
-
-SPACES = (
-    "",
-    " ",
-    "  ",
-    "   ",
-    "\n",
-    "\n\n",
-    "\n\n\n",
-    "\t",
-    " \n ",
-    "\r\n",
-    " a",
-    "a ",
-    " a ",
-    "  a  b  ",
-    "a\n b",
-    "\na",
-)
+_TEXTS: dict[str, list[str]] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+"""`sentences` in many languages, `code`, `numbers` and `spaces`."""
 
 
 def varied_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -134,10 +23,10 @@ def varied_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
     The same for the same tokenizer; the empty text is not among them.
     """
-    texts = [*SENTENCES, *CODE, *NUMBERS, *SPACES, *_special(tokenizer), *_conversations(tokenizer)]
+    own = [text for kind in _TEXTS.values() for text in kind]
     generator = random.Random(0)
-    pieces = [*SENTENCES, *CODE, *NUMBERS, *SPACES, *(word for text in SENTENCES for word in text.split())]
-    unique = dict.fromkeys(text for text in texts if text)
+    pieces = [*own, *(word for text in _TEXTS["sentences"] for word in text.split())]
+    unique = dict.fromkeys(text for text in [*own, *_special(tokenizer), *_conversations(tokenizer)] if text)
     while len(unique) < COUNT:
         parts = generator.choices(pieces, k=generator.randint(1, 4))
         unique[generator.choice(("", " ", "\n", ", ")).join(parts) or "x"] = None
@@ -153,12 +42,5 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def _conversations(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     if tokenizer.chat_template is None:
         return []
-    texts = []
-    for conversation in CONVERSATIONS:
-        for opened in (False, True):
-            options: dict[str, Any] = {"add_generation_prompt": opened, "tokenize": False}
-            try:
-                texts.append(tokenizer.apply_chat_template(conversation, **options))
-            except (TemplateError, TypeError, ValueError):
-                continue  # a template may refuse a system turn
-    return texts
+    texts = [render(tokenizer, talk, opened=opened) for talk in CONVERSATIONS for opened in (False, True)]
+    return [text for text in texts if text is not None]

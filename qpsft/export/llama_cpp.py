@@ -17,7 +17,6 @@ import tempfile
 import time
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -45,12 +44,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "qpsft"
 
 
-def find_llama_cpp(path: str | Path | None = None, *, verbose: bool = True) -> Path:
+def find_llama_cpp(path: str | Path | None = None) -> Path:
     """A folder with llama.cpp's converters and gguf-py.
 
     Args:
         path: a llama.cpp checkout; None is $LLAMA_CPP, else the copy in the cache folder, downloaded if need be.
-        verbose: say so when something is downloaded.
 
     Raises:
         ExportError: the folder has no converters, or the copy cannot be had or is not the pinned one.
@@ -67,18 +65,17 @@ def find_llama_cpp(path: str | Path | None = None, *, verbose: bool = True) -> P
         return folder
     folder = cache_folder() / f"llama.cpp-{VERSION}"
     if not (folder / CONVERTER).is_file():
-        _download_converters(folder, verbose)
+        _download_converters(folder)
     return folder
 
 
-def _download_converters(folder: Path, verbose: bool) -> None:
+def _download_converters(folder: Path) -> None:
     """Downloads the pinned source distribution and unpacks the converters; the finished folder or none."""
-    if verbose:
-        print(
-            f"llama.cpp's converters are not here yet: pip downloads the source of llama-cpp-python {VERSION} "
-            f"({SIZE}, once, a minute or two) and they are kept in {folder}.",
-            flush=True,
-        )
+    print(
+        f"llama.cpp's converters are not here yet: pip downloads the source of llama-cpp-python {VERSION} ({SIZE}, "
+        f"once, a minute or two) and they are kept in {folder}.",
+        flush=True,
+    )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".llama.cpp-") as temporary:
@@ -161,18 +158,12 @@ def _is_gguf(name: str) -> bool:
     return name == "gguf" or name.startswith("gguf.")
 
 
-def run_converter(
-    llama_cpp: Path, script: str, arguments: list[str], output: Path, *, expected: int, show_progress: bool
-) -> None:
+def run_converter(llama_cpp: Path, script: str, arguments: list[str], output: Path, *, expected: int) -> None:
     """Runs a converter in a process of its own, with its own gguf-py first on the path.
 
     Args:
-        llama_cpp: from `find_llama_cpp`.
-        script: its name.
         arguments: for it, the output excluded.
-        output: the file it writes.
         expected: about how many bytes it will have, for the progress bar.
-        show_progress: show one.
 
     Raises:
         ExportError: it failed; with the end of what it printed.
@@ -183,14 +174,12 @@ def run_converter(
     environment |= {"PYTHONPATH": os.pathsep.join(path)}
     environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     command = [sys.executable, str(llama_cpp / script), "--outfile", str(output), *arguments]
-    code, said = run_process(command, environment, output, expected=expected, show_progress=show_progress)
+    code, said = run_process(command, environment, output, expected=expected)
     if code != 0 or not output.is_file():
         raise ExportError(f"llama.cpp's {script} failed (exit code {code}):\n{last_lines(said, 12)}\n", _advice(said))
 
 
-def run_process(
-    command: list[str], environment: dict[str, str], output: Path, *, expected: int, show_progress: bool
-) -> tuple[int, str]:
+def run_process(command: list[str], environment: dict[str, str], output: Path, *, expected: int) -> tuple[int, str]:
     """Runs a command that writes `output`, with a progress bar over its size. Returns (exit code, what it printed).
 
     The process is killed when this one is interrupted.
@@ -198,28 +187,17 @@ def run_process(
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:
-            _wait(process, output, expected, show_progress)
+            with tqdm(total=expected, desc="writing GGUF", unit="B", unit_scale=True, disable=None, leave=False) as bar:
+                while process.poll() is None:
+                    size = output.stat().st_size if output.exists() else 0
+                    bar.update(min(size, expected) - bar.n)
+                    time.sleep(0.05)
         except BaseException:
             process.kill()
             process.wait()
             raise
         log.seek(0)
         return process.returncode, log.read()
-
-
-def _wait(process: Any, output: Path, expected: int, show_progress: bool) -> None:
-    with tqdm(
-        total=expected,
-        desc="writing GGUF",
-        unit="B",
-        unit_scale=True,
-        disable=None if show_progress else True,
-        leave=False,
-    ) as bar:
-        while process.poll() is None:
-            size = output.stat().st_size if output.exists() else 0
-            bar.update(min(size, expected) - bar.n)
-            time.sleep(0.05)
 
 
 def last_lines(text: str, count: int) -> str:
@@ -239,3 +217,11 @@ def _advice(said: str) -> str:
     if "not supported" in said:
         return "This llama.cpp does not know the architecture: try a newer one with --llama_cpp."
     return "Try a newer llama.cpp with --llama_cpp, or use the merged safetensors folder."
+
+
+def went_wrong(path: Path, what: str) -> ExportError:
+    """The error for a file that the converter wrote and that is not what it was made of."""
+    return ExportError(
+        f"The conversion to {path.name} went wrong: {what}.",
+        "Try a newer llama.cpp with --llama_cpp, or use the merged safetensors folder.",
+    )

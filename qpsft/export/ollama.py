@@ -10,20 +10,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
-from qpsft.errors import ExportError, OutputError
+from qpsft.errors import OutputError
 from qpsft.export.gguf import ExportReport, export_gguf
+from qpsft.export.options import ExportOptions
 from qpsft.files import write_atomically
 from qpsft.model.adapter_folder import AdapterFolder
 from qpsft.model.base import load_tokenizer
 from qpsft.model.folder import is_adapter, resolve_folder
 from qpsft.terminal import wrap
 from qpsft.verify.exported import read_text_config
+from qpsft.verify.text import render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,12 +85,7 @@ class OllamaReport:
     """What was written for Ollama.
 
     Attributes:
-        folder: where.
-        gguf: the report of the GGUF.
         template: whether a TEMPLATE was derived.
-        stops: the stop strings.
-        num_ctx: the context length.
-        notes: what the user should know.
     """
 
     folder: Path
@@ -114,68 +109,57 @@ class OllamaReport:
         )
 
 
-def export_ollama(
-    source: str | Path,
-    output: str | Path,
-    *,
-    num_ctx: int | None = None,
-    base: str | None = None,
-    overwrite: bool = False,
-    **options: Any,
-) -> OllamaReport:
+def export_ollama(options: ExportOptions) -> OllamaReport:
     """Writes a folder with `model.gguf` and `Modelfile`.
-
-    Args:
-        source: an adapter's folder or a merged one.
-        output: the folder to write.
-        num_ctx: context length; None is the longest the model was made for.
-        base: as in `export_gguf`.
-        overwrite: replace what an earlier export wrote there.
-        options: the others of `qpsft.export.gguf.export_gguf`.
 
     Raises:
         OutputError: the folder holds something and `overwrite` is False.
         As `export_gguf`.
     """
-    source, output = Path(source).expanduser(), Path(output).expanduser()
-    if num_ctx is not None and num_ctx < 1:
-        raise ExportError(f"num_ctx is {num_ctx}.", "Use a number of tokens.")
+    source, output = options.source, options.output
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file; an Ollama export is a folder.", "Choose another with -o.")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
+    if output.is_dir() and any(output.iterdir()) and not options.overwrite:
         raise OutputError(f"{output} exists.", "Give --overwrite to replace it, or choose another with -o.")
     new = not output.exists()
     if is_adapter(source):
         adapter = AdapterFolder(source)
-        config_folder = adapter.base_folder(base, same_rounding=False)
+        config_folder = adapter.base_folder(options.base, same_rounding=False)
         tokenizer = adapter.tokenizer(config_folder)
     else:
         config_folder, tokenizer = resolve_folder(source), load_tokenizer(source)
     config = read_text_config(config_folder)
     try:
-        gguf = export_gguf(source, output / MODEL_FILE, base=base, overwrite=overwrite, **options)
+        gguf = export_gguf(replace(options, to="gguf", output=output / MODEL_FILE))
     except BaseException:
         if new and output.is_dir() and not any(output.iterdir()):
             output.rmdir()
         raise
-    notes = []
     template, reason = derive_template(tokenizer, adds_bos=gguf.check.adds_bos)
+    length = options.num_ctx or config.get("max_position_embeddings")
+    write_atomically(output / "Modelfile", modelfile(gguf.path.name, template, gguf.stops, length))
+    notes = _notes(tokenizer, template, reason, config, length)
+    return OllamaReport(output, gguf, template is not None, gguf.stops, length, notes)
+
+
+def _notes(
+    tokenizer: PreTrainedTokenizerBase, template: ChatPieces | None, reason: str, config: dict, length: int | None
+) -> list[str]:
+    """What the user should know of the template and of the memory that the context takes."""
+    notes = []
     if template is None:
         notes.append(f"{reason}: TEMPLATE is left to Ollama, which reads the chat template in the GGUF")
     elif "system" not in template.turns:
         notes.append("the chat template has no system turn of its own, so Ollama will leave SYSTEM messages out")
     if template is not None and "strftime_now" in str(tokenizer.chat_template):
         notes.append("the chat template writes the current date; the Modelfile keeps the date of this export")
-    length = num_ctx or config.get("max_position_embeddings")
     cache = _cache_bytes(config, length or 0)
     if cache > LARGE_CACHE:
         notes.append(
             f"a context of {length} tokens takes {cache / 1e9:.0f} GB of cache beside the model: lower num_ctx if that "
             "is too much"
         )
-    text = modelfile(gguf.path.name, template, gguf.stops, length)
-    write_atomically(output / "Modelfile", text)
-    return OllamaReport(output, gguf, template is not None, gguf.stops, length, notes)
+    return notes
 
 
 def modelfile(model: str, template: ChatPieces | None, stops: list[str], num_ctx: int | None) -> str:
@@ -205,15 +189,15 @@ def derive_template(tokenizer: PreTrainedTokenizerBase, *, adds_bos: bool) -> tu
     """
     bos = tokenizer.bos_token if adds_bos else None
 
-    def render(messages: Messages, opened: bool) -> str | None:
-        text = _render(tokenizer, messages, opened)
+    def render_here(messages: Messages, opened: bool) -> str | None:
+        text = render(tokenizer, messages, opened=opened)
         return text.removeprefix(bos) if text is not None and bos else text
 
     if tokenizer.chat_template is None:
         return None, "the model has no chat template"
     for derive, opened in ((_from_conversations, (False, True)), (_from_prompts, (True,))):
-        pieces = derive(render)
-        if pieces is not None and _renders_the_same(pieces, render, opened):
+        pieces = derive(render_here)
+        if pieces is not None and _renders_the_same(pieces, render_here, opened):
             if '"""' in pieces.go_template():
                 return None, 'the chat template contains """'
             return pieces, ""
@@ -287,13 +271,6 @@ def _with_system(head: str, turns: dict[str, tuple[str, str]], opening: str, bot
             head, default = "", head
         turns = {"system": (before.removeprefix(head), after)} | turns
     return ChatPieces(head, default, turns, opening)
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, opened: bool) -> str | None:
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)
-    except (TemplateError, TypeError, ValueError):
-        return None  # many templates refuse a system turn
 
 
 def _conversations(with_system: bool) -> list[Messages]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +25,6 @@ class PushReport:
     """What was, or would be, uploaded.
 
     Attributes:
-        folder: from where.
-        repo_id: to where.
         private: whether the repository is (made) private.
         files: (path in the folder, bytes), in order of name.
         left_out: paths in the folder that are not uploaded.
@@ -116,22 +113,18 @@ def files_to_upload(folder: Path) -> tuple[list[tuple[str, int]], list[str]]:
     Raises:
         ExportError: it is not a folder, or holds no weights.
     """
+    from huggingface_hub.utils import filter_repo_objects
+
     if not folder.is_dir():
         raise ExportError(f"There is no folder {folder}.", "Give the folder that qpsft train, merge or export wrote.")
-    files, left_out = [], []
-    for path in sorted(folder.iterdir()):
-        belongs = path.is_file() and _matches(path.name, FILES) and not _matches(path.name, NEVER)
-        if belongs:
-            files.append((path.name, path.stat().st_size))
-        else:
-            left_out.append(path.name + ("/" if path.is_dir() else ""))
+    inside = sorted(folder.iterdir())
+    names = [path.name for path in inside if path.is_file()]
+    chosen = set(filter_repo_objects(names, allow_patterns=list(FILES), ignore_patterns=list(NEVER)))
+    files = [(path.name, path.stat().st_size) for path in inside if path.name in chosen]
+    left_out = [path.name + ("/" if path.is_dir() else "") for path in inside if path.name not in chosen]
     if not any(name.endswith((".safetensors", ".gguf")) for name, _ in files):
         raise ExportError(
             f"{folder} holds no weights to upload (*.safetensors or *.gguf).",
             "Give the folder that qpsft train, merge or export wrote.",
         )
     return files, left_out
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qpsft.errors import ExportError
+from qpsft.export.options import ExportOptions
+from qpsft.merge.merging import merge_adapter
+from qpsft.merge.report import MergeReport
 from qpsft.model.adapter_folder import AdapterFolder
 from qpsft.model.base_record import BaseRecord
 from qpsft.model.folder import DEMO, MODEL_DIR, check_folder, is_adapter
 from qpsft.terminal import wrap
-
-if TYPE_CHECKING:
-    from qpsft.merge.merging import MergeReport
 
 DEFAULT_RANK = 16
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -28,13 +28,9 @@ class VllmReport:
     """Whether vLLM can serve an adapter or a merged folder, and how.
 
     Attributes:
-        source: the folder.
         servable: vLLM can load it: an adapter beside its base, a merged folder as it is.
-        refusals: why not.
         command: the `vllm serve` command, for the adapter or for the merged folder; None when there is neither.
-        notes: what the user should know.
         merge: the report of the merge, if the adapter was merged because it is not servable.
-        is_adapter: False for a merged folder.
     """
 
     source: Path
@@ -56,81 +52,50 @@ class VllmReport:
         return "\n".join([*lines, f"next: {self.command or 'merge it with qpsft export --to vllm -o FOLDER'}"])
 
 
-def check_vllm(adapter: str | Path, *, base: str | None = None) -> VllmReport:
-    """Looks for what vLLM refuses in an adapter, without vLLM and without the base's weights.
+def export_vllm(options: ExportOptions) -> VllmReport:
+    """The command that serves an adapter or a merged folder, found without vLLM.
 
-    Args:
-        adapter: the adapter's folder.
-        base: what to serve instead of the base in the adapter's record.
-
-    Raises:
-        BaseModelError: not an adapter folder, no record of its base, no such base, or not the base of this adapter.
-        ExportError: its config is not a LoRA's.
-    """
-    opened = AdapterFolder(adapter)
-    adapter, config = opened.path, opened.settings
-    if config.get("peft_type") != "LORA":
-        raise ExportError(
-            f"The adapter in {adapter} is of type {config.get('peft_type')}.", "vLLM serves LoRA adapters only."
-        )
-    record = opened.record
-    opened.base_folder(base, same_rounding=False, weights=False)
-    refusals = _refusals(config)
-    report = VllmReport(adapter, not refusals, refusals, None)
-    if report.servable:
-        report.command = _serve(adapter, base, record, _largest_rank(config))
-        report.notes = _notes(record)
-    return report
-
-
-def export_vllm(
-    source: str | Path, output: str | Path | None = None, *, base: str | None = None, **options: Any
-) -> VllmReport:
-    """The command that serves an adapter or a merged folder; an adapter that vLLM refuses is merged into `output`.
-
-    Args:
-        source: an adapter's folder or a merged one.
-        output: folder for the merged model, used only when it is needed; None never merges.
-        base: as in `check_vllm`, and for the merge.
-        options: for `qpsft.merge.merge_adapter`.
+    An adapter that vLLM refuses is merged into `output`, if there is one; without it nothing is merged, and nothing
+    but the configuration of its base is read.
 
     Raises:
-        ExportError: it is neither.
-        As `check_vllm`, and as `merge_adapter`.
+        BaseModelError: no record of the adapter's base, no such base, or not the base of this adapter.
+        ExportError: it is neither an adapter nor a merged folder, or its config is not a LoRA's.
+        As `merge_adapter`.
     """
-    source = Path(source).expanduser()
+    source = options.source
     if not is_adapter(source):
         check_folder(source)
         return VllmReport(source, True, [], shlex.join(["vllm", "serve", str(source.resolve())]), is_adapter=False)
-    report = check_vllm(source, base=base)
-    if not report.servable and output is not None:
-        from qpsft.merge.merging import merge_adapter
+    adapter = AdapterFolder(source)
+    config = adapter.settings
+    if config.get("peft_type") != "LORA":
+        raise ExportError(
+            f"The adapter in {source} is of type {config.get('peft_type')}.", "vLLM serves LoRA adapters only."
+        )
+    record = adapter.record
+    adapter.base_folder(options.base, same_rounding=False, weights=False)
+    refusals = _refusals(adapter)
+    if not refusals:
+        command = _serve(source, options.base, record, _largest_rank(config))
+        return VllmReport(source, True, [], command, _notes(record))
+    merge = command = None
+    if options.output is not None:
+        merge = merge_adapter(source, options.output, base=options.base, overwrite=options.overwrite)
+        command = shlex.join(["vllm", "serve", merge.output])
+    return VllmReport(source, False, refusals, command, merge=merge)
 
-        report.merge = merge_adapter(source, output, base=base, **options)
-        report.command = shlex.join(["vllm", "serve", report.merge.output])
-    return report
 
-
-def _refusals(config: dict[str, Any]) -> list[str]:
+def _refusals(adapter: AdapterFolder) -> list[str]:
     """What vLLM's PEFTHelper and its LoRA layers refuse, or take and compute wrongly."""
-    saved, targets = config.get("modules_to_save") or [], config.get("target_modules") or []
+    config, targets = adapter.settings, adapter.settings.get("target_modules") or []
+    refusals = [f"it has {what}, which vLLM does not support" for what in adapter.beyond_low_rank()]
     targets = [targets] if isinstance(targets, str) else targets
-    refusals = []
-    if saved:
-        refusals.append(f"it has modules trained in full ({', '.join(saved)}); vLLM takes low-rank updates only")
-    if config.get("use_dora"):
-        refusals.append("it is a DoRA adapter, which vLLM does not support")
-    if config.get("bias", "none") != "none" or config.get("lora_bias"):
-        refusals.append("it has trained biases, which vLLM does not support")
     embeddings = [name for name in targets if name.rpartition(".")[2] in EMBEDDINGS]
     if embeddings:
         refusals.append(f"it adapts {', '.join(embeddings)}, which vLLM does not adapt for most models")
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         refusals.append("layers have ranks or alphas of their own, and vLLM scales all layers by one alpha / rank")
-    if config.get("target_parameters"):
-        refusals.append("it adapts parameters directly (target_parameters), which vLLM does not support")
-    if config.get("trainable_token_indices"):
-        refusals.append("it has trainable token rows, which vLLM does not support")
     rank = _largest_rank(config)
     if rank > RANKS[-1]:
         refusals.append(f"its rank is {rank}, and vLLM's largest is {RANKS[-1]}")

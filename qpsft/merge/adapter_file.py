@@ -7,10 +7,7 @@ holds exactly the tensors of these layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,46 +65,33 @@ class Change:
     shift: tuple[StoredTensor, float] | None = None
 
 
-@dataclass
-class Adapter:
-    """An adapter's folder and its weights file, opened for reading."""
+def read_changes(
+    adapter: AdapterFolder, file: TensorFile, skeleton: PreTrainedModel, tied: dict[str, str]
+) -> dict[str, Change]:
+    """An adapter's changes to the parameters of `skeleton`, into which PEFT's layers are put, by parameter name.
 
-    folder: AdapterFolder
-    file: TensorFile
+    Args:
+        adapter: whose `check_base` has passed the base.
+        file: its weights file.
+        skeleton: the base model's architecture on the meta device.
+        tied: names of parameters that are another parameter, by that parameter's.
 
-    def changes(self, skeleton: PreTrainedModel, tied: dict[str, str]) -> dict[str, Change]:
-        """The changes to the parameters of `skeleton`, into which PEFT's layers are put, by parameter name.
-
-        Args:
-            skeleton: the base model's architecture on the meta device; `folder.check_base` has passed it.
-            tied: names of parameters that are another parameter, by that parameter's.
-
-        Raises:
-            ExportError: a tensor is not finite; the layer's kind cannot be merged; or the change would untie tied
-                weights.
-        """
-        return _Reading(self, skeleton, tied).changes
-
-
-@contextmanager
-def open_adapter(path: Path) -> Iterator[Adapter]:
-    """Opens an adapter's folder. Raises as `AdapterFolder` and its `mergeable_config`."""
-    folder = AdapterFolder(path)
-    folder.mergeable_config()
-    with TensorFile(folder.weights_file) as file:
-        yield Adapter(folder, file)
+    Raises:
+        ExportError: a tensor is not finite; the layer's kind cannot be merged; or the change would untie tied weights.
+    """
+    return _Reading(adapter, file, skeleton, tied).changes
 
 
 class _Reading:
     """Collects the changes, layer by layer, then the parameters that are stored whole."""
 
-    def __init__(self, adapter: Adapter, skeleton: PreTrainedModel, tied: dict[str, str]):
-        self.file = adapter.file
+    def __init__(self, adapter: AdapterFolder, file: TensorFile, skeleton: PreTrainedModel, tied: dict[str, str]):
+        self.file = file
         self.parameters = set(skeleton.state_dict())
         self.changes: dict[str, Change] = {}
         self.tied_rows: set[str] = set()
         self._check_finite()
-        for name, module in adapter.folder.put_layers(skeleton).named_modules():
+        for name, module in adapter.put_layers(skeleton).named_modules():
             self._layer(name.removeprefix(PREFIX), module)
         self._whole_parameters()
         self._keep_tied(tied)

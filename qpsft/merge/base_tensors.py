@@ -60,7 +60,6 @@ class BaseTensors:
     """A base model's folder, opened.
 
     Attributes:
-        folder: where they are.
         skeleton: the trained model's architecture on the meta device.
         tensors: in the order they lie on the disk.
         left_out: names in the folder that the trained model does not have.
@@ -92,7 +91,6 @@ def open_base(folder: Path, record: BaseRecord | None) -> Iterator[BaseTensors]:
     """Opens a base model's folder that `qpsft.model.folder.check_folder` has passed.
 
     Args:
-        folder: the base model's.
         record: how training rounded it; None if that does not matter (merging onto the original weights).
 
     Yields:

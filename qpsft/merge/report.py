@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qpsft.files import write_atomically
+from qpsft.merge.model_files import write_json
 from qpsft.model.base_record import BaseRecord
+from qpsft.model.folder import MERGE_REPORT
 from qpsft.terminal import wrap
 
 
@@ -17,7 +20,6 @@ class MergeReport:
     Attributes:
         rounding: how the base was rounded in training, in words.
         bytes: of the weights written.
-        tensors: number written.
         low_rank: matrices that a low-rank update was added to.
         replaced: tensors changed otherwise (copies trained in full, biases, token rows).
         seconds: of the whole merge, `merge_seconds` without the verification.
@@ -73,35 +75,40 @@ class MergeReport:
             f"({self.rounding}), so this is near the model that was trained, and not the same.",
         }[self.onto]
         revision = f" @ {self.base_revision}" if self.base_revision else ""
-        not_run = ["Not run. `qpsft verify ADAPTER THIS_FOLDER` runs it."]
-        lines = [
-            "---",
-            *([f"base_model: {self.base}"] if on_hub else []),
-            "library_name: transformers",
-            "pipeline_tag: text-generation",
-            "tags: [qpsft, psft, lora-merged]",
-            "---",
-            "",
-            f"# {Path(self.output).name}",
-            "",
-            f"A LoRA adapter merged into its base model by qpsft {self.qpsft_version}.",
-            "",
-            "| | |",
-            "| --- | --- |",
-            f"| base | {self.base if on_hub else Path(self.base).name}{revision} |",
-            f"| adapter | {Path(self.adapter).name} |",
-            f"| merged onto | {onto} |",
-            f"| dtype | {self.dtype} |",
-            f"| changed | {self.low_rank} matrices by low-rank updates, {self.replaced} tensors otherwise |",
-            "",
-            "## Verification against the live model",
-            "",
-            *(["```", self.verification["summary"], "```"] if self.verification else not_run),
-            "",
-            "`merge_report.json` holds the same and more numbers.",
-            "",
-        ]
-        return "\n".join(lines)
+        verified = "Not run. `qpsft verify ADAPTER THIS_FOLDER` runs it."
+        if self.verification:
+            verified = f"```\n{self.verification['summary']}\n```"
+        base_model = f"base_model: {self.base}\n" if on_hub else ""
+        return f"""---
+{base_model}library_name: transformers
+pipeline_tag: text-generation
+tags: [qpsft, psft, lora-merged]
+---
+
+# {Path(self.output).name}
+
+A LoRA adapter merged into its base model by qpsft {self.qpsft_version}.
+
+| | |
+| --- | --- |
+| base | {self.base if on_hub else Path(self.base).name}{revision} |
+| adapter | {Path(self.adapter).name} |
+| merged onto | {onto} |
+| dtype | {self.dtype} |
+| changed | {self.low_rank} matrices by low-rank updates, {self.replaced} tensors otherwise |
+
+## Verification against the live model
+
+{verified}
+
+`merge_report.json` holds the same and more numbers.
+"""
+
+    def write(self, folder: Path) -> None:
+        """Writes the card and `merge_report.json` into the merged folder, as its last files."""
+        self.files = sorted([*(path.name for path in folder.iterdir()), "README.md", MERGE_REPORT])
+        write_atomically(folder / "README.md", self.card())
+        write_json(folder / MERGE_REPORT, asdict(self))
 
 
 def rounding_in_words(record: BaseRecord | None) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import os
 import re
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qpsft.errors import BaseModelError, OutputError, RecipeError
+from qpsft.errors import BaseModelError, OutputError, RecipeError, did_you_mean
 from qpsft.model.base_record import quantized_linears, write_base_record
 from qpsft.model.folder import one_line
 from qpsft.recipe.arguments import LoraArguments
@@ -39,10 +38,6 @@ POLICY = "default"
 
 def add_adapter(model: PreTrainedModel, lora: LoraArguments) -> PeftModel:
     """Puts a LoRA adapter named "default" on `model`.
-
-    Args:
-        model: what `load_base` returned.
-        lora: the adapter's options.
 
     Returns:
         The PEFT model. Exactly the adapter's parameters (A (r, in), B (out, r), DoRA magnitudes (out,), copies of
@@ -160,7 +155,7 @@ def adapted_layers(peft_model: PeftModel) -> set[str]:
 
 
 def _ends_with(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
+    return f".{name}".endswith(f".{target}")
 
 
 def _suffixes(names: list[str]) -> list[str]:
@@ -169,10 +164,9 @@ def _suffixes(names: list[str]) -> list[str]:
 
 def _unknown_target(target: str, names: list[str]) -> BaseModelError:
     suffixes = _suffixes(names)
-    near = difflib.get_close_matches(target, suffixes, n=1, cutoff=0.6)
     return BaseModelError(
         f"lora_target_modules: no layer of this model is called {target!r}.",
-        f"{f'Did you mean {near[0]!r}? ' if near else ''}Its linear layers are {', '.join(suffixes)}.",
+        f"{did_you_mean(target, suffixes)}Its linear layers are {', '.join(suffixes)}.",
     )
 
 
@@ -203,11 +197,12 @@ def _modules_to_save(model: PreTrainedModel, wanted: list[str], targets: list[st
     for name in wanted:
         matched = {full: module for full, module in model.named_modules() if full.endswith(name)}
         if not matched or not name:
-            suffixes = sorted({full.rpartition(".")[2] for full, module in model.named_modules() if _is_leaf(module)})
-            near = difflib.get_close_matches(name, suffixes, n=1, cutoff=0.6)
+            suffixes = _suffixes(
+                [full.rpartition(".")[0] for full, _ in model.named_parameters(remove_duplicate=False)]
+            )
             raise BaseModelError(
                 f"lora_modules_to_save: no module of this model is called {name!r}.",
-                f"{f'Did you mean {near[0]!r}? ' if near else ''}Its modules are {', '.join(suffixes)}.",
+                f"{did_you_mean(name, suffixes)}Its modules are {', '.join(suffixes)}.",
             )
         for full, module in matched.items():
             if not quantized.isdisjoint(module.modules()):
@@ -222,10 +217,6 @@ def _modules_to_save(model: PreTrainedModel, wanted: list[str], targets: list[st
                 )
             saved.add(module)
     return saved
-
-
-def _is_leaf(module: nn.Module) -> bool:
-    return next(module.children(), None) is None and next(module.parameters(recurse=False), None) is not None
 
 
 def check_trained_biases(model: PreTrainedModel, config: LoraConfig) -> None:

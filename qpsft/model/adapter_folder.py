@@ -139,7 +139,6 @@ class AdapterFolder:
 
         Args:
             base: its folder or Hub id, if it is no longer where the adapter says.
-            same_rounding: as in `check_base`.
             weights: download a Hub id's weights too, not its configuration and tokenizer only.
 
         Raises:
@@ -180,7 +179,8 @@ class AdapterFolder:
             BaseModelError: it is another model, or a tensor of the adapter is missing, unknown or of another shape.
         """
         self.check_identity(folder, same_rounding=same_rounding)
-        self.check_tensors(self.put_layers(build_skeleton(folder, trust_remote_code=trust_remote_code)), folder)
+        model = self.put_layers(build_skeleton(folder, trust_remote_code=trust_remote_code))
+        check_tensors(self.weights_file, self.shapes, model, folder)
 
     def check_identity(self, folder: Path, *, same_rounding: bool = True) -> None:
         """The first half of `check_base`: is it the model in the record? Without a record nothing can be said."""
@@ -224,25 +224,8 @@ class AdapterFolder:
                     "Give the base it was trained on.",
                 ) from error
 
-    def check_tensors(self, model: PeftModel, base: Any) -> None:
-        """The second half of `check_base`: the file holds the tensors of the adapter's layers on `model`, no others.
-
-        Args:
-            model: with the layers on it, on the meta device or with values.
-            base: what messages call the base.
-
-        Raises:
-            BaseModelError: tensors are missing, unknown or of another shape; see `qpsft.model.adapter_tensors`.
-        """
-        check_tensors(self.weights_file, self.shapes, model, base)
-
-    def load_base(self, folder: Path, *, rounded: bool = True, device: str = "auto") -> PreTrainedModel:
+    def load_base(self, folder: Path, *, device: str = "auto") -> PreTrainedModel:
         """The base as training had it, loaded from what `base_folder` returned.
-
-        Args:
-            folder: the base's.
-            rounded: False loads the base's original weights, which training never saw.
-            device: as in `qpsft.model.base.load_base`.
 
         Raises:
             BaseModelError: no record, or as `qpsft.model.base.load_base`.
@@ -250,7 +233,7 @@ class AdapterFolder:
         record = self.record
         model, _ = load_base(
             folder,
-            quantization=record.quantization if rounded and not record.prequantized else "none",
+            quantization="none" if record.prequantized else record.quantization,
             double_quant=record.double_quant,
             # A base that was quantized on disk has been rounded already; any other is rounded from `weights_dtype`.
             dtype=record.compute_dtype if record.prequantized else record.weights_dtype,
@@ -276,6 +259,18 @@ class AdapterFolder:
                 f"The adapter in {self.path} cannot be put on its base: {one_line(error)}",
                 f"Check that {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} belong together and to this base.",
             ) from error
+
+    def beyond_low_rank(self) -> list[str]:
+        """What the adapter has beside low-rank updates of layers, in words. Programs that serve adapters lack these."""
+        settings = self.settings
+        features = {
+            f"modules trained in full ({', '.join(settings.get('modules_to_save') or [])})": "modules_to_save",
+            "DoRA": "use_dora",
+            "trained biases": "lora_bias" if settings.get("bias", "none") == "none" else "bias",
+            "adapted parameters (target_parameters)": "target_parameters",
+            "trainable token rows": "trainable_token_indices",
+        }
+        return [what for what, key in features.items() if settings.get(key)]
 
     def mergeable_config(self) -> LoraConfig:
         """The config of an adapter whose trained weights are the base's plus low-rank products.

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from qpsft.errors import BaseModelError
 from qpsft.model.adapter import POLICY
+from qpsft.model.base_record import logical_shape
 from qpsft.model.folder import ADAPTER_CONFIG, one_line
 
 if TYPE_CHECKING:
@@ -104,13 +104,7 @@ def _wanted(model: PeftModel) -> Shapes:
 def _base_weights(model: PeftModel) -> Shapes:
     """The base's own parameters, by the names under which PEFT would save them."""
     parameters = model.named_parameters(remove_duplicate=False)
-    return {name: _logical_shape(p) for name, p in parameters if not any(part in name for part in _TRAINED)}
-
-
-def _logical_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """The shape of the values; a 4-bit weight is stored in another."""
-    state = getattr(parameter, "quant_state", None)
-    return tuple(parameter.shape if state is None else state.shape)
+    return {name: tuple(logical_shape(p)) for name, p in parameters if not any(part in name for part in _TRAINED)}
 
 
 def _loaded(file: Path, stored: Shapes, model: PeftModel, base: Any) -> dict[str, _Tensor]:

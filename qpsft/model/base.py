@@ -39,7 +39,8 @@ from qpsft.model.hardware import (
     pick_dtype,
     warn_if_slow,
 )
-from qpsft.terminal import wrap
+from qpsft.model.skeleton import load_config
+from qpsft.terminal import short_number, wrap
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -199,19 +200,12 @@ def describe(model: PreTrainedModel, device: torch.device, compute_dtype: torch.
         storage = weight.quant_type + (" + double quantization" if weight.compress_statistics else "")
     parts = [
         f"base: {Path(model.qpsft_source.name).name}",
-        f"{_short(parameter_count(model), 'K', 'M', 'B')} parameters",
+        f"{short_number(parameter_count(model))} parameters",
         storage,
         f"{str(compute_dtype).removeprefix('torch.')} compute on {device}",
-        f"{_short(stored_bytes(model), 'KB', 'MB', 'GB')}",
+        f"{short_number(stored_bytes(model))}B",
     ]
     return " · ".join(parts)
-
-
-def _short(number: int, thousand: str, million: str, billion: str) -> str:
-    for size, unit in ((10**9, billion), (10**6, million)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number / 1000:.3g} {thousand}"
 
 
 def _require_bitsandbytes(device: torch.device) -> None:
@@ -223,19 +217,6 @@ def _require_bitsandbytes(device: torch.device) -> None:
         raise BaseModelError(
             f"bitsandbytes {bitsandbytes.__version__} does not work on {device.type}.", "Use quantization none."
         )
-
-
-def load_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
-    """config.json of a folder as transformers reads it. Raises BaseModelError when it cannot."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except (StrictDataclassError, OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        raise BaseModelError(
-            f"{folder / 'config.json'} cannot be read by transformers: {one_line(error)}", "Download it again."
-        ) from error
 
 
 def modules_to_skip(model: PreTrainedModel) -> list[str]:

@@ -70,7 +70,7 @@ class BaseRecord:
     weights_dtype: str
     prequantized: bool
     unquantized_modules: list[str]
-    quantized_on: str | None = None
+    quantized_on: str | None
 
 
 def quantized_linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -127,7 +127,7 @@ def check_read_back(model: nn.Module) -> None:
 
 def parameter_count(model: nn.Module) -> int:
     """Number of the base's weights, shared ones once, 4-bit ones by the shape they stand for."""
-    return sum(_logical_numel(parameter) for name, parameter in model.named_parameters() if _is_base(name))
+    return sum(logical_shape(parameter).numel() for name, parameter in model.named_parameters() if _is_base(name))
 
 
 def _is_base(name: str) -> bool:
@@ -135,9 +135,10 @@ def _is_base(name: str) -> bool:
     return ".lora_" not in name and ".modules_to_save." not in name
 
 
-def _logical_numel(parameter: nn.Parameter) -> int:
+def logical_shape(parameter: torch.Tensor) -> torch.Size:
+    """The shape of a parameter's values; a 4-bit weight is stored in another."""
     state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else state.shape.numel()
+    return parameter.shape if state is None else state.shape
 
 
 def stored_bytes(model: nn.Module) -> int:
@@ -190,6 +191,7 @@ def _settings(base: nn.Module, source: BaseSource) -> dict:
         "quant_storage": None,
         "compute_dtype": _name(base.dtype),
         "weights_dtype": _name(base.dtype),
+        "quantized_on": None,
         "unquantized_modules": [
             _base_name(name)
             for name, module in base.named_modules()
@@ -286,10 +288,10 @@ def state_quantized_on(folder: str | os.PathLike, quantized_on: str | None) -> N
     """
     if quantized_on is None:
         return
+    path = Path(folder) / RECORD_FILE
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the assumption that this replaces
         record = read_base_record(folder)
-    path = Path(folder) / RECORD_FILE
     stated = json.loads(path.read_text(encoding="utf-8")).get("quantized_on")
     if stated == quantized_on:
         return

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from qpsft.errors import BaseModelError, RecipeError
 from qpsft.model.adapter import POLICY, adapted_layers, check_trained_biases, targeted_layers, train_copies_in_float32
 from qpsft.model.adapter_folder import AdapterFolder
-from qpsft.model.base import load_config, load_tokenizer
+from qpsft.model.adapter_tensors import check_tensors
+from qpsft.model.base import load_tokenizer
 from qpsft.model.base_record import base_record
 from qpsft.model.folder import one_line, resolve_folder
+from qpsft.model.skeleton import load_config
 from qpsft.recipe.file import Recipe
 
 if TYPE_CHECKING:
@@ -61,7 +63,6 @@ def continue_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     """Puts the trained adapter that a recipe's `adapter_name_or_path` names on `model`, to be trained further.
 
     Args:
-        model: what `load_base` returned.
         recipe: its `lora_dropout` is used; all other LoRA options are the adapter's own, and where one is given it
             must have the same value.
 
@@ -103,7 +104,7 @@ def _with_values(adapter: AdapterFolder, model: PreTrainedModel, dropout: float)
             warnings.simplefilter("ignore")
             peft_model = get_peft_model(model, config)
             train_copies_in_float32(peft_model)  # before they are filled, or the base's dtype would round them
-            adapter.check_tensors(peft_model, model.qpsft_source.name)
+            check_tensors(adapter.weights_file, adapter.shapes, peft_model, model.qpsft_source.name)
             peft_model.load_adapter(adapter.path, POLICY, is_trainable=True, torch_device=str(model.device))
     except (RuntimeError, ValueError, TypeError, KeyError, NotImplementedError, OSError) as error:
         raise BaseModelError(

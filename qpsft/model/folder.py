@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from qpsft.errors import BaseModelError, ExportError
+from qpsft.errors import BaseModelError, ExportError, did_you_mean
 from qpsft.files import digest
 
 DEMO = "demo"
@@ -34,7 +34,7 @@ _TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 _WEIGHT_FILES = ["model*.safetensors"]
 
 # Keys of config.json that say nothing about the weights' names, shapes or arithmetic.
-_VOLATILE_KEYS = {
+VOLATILE_KEYS = {
     "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "auto_map", "_attn_implementation",
     "attn_implementation", "bos_token_id", "eos_token_id", "pad_token_id", "quantization_config",
 }  # fmt: skip
@@ -223,10 +223,9 @@ def _check_architecture(folder: Path, config: dict[str, Any], trust_remote_code:
             )
         return
     if model_type not in CONFIG_MAPPING:
-        known = difflib.get_close_matches(str(model_type), list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), n=1)
         raise BaseModelError(
             f"{folder / CONFIG} has model_type {model_type!r}, which this version of transformers does not know.",
-            f"Did you mean {known[0]!r}? Else upgrade transformers." if known else "Upgrade transformers, or check it.",
+            f"{did_you_mean(str(model_type), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}Else upgrade transformers.",
         )
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise BaseModelError(
@@ -334,7 +333,7 @@ def config_sha256(config: dict[str, Any]) -> str:
 
     def essential(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: essential(item) for key, item in value.items() if key not in _VOLATILE_KEYS}
+            return {key: essential(item) for key, item in value.items() if key not in VOLATILE_KEYS}
         return value
 
     return digest(json.dumps(essential(config), sort_keys=True))

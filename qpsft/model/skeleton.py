@@ -25,7 +25,7 @@ from qpsft.model.folder import one_line, read_config
 from qpsft.model.hardware import DTYPES
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def build_skeleton(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -38,18 +38,33 @@ def build_skeleton(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     Raises:
         BaseModelError: transformers cannot build a causal LM from that config.json.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    config = load_config(folder, trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-        if getattr(config, "quantization_config", None) is not None:
-            del config.quantization_config
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        raise BaseModelError(
-            f"{folder / 'config.json'} cannot be read by transformers: {one_line(error)}", "Download it again."
-        ) from error
+        raise _unreadable(folder, error) from error
+
+
+def load_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """config.json of a folder as transformers reads it. Raises BaseModelError when it cannot."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except (StrictDataclassError, OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: Exception) -> BaseModelError:
+    return BaseModelError(
+        f"{folder / 'config.json'} cannot be read by transformers: {one_line(error)}", "Download it again."
+    )
 
 
 def is_part(skeleton: PreTrainedModel, folder: Path) -> bool:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpsft.errors import BaseModelError
-from qpsft.model.base import load_config
 from qpsft.model.folder import CONFIG, DEMO, check_config, resolve_folder
+from qpsft.model.skeleton import load_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model, send_to_device
 from peft import PeftConfig, PeftModel
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer_utils import has_length, rotate_checkpoints
@@ -187,6 +188,15 @@ class PSFTTrainer(SFTTrainer):
             return super().create_scheduler(num_training_steps, optimizer)
         finally:
             self.args.lr_scheduler_kwargs = given
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As in transformers; then the rate is this run's, which may be longer than the one it goes on from."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and isinstance(schedule := self.lr_scheduler, LambdaLR):
+            rates = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            schedule._last_lr = [first * factor(schedule.last_epoch) for first, factor in rates]
+            for group, rate in zip(self.optimizer.param_groups, schedule._last_lr, strict=True):
+                group["lr"] = rate
 
     # ---- the rows ----
 

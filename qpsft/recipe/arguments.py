@@ -16,9 +16,30 @@ from qpsft.recipe.flags import option, option_types, read_values
 from qpsft.recipe.methods import METHODS
 
 Quantization = Literal["nf4", "fp4", "none"]
-QuantizedOn = Literal["cpu", "cuda"]
-QUANTIZED_ON = "where the adapter's base was quantized in training; for an adapter whose record does not say"
-"""Help of the flag that merge, verify, export, chat and evaluate share."""
+
+
+@dataclass(kw_only=True)
+class BaseOptions:
+    """Where an adapter's base is: for every verb that uses an adapter."""
+
+    base: str | None = option(
+        None, "the base's folder or Hub id, if it is no longer where the adapter says", metavar="MODEL"
+    )
+    quantized_on: Literal["cpu", "cuda"] | None = option(
+        None, "where the adapter's base was quantized in training; for an adapter whose record does not say"
+    )
+
+
+@dataclass(kw_only=True)
+class LoadOptions(BaseOptions):
+    """How a model, or an adapter on its base, is loaded and its prompts are written: for verbs that ask it."""
+
+    quantization: Quantization | None = option(None, "of a model without adapter (default: nf4; none for a merged one)")
+    device: str = option("auto", "cpu, cuda, …", metavar="NAME")
+    use_chat_template: Literal["auto", "always", "never"] | None = option(
+        None, "put plain-string prompts through the chat template (default: as in training)"
+    )
+    prompt_format: str | None = option(None, "text around a plain-string prompt (default: as in training)")
 
 
 @dataclass
@@ -194,6 +215,7 @@ class RunArguments:
         "A published method by name; it sets the options of the method (docs/methods.md), and what is given beside it "
         f"wins. {', '.join(METHODS)}.",
         choices=list(METHODS),
+        metavar="NAME",
     )
     resume: bool = option(False, "Continue the run in output_dir from its newest whole checkpoint.")
     overwrite: bool = option(False, "Replace the run that output_dir holds.")

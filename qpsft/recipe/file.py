@@ -69,16 +69,17 @@ def find_beside(given: dict[str, Any], path: Path | None) -> None:
     if path is None:
         return
     for name in PATHS:
-        given |= {name: _beside(given[name], path)} if name in given else {}
+        given |= {name: beside(given[name], path)} if name in given else {}
     if isinstance(given.get("guard"), dict) and "data" in given["guard"]:
-        given["guard"] = given["guard"] | {"data": _beside(given["guard"]["data"], path)}
+        given["guard"] = given["guard"] | {"data": beside(given["guard"]["data"], path)}
     mix = given.get("dataset_mix")
     for entry in [*(mix if isinstance(mix, list) else []), given.get("replay_dataset")]:
         if isinstance(entry, dict):
             find_beside(entry, path)
 
 
-def _beside(value: Any, path: Path) -> Any:
+def beside(value: Any, path: Path) -> Any:
+    """A relative path that exists beside the recipe and not from the current folder, made relative to the recipe's."""
     if isinstance(value, str) and not Path(value).exists() and (_folder(path) / value).exists():
         return os.path.normpath(_folder(path) / value)
     return value
@@ -143,7 +144,6 @@ class Recipe:
     """A run, resolved.
 
     Attributes:
-        path: the YAML file, if there was one.
         given: the options that YAML, flags and `method` set; flags win over YAML, both over the method.
         trainer: an instance of the trainer class handed to `load_recipe`.
     """

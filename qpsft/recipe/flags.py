@@ -38,12 +38,28 @@ def option(default: Any = dataclasses.MISSING, help: str = "", **metadata: Any) 
         default: the value if the option is not given; a list is copied. Without one, it is a positional argument.
         help: what the option is, for `--help`. The default is added to it.
         metadata: `metavar` and `choices` for `--help`; `short`, a flag of one letter beside the long one; `required`,
-            which makes an option without default a flag that must be given.
+            which makes an option without default a flag that must be given; `least` and `above`, see `check_ranges`.
     """
     metadata = {"help": help, **metadata}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_ranges(options: Any) -> None:
+    """Checks the numbers of an options dataclass, those in lists and mappings included.
+
+    Raises:
+        RecipeError: one is below its option's `least`, or not above its `above`.
+    """
+    for field in dataclasses.fields(options):
+        value, (least, above) = getattr(options, field.name), map(field.metadata.get, ("least", "above"))
+        numbers = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        for number in numbers:
+            if least is not None and number is not None and not number >= least:
+                raise RecipeError(f"{field.name} is {number}; it must be at least {least}.")
+            if above is not None and number is not None and not number > above:
+                raise RecipeError(f"{field.name} is {number}; it must be above {above}.")
 
 
 def option_types(classes: Sequence[type]) -> dict[str, Any]:

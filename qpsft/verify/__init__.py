@@ -1,12 +1,5 @@
 """`qpsft verify`: whether an exported model is the model that was trained."""
 
-from typing import Any
+from qpsft.lazy import imported_on_use
 
-
-def __getattr__(name: str) -> Any:
-    """Imports on first use, so that `qpsft verify --help` does not wait for torch."""
-    if name != "verify_export":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from qpsft.verify.verification import verify_export
-
-    return verify_export
+__getattr__ = imported_on_use(__name__, {"verify_export": "qpsft.verify.verification"})

@@ -27,11 +27,7 @@ def read_text_config(folder: Path) -> dict[str, Any]:
 
 
 class ExportedWeights:
-    """The tensors of a folder by name, read from disk one at a time.
-
-    Attributes:
-        folder: where they are.
-    """
+    """The tensors of a folder by name, read from disk one at a time."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -85,8 +81,6 @@ def load_exported(weights: ExportedWeights, device: torch.device, fetch: Callabl
     file name by name (transformers fuses the experts of some) is loaded whole.
 
     Args:
-        weights: the export.
-        device: where it computes.
         fetch: what to read a tensor with, by its name in the file; None is `weights.tensor`.
 
     Raises:

@@ -32,8 +32,6 @@ class LiveModel:
 
     Attributes:
         model: the PEFT model, in eval mode, every unquantized weight float32.
-        tokenizer: the one that training used.
-        base_folder: the base's local folder.
     """
 
     model: PeftModel
@@ -56,23 +54,20 @@ class TrainedWeight:
     trained: Tensor
 
 
-def load_live(
-    adapter: str | Path, base: str | Path | None = None, *, quantized: bool = True, device: str = "auto"
-) -> LiveModel:
+def load_live(adapter: str | Path, base: str | Path | None = None, *, device: str = "auto") -> LiveModel:
     """Loads the adapter on its base, rounded as its record says.
 
     Args:
         adapter: the folder of a PEFT adapter with `base_quantization.json`.
         base: where the base is now; None is the place in the record.
-        quantized: False puts the adapter on the base's original weights, which training never saw.
         device: as in `load_base`.
 
     Raises:
         BaseModelError: not an adapter's folder, no record, another base, or tensors that do not fit it.
     """
     opened = AdapterFolder(adapter)
-    folder = opened.base_folder(base, same_rounding=quantized)
-    model = opened.load_base(folder, rounded=quantized, device=device)
+    folder = opened.base_folder(base)
+    model = opened.load_base(folder, device=device)
     _compute_in_float32(model, dtype_named(opened.record.compute_dtype))
     peft_model = opened.put_on(model).requires_grad_(False)
     return LiveModel(peft_model, opened.tokenizer(folder), folder)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from qpsft.model.generation import neutral_settings
 
@@ -18,9 +19,6 @@ LOGITS_BYTES = 256 * 2**20
 
 KEPT_BYTES = 128 * 2**20
 """At most, of the distributions over the whole vocabulary that are kept for the KL divergence, in float32."""
-
-HIDDEN_TOKENS = 64
-"""Tokens of the first sequence whose hidden states are kept."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +43,12 @@ class Measurement:
         best: the likeliest next token (N,), int64.
         lead: log-probability of the likeliest minus that of the second (N,), float32.
         full: log-probabilities of the whole vocabulary at `kept_positions` (P, V), float32.
-        hidden: hidden states of the first sequence after the embedding and after each of L layers, for its first T
-            tokens (L + 1, T, width).
     """
 
     chosen: Tensor
     best: Tensor
     lead: Tensor
     full: Tensor
-    hidden: Tensor
 
 
 def kept_positions(total: int, vocabulary: int) -> Tensor:
@@ -81,14 +76,10 @@ def measure(model: Any, sequences: list[Sequence], vocabulary: int, device: torc
         best=torch.empty(total, dtype=torch.int64),
         lead=torch.empty(total),
         full=torch.empty(len(keep), vocabulary),
-        hidden=torch.empty(0),
     )
     with torch.inference_mode():
         for batch in _batches(sequences, vocabulary):
-            rows = [sequences[index].ids for index in batch]
-            logits, hidden = _forward(model, rows, device, wants_hidden=0 in batch)
-            if hidden is not None:
-                out.hidden = _first_row(hidden, batch.index(0), len(sequences[0].ids))
+            logits = _forward(model, [sequences[index].ids for index in batch], device)
             for row, index in enumerate(batch):
                 ids = torch.tensor(sequences[index].ids[1:], device=logits.device)
                 span = slice(int(offsets[index]), int(offsets[index + 1]))
@@ -115,24 +106,11 @@ def _batches(sequences: list[Sequence], vocabulary: int) -> list[list[int]]:
     return batches
 
 
-def _forward(
-    model: Any, rows: list[list[int]], device: torch.device, *, wants_hidden: bool
-) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-    """Logits (rows, length, V) and hidden states. Padding is on the right, which a causal LM's tokens never see."""
-    length = max(map(len, rows))
-    ids = torch.zeros(len(rows), length, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, tokens in enumerate(rows):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        mask[row, : len(tokens)] = 1
-    output = model(
-        input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, output_hidden_states=wants_hidden
-    )
-    return output.logits, output.hidden_states if wants_hidden else None
-
-
-def _first_row(hidden: tuple[Tensor, ...], row: int, length: int) -> Tensor:
-    return torch.stack([layer[row, : min(length, HIDDEN_TOKENS)].float().cpu() for layer in hidden])
+def _forward(model: Any, rows: list[list[int]], device: torch.device) -> Tensor:
+    """Logits (rows, length, V). Padding is on the right, which a causal LM's tokens never see."""
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.int64) for row in rows], batch_first=True)
+    return model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
 
 
 def continue_greedily(
@@ -141,20 +119,17 @@ def continue_greedily(
     """The greedy continuation of each prompt: at most `max_new_tokens` tokens, a stop token included."""
     from transformers import GenerationConfig
 
-    width = max(map(len, prompts))
     device = model.get_input_embeddings().weight.device
-    ids = torch.full((len(prompts), width), pad)
-    mask = torch.zeros_like(ids)
-    for row, tokens in enumerate(prompts):
-        ids[row, width - len(tokens) :] = torch.tensor(tokens)
-        mask[row, width - len(tokens) :] = 1
+    padded = {"batch_first": True, "padding_side": "left"}
+    ids = pad_sequence([torch.tensor(tokens) for tokens in prompts], padding_value=pad, **padded)
+    mask = pad_sequence([torch.ones(len(tokens), dtype=torch.int64) for tokens in prompts], **padded)
     config = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=sorted(stop) or None
     )
     with torch.inference_mode(), neutral_settings(model):
         written = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
     rows = []
-    for tokens in written[:, width:].tolist():
+    for tokens in written[:, ids.shape[1] :].tolist():
         end = next((place + 1 for place, token in enumerate(tokens) if token in stop), len(tokens))
         rows.append(tokens[:end])
     return rows
@@ -185,7 +160,6 @@ def distance(first: Measurement, second: Measurement, sequences: list[Sequence],
 
     Args:
         first, second: the measurements. A value in the second that is not finite makes the distance infinite.
-        sequences: what was measured.
         near_tie: lead of the likeliest token, in nats, up to which another likeliest token is no fault.
     """
     difference = (first.chosen - second.chosen).abs()

@@ -57,7 +57,6 @@ def read_prompts(
     Args:
         prompts: a JSONL file, or a list; each line or item is a string, or an object with `text`, or with `input_ids`
             and optionally `prompt_length`. None: the adapter folder's own file, else the built-in set.
-        adapter: the adapter folder.
         tokenizer: the trained tokenizer; it makes tokens of texts.
         limit: how many prompts at most, evenly spread.
         context: how many tokens the model can take.
@@ -65,8 +64,6 @@ def read_prompts(
     Raises:
         DataError: file missing, a line that is not such an object, a token the tokenizer lacks, or no prompt at all.
     """
-    if limit < 1:
-        raise DataError(f"max_prompts is {limit}.", "Use 1 or more.")
     if prompts is None:
         own = adapter / PROMPTS_FILE
         if own.is_file() and own.stat().st_size:

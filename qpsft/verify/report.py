@@ -61,13 +61,10 @@ class VerifyReport:
     """The verdict on an export.
 
     Attributes:
-        adapter: folder of the adapter.
-        exported: folder of the export.
         dtype: the export's dtype, such as "bfloat16".
-        prompts: where the prompts come from.
         numbers: everything measured, ready for JSON; log-probabilities and KL in nats.
         reasons: why it is another model; empty when it is the same.
-        failing_layer: the first weight (or layer) that is not the trained one, if the fault is in the weights.
+        failing_layer: the first weight that is not the trained one, if the fault is in the weights.
         notes: what the user should know though it is the same model.
     """
 

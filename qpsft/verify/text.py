@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +36,11 @@ def template_difference(trained: PreTrainedTokenizerBase, exported: PreTrainedTo
         return None
     for number, conversation in enumerate(CONVERSATIONS, 1):
         for opened in (False, True):
-            expected, actual = (_render(tokenizer, conversation, opened) for tokenizer in (trained, exported))
+            expected, actual = (_rendered_ids(tokenizer, conversation, opened) for tokenizer in (trained, exported))
             if expected != actual:
-                return f"the chat template renders conversation {number} differently: {_first(expected, actual)}"
+                return (
+                    f"the chat template renders conversation {number} differently: {first_difference(expected, actual)}"
+                )
     return None
 
 
@@ -48,26 +51,33 @@ def tokens_difference(
     for text in texts:
         expected, actual = (tokenizer(text, verbose=False)["input_ids"] for tokenizer in (trained, exported))
         if expected != actual:
-            return f"the tokenizer makes other tokens of {text!r}: {_first(expected, actual)}"
+            return f"the tokenizer makes other tokens of {text!r}: {first_difference(expected, actual)}"
     return None
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]], opened: bool) -> list[int] | None:
+def render(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]], *, opened: bool) -> str | None:
+    """A conversation as the chat template writes it, with the generation prompt if `opened`.
+
+    None where the template refuses it, as many refuse a system turn.
+    """
     try:
-        text = tokenizer.apply_chat_template(conversation, add_generation_prompt=opened, tokenize=False)
+        return tokenizer.apply_chat_template(conversation, add_generation_prompt=opened, tokenize=False)
     except (TemplateError, TypeError, ValueError):
         return None
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _first(expected: list[int] | None, actual: list[int] | None) -> str:
+def _rendered_ids(
+    tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, str]], opened: bool
+) -> list[int] | None:
+    text = render(tokenizer, conversation, opened=opened)
+    return None if text is None else tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def first_difference(expected: list[int] | None, actual: list[int] | None) -> str:
     """Where two lists of tokens begin to differ, in words; None is a conversation that the template refuses."""
     if expected is None or actual is None:
         return f"{'the trained' if expected is None else 'the exported'} one refuses it"
-    place = next(
-        (index for index, (a, b) in enumerate(zip(expected, actual, strict=False)) if a != b),
-        min(len(expected), len(actual)),
-    )
+    place = next(i for i, (a, b) in enumerate(zip_longest(expected, actual)) if a != b)
     return f"at token {place}, {expected[place : place + 8]} became {actual[place : place + 8]}"
 
 

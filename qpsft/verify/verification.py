@@ -17,7 +17,6 @@ import dataclasses
 import gc
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,54 +24,25 @@ import torch
 from tqdm.auto import tqdm
 
 from qpsft.model.base import load_tokenizer
-from qpsft.model.folder import MERGE_REPORT, check_folder
+from qpsft.model.folder import MERGE_REPORT, VOLATILE_KEYS, check_folder, read_config
 from qpsft.verify.exported import ExportedWeights, load_exported, read_text_config
 from qpsft.verify.live import load_live, round_weights
 from qpsft.verify.measure import Measurement, Sequence, continue_greedily, distance, measure
+from qpsft.verify.options import VerifyOptions
 from qpsft.verify.parameters import ExportedParameters
 from qpsft.verify.prompts import read_prompts
-from qpsft.verify.report import SLACK, Bounds, VerifyReport
+from qpsft.verify.report import Bounds, VerifyReport
 from qpsft.verify.text import stop_tokens, stops_difference, template_difference, tokens_difference
 from qpsft.verify.weights import compare_weights
 
 
-@dataclass(frozen=True)
-class VerifyOptions:
-    """The arguments of `verify_export`, which explains them."""
-
-    adapter: Path
-    exported: Path
-    base: str | Path | None
-    onto: str
-    prompts: str | Path | list[Any] | None
-    max_prompts: int
-    max_new_tokens: int
-    show_progress: bool
-
-
-def verify_export(
-    adapter: str | Path,
-    exported: str | Path,
-    *,
-    base: str | Path | None = None,
-    onto: str = "trained",
-    prompts: str | Path | list[Any] | None = None,
-    max_prompts: int = 16,
-    max_new_tokens: int = 64,
-    show_progress: bool = True,
-) -> VerifyReport:
+def verify_export(adapter: str | Path, exported: str | Path, **options: Any) -> VerifyReport:
     """Compares a merged folder with the live model it was made from.
 
     Args:
         adapter: the adapter's folder, with its `base_quantization.json`.
         exported: a folder of safetensors with config and tokenizer.
-        base: where the base is now; None is the place in the adapter's record.
-        onto: "trained": the live model is the base as training rounded it. "original": the base's original weights,
-            for an export that was merged onto them on purpose.
-        prompts: see `qpsft.verify.prompts.read_prompts`.
-        max_prompts: how many prompts at most.
-        max_new_tokens: length of the greedy continuation, at most half the model's context; 0 for none.
-        show_progress: show a progress bar.
+        options: the others of `VerifyOptions`; `prompts` may also be a list, as in `qpsft.verify.prompts.read_prompts`.
 
     Returns:
         A report; `report.same_model` is the verdict and `report.require_same()` raises when it is another model.
@@ -81,15 +51,17 @@ def verify_export(
         BaseModelError: adapter, base or export cannot be loaded, or the adapter is not this base's.
         DataError: the prompts cannot be read.
     """
-    adapter, exported = Path(adapter).expanduser(), Path(exported).expanduser()
-    check_folder(exported)
-    options = VerifyOptions(adapter, exported, base, onto, prompts, max_prompts, max_new_tokens, show_progress)
+    return verify_with(VerifyOptions(adapter=adapter, exported=exported, **options))
+
+
+def verify_with(options: VerifyOptions) -> VerifyReport:
+    """`verify_export`, its options made."""
+    check_folder(options.exported)
     try:
         return _Comparison(options, "auto").run()
     except torch.OutOfMemoryError:
         _free_memory()
-        if show_progress:
-            print("verify: the card's memory is too small for float32 arithmetic; using the CPU.", flush=True)
+        print("verify: the card's memory is too small for float32 arithmetic; using the CPU.", flush=True)
     return _Comparison(options, "cpu").run()
 
 
@@ -102,7 +74,7 @@ class _Comparison:
         self.weights = ExportedWeights(exported)
         self.parameters = ExportedParameters(self.weights)
         self.exported_tokenizer = load_tokenizer(exported)
-        self.live = load_live(options.adapter, options.base, quantized=options.onto != "original", device=device)
+        self.live = load_live(options.adapter, options.base, device=device)
         self.device = self.live.model.device
         config = self.live.model.config.get_text_config()
         self.vocabulary = config.vocab_size
@@ -112,11 +84,9 @@ class _Comparison:
             options.prompts, options.adapter, self.live.tokenizer, options.max_prompts, context - self.max_new_tokens
         )
         self.stops = stop_tokens(self.live.base_folder, self.live.tokenizer)
-        numbers = {"prompts": len(self.prompts), "onto": options.onto}
+        numbers = {"prompts": len(self.prompts)}
         self.report = VerifyReport(options.adapter, exported, self.weights.main_dtype(), place, numbers)
-        self.bar = tqdm(
-            total=4, desc="verify", unit="step", disable=None if options.show_progress else True, leave=False
-        )
+        self.bar = tqdm(total=4, desc="verify", unit="step", disable=None, leave=False)
 
     def run(self) -> VerifyReport:
         """All steps, one after the other. The live model is gone afterwards."""
@@ -210,17 +180,18 @@ class _Comparison:
         over = bounds.exceeded_by(measured)
         report.reasons += over
         if over and report.failing_layer is None:
-            report.failing_layer = _first_other_layer(trained, rounded, exported)
-            if report.failing_layer is not None:
-                report.reasons.append(
-                    f"the weights are right and the hidden states differ from {report.failing_layer} on: check "
-                    "config.json"
-                )
+            base, own = read_config(self.live.base_folder), read_config(self.options.exported)
+            names = sorted((base.keys() | own.keys()) - VOLATILE_KEYS)
+            other = [name for name in names if base.get(name) != own.get(name)]
+            report.reasons.append(
+                f"the weights are right: look at its config.json, where {', '.join(other) or 'nothing'} differs from "
+                "the base's"
+            )
 
     def _note_other_target(self) -> None:
         """Says so where a folder is another model because it was merged onto the original weights."""
         path = self.options.exported / MERGE_REPORT
-        if self.report.same_model or self.options.onto != "trained" or not path.is_file():
+        if self.report.same_model or not path.is_file():
             return
         if json.loads(path.read_text(encoding="utf-8")).get("onto") == "original":
             self.report.notes.append(
@@ -232,23 +203,3 @@ def _free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _first_other_layer(trained: Measurement, rounded: Measurement, exported: Measurement) -> str | None:
-    """By bisection, the first layer after which the export's hidden states are farther off than rounding puts them."""
-    if trained.hidden.shape != exported.hidden.shape:
-        return "the number of layers"
-
-    def differs(layer: int) -> bool:
-        """Whether hidden states number `layer` (0: the embedding's) are farther off than rounding explains."""
-        size = trained.hidden[layer].norm()
-        rounding = (rounded.hidden[layer] - trained.hidden[layer]).norm() / size
-        return bool((exported.hidden[layer] - trained.hidden[layer]).norm() / size > SLACK * rounding + 1e-4)
-
-    low, high = 0, len(trained.hidden) - 1
-    if not differs(high):
-        return None
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if differs(middle) else (middle + 1, high)
-    return "the embedding" if low == 0 else f"layer {low - 1}"

@@ -84,14 +84,11 @@ class WeightsComparison:
     """All weights: how many were compared, which are wrong, and how much of the update the export's dtype keeps.
 
     Attributes:
-        compared: how many.
-        wrong: those that differ.
         absent: names of weights of the model that the export lacks.
         misshapen: sentences about those with another shape.
         left_over: names of tensors in the export that are no weight of the model.
         kept: mean share of the update that rounding to the export's dtype keeps; None without any update.
         least_kept, least_kept_name: the smallest such share, and the weight that has it.
-        largest_error: largest relative error of a weight.
     """
 
     compared: int = 0
@@ -144,7 +141,6 @@ def compare_weights(model: PeftModel, exported: ExportedParameters) -> WeightsCo
 
     Args:
         model: the live model, not rounded yet.
-        exported: the export.
     """
     result = WeightsComparison(left_over=sorted(exported.left_over))
     shares: list[float] = []
