@@ -68,6 +68,8 @@ NEED_EVALUATION = (
     "eval_dataset", "eval_steps", "eval_on_start", "eval_delay", "do_eval", "metric_for_best_model",
     "load_best_model_at_end", "early_stopping_patience",
 )  # fmt: skip
+SMALL_BATCH = 2
+"""Rows evaluated at once beside a training batch that is found later; without gradients two fit where one trains."""
 BEST_METRICS = {"loss": "loss", "nll": "loss", "mean_token_accuracy": "mean_token_accuracy"}
 """What evaluations log and the best model can be chosen by, and transformers' name for it."""
 
@@ -136,4 +138,4 @@ def settle_evaluation(given: dict[str, Any], where: dict[str, str], trainer_clas
         given["metric_for_best_model"] = name
     # transformers' default of 8 rows would be more than many cards train on at once
     train_batch = given.get("per_device_train_batch_size", trainer_class.per_device_train_batch_size)
-    given.setdefault("per_device_eval_batch_size", train_batch)
+    given.setdefault("per_device_eval_batch_size", SMALL_BATCH if train_batch == "auto" else train_batch)

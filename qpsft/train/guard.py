@@ -295,7 +295,7 @@ class Guard(CheckpointedCallback):
                 *lines,
                 f"guard: stopped at step {step}: {self._fell(score)}; written: the adapter of step {kept_step} "
                 f"({kept:.3f})",
-                "guard: to learn more and keep it, lower learning_rate, set replay_share, or raise max_drop",
+                "guard: to learn more and keep it, lower learning_rate, set replay_share or base_kl, or raise max_drop",
             ]
         outside = [at for at, value in self.state.checks if self._is_outside(value)]
         if self.options.action == "warn" and outside:
