@@ -334,4 +334,4 @@ def test_its_memory_is_that_of_a_few_tiles(monkeypatch):
             kl_to_base(hidden, head, base_hidden, base_head).backward()
         return live.peak
 
-    assert peak(2**20) < 5 * 4 * 2**20 < 3 * 4 * 256 * 32_000 < peak(2**30)
+    assert peak(2**20) < 6 * 4 * 2**20 < 3 * 4 * 256 * 32_000 < peak(2**30)
