@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from peft import get_peft_model
 from small_runs import (
     Recorder,
     gradients,
@@ -21,13 +22,17 @@ from test_base_policy import adapted
 from test_reference import ragged_batches
 from test_resume import contents
 from test_trainer import window
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
+from trl.trainer.utils import add_fused_lm_head
 
 from qpsft.errors import RecipeError
 from qpsft.model.base import load_base
+from qpsft.plan.live_bytes import LiveBytes
 from qpsft.psft import lm_head
 from qpsft.psft.base_kl import BaseKL, is_measured
+from qpsft.psft.forward import policy_forward
 from qpsft.psft.lm_head import LMHead, kl_to_base
+from qpsft.psft.reference import BasePolicy
 
 
 @pytest.fixture(scope="module")
@@ -285,3 +290,48 @@ def test_full_fine_tuning_has_no_base_to_measure(base, tmp_path):
     trainer = make_trainer(base, tmp_path, model=model, loss_type="nll", max_steps=1)
     trainer.train()
     assert "kl_to_base" not in log_lines(trainer)[-1]
+
+
+def test_a_training_step_takes_hardly_more_memory_than_sft_s(monkeypatch):
+    monkeypatch.setattr(lm_head, "TILE", 2**20)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=32_000,
+        max_position_embeddings=256,
+    )
+    model = LlamaForCausalLM(config).requires_grad_(False)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    model = get_peft_model(model, make_lora()).train()
+    ids = torch.randint(3, 32_000, (1, 256))
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+
+    def peak(with_kl):
+        model.zero_grad()
+        with LiveBytes() as live:
+            if with_kl:
+                (base_hidden,), base_head = BasePolicy(model).hidden([batch])
+            outputs = policy_forward(model, batch, right_padded=True, hidden=with_kl)
+            loss = -outputs.log_probs.sum()
+            if with_kl:
+                loss = loss + kl_to_base(outputs.hidden, outputs.head, base_hidden, base_head)
+            loss.backward()
+        return live.peak
+
+    assert peak(True) < 1.05 * peak(False)
+
+
+def test_its_memory_is_that_of_a_few_tiles(monkeypatch):
+    torch.manual_seed(0)
+    head, base_head = (LMHead(torch.randn(32_000, 8)) for _ in range(2))
+    hidden, base_hidden = torch.randn(256, 8, requires_grad=True), torch.randn(256, 8)
+
+    def peak(tile):
+        monkeypatch.setattr(lm_head, "TILE", tile)
+        with LiveBytes() as live:
+            kl_to_base(hidden, head, base_hidden, base_head).backward()
+        return live.peak
+
+    assert peak(2**20) < 6 * 4 * 2**20 < 3 * 4 * 256 * 32_000 < peak(2**30)

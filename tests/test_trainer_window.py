@@ -64,6 +64,7 @@ def test_with_k_4_and_2_visits_only_three_mini_batches_of_a_block_are_scored(bas
         score_token_budget=30,
     )
     passes, shapes, training = scored_forwards(trainer, monkeypatch)
+    monkeypatch.setattr("qpsft.psft.trainer.is_measured", lambda step, **settings: False)  # for `kl_to_base`
     trainer.train()
     # warm-up 0 1 | snapshot 2, scored 3 4 5, visited again 6..9 | snapshot 10, scored 11 12 13, visited again 14..17
     assert [step for step, _, _ in passes] == [3, 4, 5, 11, 12, 13]

@@ -150,14 +150,12 @@ class _KLToBase(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=dtype)
         for tile in head.tiles(len(hidden)):
             logits = head.logits(hidden[tile])
-            logprobs, slope = logits.log_softmax(-1), head.slope(logits)
+            kl, of_product = _kl_of_tile(logits, base_head.logits(base_hidden[tile]), head if any(needed) else None)
             del logits
-            base_logprobs = base_head.logits(base_hidden[tile]).log_softmax(-1)
-            base_probs = base_logprobs.exp()
-            total += base_logprobs.sub_(logprobs).mul_(base_probs).sum()
-            if any(needed):
-                of_product = logprobs.exp_().sub_(base_probs).mul_(slope).to(head.dtype)
-                _add_gradients(grads, of_product, hidden[tile], tile, head)
+            total += kl
+            if of_product is not None:
+                _add_gradients(grads, of_product.to(head.dtype), hidden[tile], tile, head)
+            del of_product  # before the next tile is made
         ctx.grads, ctx.dtypes = grads, [None if x is None else x.dtype for x in inputs]
         return total
 
@@ -165,6 +163,18 @@ class _KLToBase(torch.autograd.Function):
     def backward(ctx: Any, of_total: Tensor) -> tuple[Tensor | None, ...]:
         pairs = zip(ctx.grads, ctx.dtypes, strict=True)
         return (*(None if grad is None else (grad * of_total).to(dtype) for grad, dtype in pairs), None, None, None)
+
+
+def _kl_of_tile(logits: Tensor, base_logits: Tensor, head: LMHead | None) -> tuple[Tensor, Tensor | None]:
+    """Sum of KL(base || policy), and its gradient by what the policy's head multiplies to; (tokens, vocabulary) all.
+
+    Args:
+        head: the policy's; None: no gradient is needed.
+    """
+    logprobs, base_logprobs = logits.log_softmax(-1), base_logits.log_softmax(-1)
+    base_probs = base_logprobs.exp()
+    kl = base_logprobs.sub_(logprobs).mul_(base_probs).sum()
+    return kl, None if head is None else logprobs.exp_().sub_(base_probs).mul_(head.slope(logits))
 
 
 def _add_gradients(grads: list[Tensor | None], of_product: Tensor, hidden: Tensor, tile: slice, head: LMHead) -> None:
