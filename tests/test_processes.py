@@ -14,7 +14,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 from small_runs import largest_difference, make_rows, make_trainer, policy
-from two_processes import EARLY_ENDS, FLAGS, PACKED, SETTINGS, SIX_STEPS, STOP
+from two_processes import ANCHORED, EARLY_ENDS, FLAGS, PACKED, SETTINGS, SIX_STEPS, STM, STOP
 
 from qpsft import cli, processes
 from qpsft.errors import RecipeError
@@ -88,6 +88,16 @@ def test_invariant_4_holds_for_packed_rows(base, found, tmp_path):
     trainer.train()
     assert [rank["packed"] for rank in both] == ["DistributedDataParallel"] * 2
     assert largest_difference(policy(trainer.model), load_file(out / "packed.safetensors")) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "settings"), [("anchored", ANCHORED), ("stm", STM)])
+def test_invariant_4_holds_for_losses_that_need_the_base(base, found, tmp_path, name, settings):
+    both, out = found
+    trainer = make_trainer(base, tmp_path, **{**settings, "gradient_accumulation_steps": 4})
+    start = policy(trainer.model)
+    trainer.train()
+    assert largest_difference(policy(trainer.model), load_file(out / f"{name}.safetensors")) < 1e-5
+    assert largest_difference(policy(trainer.model), start) > 1e-3
 
 
 def test_invariant_4_holds_where_blocks_end_early(base, found, tmp_path):

@@ -40,6 +40,8 @@ SETTINGS = dict(
 )
 PACKED = {**SETTINGS, "packing": True, "max_length": 48, "reference_steps": 2, "max_steps": 4}
 EARLY_ENDS = {**SETTINGS, "target_kl": 2e-5, "target_clip_fraction": 0.2, "epsilon": 0.01}
+ANCHORED = {**SETTINGS, "base_kl": 0.5, "max_steps": 6}
+STM = {**SETTINGS, "loss_type": "stm", "stm_threshold": 200.0, "max_steps": 6}
 SAVING = dict(save_strategy="steps", save_steps=2, save_total_limit=None)
 FLAGS = [
     "--max_length=32", "--lora_r=4", "--learning_rate=1e-3", "--warmup_steps=0", "--reference_steps=2",
@@ -245,6 +247,8 @@ if __name__ == "__main__":
         "run": a_run_and_its_resumption(),  # first: it starts the process group
         "packed": a_run("packed", **PACKED),
         "early_ends": a_run("early_ends", **EARLY_ENDS),
+        "anchored": a_run("anchored", **ANCHORED),
+        "stm": a_run("stm", **STM),
         "overflow": an_overflow_in_one_process(),
         "once": what_is_done_once(),
         "n_per_process": refusal(average_tokens_across_devices=False),
