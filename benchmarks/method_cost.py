@@ -74,7 +74,7 @@ def times(args: argparse.Namespace, device: str) -> dict[str, list[float]]:
 def peak(name: str, args: argparse.Namespace, device: str) -> int:
     """Bytes that a short run has in memory at most, the base and the adapter included."""
     with tempfile.TemporaryDirectory() as out:
-        trainer = make_trainer(name, args, out, 3, None)
+        trainer = make_trainer(name, args, out, 10, None)  # with 4 visits a block of 3 mini-batches: two are scored
         with memory_meter(device, [*trainer.model.parameters(), *trainer.model.buffers()]) as meter:
             trainer.train()
             return meter.peak
@@ -86,8 +86,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16, help="optimizer steps that count: whole blocks of K = 8")
     parser.add_argument("--skip", type=int, default=8, help="steps before them")
     parser.add_argument("--length", type=int, default=128, help="tokens of the longest row; the shortest has a quarter")
-    parser.add_argument("--micro_batch", type=int, default=2)
-    parser.add_argument("--accumulation", type=int, default=4)
+    parser.add_argument("--micro_batch", type=int, default=8)
+    parser.add_argument("--accumulation", type=int, default=2)
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: processor time (CPU runs only)")
     parser.add_argument("--threads", type=int, default=None, help="torch threads")
     parser.add_argument("--results", type=Path, default=RESULTS / "method_cost.json")

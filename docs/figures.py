@@ -147,7 +147,9 @@ def log_of(name: str, folder: Path, *, steps: int = STEPS, flags: Sequence[str] 
 
     metrics = folder / name / "metrics.jsonl"
     if not metrics.exists():
-        command = ["train", str(RECIPE), f"--max_steps={steps}", "--logging_steps=1", *RUNS[name], *flags]
+        # a constant rate, so that no change of the rate is seen in the curves
+        fixed = ["--logging_steps=1", "--lr_scheduler_type=constant_with_warmup"]
+        command = ["train", str(RECIPE), f"--max_steps={steps}", *fixed, *RUNS[name], *flags]
         print("$ qpsft", *command, flush=True)
         if cli.main([*command, f"--output_dir={folder / name}", "--overwrite"]) != 0:
             raise SystemExit(f"the run {name} failed")

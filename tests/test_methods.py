@@ -1,6 +1,8 @@
 """`method:` in a recipe of ten lines: the options it sets, what wins over it, and every method trained for real."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -47,6 +49,11 @@ def test_what_is_given_beside_a_method_wins(tmp_path):
     assert (given["num_iterations"], given["sft_warmup_steps"]) == (2, 4)  # the warm-up is one block
     given = options_of(tmp_path, ["--method=asft", "--base_kl", "0.5"], method="psft_visits", loss_type="nll")
     assert given == {**PLAIN, "loss_type": "nll", "base_kl": 0.5}
+
+
+def test_the_page_has_every_method():
+    table = (Path(__file__).parents[1] / "docs" / "methods.md").read_text().partition("## The losses")[0]
+    assert set(re.findall(r"`(\w+)`(?=[^|]*\|[^|]*\|$)", table, re.MULTILINE)) - {"method"} == set(METHODS)
 
 
 def test_an_unknown_method_is_named_with_the_nearest(tmp_path):
