@@ -417,7 +417,7 @@ DEFAULTS = {
 }  # fmt: skip
 ON_CUDA = {"seeds": 5, "ifeval": 541, "choices": 10_000, "probe": 200, "max_tokens": 1280, "tasks": "every"}
 QUICK = {
-    "parts": ("svamp_noisy",), "arms": ("sft", "psft_visits"), "rates": (5e-4,), "seeds": 1, "epochs": (2,),
+    "parts": ("svamp_noisy",), "arms": ("sft", "psft_kl"), "rates": (5e-4,), "seeds": 1, "epochs": (2,),
     "train": 128, "held_out": (16, 48), "ifeval": 16, "choices": 12, "answers": 16, "probe": 16, "max_tokens": 192,
 }  # fmt: skip
 
