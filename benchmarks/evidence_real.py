@@ -39,7 +39,8 @@ MODEL = Path.home() / ".cache" / "qpsft-models" / "SmolLM2-135M-Instruct"
 PARTS = ("svamp", "svamp_noisy", "gsm8k")
 RATES = (1e-4, 2e-4, 5e-4, 1e-3)
 ROWS_A_STEP = 16
-MICRO_BATCH = {"cpu": 4, "cuda": 16}
+MICRO_BATCH = {"svamp": 16, "svamp_noisy": 16, "gsm8k": 8}
+"""Rows; large ones, because on the CPU every micro-batch unpacks the 4-bit weights again."""
 LOGGED = ("nll", "entropy", "clip_fraction", "approx_kl", "grad_norm")
 FORMAT = 1
 """Goes up when the same settings give other numbers than before."""
@@ -158,11 +159,19 @@ def do_run(study: Study, run: Run) -> dict[str, Any]:
 
 
 def _measure_base(study: Study, run: Run) -> dict[str, Any]:
-    from evidence_real_parts import Sizes, hub_copies, sample_answers
+    from evidence_real_parts import dense
 
     from qpsft.model.base import load_base
 
     model, tokenizer = load_base(study.model, dtype=study.dtype, device=study.device, verbose=False)
+    with dense(model):
+        return _base_point(study, run, model, tokenizer)
+
+
+def _base_point(study: Study, run: Run, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """The base as a point of its own; its answers are sampled before the first."""
+    from evidence_real_parts import Sizes, hub_copies, sample_answers
+
     data, sizes = Path(study.data), Sizes(**study.measured)
     if not study.answers.is_file():
         sample_answers(model, tokenizer, data, sizes, study.answers)
@@ -231,7 +240,7 @@ def _train(study: Study, run: Run) -> dict[str, Any]:
 
 def recipe_values(study: Study, run: Run, rows: Path) -> dict[str, Any]:
     """A run as a recipe; what is not here is qpsft's default, the schedule and the warm-up among them."""
-    micro = MICRO_BATCH[study.device]
+    micro = MICRO_BATCH[run.part]
     return {
         "model_name_or_path": study.model,
         "quantization": "nf4",
@@ -254,6 +263,7 @@ def recipe_values(study: Study, run: Run, rows: Path) -> dict[str, Any]:
 
 def _after_epochs(epochs: Sequence[int], measure: Any) -> Any:
     """A callback that measures after these epochs and at the end; training goes on as without it."""
+    from evidence_real_parts import dense
     from transformers import TrainerCallback
 
     from qpsft.model.undisturbed import undisturbed
@@ -262,7 +272,7 @@ def _after_epochs(epochs: Sequence[int], measure: Any) -> Any:
         def on_epoch_end(self, args, state, control, model: Any = None, **kwargs: Any) -> None:
             is_last = state.global_step >= state.max_steps
             if is_last or round(state.epoch) in epochs:
-                with undisturbed(model):
+                with undisturbed(model), dense(model):
                     measure(model, round(state.epoch, 3), state.global_step, is_last)
 
     return AfterEpochs()

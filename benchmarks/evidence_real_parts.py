@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
+import functools
 import json
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from torch import nn
 
 from qpsft.evaluate.harness import run_tasks
 from qpsft.evaluate.likelihood import row_sums
@@ -21,6 +27,7 @@ from qpsft.evaluate.task_data import BENCHMARKS
 from qpsft.evaluate.verifiers import VERIFIERS
 from qpsft.files import write_atomically
 from qpsft.model.adapter import has_adapter
+from qpsft.model.base_record import quantized_linears
 from qpsft.model.generation import generate, greedy_completions, stop_tokens
 from qpsft.recipe.arguments import DataArguments
 
@@ -180,6 +187,28 @@ def wrong_equations(equations: Sequence[str], share: float, seed: int = 0) -> li
 
 
 # ---- what is kept ----
+
+
+@contextlib.contextmanager
+def dense(model: nn.Module) -> Iterator[None]:
+    """Inside the context the 4-bit layers of a model on the CPU keep their weights unpacked: the same numbers, sooner.
+
+    Generation unpacks every weight for every token, which takes most of its time there.
+    """
+    layers = list(quantized_linears(model).values()) if model.device.type == "cpu" else []
+    for layer in layers:
+        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        layer.forward = functools.partial(_dense_forward, layer, weight.to(layer.compute_dtype or weight.dtype))
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _dense_forward(layer: nn.Module, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    bias = None if layer.bias is None else layer.bias.to(weight.dtype)
+    return nn.functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
 
 @dataclass(frozen=True)
