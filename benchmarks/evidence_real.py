@@ -197,7 +197,7 @@ def _measure(study: Study, part_name: str, model: Any, tokenizer: Any, *, is_las
     if is_last or study.every_epoch:
         if sizes.ifeval:
             metrics |= parts.ifeval(model, tokenizer, data, sizes)
-        if sizes.choices:
+        if sizes.truthfulqa or sizes.choices:
             metrics |= parts.choices(model, tokenizer, data, sizes, Path(study.output) / "tasks")
     return {name: float(f"{value:.6g}") for name, value in metrics.items()}
 
@@ -398,7 +398,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--data", help="folder of svamp, gsm8k, ifeval, … (default: ../shared/data)")
     found.add_argument("--output", default=str(OUTPUT), help="folder of all results")
     found.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    found.add_argument("--dtype", default="bfloat16", help="compute dtype")
+    found.add_argument("--dtype", default="auto", help="compute dtype (auto: float32 on the CPU, else by card)")
     found.add_argument("--jobs", type=int, default=1, help="runs at a time")
     found.add_argument("--parts", type=listed(str), help=f"default: {','.join(PARTS)}")
     found.add_argument("--arms", type=listed(str), help=f"default: all: {','.join(ARMS)}")
@@ -410,7 +410,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--train", type=int, help="training rows (default: 700 of SVAMP, 2,048 of GSM8K)")
     found.add_argument("--held_out", type=listed(int), help="rows to validate and to test on (default: 100,200)")
     found.add_argument("--ifeval", type=int, help="IFEval prompts (default: 150; on CUDA all)")
-    found.add_argument("--choices", type=int, help="rows of each multiple-choice task (default: 100; on CUDA all)")
+    found.add_argument("--truthfulqa", type=int, help="its questions, the dearest (default: 50; on CUDA all)")
+    found.add_argument("--choices", type=int, help="rows of ARC-easy and OpenBookQA (default: 200; on CUDA all)")
     found.add_argument("--answers", type=int, help="the base's own answers of each kind (default: all)")
     found.add_argument("--probe", type=int, help="questions asked for sentences (default: 100; on CUDA 200)")
     found.add_argument("--max_tokens", type=int, help="of an answer to IFEval; half for the base's own (512; 1,280)")
@@ -422,13 +423,22 @@ def parser() -> argparse.ArgumentParser:
 
 DEFAULTS = {
     "parts": PARTS, "arms": tuple(ARMS), "rates": RATES, "seeds": 3, "epochs": (1, 2, 4), "train": None,
-    "held_out": (100, 200), "ifeval": 150, "choices": 100, "answers": 1000, "probe": 100, "max_tokens": 512,
+    "held_out": (100, 200), "ifeval": 150, "truthfulqa": 50, "choices": 200, "answers": 1000, "probe": 100, "max_tokens": 512,
     "tasks": "end",
 }  # fmt: skip
-ON_CUDA = {"seeds": 5, "ifeval": 541, "choices": 10_000, "probe": 200, "max_tokens": 1280, "tasks": "every"}
+ON_CUDA = {
+    "seeds": 5,
+    "ifeval": 541,
+    "truthfulqa": 1000,
+    "choices": 10_000,
+    "probe": 200,
+    "max_tokens": 1280,
+    "tasks": "every",
+}
 QUICK = {
     "parts": ("svamp_noisy",), "arms": ("sft", "psft_kl"), "rates": (5e-4,), "seeds": 1, "epochs": (2,),
-    "train": 128, "held_out": (16, 48), "ifeval": 16, "choices": 12, "answers": 16, "probe": 16, "max_tokens": 192,
+    "train": 96, "held_out": (16, 32), "ifeval": 12, "truthfulqa": 4, "choices": 16, "answers": 12, "probe": 12,
+    "max_tokens": 128,
 }  # fmt: skip
 
 
@@ -467,7 +477,8 @@ def make_study(options: argparse.Namespace, argv: Sequence[str]) -> Study:
         model=options.model, data=str(options.data), output=options.output, device=options.device, dtype=options.dtype,
         epochs=tuple(options.epochs), rows=rows, every_epoch=options.tasks == "every",
         measured={
-            "ifeval": options.ifeval, "ifeval_tokens": options.max_tokens, "choices": options.choices,
+            "ifeval": options.ifeval, "ifeval_tokens": options.max_tokens, "truthfulqa": options.truthfulqa,
+            "choices": options.choices,
             "answers": options.answers, "answer_tokens": options.max_tokens // 2, "probe": options.probe,
             "batch": 64 if options.device == "cuda" else 8,
         },

@@ -217,7 +217,8 @@ class Sizes:
 
     Attributes:
         ifeval: prompts, of at most `ifeval_tokens` tokens in answer.
-        choices: rows of each multiple-choice task.
+        truthfulqa: questions, each with all answers behind 200 tokens of examples, so they cost most.
+        choices: rows of each of the other multiple-choice tasks.
         answers: the base's own answers of each kind, of at most `answer_tokens` tokens.
         probe: SVAMP's test questions asked for full sentences.
         batch: sequences at once, of the harness.
@@ -225,6 +226,7 @@ class Sizes:
 
     ifeval: int
     ifeval_tokens: int
+    truthfulqa: int
     choices: int
     answers: int
     answer_tokens: int
@@ -333,10 +335,14 @@ def ifeval(model: Any, tokenizer: Any, data: Path, sizes: Sizes) -> dict[str, fl
 def choices(model: Any, tokenizer: Any, data: Path, sizes: Sizes, folder: Path) -> dict[str, float]:
     """Multiple choice by the harness; `folder` has `hub_copies`' files."""
     paths = {"truthfulqa": data / "truthfulqa", "arc_easy": folder / "arc_easy", "openbookqa": folder / "openbookqa"}
-    done = run_tasks(
-        model, tokenizer, list(CHOICES), task_data=paths, limit=sizes.choices, num_fewshot=0, batch_size=sizes.batch
-    )
-    return {task: done[task]["metrics"][metric].value for task, metric in CHOICES.items()}
+    measured = {}
+    for names, limit in ((("truthfulqa",), sizes.truthfulqa), (("arc_easy", "openbookqa"), sizes.choices)):
+        if limit:
+            tasks = [task for task in CHOICES if task.startswith(names)]
+            own = {name: paths[name] for name in names}
+            done = run_tasks(model, tokenizer, tasks, task_data=own, limit=limit, batch_size=sizes.batch)
+            measured |= {task: done[task]["metrics"][CHOICES[task]].value for task in tasks}
+    return measured
 
 
 def hub_copies(data: Path, folder: Path) -> None:

@@ -213,7 +213,16 @@ def model(tmp_path_factory):
 
 def flags(model, data, output, *more):
     tiny = {"parts": "svamp_noisy", "arms": "sft,sft_matched,psft", "rates": "5e-3", "seeds": 1, "epochs": "1,2"}
-    tiny |= {"train": 32, "held_out": "2,3", "ifeval": 2, "choices": 1, "answers": 2, "probe": 2, "max_tokens": 8}
+    tiny |= {
+        "train": 32,
+        "held_out": "2,3",
+        "ifeval": 2,
+        "truthfulqa": 1,
+        "choices": 1,
+        "answers": 2,
+        "probe": 2,
+        "max_tokens": 8,
+    }
     given = {"model": model, "data": data, "output": output, "device": "cpu", "dtype": "float32"} | tiny
     return [*(f"--{name}={value}" for name, value in given.items()), *more]
 
@@ -321,7 +330,7 @@ def test_a_mistake_is_named(model, data, tmp_path, given, message, capsys):
 def test_quick_is_small_and_a_flag_wins_over_it(model, data):
     given = [f"--model={model}", f"--data={data}", "--device=cpu"]
     quick = evidence_real.read_options([*given, "--quick", "--seeds=2"])
-    assert quick.arms == ("sft", "psft_kl") and quick.seeds == 2 and quick.train == 128
+    assert quick.arms == ("sft", "psft_kl") and quick.seeds == 2 and quick.train == 96
     whole = evidence_real.read_options(given)
     assert len(whole.arms) == len(ARMS) and whole.seeds == 3 and whole.ifeval == 150
     with pytest.raises(RecipeError):
