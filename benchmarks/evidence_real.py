@@ -423,22 +423,14 @@ def parser() -> argparse.ArgumentParser:
 
 DEFAULTS = {
     "parts": PARTS, "arms": tuple(ARMS), "rates": RATES, "seeds": 3, "epochs": (1, 2, 4), "train": None,
-    "held_out": (100, 200), "ifeval": 150, "truthfulqa": 50, "choices": 200, "answers": 1000, "probe": 100, "max_tokens": 512,
-    "tasks": "end",
+    "held_out": (100, 200), "ifeval": 150, "truthfulqa": 50, "choices": 200, "answers": 1000, "probe": 100,
+    "max_tokens": 512, "tasks": "end",
 }  # fmt: skip
-ON_CUDA = {
-    "seeds": 5,
-    "ifeval": 541,
-    "truthfulqa": 1000,
-    "choices": 10_000,
-    "probe": 200,
-    "max_tokens": 1280,
-    "tasks": "every",
-}
+ON_CUDA = {"seeds": 5, "ifeval": 541, "truthfulqa": 1000, "choices": 10_000, "probe": 200, "max_tokens": 1280}
+ON_CUDA |= {"tasks": "every"}
 QUICK = {
-    "parts": ("svamp_noisy",), "arms": ("sft", "psft_kl"), "rates": (5e-4,), "seeds": 1, "epochs": (2,),
-    "train": 96, "held_out": (16, 32), "ifeval": 12, "truthfulqa": 4, "choices": 16, "answers": 12, "probe": 12,
-    "max_tokens": 128,
+    "parts": ("svamp_noisy",), "arms": ("sft", "psft_kl"), "rates": (5e-4,), "seeds": 1, "epochs": (2,), "train": 96,
+    "held_out": (16, 32), "ifeval": 12, "truthfulqa": 4, "choices": 16, "answers": 12, "probe": 12, "max_tokens": 128,
 }  # fmt: skip
 
 
