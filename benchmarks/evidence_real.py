@@ -2,8 +2,8 @@
 
     python ../shared/models/smollm2.py                     the model, once
     python benchmarks/evidence_real.py --jobs 2            the whole study; repeat it to go on where it stopped
-    python benchmarks/evidence_real.py --quick             a look, in about ten minutes
-    python benchmarks/evidence_real.py --table             the table and the plot of what is done
+    python benchmarks/evidence_real.py --quick --jobs 2    a look, in about ten minutes on two free cores
+    python benchmarks/evidence_real.py --table             the table and the plot of what is done (with the same flags)
 
 For each part (what is learnt) and each arm (method): every learning rate with one seed, then the rate that validation
 rows chose with more seeds. Training is `qpsft.train.run.train` on a recipe, the base in NF4; every run is one JSON file
