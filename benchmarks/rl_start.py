@@ -113,11 +113,10 @@ def load_evidence(options: argparse.Namespace, rates: dict[str, float]) -> tuple
 
     recipe, compared = load_comparison(RECIPE, [f"--output_dir={options.output}"])
     trainer = recipe.trainer
-    block = (trainer.reference_steps, trainer.epsilon, trainer.num_iterations)
     specs = {
         name: {
             trainer.seed + i: RunSpec(
-                find_arm(name).options(*block), rate, trainer.seed + i, compared.epochs or trainer.num_train_epochs
+                find_arm(name).options(trainer), rate, trainer.seed + i, compared.epochs or trainer.num_train_epochs
             )
             for i in range(options.seeds)
         }

@@ -5,8 +5,7 @@
     python docs/fits.py --print          only print them
 
 A cell is the longest `max_length` that fits with one row per micro-batch and qpsft's defaults otherwise (NF4, rank 16
-on all linear layers, gradient checkpointing, PSFT with its reference policy), and → that with `activation_offloading`;
-none is longer than the model's context.
+on all linear layers, gradient checkpointing, PSFT with its reference policy); none is longer than the model's context.
 """
 
 from __future__ import annotations
@@ -54,12 +53,15 @@ def longest(model: str, card: str, *flags: str) -> int | None:
     return make_plan(load_recipe(None, flags, PlannedConfig), card=find_card(card)).max_length
 
 
-def row(name: str, lengths: list[int | str | None]) -> str:
+def row(name: str, lengths: list[int | None]) -> str:
     """A line of a table; None: it does not fit."""
-    cells = ("–" if length is None else length if isinstance(length, str) else f"{length:,}" for length in lengths)
-    line = f"| {name} | {' | '.join(cells)} |"
+    line = f"| {name} | {' | '.join(map(cell, lengths))} |"
     print(line, file=sys.stderr, flush=True)
     return line
+
+
+def cell(length: int | None) -> str:
+    return "–" if length is None else f"{length:,}"
 
 
 def header(columns: list[str]) -> list[str]:
@@ -69,15 +71,8 @@ def header(columns: list[str]) -> list[str]:
 def models_table() -> str:
     lines = header([*CARDS.values()])
     for model in MODELS:
-        pairs = [(longest(model, card), longest(model, card, "--activation_offloading")) for card in CARDS]
-        lines.append(row(model.partition("/")[2], [both(*pair) for pair in pairs]))
+        lines.append(row(model.partition("/")[2], [longest(model, card) for card in CARDS]))
     return "\n".join(lines)
-
-
-def both(plain: int | None, offloaded: int | None) -> str:
-    """A cell: the two lengths, one where they are equal."""
-    before, after = ("–" if length is None else f"{length:,}" for length in (plain, offloaded))
-    return before if before == after else f"{before} → {after}"
 
 
 def rank_32_table() -> str:

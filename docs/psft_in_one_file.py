@@ -98,7 +98,7 @@ def train(args, rows):
     policy = make_policy(args)
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, eps=args.adam_epsilon, weight_decay=0.0)
-    step = 0
+    step, steps = 0, args.sft_warmup_steps + args.blocks * args.reference_steps * args.num_iterations
 
     def optimizer_step(batch, old_logprobs=None):
         """One step of PSFT; without old log-probabilities, of plain SFT."""
@@ -108,6 +108,8 @@ def train(args, rows):
         nll = -logprobs[mask].mean()
         loss = nll if old_logprobs is None else psft_loss(logprobs, old_logprobs, mask, args.epsilon)
         loss.backward()
+        fall = round(0.3 * steps)  # the rate is constant, then falls to 0 over the last 30 % of the run
+        optimizer.param_groups[0]["lr"] = args.learning_rate * min(1, (steps - step) / fall)
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

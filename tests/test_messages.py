@@ -274,7 +274,7 @@ def test_of_several_templates_the_one_for_tool_use_is_taken_for_rows_with_tools(
     both = {"default": CHATML, "tool_use": (OWN / "hermes3_tool_use.jinja").read_text()}
     tokenizer = byte_tokenizer(CHATML)
     tokenizer.chat_template = both
-    tool = {"name": "f", "parameters": {"properties": {"a": {"type": "integer"}}}}
+    tool = {"name": "f", "description": "Adds.", "parameters": {"properties": {"a": {"type": "integer"}}}}
     calling = {"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}], "tools": [tool]}
     data = tokenize_records(
         as_records([calling, {"messages": [USER, ANSWER]}], "rows"), tokenizer, DataArguments(), None

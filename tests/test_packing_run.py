@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from qpsft import cli
 from qpsft.data.tokenize import load_dataset
 from qpsft.model.base import load_tokenizer
+from qpsft.psft.checkpoint import remove_folder
 from qpsft.psft.config import PSFTConfig
 from qpsft.recipe.file import load_recipe
 from qpsft.train import run
@@ -77,7 +78,7 @@ def test_resumed_it_ends_in_the_same_bytes(packed_run, tmp_path):
     folder, _ = packed_run
     assert train(tmp_path / "b", "--save_steps=2", "--save_total_limit=3") == 0
     for step in (4, 6):
-        run.remove_folder(tmp_path / "b" / f"checkpoint-{step}")
+        remove_folder(tmp_path / "b" / f"checkpoint-{step}")
     assert train(tmp_path / "b", "--resume") == 0
     first, again = (load_file(f / "adapter_model.safetensors") for f in (folder, tmp_path / "b"))
     assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
