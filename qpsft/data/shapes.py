@@ -139,7 +139,10 @@ class RowReader:
 
     def read(self, record: dict, where: str) -> dict:
         """One of `Rows.rows`. Raises RowError if the row, which is at `where`, cannot be used."""
-        return _read_row(self.shape, record, self._source, self._prompt_format, where)
+        try:
+            return _read_row(self.shape, record, self._source, self._prompt_format, where)
+        except RecursionError:
+            raise RowError(f"{where}: its values are nested too deeply.", "Mend or delete the row.") from None
 
 
 def split_answers(rows: Rows) -> Rows:
