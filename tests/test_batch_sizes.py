@@ -99,6 +99,7 @@ def test_a_plan_says_what_it_chose_and_how_long_rows_can_be():
     assert planned("--max_length=256", gpu_bytes=2 * GIB).chosen is None  # the sizes are stated
 
 
+@pytest.mark.journey
 def test_offloading_makes_longer_rows_fit(monkeypatch):
     monkeypatch.setattr("qpsft.plan.lm_head.TILE_COLUMNS", 64)
     deep = LLAMA | {"num_hidden_layers": 24, "max_position_embeddings": 100_000, "vocab_size": 300}
