@@ -230,8 +230,8 @@ def measure(model: Any, tokenizer: Any, setting: Any, plan: Plan, is_end: bool) 
 
     With `is_end` also greedy accuracy, as the evidence measures it: `in_domain`, and `out_of_domain`, the sets' mean.
     """
-    from qpsft.compare.measure import undisturbed
     from qpsft.evaluate import evaluate
+    from qpsft.model.undisturbed import undisturbed
 
     common = {"max_new_tokens": plan.max_new_tokens, "drift": False, "arguments": setting.measurement.arguments}
     data = setting.data

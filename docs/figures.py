@@ -6,14 +6,17 @@
 
 A run is `qpsft train adapters/demo-noisy` with the flags of RUNS and STEPS, on one thread; `good` is the recipe's own.
 Nothing is drawn from a formula: the clip's curves come out of qpsft.psft.losses by autograd, the others out of
-metrics.jsonl.
+metrics.jsonl. `guard` is the recipe of docs/guard.md with its guard, and with one that only warns: two runs of a few
+minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import math
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +40,7 @@ RUNS = {
     "epsilon": ["--epsilon=0.005"],
     "dropout": ["--lora_dropout=0.1"],
 }
+FIGURES = ["clip", *RUNS, "guard"]
 TITLES = {
     "learning_rate": "learning rate 3e-2",
     "k1": "K = 1, one visit",
@@ -65,6 +69,8 @@ GOOD = {"color": "0.6", "linewidth": 1.4, "label": "good: the recipe as it is"}
 BAD = {"color": "#a03000", "linewidth": 1.6}
 SINCE = 16
 """Steps of a block that the figure of the dropout shows."""
+GUARD = HERE / "guard.md"
+GUARDED = {"stop": [], "warn": ["--guard={data: old.jsonl, every: 4, max_new_tokens: 56, action: warn}"]}
 DPI = 120
 COLOURS = 48
 
@@ -174,6 +180,43 @@ def draw_failure(name: str, good: Sequence[dict], bad: Sequence[dict], path: Pat
     finish(figure, panels, path, snapshots=[] if name == "dropout" else snapshots(good))
 
 
+def guarded_run(name: str, folder: Path, flags: Sequence[str] = ()) -> list[dict]:
+    """All log lines of a run of GUARDED: the recipe and the old rows are those of docs/guard.md."""
+    from qpsft import cli
+    from qpsft.train.progress import read_metrics
+
+    if not (folder / name / "metrics.jsonl").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        text = GUARD.read_text(encoding="utf-8")
+        (folder / "recipe.yaml").write_text(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
+        with contextlib.chdir(folder):
+            exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], {})  # writes old.jsonl
+            if cli.main(["train", "recipe.yaml", *GUARDED[name], f"--output_dir={name}", *flags]) != 0:
+                raise SystemExit(f"the run {name} failed")
+    return read_metrics(folder / name / "metrics.jsonl")
+
+
+def draw_guard(stopped: Sequence[dict], unstopped: Sequence[dict], path: Path) -> None:
+    """Old and new skill of a run that the guard ended, and as they would have gone on."""
+    figure, panels = new_figure(2, width=4.6, height=3.1, legend=True)
+    written = [line for line in stopped if "guard_limit" in line][-2]["step"]
+    for axes, name, title in (
+        (panels[0], "guard_accuracy", "old skill: accuracy on old.jsonl"),
+        (panels[1], "eval_loss", "new skill: nll of the test rows, nats per token"),
+    ):
+        for lines, style in ((unstopped, GOOD | {"label": "without the guard"}), (stopped, BAD | {"label": "with it"})):
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            axes.plot(*zip(*points, strict=True), marker=".", **style)
+        axes.axvline(written, color="0.3", linewidth=1, linestyle=":", label="the adapter that is written")
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("optimizer step")
+    limit = next(line["guard_limit"] for line in stopped if "guard_limit" in line)
+    panels[0].axhline(limit, color="0.3", linewidth=1, linestyle="--", label="limit: 0.05 below the base")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    save(figure, path)
+
+
 def snapshots(lines: Sequence[dict]) -> list[int]:
     """The steps right after a snapshot (step numbers from 1), as the recipe has them."""
     return list(range(WARMUP + 1, lines[-1]["step"] + 1, BLOCK))
@@ -242,12 +285,12 @@ def save(figure: Figure, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("figures", nargs="*", help=f"of clip, {', '.join(RUNS)} (default: all)")
+    parser.add_argument("figures", nargs="*", help=f"of {', '.join(FIGURES)} (default: all)")
     parser.add_argument("--runs", type=Path, help="keep the runs in this folder, and use those that are there")
     parser.add_argument("--output", type=Path, default=HERE / "img", help="default: docs/img")
     options = parser.parse_args()
-    wanted = options.figures or ["clip", *RUNS]
-    unknown = set(wanted) - {"clip", *RUNS}
+    wanted = options.figures or FIGURES
+    unknown = set(wanted) - {*FIGURES}
     if unknown:
         parser.error(f"no such figure: {', '.join(sorted(unknown))}")
     quiet_libraries()
@@ -261,6 +304,8 @@ def main() -> None:
         for name in wanted:
             if name == "good":
                 draw_good(log_of("good", folder), options.output / "good.png")
+            elif name == "guard":
+                draw_guard(*(guarded_run(run, folder / "guard") for run in GUARDED), options.output / "guard.png")
             elif name != "clip":
                 draw_failure(name, log_of("good", folder), log_of(name, folder), options.output / f"{name}.png")
 

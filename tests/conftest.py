@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from small_runs import make_base
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -36,6 +37,12 @@ def shared_path(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"{path} is not here: ../shared lies beside the project on its own machines only")
     return path
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> Path:
+    """The folder of `small_runs.make_base`; tests read it and write nothing into it."""
+    return make_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="session")

@@ -10,16 +10,11 @@ import warnings
 
 import pytest
 import torch
-from small_runs import Recorder, make_base, make_rows, make_trainer, policy, same
+from small_runs import Recorder, make_rows, make_trainer, policy, same
 from test_resume import trainer_of
 
 from qpsft.errors import OutputError, TrainingError
 from qpsft.psft import checkpoint
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from small_runs import policy, same
 from qpsft.compare import compare
 from qpsft.compare.comparison import make_setting, prepare
 from qpsft.compare.data import load_data
-from qpsft.compare.measure import EpochEvaluation, undisturbed
+from qpsft.compare.measure import EpochEvaluation
 from qpsft.compare.options import load_comparison
 from qpsft.compare.report import write_report
 from qpsft.compare.run import RunSpec, do_run, read_result
@@ -22,6 +22,7 @@ from qpsft.errors import DataError, RecipeError
 from qpsft.evaluate.rows import duplicates
 from qpsft.model.adapter import add_adapter
 from qpsft.model.base import load_base, load_tokenizer
+from qpsft.model.undisturbed import undisturbed
 from qpsft.psft.config import PSFTConfig
 from qpsft.train import run
 from qpsft.train.progress import read_metrics

@@ -258,7 +258,7 @@ def test_every_figure_is_shown_and_small():
     files = {f"img/{path.name}": path.stat().st_size for path in (ROOT / "docs" / "img").glob("*.png")}
     assert shown == set(files) and max(files.values()) <= IMAGE_BYTES
     figures = load_script("figures")
-    assert {f"img/{name}.png" for name in ("clip", *figures.RUNS)} == set(files)
+    assert {f"img/{name}.png" for name in figures.FIGURES} == set(files)
 
 
 def test_the_clip_is_drawn_from_the_losses():

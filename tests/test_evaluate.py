@@ -10,9 +10,9 @@ from peft import LoraConfig, PeftModel
 from qpsft.data import built_in
 from qpsft.errors import DataError
 from qpsft.evaluate import evaluate
-from qpsft.evaluate.likelihood import adapter_off, text_statistics
+from qpsft.evaluate.likelihood import text_statistics
 from qpsft.evaluate.rows import duplicates
-from qpsft.model.adapter import add_adapter
+from qpsft.model.adapter import adapter_off, add_adapter
 from qpsft.model.base import load_base
 from qpsft.recipe.arguments import LoraArguments
 

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
-from small_runs import largest_difference, make_base, make_lora, make_rows, make_trainer, policy, same
+from small_runs import largest_difference, make_lora, make_rows, make_trainer, policy, same
 from test_trainer import frozen
 from transformers import BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
@@ -29,11 +29,6 @@ TRL = dict(
 @pytest.fixture(autouse=True)
 def no_telemetry(monkeypatch):
     monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *args, **kwargs: None)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import sys
 import types
 
 import pytest
-from small_runs import log_lines, make_base, make_trainer
+from small_runs import log_lines, make_trainer
 
 from qpsft import cli
 from qpsft.errors import RecipeError
@@ -18,11 +18,6 @@ METRICS = (
     "loss", "nll", "entropy", "clip_fraction", "approx_kl", "ratio_max", "grad_norm", "mean_token_accuracy",
     "tokens_per_second",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
 
 
 def train(base, folder, logger: str) -> list[dict]:

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from small_runs import gradients, make_base, make_lora, make_trainer, policy, same
+from small_runs import gradients, make_lora, make_trainer, policy, same
 from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,11 +15,6 @@ from qpsft.model.lora_linear import _FusedForward, fused_lora_linears
 from qpsft.psft.reference import ReferencePolicy
 
 ROUNDING = 2**-7  # two units in the last place of bfloat16
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
 
 
 def adapted(folder, dtype="bfloat16", checkpointing=False, quantization="nf4", **lora):

@@ -15,7 +15,6 @@ from small_runs import (
     in_float16,
     largest_difference,
     log_lines,
-    make_base,
     make_lora,
     make_trainer,
     policy,
@@ -28,11 +27,6 @@ from qpsft.errors import TrainingError
 from qpsft.model.base import load_base
 from qpsft.psft import float16, trainer
 from qpsft.psft.reference import ReferencePolicy
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
 
 
 class Overflowing(PSFTTrainer):

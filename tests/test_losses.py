@@ -15,16 +15,22 @@ from qpsft.psft.losses import (
     LOSSES,
     NotFiniteError,
     dft_loss,
+    eaft_loss,
     loss_statistics,
     mean_statistics,
     nll_loss,
     psft_loss,
+    stm_loss,
+    trsft_loss,
 )
 
 
-def loss_of(name, logprobs, old, mask, num_items=None, epsilon=0.28):
-    """A loss as the trainer calls it."""
-    return LOSSES[name](logprobs, mask, {"old_logprobs": old}, SimpleNamespace(epsilon=epsilon), num_items)
+def loss_of(name, logprobs, old, mask, num_items=None, **options):
+    """A loss as the trainer calls it; where it needs more than `old`, that is made of `old` too."""
+    defaults = dict(epsilon=0.28, eaft_alpha=1.0, trsft_alpha=0.1, stm_threshold=2.5)
+    # with base log-probabilities of half of `old`, some tokens are kept by the threshold and some are not
+    made = {"old_logprobs": old, "base_logprobs": old / 2, "top_entropy": old.exp().clamp(max=1) * math.log(20)}
+    return LOSSES[name](logprobs, mask, made, SimpleNamespace(**{**defaults, **options}), num_items)
 
 
 def tensors(*rows):
@@ -40,6 +46,59 @@ def test_hand_computed_values():
     assert psft_loss(logprobs, old, mask, num_items=8).item() == pytest.approx(-(1.28 + 0.8) / 8, rel=1e-12)
     assert nll_loss(logprobs, mask).item() == pytest.approx((math.log(2) + math.log(5)) / 2, rel=1e-12)
     assert dft_loss(logprobs, mask).item() == pytest.approx((0.5 * math.log(2) + 0.2 * math.log(5)) / 2, rel=1e-12)
+
+
+def test_hand_computed_values_of_the_weighted_losses():
+    (logprobs,) = tensors([[math.log(0.5), math.log(0.02), math.log(0.9)]])
+    mask = torch.tensor([[True, True, False]])
+    (entropy,) = tensors([[math.log(2), math.log(20), 1.0]])
+    half, fiftieth = math.log(2), math.log(50)
+    unsure = math.log(2) / math.log(20)
+    assert eaft_loss(logprobs, entropy, mask).item() == pytest.approx((unsure * half + fiftieth) / 2, rel=1e-12)
+    squared = eaft_loss(logprobs, entropy, mask, eaft_alpha=2.0)
+    assert squared.item() == pytest.approx((unsure**2 * half + fiftieth) / 2, rel=1e-12)
+    # 0.5 is above 0.1: weight 1; 0.02 is a fifth of it
+    assert trsft_loss(logprobs, mask).item() == pytest.approx((half + 0.2 * fiftieth) / 2, rel=1e-12)
+    assert trsft_loss(logprobs, mask, trsft_alpha=0.01).item() == pytest.approx((half + fiftieth) / 2, rel=1e-12)
+    (base,) = tensors([[math.log(0.39), math.log(0.41), math.log(0.9)]])
+    # the mean is over all supervised tokens, those that are not trained on included
+    assert stm_loss(logprobs, base, mask).item() == pytest.approx(fiftieth / 2, rel=1e-12)
+    assert stm_loss(logprobs, base, mask, stm_threshold=3.0).item() == pytest.approx((half + fiftieth) / 2, rel=1e-12)
+    assert stm_loss(logprobs, base, mask, num_items=8).item() == pytest.approx(fiftieth / 8, rel=1e-12)
+
+
+def test_the_ends_of_the_options_are_other_losses():
+    torch.manual_seed(5)
+    logprobs, mask = torch.randn(3, 7, dtype=torch.float64) - 3, torch.rand(3, 7) > 0.3
+    logprobs = logprobs.clamp(max=0.0)
+    entropy, base = torch.rand(3, 7, dtype=torch.float64) * 3, torch.randn(3, 7, dtype=torch.float64) - 3
+    nll, dft = nll_loss(logprobs, mask).item(), dft_loss(logprobs, mask).item()
+    assert eaft_loss(logprobs, entropy, mask, eaft_alpha=0.0).item() == pytest.approx(nll, rel=1e-12)
+    assert trsft_loss(logprobs, mask, trsft_alpha=1.0).item() == pytest.approx(dft, rel=1e-12)
+    assert trsft_loss(logprobs, mask, trsft_alpha=1e-9).item() == pytest.approx(nll, rel=1e-12)
+    assert stm_loss(logprobs, base, mask, stm_threshold=1e9).item() == pytest.approx(nll, rel=1e-12)
+    for other in (
+        eaft_loss(logprobs, entropy, mask),
+        trsft_loss(logprobs, mask),
+        stm_loss(logprobs, base, mask),
+    ):
+        assert abs(other.item() - nll) > 0.05 and abs(other.item() - dft) > 0.05
+
+
+def test_trsft_has_the_gradient_of_the_authors_code():
+    """Su-my/TRAPO, `clip_low`: p / clamp(sg p, min=0.1), to be maximized."""
+    torch.manual_seed(6)
+    ours = (torch.randn(3, 7, dtype=torch.float64) - 2).clamp(max=-0.01).requires_grad_()
+    theirs, mask = ours.detach().clone().requires_grad_(), torch.ones(3, 7, dtype=torch.bool)
+    trsft_loss(ours, mask).backward()
+    (-(theirs.exp() / theirs.detach().exp().clamp(min=0.1)).mean()).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=0)
+
+
+def test_eaft_s_weight_is_0_where_rounding_makes_an_entropy_negative():
+    logprobs, mask = torch.tensor([[-1.0]], requires_grad=True), torch.tensor([[True]])
+    eaft_loss(logprobs, torch.tensor([[-1e-8]]), mask, eaft_alpha=0.5).backward()
+    assert logprobs.grad.item() == 0.0
 
 
 def test_it_is_ppo_s_two_term_surrogate_with_advantage_one():
@@ -59,8 +118,14 @@ def test_gradients_equal_finite_differences(name):
     mask = torch.tensor([[True, False, True, True], [True, True, False, True]])
     old = torch.randn(2, 4, dtype=torch.float64) - 2
     logprobs = (old + torch.tensor([[0.1, 0.0, -0.5, 1.0], [-1.0, 0.2, 0.3, 0.6]])).requires_grad_()
-    if name == "dft":  # the weight is a constant: differentiate with it held fixed
-        weight = logprobs.detach().exp()
+    probability = logprobs.detach().exp()
+    weights = {  # constants: differentiate with them held fixed
+        "dft": probability,
+        "eaft": old.exp().clamp(max=1),
+        "trsft": (probability / 0.1).clamp(max=1),
+    }
+    if name in weights:
+        weight = weights[name]
 
         def loss(x):
             return -(weight * x)[mask].sum() / mask.sum()
@@ -78,6 +143,13 @@ def test_gradients_equal_finite_differences(name):
         with torch.no_grad():
             expected = (loss(logprobs + delta) - loss(logprobs - delta)) / (2 * step)
         assert logprobs.grad.flatten()[index].item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["eaft", "stm"])
+def test_no_gradient_reaches_what_a_loss_needs(name):
+    logprobs, needed = (torch.tensor([[-0.5, -2.0]], requires_grad=True) for _ in range(2))
+    LOSSES[name].function(logprobs, needed, torch.ones(1, 2, dtype=torch.bool)).backward()
+    assert needed.grad is None and logprobs.grad is not None
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -150,10 +222,11 @@ def test_not_finite_names_the_row(name):
         with pytest.raises(NotFiniteError, match=r"\[2\]") as caught:
             loss_of(name, broken, logprobs, mask)
         assert caught.value.rows == [2]
-    broken_old = logprobs.clone()
-    broken_old[0, 0] = math.nan
-    with pytest.raises(NotFiniteError, match="old_logprobs"):
-        psft_loss(logprobs, broken_old, mask)
+    for needed in LOSSES[name].needs:
+        broken = logprobs.clone()
+        broken[0, 0] = math.nan
+        with pytest.raises(NotFiniteError, match=rf"{needed} .*\[0\]"):
+            LOSSES[name].function(logprobs, broken, mask)
 
 
 def test_wrong_arguments_are_refused():
@@ -256,11 +329,8 @@ def test_a_micro_batch_is_checked_once_for_all_that_is_not_finite():
             return function(*args, **(kwargs or {}))
 
     logprobs, mask = -torch.rand(2, 5), torch.ones(2, 5, dtype=torch.bool)
-    with Waits() as waits:
-        psft_loss(logprobs, logprobs - 0.1, mask, num_items=torch.tensor(10))
-        loss_statistics(logprobs, logprobs - 0.1, mask)
-    assert waits.count == 1
-    with Waits() as waits:
-        nll_loss(logprobs, mask, num_items=torch.tensor(10))
-        loss_statistics(logprobs, None, mask)
-    assert waits.count == 1
+    for name in LOSSES:
+        with Waits() as waits:
+            loss_of(name, logprobs, logprobs - 0.1, mask, num_items=torch.tensor(10))
+            loss_statistics(logprobs, logprobs - 0.1, mask)
+        assert waits.count == 1, name

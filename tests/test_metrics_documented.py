@@ -9,10 +9,14 @@ from exporting import make_adapter
 from markdown import ROOT, code_names, section, text_of
 from noise_study import NoiseStudy
 from small_runs import in_float16, make_base, make_rows, make_trainer
+from test_guard import write_rows
 
 from qpsft import cli
 from qpsft.compare import compare
 from qpsft.data import built_in
+from qpsft.recipe.arguments import DataArguments, GuardArguments
+from qpsft.train.guard import Guard
+from qpsft.train.guard_set import GuardSet, load_guard_set
 from qpsft.train.progress import MetricsCallback, read_metrics
 
 METRICS = text_of(ROOT / "docs" / "metrics.md")
@@ -37,9 +41,11 @@ def keys(record, *free: str) -> set[str]:
     return found
 
 
-def test_every_logged_number_is_defined_and_no_other(tmp_path):
+def test_every_logged_number_is_defined_and_no_other(tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
+    data = write_rows(tmp_path / "old.jsonl", [{"prompt": "w3 w4", "completion": "w5 w6"}] * 20)
+    monkeypatch.setattr(GuardSet, "score", lambda self, model, tokenizer: 0.9)
     trainer = make_trainer(
         make_base(tmp_path / "base"),
         out,
@@ -48,10 +54,15 @@ def test_every_logged_number_is_defined_and_no_other(tmp_path):
         eval_strategy="steps",
         eval_steps=2,
         max_steps=4,
+        target_kl=10.0,
+        target_clip_fraction=0.1,
     )
+    for metric in ("accuracy", "nll", "kl"):
+        options = GuardArguments(data=str(data), metric=metric, every=4, action="warn")
+        Guard(load_guard_set(options, DataArguments()), None).watch(trainer, resumed=False)
     in_float16(trainer).train()  # which logs `loss_scale` too
     lines = read_metrics(out / "metrics.jsonl")
-    assert len(lines) == 7
+    assert len(lines) == 7 + 3 * 2
     assert keys(lines) == defined("## Logged while training")
 
 

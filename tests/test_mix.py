@@ -9,7 +9,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from small_runs import make_base, make_rows, make_trainer, policy, same
+from small_runs import make_rows, make_trainer, policy, same
 
 from qpsft import cli
 from qpsft.data.mix import MixedMiniBatches, apportioned, mixed
@@ -99,11 +99,6 @@ def test_shares_must_add_up_to_one():
             whole_shares(shares)
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
-
-
 def mix_of(*counts, shares=(0.75, None)):
     rows = [make_rows(count, seed=seed) for seed, count in enumerate(counts)]
     return mixed(list(zip(rows, shares, strict=True)))
@@ -139,6 +134,12 @@ def test_an_epoch_is_one_pass_over_the_first_source(base, tmp_path):
     trainer = make_trainer(base, tmp_path, rows=mix_of(12, 5), max_steps=-1, num_train_epochs=2)
     trainer.train()
     assert trainer.state.global_step == 8 and trainer.state.epoch == 2
+
+
+def test_a_loss_that_keeps_scores_by_row_finds_the_rows_of_a_mix(base, tmp_path):
+    trainer = make_trainer(base, tmp_path, rows=mix_of(12, 5), loss_type="stm", stm_threshold=99, max_steps=5)
+    trainer.train()
+    assert trainer.state.global_step == 5
 
 
 def test_packed_sources_keep_their_shares_of_packed_rows(base, tmp_path):
@@ -247,6 +248,16 @@ def test_a_bad_row_of_any_source_is_named_by_its_own_file(recipe, capsys):
         file.write('{"question": "q", "answer": ""}\n')
     assert cli.main(["preview", str(recipe)]) == 2
     assert "others.jsonl, line 6" in capsys.readouterr().err
+
+
+def test_evaluation_counts_duplicates_of_every_source(recipe, tmp_path, capsys):
+    assert cli.main(["train", str(recipe), "--max_steps=2", f"--output_dir={tmp_path / 'a'}"]) == 0
+    rows = [{"prompt": "any order of 1000", "completion": "1) 1000"}, {"prompt": "any order of 9", "completion": "9"}]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    capsys.readouterr()
+    flags = [f"--data={tmp_path / 'test.jsonl'}", "--k=1", "--no_drift", "--max_new_tokens=8"]
+    assert cli.main(["evaluate", str(tmp_path / "a"), *flags]) == 0
+    assert "1 of its rows are exact duplicates" in " ".join(capsys.readouterr().out.split())
 
 
 def test_plan_takes_a_mix_and_compare_refuses_it(recipe, tmp_path, capsys):

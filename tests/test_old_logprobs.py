@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import get_peft_model
-from small_runs import make_base, make_config, make_lora, make_rows, same
+from small_runs import make_config, make_lora, make_rows, same
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
@@ -11,11 +11,6 @@ from qpsft.model.base import load_base
 from qpsft.psft.old_logprobs import OldLogprobs
 from qpsft.psft.reference import ReferencePolicy
 from qpsft.psft.schedule import StepPosition
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
 
 
 def policy_of(base):

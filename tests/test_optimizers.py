@@ -4,15 +4,10 @@ import builtins
 
 import pytest
 import torch
-from small_runs import largest_difference, make_base, make_config, make_lora, make_trainer, policy, same
+from small_runs import largest_difference, make_config, make_lora, make_trainer, policy, same
 
 from qpsft.errors import RecipeError
 from qpsft.psft.checkpoint import remove_folder
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
 
 
 def trained(base, out, optim, **settings):

@@ -11,7 +11,6 @@ from small_runs import (
     gradients,
     largest_difference,
     log_lines,
-    make_base,
     make_config,
     make_lora,
     make_rows,
@@ -38,11 +37,6 @@ BY_MASK = PackedRows(pad_token_id=0)
 BY_PIECE = PackedRows(pad_token_id=0, by_piece=True)
 END_TO_END = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
 ALONE = DataCollatorForLanguageModeling(pad_token_id=0)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
 
 
 def adapted(folder, attention=None, checkpointing=False):

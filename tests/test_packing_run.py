@@ -66,7 +66,7 @@ def test_the_log_counts_real_tokens_and_each_block_starts_at_ratio_1(packed_run)
 
 def test_it_says_what_was_packed(packed_run):
     _, trainer = packed_run
-    (packing,) = run.setup_lines(trainer, 58)
+    packing = run.packing_line(trainer, 58)
     count = len(trainer.train_dataset)
     assert " ".join(packing.split()).startswith(f"packing: 58 rows in {count} of 128 tokens, ")
     assert packing.split()[-5:] == ["4", "packed", "rows", "a", "step"]

@@ -8,16 +8,10 @@ import packing
 import pytest
 import scoring_groups
 import torch
-from small_runs import make_base
 from transformers import LlamaForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 pytestmark = pytest.mark.bench
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
 
 
 def options(module, monkeypatch, *flags):

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
-from small_runs import largest_difference, make_base, make_rows, make_trainer, policy
+from small_runs import largest_difference, make_rows, make_trainer, policy
 from two_processes import EARLY_ENDS, FLAGS, PACKED, SETTINGS, SIX_STEPS, STOP
 
 from qpsft import cli, processes
@@ -48,11 +48,6 @@ def launch(*command, timeout=600):
             os.killpg(launched.pid, signal.SIGKILL)  # its workers too
             launched.wait()
     return launched.returncode, stdout, stderr
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from small_runs import MODULES, make_base, make_lora, make_rows, policy, same
+from small_runs import MODULES, make_lora, make_rows, policy, same
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pad_sequence
 
@@ -19,11 +19,6 @@ ADAPTERS = {
     "embedding": dict(modules_to_save=["embed_tokens"]),
     "norm": dict(modules_to_save=["norm"]),
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
 
 
 def adapted(base, adapter_name="default", **lora):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import log_lines, make_base, make_lora, make_rows, make_trainer, policy, same
+from small_runs import log_lines, make_lora, make_rows, make_trainer, policy, same
 from transformers import TrainerCallback
 
 from qpsft.errors import TrainingError
@@ -30,11 +30,6 @@ def trainer_of(base, out, **changes):
     settings = dict(rows=make_rows(10), max_steps=12, save_strategy="steps", save_steps=1, save_total_limit=None)
     settings |= dict(learning_rate=1e-3, epsilon=0.2)  # most tokens stay unclipped: old log-probabilities matter
     return make_trainer(base, out, **{**settings, **changes})
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +161,7 @@ def test_dropout_draws_the_same_numbers_after_resuming(base, tmp_path, stop):
     assert same(policy(resumed.model), policy(whole.model))
 
 
-@pytest.mark.parametrize("loss_type", ["nll", "dft"])
+@pytest.mark.parametrize("loss_type", ["nll", "dft", "eaft", "trsft"])
 def test_the_baselines_resume_too(base, tmp_path, loss_type):
     settings = dict(loss_type=loss_type, block_order=True, num_iterations=2, max_steps=6)
     whole = trainer_of(base, tmp_path / "whole", **settings)

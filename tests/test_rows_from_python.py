@@ -5,7 +5,7 @@ import json
 import datasets
 import pytest
 from real_templates import templates, tokenizer_for
-from small_runs import make_base, make_config, make_lora, make_rows, make_trainer
+from small_runs import make_config, make_lora, make_rows, make_trainer
 from transformers import AutoModelForCausalLM
 
 from qpsft.data.tokenize import load_dataset
@@ -35,11 +35,6 @@ SHAPES = {
         "tools": [TOOL],
     },
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
 
 
 def made(base, out, rows, tokenizer, **settings):

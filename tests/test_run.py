@@ -19,8 +19,9 @@ from qpsft.data.tokenize import load_dataset
 from qpsft.errors import OutputError
 from qpsft.model.base import load_base, load_tokenizer
 from qpsft.psft.config import PSFTConfig
+from qpsft.psft.losses import LOSSES
 from qpsft.recipe.file import load_recipe
-from qpsft.train import run
+from qpsft.train import outputs, run
 from qpsft.train.data import hold_out
 from qpsft.train.progress import log_line, read_metrics
 
@@ -194,19 +195,19 @@ def test_nothing_to_resume(tmp_path, capsys):
 
 
 def test_a_full_disk_at_the_end_leaves_no_half_written_adapter(tmp_path, monkeypatch, capsys):
-    real = run.draw_training
+    real = outputs.draw_training
 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(run, "draw_training", full)
+    monkeypatch.setattr(outputs, "draw_training", full)
     assert train(tmp_path / "a", "--max_steps=2", "--save_steps=2") == 2
     assert "No space left on device" in error(capsys)
     assert (
         files(tmp_path / "a") <= {"metrics.jsonl", "README.md", "base_quantization.json"}
         and not (tmp_path / "a" / ".partial").exists()
     )
-    monkeypatch.setattr(run, "draw_training", real)
+    monkeypatch.setattr(outputs, "draw_training", real)
     assert train(tmp_path / "a", "--max_steps=2", "--save_steps=2", "--resume") == 0  # as the message says
     assert files(tmp_path / "a") == WRITTEN
     saved, written = (tmp_path / "a" / f / "adapter_model.safetensors" for f in ("checkpoint-2", "."))
@@ -219,11 +220,13 @@ def test_no_supervised_token_is_an_error_before_training(tmp_path, capsys):
     assert not (tmp_path / "a" / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("loss_type", ["nll", "dft"])
+@pytest.mark.parametrize("loss_type", [name for name in LOSSES if name != "psft"])
 def test_the_baselines_run(loss_type, tmp_path):
     assert train(tmp_path / "a", "--max_steps=2", f"--loss_type={loss_type}", "--save_strategy=no") == 0
     last = [line for line in read_metrics(tmp_path / "a" / "metrics.jsonl") if "nll" in line][-1]
     assert last["clip_fraction"] == 0.0 and last["ratio_max"] == 1.0
+    card = (tmp_path / "a" / "README.md").read_text(encoding="utf-8").lower()
+    assert f"by {'plain sft' if loss_type == 'nll' else loss_type}" in card
 
 
 def test_a_run_shorter_than_a_log_interval_still_ends_with_its_numbers(tmp_path):
@@ -328,7 +331,7 @@ def test_truncated_rows_are_mentioned(capsys, tmp_path):
 
 def test_the_peak_of_an_earlier_run_does_not_count(tmp_path, monkeypatch):
     order = []
-    monkeypatch.setattr(run, "_forget_earlier_peak", lambda: order.append("peak"))
+    monkeypatch.setattr(run, "forget_earlier_peak", lambda: order.append("peak"))
     monkeypatch.setattr(run, "load_base", lambda *args, **kwargs: order.append("base") or sys.exit())
     recipe = load_recipe(None, [*FLAGS, f"--output_dir={tmp_path}"], PSFTConfig)
     with pytest.raises(SystemExit):
@@ -336,7 +339,7 @@ def test_the_peak_of_an_earlier_run_does_not_count(tmp_path, monkeypatch):
     assert order == ["peak", "base"]
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: order.append("reset"))
-    run._forget_earlier_peak()
+    run.forget_earlier_peak()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    run._forget_earlier_peak()
+    run.forget_earlier_peak()
     assert order[2:] == ["reset"]

@@ -55,12 +55,19 @@ WRONG = [
     "quantization: nf5",
     "gradient_checkpointing: 1",
     "dataset_columns: question",
+    "dataset_mix: [{dataset_name: a, share: half}, {dataset_name: b}]",
+    "dataset_mix: [{dataset_name: a, dataset_split: x}, {dataset_name: b}]",
+    "dataset_mix: [{share: 0.5}, {dataset_name: b}]",
+    "replay_dataset: {dataset_name: a, share: 0.1}",
     "loss_type: sft",
     "save_strategy: sometimes",
     "optim: adam_of_mine",
     "compare: {seed: 3}",
     "compare: {seeds: many}",
     "compare: {metric: loss}",
+    "guard: {evry: 3}",
+    "guard: {metric: loss}",
+    "guard: old.jsonl",
     "extends: [a.yaml]",
     "lora_modules_to_save: {a: b}",
 ]
@@ -73,11 +80,15 @@ RIGHT = [
     "lora_target_modules: [q_proj, v_proj]",
     "lora_target_modules: q_proj,v_proj",
     "report_to: [tensorboard]",
+    "dataset_mix: [{dataset_name: a, share: 2e-1, dataset_columns: {prompt: question}}, {dataset_name: b}]",
+    "replay_dataset: old.jsonl",
+    "replay_dataset: {dataset_name: a, dataset_train_split: x}",
     "save_strategy: 'no'",
     "optim: paged_adamw_8bit",
     "gradient_checkpointing_kwargs: {every_n_layers: 2}",
     "compare: {seeds: 3, arm_rates: {sft: 2e-3}, temperatures: [1.0, 6e-1]}",
     "bf16: true",
+    "guard: {data: old.jsonl, metric: kl, max_drop: 1e-1, every: 20, action: lower_lr, limit: null}",
 ]
 
 
@@ -107,6 +118,6 @@ def test_types():
 def test_every_option_has_its_help_and_default():
     properties = recipe_schema()["properties"]
     assert properties["epsilon"]["default"] == 0.28 and "Trust region" in properties["epsilon"]["description"]
-    assert properties["loss_type"]["enum"] == ["psft", "nll", "dft"]
+    assert properties["loss_type"]["enum"] == ["psft", "nll", "dft", "eaft", "trsft", "stm"]
     assert properties["assistant_only_loss"]["deprecated"] is True
     assert "report_to" in properties and "parallelism_config" in properties

@@ -9,7 +9,7 @@ import torch
 import trl.trainer.utils
 from live_bytes import peak_of_scoring, peak_of_training
 from peft import get_peft_model
-from small_runs import make_base, make_lora, make_rows, make_trainer
+from small_runs import make_lora, make_rows, make_trainer
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
@@ -23,11 +23,6 @@ from qpsft.psft.reference import ReferencePolicy
 from qpsft.psft.scoring import Row, groups, real_tokens, row_lengths, token_budget
 
 COLLATE = DataCollatorForLanguageModeling(pad_token_id=0)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
 
 
 def lora_model(dtype, checkpointing, hidden=128, intermediate=448, layers=4):

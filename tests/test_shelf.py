@@ -22,6 +22,7 @@ from qpsft.plan import make_plan
 from qpsft.plan.cards import find_card
 from qpsft.psft.config import PSFTConfig
 from qpsft.recipe.file import load_recipe
+from qpsft.train.model_card import RUN_OPTIONS
 from qpsft.train.progress import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -231,7 +232,7 @@ def test_it_came_with_all_that_a_run_leaves(again):
 def test_its_options_are_its_recipe_s():
     resolved = yaml.safe_load((SHIPPED / "recipe.resolved.yaml").read_text(encoding="utf-8"))
     recipe = read("demo-psft")
-    values = recipe.values() | {"held_out_rows": recipe.run.held_out_rows}
+    values = recipe.values() | {name: getattr(recipe.run, name) for name in RUN_OPTIONS}
     assert resolved == {name: value for name, value in values.items() if name != "output_dir"}
 
 

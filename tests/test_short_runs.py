@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import shared_path
 from safetensors.torch import load_file
-from small_runs import Recorder, log_lines, make_base, make_trainer
+from small_runs import Recorder, log_lines, make_trainer
 
 from qpsft import cli
 from qpsft.errors import TrainingError
@@ -15,11 +15,6 @@ from qpsft.psft.config import PSFTConfig
 
 ROWS = [{"prompt": f"What is {i}+{i}?", "completion": f"{i}+{i} is {2 * i}."} for i in range(16)]
 """`../shared/cases/data/W_16rows.jsonl` is of this kind."""
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
 
 
 def write_recipe(folder, **options) -> str:

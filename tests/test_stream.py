@@ -118,7 +118,7 @@ FLAGS = [
     "--model_name_or_path=demo", "--streaming", "--streaming_buffer=16", "--max_length=128", "--lora_r=4",
     "--learning_rate=1e-3", "--warmup_steps=0", "--reference_steps=2", "--per_device_train_batch_size=2",
     "--gradient_accumulation_steps=2", "--gradient_checkpointing=false", "--logging_steps=2", "--max_steps=8",
-    "--save_steps=3", "--save_total_limit=9",
+    "--save_steps=3", "--save_total_limit=9", "--lr_scheduler_type=constant",
 ]  # fmt: skip
 
 

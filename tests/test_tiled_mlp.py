@@ -3,18 +3,13 @@
 import pytest
 import torch
 from peft import get_peft_model
-from small_runs import gradients, largest_difference, make_base, make_lora, make_rows, make_trainer, policy
+from small_runs import gradients, largest_difference, make_lora, make_rows, make_trainer, policy
 from tiny_models import save_tiny_model
 
 from qpsft.model import tiled_mlp
 from qpsft.model.base import load_base
 from qpsft.model.tiled_mlp import is_tiled, tile_mlps
 from qpsft.plan.live_bytes import LiveBytes
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from small_runs import (
     gradients,
     largest_difference,
     log_lines,
-    make_base,
     make_lora,
     make_rows,
     make_trainer,
@@ -23,11 +22,6 @@ from qpsft.model.base import quantized_linears
 from qpsft.psft import trainer as trainer_module
 from qpsft.psft.forward import policy_forward
 from qpsft.psft.reference import ReferencePolicy
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
 
 
 def window(trainer, step):

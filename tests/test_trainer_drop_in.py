@@ -8,7 +8,6 @@ from small_runs import (
     Recorder,
     largest_difference,
     log_lines,
-    make_base,
     make_config,
     make_lora,
     make_rows,
@@ -26,11 +25,6 @@ from qpsft.psft import policy as policy_module
 from qpsft.psft.losses import LOSSES
 
 PEFT_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
 
 
 def logits_of(model):

@@ -6,17 +6,12 @@ import warnings
 import pytest
 import torch
 from peft import get_peft_model
-from small_runs import make_base, make_config, make_lora, make_rows, make_trainer
+from small_runs import make_config, make_lora, make_rows, make_trainer
 from trl import SFTConfig
 
 from qpsft import PSFTConfig, PSFTTrainer
 from qpsft.errors import QpsftError, RecipeError
 from qpsft.model.base import load_base
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
 
 
 def test_the_defaults_are_the_paper_s_and_suit_lora_on_4_bit(tmp_path):
@@ -56,11 +51,16 @@ def test_every_option_of_its_own_has_help():
         (dict(warmup_steps=-1), "warmup_steps is -1; it must not be negative"),
         (dict(weight_decay=-0.1), "weight_decay is -0.1; it must not be negative"),
         (dict(max_grad_norm=-1.0), "max_grad_norm is -1.0; it must not be negative"),
+        (dict(eaft_alpha=-0.5), "eaft_alpha is -0.5; it must not be negative"),
+        (dict(trsft_alpha=0), "trsft_alpha is 0; it must be above 0 and at most 1"),
+        (dict(trsft_alpha=1.5), "trsft_alpha is 1.5; it must be above 0 and at most 1"),
+        (dict(stm_threshold=1.0), "stm_threshold is 1.0; it must be above 1"),
+        (dict(stm_threshold=float("nan")), "stm_threshold is nan; it must be above 1"),
         (dict(score_token_budget=-1), "score_token_budget is -1; it must be at least 0, or left out"),
         (dict(max_length=1), "max_length is 1; it must be at least 2, or left out"),
         (dict(max_steps=0), "max_steps is 0; it must be at least 1"),
         (dict(max_steps=-5), "max_steps is -5; it must be at least 1"),
-        (dict(loss_type="ppo"), "loss_type 'ppo' is not known. Use one of psft, nll, dft."),
+        (dict(loss_type="ppo"), "loss_type 'ppo' is not known. Use one of psft, nll, dft, eaft, trsft, stm."),
         (dict(auto_find_batch_size=True), "auto_find_batch_size is not supported"),
         (dict(ignore_data_skip=True), "ignore_data_skip is not supported"),
         (dict(label_smoothing_factor=0.1), "label_smoothing_factor is not supported"),

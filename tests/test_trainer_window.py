@@ -11,7 +11,6 @@ from small_runs import (
     gradients,
     largest_difference,
     log_lines,
-    make_base,
     make_config,
     make_lora,
     make_rows,
@@ -24,11 +23,6 @@ from qpsft.model.base import load_base
 from qpsft.psft import metrics
 from qpsft.psft.metrics import RunStatistics
 from qpsft.psft.reference import ReferencePolicy
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
 
 
 def collated(trainer, rows):

@@ -7,18 +7,13 @@ import warnings
 import pytest
 import torch
 from accelerate import Accelerator
-from small_runs import largest_difference, log_lines, make_base, make_config, make_rows, make_trainer, policy, same
+from small_runs import largest_difference, log_lines, make_config, make_rows, make_trainer, policy, same
 from test_resume import contents
 
 from qpsft.errors import RecipeError
 from qpsft.psft.trust_region import TrustRegion
 
 VISITS = dict(num_iterations=2, rows=make_rows(10), max_steps=12, learning_rate=1e-3)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
 
 
 def part(tokens, kl=0.0, clipped=0.0):

@@ -17,8 +17,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from qpsft.data.tokenize import encode_prompt, tokenize_rows, writes_chat
 from qpsft.errors import BaseModelError, DataError
-from qpsft.evaluate.likelihood import adapter_off, has_adapter
 from qpsft.evaluate.rows import as_rows, stop_ids_of
+from qpsft.model.adapter import adapter_off, has_adapter
 from qpsft.model.generation import neutral_settings, stop_tokens
 from qpsft.recipe.arguments import DataArguments
 

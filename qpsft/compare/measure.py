@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import random
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
@@ -19,6 +16,7 @@ from qpsft.compare.data import ComparedData, set_verifier
 from qpsft.compare.results import is_accuracy
 from qpsft.data.shapes import Rows
 from qpsft.evaluate.evaluation import Evaluation, evaluate
+from qpsft.model.undisturbed import undisturbed
 from qpsft.recipe.arguments import DataArguments
 
 SHOWN = 4
@@ -161,25 +159,6 @@ def _shown(evaluation: Evaluation, rows: int) -> list[dict[str, Any]]:
         }
         for row in evaluation.completions[:rows]
     ]
-
-
-@contextlib.contextmanager
-def undisturbed(model: torch.nn.Module) -> Iterator[None]:
-    """Afterwards random states, train modes and `requires_grad` are as they were, whatever was done inside."""
-    modes = {module: module.training for module in model.modules()}
-    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    python, numbers = random.getstate(), np.random.get_state()
-    devices = [model.device] if model.device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numbers)
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter, requires_grad in trained.items():
-            parameter.requires_grad_(requires_grad)
 
 
 class EpochEvaluation(TrainerCallback):

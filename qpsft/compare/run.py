@@ -45,7 +45,8 @@ FORMAT = 1
 """Goes up when the same options give another run than before, so that older results are not reused."""
 NOT_DECISIVE = frozenset(
     {"output_dir", "save_strategy", "save_steps", "save_total_limit", "report_to", "logging_steps", "learning_rate"}
-    | {"seed", "num_train_epochs", "disable_tqdm"}
+    | {"seed", "num_train_epochs", "disable_tqdm", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start"}
+    | {"load_best_model_at_end", "metric_for_best_model", "greater_is_better", "per_device_eval_batch_size"}
 )
 """Options that a comparison sets itself, or that do not change what is learned."""
 LOGGED = ("nll", "entropy", "clip_fraction", "approx_kl", "ratio_max", "grad_norm", "mean_token_accuracy")

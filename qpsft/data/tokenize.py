@@ -11,7 +11,7 @@ import math
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,7 @@ __all__ = [
     "load_rows",
     "tokenize_records",
     "tokenize_rows",
+    "tokenized_rows",
     "writes_chat",
 ]
 
@@ -154,6 +155,23 @@ def tokenize_rows(
         raise _nothing_supervised(rows.name, counts)
     encode.warn(rows.name)
     return TokenizedRows(rows.name, rows.shape, kept.dataset(), counts, kept.places)
+
+
+def tokenized_rows(
+    name: str, shape: str, rows: Sequence[tuple[np.ndarray, np.ndarray, str]], dropped: Mapping[str, int]
+) -> TokenizedRows:
+    """Rows that are tokens already.
+
+    Args:
+        rows: ids, labels (int32, equally long) and place of each; some of its tokens are supervised.
+        dropped: why other rows were left out, with counts.
+    """
+    kept = _Kept(DataCounts(rows=len(rows) + sum(dropped.values())))
+    for ids, labels, place in rows:
+        kept.add(ids, labels, False, place)
+    counts = kept.counted([], name)
+    counts.dropped |= dropped
+    return TokenizedRows(name, shape, kept.dataset(), counts, kept.places)
 
 
 def _with_bar(rows: Rows, show_progress: bool) -> Iterator[tuple[dict, str, int]]:

@@ -18,9 +18,10 @@ import numpy as np
 from qpsft.data.shapes import Rows
 from qpsft.errors import DataError
 from qpsft.evaluate.estimates import Estimate, bootstrap_weights, pass_at_k, ratio
-from qpsft.evaluate.likelihood import has_adapter, row_sums
+from qpsft.evaluate.likelihood import row_sums
 from qpsft.evaluate.rows import Encoded, as_rows, duplicates, encode, stop_ids_of
 from qpsft.evaluate.verifiers import Verdict, Verifier, find_verifier, text_of, warn_if_nothing_parsed
+from qpsft.model.adapter import has_adapter
 from qpsft.model.generation import Completion, Completions, generate
 from qpsft.recipe.arguments import DataArguments
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qpsft.errors import DataError
+from qpsft.model.adapter import adapter_off
 
 VOCABULARY_TILE = 2**25  # logits in float32 at once: 32M floats, 128 MB
 LOGITS_AT_ONCE = 2**28  # logits of one forward
@@ -53,10 +53,10 @@ def row_sums(
 
     Returns:
         Arrays (rows,), float64, in the order of `rows`: `nll` and `entropy` (nats), `mean_token_accuracy` (hits),
-        `num_items` (supervised tokens), and with `against_base` `kl`: KL(policy || base) of the whole next-token
-        distributions, nats.
+        `num_items` (supervised tokens), and with `against_base` of the whole next-token distributions, nats: `kl`,
+        KL(policy || base), and `base_kl`, KL(base || policy).
     """
-    names = ("nll", "entropy", "mean_token_accuracy", "num_items", *(("kl",) if against_base else ()))
+    names = ("nll", "entropy", "mean_token_accuracy", "num_items", *(("kl", "base_kl") if against_base else ()))
     sums = {name: np.zeros(len(rows)) for name in names}
     budget = min(batch_tokens, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
     was_training = model.training
@@ -85,7 +85,7 @@ def _token_values(logits: Tensor, base_logits: Tensor | None, labels: Tensor) ->
     tile = max(1, VOCABULARY_TILE // logits.shape[-1])
     parts: dict[str, list[Tensor]] = {"nll": [], "entropy": [], "mean_token_accuracy": [], "num_items": []}
     if base_logits is not None:
-        parts["kl"] = []
+        parts |= {"kl": [], "base_kl": []}
     for start in range(0, len(labels), tile):
         label = labels[start : start + tile]
         logprobs = logits[start : start + tile].float().log_softmax(-1)
@@ -97,27 +97,8 @@ def _token_values(logits: Tensor, base_logits: Tensor | None, labels: Tensor) ->
         if base_logits is not None:
             base_logprobs = base_logits[start : start + tile].float().log_softmax(-1)
             parts["kl"].append((probs * (logprobs - base_logprobs)).sum(-1))
+            parts["base_kl"].append((base_logprobs.exp() * (base_logprobs - logprobs)).sum(-1))
     return {name: torch.cat(values) if values else logits.new_zeros(0) for name, values in parts.items()}
-
-
-def has_adapter(model: Any) -> bool:
-    """Whether `model` is a base with an adapter that can be switched off."""
-    return hasattr(model, "disable_adapter") and bool(getattr(model, "peft_config", None))
-
-
-@contextlib.contextmanager
-def adapter_off(model: Any) -> Iterator[None]:
-    """Switches the adapter off; afterwards every parameter requires gradients as before.
-
-    PEFT turns the gradients of every adapter on at the end of `disable_adapter()`.
-    """
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        for parameter, requires_grad in trained:
-            parameter.requires_grad_(requires_grad)
 
 
 def _length_sorted(rows: Sequence[dict], batch_tokens: int) -> Iterator[tuple[list[int], dict[str, Tensor]]]:

@@ -25,6 +25,7 @@ from qpsft.evaluate.task_data import parse_task_data
 from qpsft.evaluate.verifiers import text_of
 from qpsft.files import write_atomically
 from qpsft.recipe.arguments import DataArguments
+from qpsft.recipe.sources import mix_sources
 from qpsft.terminal import wrap
 
 DEMO_IN_DOMAIN_ROWS = 200
@@ -206,17 +207,22 @@ def _data_sets(names: Sequence[str], arguments: DataArguments, options: Evaluati
 
 def _train_rows(options: EvaluationOptions, recipe: dict[str, Any], arguments: DataArguments) -> list[dict] | None:
     """The rows the adapter was trained on, from --train_data or where its recipe says; None if they are not there."""
-    known = {one.name for one in fields(DataArguments)}
-    trained = {name: value for name, value in recipe.items() if name in known}
-    name = options.train_data or trained.get("dataset_name")
-    if name is None:
-        return None
     if options.train_data is not None:
-        return load_evaluation_rows(name, replace(arguments, dataset_name=name), "train").rows
-    if name not in BUILT_IN and not Path(name).expanduser().exists():
-        print(f"note: the training rows ({name}) are not here, so duplicates are not counted; --train_data FILE does.")
+        return load_evaluation_rows(
+            options.train_data, replace(arguments, dataset_name=options.train_data), "train"
+        ).rows
+    known = {one.name for one in fields(DataArguments)}
+    trained = DataArguments(**{name: value for name, value in recipe.items() if name in known})
+    if not (trained.dataset_name or trained.dataset_mix):
         return None
-    return load_evaluation_rows(name, DataArguments(**trained), trained.get("dataset_train_split", "train")).rows
+    rows = []
+    for source in mix_sources(trained):
+        name = source.data.dataset_name
+        if name not in BUILT_IN and not Path(name).expanduser().exists():
+            print(f"note: the training rows ({name}) are not here, so duplicates are not counted; --train_data does.")
+            continue
+        rows += load_evaluation_rows(name, source.data, source.data.dataset_train_split).rows
+    return rows or None
 
 
 def _block(one: Evaluation) -> str:

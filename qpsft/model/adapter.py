@@ -11,10 +11,12 @@ start from another model (with OLoRA 3.7 nats away, measured on stories260K).
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import os
 import re
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -258,6 +260,34 @@ def _inputs_to_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, .
 
 def _output_to(module: nn.Module, args: tuple[Any, ...], output: Tensor, *, dtype: torch.dtype) -> Tensor:
     return output.to(dtype)
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether `model` is a base with a LoRA adapter on it, which can be switched off."""
+    from peft.tuners.lora import LoraLayer
+
+    return any(isinstance(module, LoraLayer) for module in model.modules())
+
+
+@contextlib.contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` computes as the base does: without LoRA or DoRA, with the base's own `modules_to_save`.
+
+    PEFT's `disable_adapter()` sets `requires_grad` too, to True for all adapters at its end; a sharded layer that is
+    gathered for the first time inside would never be trained. Here only the layers' flags change.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    layers = [m for m in model.modules() if isinstance(m, kinds) and not m.disable_adapters]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def save_adapter(

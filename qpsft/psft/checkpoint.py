@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
 from qpsft.data.mix import MixedDataset
@@ -28,6 +29,18 @@ SCORES = "psft_scores_{process}.safetensors"
 
 # what torch.save says on a full disk: RuntimeErrors of its own, not an OSError
 _TORCH_WRITE_ERRORS = ("inline_container", "PytorchStreamWriter", "iostream", "File too large", "No space left")
+
+
+class CheckpointedCallback(TrainerCallback):
+    """A callback with files of its own in every checkpoint, whole or not at all with the rest of it."""
+
+    def save_to(self, folder: Path) -> None:
+        """Writes its files; called in process 0."""
+        raise NotImplementedError
+
+    def load_from(self, folder: Path) -> None:
+        """Reads them, where they are there; called in every process, before `on_train_begin`."""
+        raise NotImplementedError
 
 
 def mark_complete(folder: Path) -> None:

@@ -13,7 +13,7 @@ from trl import SFTConfig
 
 from qpsft.errors import RecipeError
 from qpsft.model.hardware import check_run, hardware_of, pick_device
-from qpsft.psft.losses import EPSILON, LOSSES, OLD_LOGPROBS
+from qpsft.psft.losses import BASE_LOGPROBS, EPSILON, LOSSES, OLD_LOGPROBS
 from qpsft.psft.trust_region import check_targets
 
 DECAY = 0.3
@@ -49,13 +49,24 @@ class PSFTConfig(SFTConfig):
 
     loss_type: str = _option(
         "psft",
-        "psft (Proximal SFT, arXiv 2508.17784), nll (plain SFT) or dft (arXiv 2508.05629).",
+        "psft (Proximal SFT, arXiv 2508.17784), nll (plain SFT), dft (arXiv 2508.05629), eaft (2601.02151), trsft "
+        "(2512.17636) or stm (2501.14315). docs/methods.md has their formulas and when to take which.",
         choices=list(LOSSES),
     )
     epsilon: float = _option(
         EPSILON,
         "Trust region: a token gets no gradient once it is (1 + epsilon) times as likely as at the last snapshot. "
         "0.28 as in the paper; 0.1 to 0.5 work.",
+    )
+    eaft_alpha: float = _option(
+        1.0, "eaft: power of a token's normalized entropy in its weight; 1 as in the paper, 0 is plain SFT."
+    )
+    trsft_alpha: float = _option(
+        0.1,
+        "trsft: tokens less likely than this are damped, by their probability over it; 0.1 as in the paper, 1 is dft.",
+    )
+    stm_threshold: float = _option(
+        2.5, "stm: the largest perplexity (1 / probability) under the base of a token that is trained on; the paper's."
     )
     reference_steps: int = _option(
         8,
@@ -89,7 +100,8 @@ class PSFTConfig(SFTConfig):
         "free of rounding noise: without a change of the weights the ratio is 1 to the bit.",
     )
     block_order: bool = _option(
-        False, "nll and dft go through the data in PSFT's order (blocks and visits), as a control. psft always does."
+        False,
+        "The other losses go through the data in PSFT's order (blocks and visits), as a control. psft always does.",
     )
 
     packing: bool = _option(
@@ -199,7 +211,11 @@ class PSFTConfig(SFTConfig):
         for name in ("epsilon", "learning_rate", "num_train_epochs"):
             if not getattr(self, name) > 0:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be above 0.")
-        for name in ("sft_warmup_steps", "warmup_steps", "max_grad_norm", "weight_decay"):
+        if not 0 < self.trsft_alpha <= 1:
+            raise RecipeError(f"trsft_alpha is {self.trsft_alpha}; it must be above 0 and at most 1.")
+        if not self.stm_threshold > 1:
+            raise RecipeError(f"stm_threshold is {self.stm_threshold}; it must be above 1: no perplexity is below 1.")
+        for name in ("sft_warmup_steps", "warmup_steps", "max_grad_norm", "weight_decay", "eaft_alpha"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must not be negative.")
         for name, least in (("score_token_budget", 0), ("max_length", 2)):
@@ -276,6 +292,11 @@ class PSFTConfig(SFTConfig):
     def takes_snapshots(self) -> bool:
         """Whether the loss compares the policy with a reference policy, a snapshot renewed every block."""
         return OLD_LOGPROBS in LOSSES[self.loss_type].needs
+
+    @property
+    def needs_base(self) -> str | None:
+        """What compares the policy with the base, for messages; None if nothing does."""
+        return f"loss_type {self.loss_type}" if BASE_LOGPROBS in LOSSES[self.loss_type].needs else None
 
     @property
     def visits(self) -> int:

@@ -10,6 +10,7 @@ optimizer step, over all micro-batches and processes, so that gradient accumulat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 from qpsft.errors import TrainingError
 
 EPSILON = 0.28  # the paper's epsilon_high
+TOP = 20  # tokens of EAFT's entropy
 MAX_LOG_RATIO = 20.0  # exp(20) = 4.9e8 stays finite in float32
 
 
@@ -57,6 +59,17 @@ def _checked(name: str, values: Tensor) -> Tensor:
     return values
 
 
+def _checked_pair(logprobs: Tensor, name: str, other: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """`logprobs` and what is called `name`, a constant, both masked; one check for both. Raises NotFiniteError."""
+    logprobs, other = _masked("logprobs", logprobs, mask), _masked(name, other.detach(), mask)
+    try:
+        _checked(name, logprobs.detach() - other)  # finite only where both are
+    except NotFiniteError:
+        _checked("logprobs", logprobs)
+        raise
+    return logprobs, other
+
+
 def _per_item(total: Tensor, mask: Tensor, num_items: Tensor | int | None) -> Tensor:
     count = mask.sum() if num_items is None else torch.as_tensor(num_items, device=total.device)
     return total / count.clamp(min=1)  # a batch without supervised tokens is 0, not 0/0
@@ -79,6 +92,80 @@ def dft_loss(logprobs: Tensor, mask: Tensor, *, num_items: Tensor | int | None =
     logprobs = _checked("logprobs", _masked("logprobs", logprobs, mask))
     probability = logprobs.detach().exp()
     return _per_item(-(probability * logprobs).sum(), mask, num_items)
+
+
+def eaft_loss(
+    logprobs: Tensor,
+    top_entropy: Tensor,
+    mask: Tensor,
+    *,
+    eaft_alpha: float = 1.0,
+    num_items: Tensor | int | None = None,
+) -> Tensor:
+    """Entropy-Adaptive Fine-Tuning (arXiv 2601.02151): each token's NLL weighted by how unsure the policy is there.
+
+    L = -sum_t mask_t * (H_t / ln 20)^alpha * logprobs_t / N, no gradient through the weight
+
+    H_t is the entropy of the softmax over the 20 largest logits. A token that the policy is sure of counts next to
+    nothing, whether it is the label or, a "confident conflict", contradicts it. (The authors' code divides by 3.0, the
+    rounded ln 20.)
+
+    Args:
+        top_entropy: (batch, sequence - 1) float, H_t in nats, from 0 to ln 20; taken as a constant.
+        eaft_alpha: alpha, 0 or more. 0 is `nll_loss`.
+
+    Returns: scalar, nats. Other args, raises: as `psft_loss`.
+    """
+    logprobs, top_entropy = _checked_pair(logprobs, TOP_ENTROPY, top_entropy, mask)
+    weight = (top_entropy / math.log(TOP)).clamp(min=0.0) ** eaft_alpha  # rounding may give -1e-8
+    return _per_item(-(weight * logprobs).sum(), mask, num_items)
+
+
+def trsft_loss(
+    logprobs: Tensor, mask: Tensor, *, trsft_alpha: float = 0.1, num_items: Tensor | int | None = None
+) -> Tensor:
+    """Trust-Region SFT (TRAPO, arXiv 2512.17636): SFT for tokens of probability alpha and more, damped below.
+
+    L = -sum_t mask_t * min(p_t / alpha, 1) * logprobs_t / N, no gradient through the weight
+
+    so that a token's push on the logits is at most 1 and falls to 0 with p_t, where SFT's 1 / p_t grows without bound.
+    The authors' code (Su-my/TRAPO, `clip_low`) writes p / max(sg p, alpha), which has the same gradient.
+
+    Args:
+        trsft_alpha: alpha, above 0 and up to 1. 1 is `dft_loss`; towards 0 it becomes `nll_loss`.
+
+    Returns: scalar, nats. Other args, raises: as `psft_loss`.
+    """
+    logprobs = _checked("logprobs", _masked("logprobs", logprobs, mask))
+    weight = (logprobs.detach().exp() / trsft_alpha).clamp(max=1.0)
+    return _per_item(-(weight * logprobs).sum(), mask, num_items)
+
+
+def stm_loss(
+    logprobs: Tensor,
+    base_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    stm_threshold: float = 2.5,
+    num_items: Tensor | int | None = None,
+) -> Tensor:
+    """Selective Token Masking (arXiv 2501.14315): the NLL of the tokens that the base finds likely.
+
+    L = -sum_t mask_t * [perplexity of y_t under the base <= threshold] * logprobs_t / N
+
+    The perplexity of a token is 1 / probability, so 2.5 keeps tokens of base probability 0.4 and more. N counts all
+    supervised tokens, as in every loss here. (The authors set the other labels to -100, so their mean is over the kept
+    ones: a larger loss, by the same factor in every step but for chance, which AdamW takes out again.)
+
+    Args:
+        base_logprobs: (batch, sequence - 1) float, log-probabilities under the base; taken as a constant.
+        stm_threshold: the largest perplexity of a token that is trained on. Above 1.
+
+    Returns: scalar, nats. Other args, raises: as `psft_loss`.
+    """
+    logprobs, base_logprobs = _checked_pair(logprobs, BASE_LOGPROBS, base_logprobs, mask)
+    kept = base_logprobs >= -math.log(stm_threshold)
+    return _per_item(-logprobs.masked_fill(~kept, 0.0).sum(), mask, num_items)
 
 
 def psft_loss(
@@ -113,22 +200,15 @@ def psft_loss(
     """
     if not epsilon > 0:
         raise ValueError(f"epsilon must be above 0, not {epsilon}")
-    log_ratio = _log_ratio(logprobs, old_logprobs, mask)
-    try:
-        _checked("old_logprobs", log_ratio)  # finite only where both are
-    except NotFiniteError:
-        _checked("logprobs", _masked("logprobs", logprobs, mask))
-        raise
-    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    logprobs, old_logprobs = _checked_pair(logprobs, OLD_LOGPROBS, old_logprobs, mask)
+    ratio = (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     surrogate = torch.clamp(ratio, max=1.0 + epsilon).masked_fill(~mask, 0.0)
     return _per_item(-surrogate.sum(), mask, num_items)
 
 
-def _log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    return _masked("logprobs", logprobs, mask) - _masked("old_logprobs", old_logprobs.detach(), mask)
-
-
 OLD_LOGPROBS = "old_logprobs"
+BASE_LOGPROBS = "base_logprobs"
+TOP_ENTROPY = "top_entropy"
 
 
 @dataclass(frozen=True)
@@ -137,8 +217,9 @@ class Loss:
 
     Attributes:
         function: of `logprobs`, `mask`, `num_items` and, by name, what `needs` and `options` name.
-        needs: what the trainer makes for it, micro-batch by micro-batch: `OLD_LOGPROBS`, log-probabilities of the
-            labels under the reference policy, (batch, sequence - 1) float32.
+        needs: what the trainer makes for it, micro-batch by micro-batch, each (batch, sequence - 1) float32:
+            `OLD_LOGPROBS`, log-probabilities of the labels under the reference policy; `BASE_LOGPROBS`, those under the
+            base; `TOP_ENTROPY`, entropy of the policy's softmax over its 20 largest logits, nats.
         options: of PSFTConfig.
     """
 
@@ -169,6 +250,9 @@ LOSSES = {
     "psft": Loss(psft_loss, needs=(OLD_LOGPROBS,), options=("epsilon",)),
     "nll": Loss(nll_loss),
     "dft": Loss(dft_loss),
+    "eaft": Loss(eaft_loss, needs=(TOP_ENTROPY,), options=("eaft_alpha",)),
+    "trsft": Loss(trsft_loss, options=("trsft_alpha",)),
+    "stm": Loss(stm_loss, needs=(BASE_LOGPROBS,), options=("stm_threshold",)),
 }
 """By `loss_type`."""
 
@@ -200,7 +284,9 @@ def loss_statistics(
     """
     logprobs = logprobs.masked_fill(~mask, 0.0)
     zero = logprobs.new_zeros(())
-    log_ratio = zero.expand_as(logprobs) if old_logprobs is None else _log_ratio(logprobs, old_logprobs, mask)
+    log_ratio = zero.expand_as(logprobs)
+    if old_logprobs is not None:
+        log_ratio = _masked("logprobs", logprobs, mask) - _masked(OLD_LOGPROBS, old_logprobs.detach(), mask)
     log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     return {

@@ -41,8 +41,9 @@ class MovementCheck(TrainerCallback):
         if state.global_step >= state.max_steps:
             self._check(args, state, kwargs["model"])
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        if state.global_step < state.max_steps:  # another callback stopped it
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        # another callback stopped it; at the end of training the best weights may be back, which can be the first
+        if control.should_training_stop and state.global_step < state.max_steps:
             self._check(args, state, kwargs["model"])
 
     def _check(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:

@@ -93,6 +93,12 @@ class OldLogprobs:
             self._kept[attached.mini_batch][attached.micro_batch] = own
         return own
 
+    def renew(self) -> None:
+        """Reference := the policy as it is now, in mid-block: for a policy that was set to other weights."""
+        if self.reference is not None:
+            self.reference.snapshot()
+            self._kept.clear()
+
     def state_dict(self) -> dict[str, Any]:
         """`reference` (None before the first snapshot) and `kept`, for a checkpoint between two optimizer steps.
 

@@ -17,6 +17,9 @@ from trl.trainer.utils import create_model_from_path
 
 from qpsft.errors import RecipeError
 from qpsft.psft.config import PSFTConfig
+from qpsft.psft.forward import is_prompt_learning
+from qpsft.psft.losses import LOSSES, TOP_ENTROPY
+from qpsft.psft.reference import BasePolicy
 
 REFUSED = {
     "phimoe": "its router draws random numbers in training, so two passes over the same weights differ, and PEFT puts "
@@ -69,6 +72,14 @@ def prepare_policy(
     if args.packing or args.padding_free:
         _refuse_packing(model)
     return model
+
+
+def check_loss(model: nn.Module, args: PSFTConfig) -> None:
+    """Raises RecipeError where the loss needs what cannot be had of this model."""
+    if args.needs_base is not None:
+        BasePolicy.check(model, args.needs_base)
+    if TOP_ENTROPY in LOSSES[args.loss_type].needs and is_prompt_learning(model):
+        raise RecipeError(f"loss_type {args.loss_type} is not supported with prompt learning.", "Train a LoRA adapter.")
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -8,20 +8,24 @@ policy's parameters with the copy's, and back. The same modules then compute bot
 for bit; nothing about the model changes that could be saved, optimized or forgotten to switch back (no second set of
 parameters, no `requires_grad` toggling as in `peft.set_adapter`); and whatever is trained is covered: LoRA A and B,
 DoRA magnitudes, biases, `modules_to_save`.
+
+The base is a second reference, one that never changes and costs no memory: the same model with its adapter off.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from qpsft.errors import TrainingError
-from qpsft.psft.forward import policy_forward
-from qpsft.psft.scoring import Batch, Row, fused_limit, gather, groups, row_lengths
+from qpsft.errors import RecipeError, TrainingError
+from qpsft.model.adapter import adapter_off, has_adapter
+from qpsft.psft.forward import PolicyOutput, is_prompt_learning, policy_forward
+from qpsft.psft.lm_head import LMHead
+from qpsft.psft.scoring import Batch, fused_limit, on_device, passes
 from qpsft.psft.sharding import as_sharded, exchanged, is_sharded, whole
 
 
@@ -75,6 +79,12 @@ class ReferencePolicy:
         for name, parameter in self._policy.items():
             self._copy[name].copy_(parameter)
 
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Policy := the copy, bit for bit."""
+        for name, parameter in self._policy.items():
+            parameter.copy_(self._copy[name])
+
     @contextmanager
     def active(self) -> Iterator[nn.Module]:
         """The model computes with the reference's parameters inside, without gradients.
@@ -104,34 +114,23 @@ class ReferencePolicy:
         included; one row at least), in the mode (train or eval) the model is in.
 
         Args:
-            batches: each with `input_ids`, `labels` (-100: not supervised) and `attention_mask` or, for packed rows,
-                `position_ids`, all (batch, sequence). Run as they are: batches with anything else in them (images, rows
-                end to end), with padding on the left or so small that the GPU has another kernel for them, and all
-                batches of a sharded model, whose processes must make equally many forwards.
-            token_budget: None: each batch is run as it is.
+            batches, token_budget: as in `qpsft.psft.scoring.passes`.
 
         Returns:
             One tensor per batch: (batch, sequence - 1), float32, 0 where the label is -100; on the model's device.
         """
-        lengths = [row_lengths(batch) for batch in batches]
-        scores: list[Tensor] = []
-        rows: list[Row] = []
+        scores = [torch.zeros(batch["labels"][:, 1:].shape, device=self._device) for batch in batches]
         with self.active():
-            for b, (batch, in_batch) in enumerate(zip(batches, lengths, strict=True)):
-                few_tokens = batch["input_ids"].numel() <= self._fused_limit
-                if token_budget is None or self.sharded or in_batch is None or few_tokens:
-                    scores.append(self._logprobs(batch, right_padded=in_batch is not None))
-                else:
-                    scores.append(torch.zeros(batch["labels"][:, 1:].shape, device=self._device))
-                    rows += [Row(length, b, r) for r, length in enumerate(in_batch)]
-            for group in groups(rows, token_budget or 0, least=self._fused_limit + 1):
-                logprobs = self._logprobs(gather(batches, group), right_padded=True)
-                for i, (length, b, r) in enumerate(group):
+            for batch, right_padded, rows in passes(
+                batches, token_budget=token_budget, fused_limit=self._fused_limit, sharded=self.sharded
+            ):
+                logprobs = self._logprobs(batch, right_padded=right_padded)
+                for i, (length, b, r) in enumerate(rows):
                     scores[b][r, : length - 1] = logprobs[i, : length - 1]
         return scores
 
     def _logprobs(self, batch: Batch, *, right_padded: bool) -> Tensor:
-        inputs = {k: v.to(self._device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        inputs = on_device(batch, self._device)
         if self.fused_lm_head:
             return policy_forward(self.model, inputs, right_padded=right_padded).log_probs.float()
         labels = inputs.pop("labels")[:, 1:]
@@ -166,3 +165,89 @@ class ReferencePolicy:
         with torch.no_grad():
             for name, tensor in self._copy.items():
                 tensor.copy_(as_sharded(state[name], tensor))
+
+
+class BasePolicy:
+    """The base under the adapter, as a policy: the same modules with the adapter off.
+
+    LoRA and DoRA are left out, and the base's own modules stand for copies in `modules_to_save`. An adapter whose
+    training goes on is off too: the base is what it was first trained on.
+
+    Args:
+        model: a PEFT model with TRL's fused LM head, on its device, and sharded if it will be.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._sharded, self._fused_limit = is_sharded(model), fused_limit(model)
+
+    @staticmethod
+    def check(model: nn.Module, what: str) -> None:
+        """Raises RecipeError where `model` has no base that can be had by switching an adapter off.
+
+        Args:
+            what: option and value that need the base.
+        """
+        if not has_adapter(model):
+            raise RecipeError(
+                f"{what} compares with the base, the model with its LoRA adapter off, and this model has none.",
+                "Train a LoRA adapter (`peft_config=LoraConfig(...)`), or choose a loss that needs no base.",
+            )
+        if is_prompt_learning(model):
+            raise RecipeError(f"{what} is not supported with prompt learning.", "Train a LoRA adapter.")
+        for config in model.peft_config.values():
+            if getattr(config, "bias", "none") != "none":
+                raise RecipeError(
+                    f"{what} compares with the base, and this adapter trains the base's own biases (bias: "
+                    f"{config.bias}), which cannot be switched off.",
+                    "Use an adapter without trained biases.",
+                )
+
+    @contextmanager
+    def active(self) -> Iterator[nn.Module]:
+        """The model computes as the base inside, without gradients. No backward pass may be pending."""
+        with torch.no_grad(), adapter_off(self.model):
+            yield self.model
+
+    def logprobs(self, batches: Sequence[Batch], *, token_budget: int | None = None) -> list[list[Tensor]]:
+        """Log-probabilities of the supervised labels under the base.
+
+        Args:
+            batches, token_budget: as in `qpsft.psft.scoring.passes`.
+
+        Returns: for each batch a tensor per row: (supervised tokens of the row,), float32, on the model's device.
+        """
+        return self._by_row(batches, token_budget, lambda output: output.log_probs[output.label_mask].float())
+
+    def hidden(self, batches: Sequence[Batch], *, token_budget: int | None = None) -> tuple[list[Tensor], LMHead]:
+        """The base's hidden states from which the supervised labels are predicted, and its LM head.
+
+        Args:
+            batches, token_budget: as in `qpsft.psft.scoring.passes`.
+
+        Returns: for each batch (supervised tokens, hidden size), row after row, in the dtype the model computes in.
+        """
+        heads: list[LMHead] = []
+
+        def hidden_of(output: PolicyOutput) -> Tensor:
+            heads[:] = [output.head]
+            return output.hidden
+
+        rows = self._by_row(batches, token_budget, hidden_of, hidden=True, logprobs=False)
+        return [torch.cat(parts) for parts in rows], heads[0]
+
+    def _by_row(
+        self, batches: Sequence[Batch], token_budget: int | None, value: Callable[[PolicyOutput], Tensor], **what: bool
+    ) -> list[list[Tensor]]:
+        values: list[list[Tensor]] = [[torch.empty(0)] * len(batch["labels"]) for batch in batches]
+        device = self.model.get_input_embeddings().weight.device
+        with self.active():
+            for batch, right_padded, rows in passes(
+                batches, token_budget=token_budget, fused_limit=self._fused_limit, sharded=self._sharded
+            ):
+                inputs = on_device(batch, device)
+                counts = (inputs["labels"][:, 1:] != -100).sum(1).tolist()
+                per_token = value(policy_forward(self.model, inputs, right_padded=right_padded, **what))
+                for (_, b, r), part in zip(rows, per_token.split(counts), strict=True):
+                    values[b][r] = part
+        return values

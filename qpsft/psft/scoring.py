@@ -128,6 +128,11 @@ def _filled(group: list[Row], least: int) -> list[Row]:
     return group + [group[-1]] * missing
 
 
+def on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on a device."""
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
 def gather(batches: Sequence[Batch], group: Sequence[Row]) -> dict[str, Any]:
     """The rows of a group as one batch, padded on the right to the longest, with the keys their batches have."""
     width = max(row.length for row in group)
@@ -143,6 +148,46 @@ def gather(batches: Sequence[Batch], group: Sequence[Row]) -> dict[str, Any]:
         lengths = torch.tensor([row.length for row in group], device=first["input_ids"].device)
         gathered["attention_mask"] = (torch.arange(width, device=lengths.device) < lengths.unsqueeze(1)).long()
     return gathered
+
+
+class Pass(NamedTuple):
+    """One forward of scoring.
+
+    Attributes:
+        batch: as the model takes it.
+        right_padded: every pad of the batch stands right of its row's real tokens.
+        rows: where the rows of `batch` come from, in order. A row may come twice, to fill the batch.
+    """
+
+    batch: Batch
+    right_padded: bool
+    rows: list[Row]
+
+
+def passes(
+    batches: Sequence[Batch], *, token_budget: int | None, fused_limit: int = 0, sharded: bool = False
+) -> Iterator[Pass]:
+    """The forwards that score all rows of some batches: sorted by length, in groups of at most `token_budget` tokens.
+
+    Args:
+        batches: each with `input_ids`, `labels` (-100: not supervised) and `attention_mask` or, for packed rows,
+            `position_ids`, all (batch, sequence). Run as they are: batches with anything else in them (images, rows
+            end to end), with padding on the left or so small that the GPU has another kernel for them, and all
+            batches of a sharded model, whose processes must make equally many forwards.
+        token_budget: padding included; one row at least. None: each batch is run as it is.
+        fused_limit: see `fused_limit`.
+    """
+    grouped: list[Row] = []
+    for b, batch in enumerate(batches):
+        lengths = row_lengths(batch)
+        few_tokens = batch["input_ids"].numel() <= fused_limit
+        if token_budget is None or sharded or lengths is None or few_tokens:
+            rows, width = batch["input_ids"].shape
+            yield Pass(batch, lengths is not None, [Row(width, b, r) for r in range(rows)])
+        else:
+            grouped += [Row(length, b, r) for r, length in enumerate(lengths)]
+    for group in groups(grouped, token_budget or 0, least=fused_limit + 1):
+        yield Pass(gather(batches, group), True, group)
 
 
 MAX_FUSED_TOKENS = 1536

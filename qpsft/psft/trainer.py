@@ -24,16 +24,27 @@ from qpsft.model.environment import check_machine, use_triton_where_it_runs
 from qpsft.model.hardware import INSTEAD_OF_FLOAT16, settle_precision
 from qpsft.model.lora_linear import fused_lora_linears
 from qpsft.model.tiled_mlp import TileMlpsAgain, tile_mlps
+from qpsft.model.undisturbed import undisturbed
 from qpsft.psft import checkpoint
+from qpsft.psft.base_logprobs import BaseLogprobs
 from qpsft.psft.config import PSFTConfig
 from qpsft.psft.float16 import repeat_until_finite
-from qpsft.psft.forward import policy_forward
-from qpsft.psft.losses import LOSSES, OLD_LOGPROBS, Loss, NotFiniteError, loss_statistics
+from qpsft.psft.forward import policy_forward, spread
+from qpsft.psft.lm_head import top_entropy
+from qpsft.psft.losses import (
+    BASE_LOGPROBS,
+    LOSSES,
+    OLD_LOGPROBS,
+    TOP_ENTROPY,
+    Loss,
+    NotFiniteError,
+    loss_statistics,
+)
 from qpsft.psft.metrics import RunStatistics
 from qpsft.psft.movement import MovementCheck
 from qpsft.psft.old_logprobs import OldLogprobs
 from qpsft.psft.packing import check_packing, packed_collator
-from qpsft.psft.policy import default_config, float32_adapter, prepare_policy, warn_of_noise
+from qpsft.psft.policy import check_loss, default_config, float32_adapter, prepare_policy, warn_of_noise
 from qpsft.psft.reference import ReferencePolicy
 from qpsft.psft.rows import as_datasets, labels_are_ours, tokenized
 from qpsft.psft.schedule import BlockSampler, BlockSchedule, StepPosition, make_schedule, steps_per_epoch
@@ -45,7 +56,7 @@ __all__ = ["PSFTConfig", "PSFTTrainer"]
 
 
 class PSFTTrainer(SFTTrainer):
-    """Trains with Proximal SFT (arXiv 2508.17784), plain SFT or DFT; everything else is `trl.SFTTrainer`'s.
+    """Trains with Proximal SFT (arXiv 2508.17784) or another loss; everything else is `trl.SFTTrainer`'s.
 
     ```python
     trainer = PSFTTrainer(model, args=PSFTConfig("runs/a"), train_dataset=rows, peft_config=LoraConfig(r=16))
@@ -53,7 +64,8 @@ class PSFTTrainer(SFTTrainer):
     ```
 
     Before the first micro-batch of an optimizer step, all of them get what the loss needs (`qpsft.psft.losses.LOSSES`):
-    for PSFT the old log-probabilities, made by `qpsft.psft.old_logprobs`. Then they train as in SFTTrainer.
+    for PSFT the old log-probabilities, made by `qpsft.psft.old_logprobs`, for STM those under the base, made by
+    `qpsft.psft.base_logprobs`. Then they train as in SFTTrainer.
 
     Args:
         model: as in SFTTrainer: a name or path, a model, or a PEFT model (any adapter name, trained before or not).
@@ -116,6 +128,13 @@ class PSFTTrainer(SFTTrainer):
         if self.args.tiled_mlp:
             tile_mlps(self.model)
             self.add_callback(TileMlpsAgain)
+        check_loss(self.model, self.args)
+        if BASE_LOGPROBS in LOSSES[args.loss_type].needs and not _has_numbered_rows(self.train_dataset):
+            raise RecipeError(
+                f"loss_type {args.loss_type} scores all rows under the base before the first step: it needs tokenized "
+                "rows, of a known number, not a stream and no images.",
+                "Load the data without streaming, or choose another loss_type.",
+            )
         if self.args.visits > 1 and not has_length(self.train_dataset):
             raise RecipeError(
                 "num_iterations above 1 needs a data set of known length, not a stream.",
@@ -136,6 +155,7 @@ class PSFTTrainer(SFTTrainer):
         self._flops_per_token: int | None = None
         self.old_logprobs = OldLogprobs(self.model, self.args)
         self.trust_region = TrustRegion(self.args.epsilon, self.args.target_kl, self.args.target_clip_fraction)
+        self.base_logprobs = BaseLogprobs(self.model, self.args)
         self._schedule: BlockSchedule | None = None
         self._early_ends: list[int] = []  # of the run that is resumed
         self._position: StepPosition | None = None
@@ -212,13 +232,19 @@ class PSFTTrainer(SFTTrainer):
             return batches, num_items
         self._begin_step()
         if self._get_schedule().early_ends and has_length(self.train_dataset):
-            batches, num_items = self._batches_now(device), None  # the loader had fetched rows ahead
+            batches, num_items = self._batches_now(len(batches), device), None  # the loader had fetched rows ahead
         if num_items is None:
             counts = sum(batch["labels"][..., 1:].ne(-100).sum() for batch in batches).to(device)
             num_items = self.accelerator.gather(counts).sum()
         self._window = batches, num_items
-        if OLD_LOGPROBS in self._loss().needs:
+        needs = self._loss().needs
+        if OLD_LOGPROBS in needs:
             self.old_logprobs.attach(batches, self._position, self.state.global_step)
+        if BASE_LOGPROBS in needs:
+            if self.base_logprobs.sha256 is None:
+                with self._statistics.paused():
+                    self.base_logprobs.score(self.train_dataset, self.data_collator)
+            self.base_logprobs.attach(batches, self._own_rows(len(batches)))
         return batches, num_items
 
     def _begin_step(self) -> None:
@@ -231,13 +257,17 @@ class PSFTTrainer(SFTTrainer):
         if self._position.is_snapshot:
             self.trust_region.begin_block()
 
-    def _batches_now(self, device: torch.device) -> list[dict[str, Any]]:
+    def _own_rows(self, micro_batches: int) -> list[list[int]]:
+        """The data set's row numbers of this process's micro-batches: the processes take them in turn."""
+        rows, size = self._get_schedule().rows(self.state.global_step), self.args.train_batch_size
+        world, rank = self.args.world_size, self.args.process_index
+        return [rows[(m * world + rank) * size :][:size] for m in range(micro_batches)]
+
+    def _batches_now(self, micro_batches: int, device: torch.device) -> list[dict[str, Any]]:
         """This process's micro-batches of the step, by the schedule as it is now."""
-        size, processes, rank = self.args.train_batch_size, self.args.world_size, self.args.process_index
-        rows = self._get_schedule().rows(self.state.global_step)
-        mine = [rows[start : start + size] for start in range(rank * size, len(rows), processes * size)]
         dataset = self._remove_unused_columns(self.train_dataset, description="training")
-        return [send_to_device(self.data_collator([dataset[row] for row in batch]), device) for batch in mine]
+        made = [self.data_collator([dataset[row] for row in rows]) for rows in self._own_rows(micro_batches)]
+        return [send_to_device(batch, device) for batch in made]
 
     def _loss(self) -> Loss:
         """The step's loss: the negative log-likelihood in the SFT warm-up."""
@@ -252,15 +282,18 @@ class PSFTTrainer(SFTTrainer):
         if return_outputs or not self.model.training:
             with _nll_for_trl(self.args):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        attached = inputs.pop(OLD_LOGPROBS, None)
+        needs = self._loss().needs
+        attached, base_logprobs = inputs.pop(OLD_LOGPROBS, None), inputs.pop(BASE_LOGPROBS, None)
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         right_padded = isinstance(self.data_collator, DataCollatorForLanguageModeling)
-        outputs = policy_forward(model, inputs, right_padded=right_padded)
+        outputs = policy_forward(model, inputs, right_padded=right_padded, hidden=TOP_ENTROPY in needs)
         logprobs, mask = outputs.log_probs, outputs.label_mask
         old_logprobs = self.old_logprobs.resolve(attached, logprobs)
+        made = {OLD_LOGPROBS: old_logprobs, BASE_LOGPROBS: base_logprobs, "epsilon": self.trust_region.epsilon}
+        if TOP_ENTROPY in needs:
+            made[TOP_ENTROPY] = spread(top_entropy(outputs.hidden, outputs.head), mask)
         try:
-            made = {OLD_LOGPROBS: old_logprobs, "epsilon": self.trust_region.epsilon}
             loss = self._loss()(logprobs, mask, made, self.args, num_items_in_batch)
         except NotFiniteError as error:
             raise self._not_finite(f"{error.name} is NaN or infinite") from error
@@ -325,9 +358,16 @@ class PSFTTrainer(SFTTrainer):
             self._total_train_tokens = self._statistics.num_tokens  # SFTTrainer logs it with evaluations
         super().log(logs, start_time)
 
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Inside, the model may be run on anything: training goes on as without it, and the time does not count in
+        `tokens_per_second`."""
+        with self._statistics.paused(), undisturbed(self.model):
+            yield
+
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in SFTTrainer, on lists of rows too; its time does not count in `tokens_per_second`."""
-        with self._statistics.paused(), self._attention():
+        """As in SFTTrainer, on lists of rows too; training goes on as without it."""
+        with self.measuring(), self._attention():
             return super().evaluate(as_datasets(eval_dataset, self._formatting_func), *args, **kwargs)
 
     def _attention(self) -> AbstractContextManager:
@@ -383,11 +423,20 @@ class PSFTTrainer(SFTTrainer):
         num_tokens = self._statistics.tokens_so_far(self.accelerator)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            ends = self._get_schedule().early_ends
-            progress = {"num_tokens": num_tokens, "early_ends": ends, "trust_region": self.trust_region.state_dict()}
-            progress["gradient_checkpointing"] = self.args.gradient_checkpointing
+            progress = {
+                "num_tokens": num_tokens,
+                "early_ends": self._get_schedule().early_ends,
+                "trust_region": self.trust_region.state_dict(),
+                "base_logprobs_sha256": self.base_logprobs.sha256,
+                "gradient_checkpointing": self.args.gradient_checkpointing,
+            }
             checkpoint.save_run(folder, checkpoint.order_settings(self.args, self.train_dataset), progress)
+            for callback in self._checkpointed_callbacks():
+                callback.save_to(folder)
             checkpoint.mark_complete(folder)
+
+    def _checkpointed_callbacks(self) -> list[checkpoint.CheckpointedCallback]:
+        return [one for one in self.callback_handler.callbacks if isinstance(one, checkpoint.CheckpointedCallback)]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -399,8 +448,16 @@ class PSFTTrainer(SFTTrainer):
             self._statistics.num_tokens = progress["num_tokens"]
             self._early_ends = progress["early_ends"]
             self.trust_region.load_state_dict(progress["trust_region"])
+            if progress["base_logprobs_sha256"] is not None:
+                self.base_logprobs.resume(progress["base_logprobs_sha256"])
+        for callback in self._checkpointed_callbacks():
+            callback.load_from(folder)
         if self.args.takes_snapshots:
             self.old_logprobs.load_state_dict(checkpoint.load_psft_state(folder, self.args.process_index))
+
+
+def _has_numbered_rows(dataset: Any) -> bool:
+    return has_length(dataset) and "input_ids" in (getattr(dataset, "column_names", None) or ())
 
 
 @contextmanager

@@ -8,11 +8,11 @@ by the caller, so this module needs neither torch nor transformers.
 from __future__ import annotations
 
 import datetime
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from qpsft.errors import RecipeError
-from qpsft.recipe.flags import option
+from qpsft.recipe.flags import option, option_types, read_values
 from qpsft.recipe.methods import METHODS
 
 Quantization = Literal["nf4", "fp4", "none"]
@@ -92,6 +92,12 @@ class DataArguments:
     dataset_revision: str | None = option(None, "Branch, tag or commit of a Hub dataset.")
     dataset_train_split: str = option("train", "Split of a Hub dataset to train on.")
     dataset_limit: int | None = option(None, "Use only the first N rows.")
+    eval_dataset: str | None = option(
+        None, "Rows to evaluate on while training, in the shape of the training rows: see eval_strategy and eval_steps."
+    )
+    dataset_test_split: str = option(
+        "test", "Split of an eval_dataset or of a guard's data from the Hub or the built-in sets."
+    )
     dataset_mix: list[dict] | None = option(
         None,
         "Several sources in stated shares of the rows of every mini-batch, instead of dataset_name. Written in YAML as "
@@ -153,7 +159,7 @@ class DataArguments:
     replay_prompts: str | None = option(
         None,
         "Prompts whose answers by the base are replayed: a .txt file with one a line, or rows with a column `prompt`. "
-        "Unset, without replay_dataset: 100 short general ones that come with qpsft, for bases with a chat template.",
+        "Unset, without replay_dataset: about 100 short general ones of qpsft's own, for bases with a chat template.",
     )
     replay_samples: int = option(1, "Answers sampled per prompt, at temperature 1.")
     replay_max_new_tokens: int = option(
@@ -194,6 +200,15 @@ class RunArguments:
     held_out_rows: int = option(
         16, "Rows kept from training, at most a tenth of them, to verify merged and exported models on."
     )
+    early_stopping_patience: int | None = option(
+        None,
+        "Stop when metric_for_best_model (default: loss) has not got better in so many evaluations one after another.",
+    )
+    guard: dict | None = option(
+        None,
+        "An old skill that must not be lost, such as {data: old.jsonl, metric: accuracy, max_drop: 0.05, every: 50, "
+        "action: stop}; docs/guard.md has every key.",
+    )
     compare: dict | None = option(
         None, "Options of `qpsft compare` on this recipe, such as {in_domain: test.jsonl}; training ignores them."
     )
@@ -201,5 +216,62 @@ class RunArguments:
     def __post_init__(self) -> None:
         if self.held_out_rows < 0:
             raise RecipeError(f"held_out_rows is {self.held_out_rows}; it must not be negative.", "0 keeps none.")
+        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
+            raise RecipeError(
+                f"early_stopping_patience is {self.early_stopping_patience}; it must be at least 1.",
+                "Leave it out to train to the end.",
+            )
         if self.resume and self.overwrite:
             raise RecipeError("resume and overwrite contradict each other.", "Give one of them.")
+
+
+@dataclass
+class GuardArguments:
+    """The keys of `guard`: rows of an old skill, how it is measured, and what happens when too much of it is lost."""
+
+    data: str | None = option(None, "Rows with references for what the base can do: a file, Hub id or built-in set.")
+    metric: Literal["accuracy", "nll", "kl"] = option(
+        "accuracy",
+        "accuracy: greedy answers that a verifier finds right. nll: of the references, nats per token. kl: KL(base || "
+        "policy) along the references, nats per token.",
+    )
+    max_drop: float = option(
+        0.05, "How far accuracy may fall below the base's, or nll or kl rise above it; in the metric's unit."
+    )
+    every: int = option(50, "Measure every so many optimizer steps, and at the end.")
+    action: Literal["stop", "lower_lr", "warn"] = option(
+        "stop",
+        "Beyond the limit: stop, and write the last adapter inside it; lower_lr, go on from that adapter at half the "
+        "learning rate, a few times at most; or warn, and go on.",
+    )
+    limit: int | None = option(None, "Use only the first N rows.")
+    columns: dict | None = option(None, "Mapping from a known column to the data's, as dataset_columns.")
+    verifier: str = option("auto", "What makes an answer right, as in qpsft evaluate.")
+    max_new_tokens: int = option(256, "Length cap of answers.")
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise RecipeError(
+                "guard: data is missing.", "Name rows of a skill that must not be lost, such as old.jsonl."
+            )
+        if not self.max_drop > 0:
+            raise RecipeError(f"guard: max_drop is {self.max_drop}; it must be above 0.", "Usual: 0.02 to 0.1.")
+        for name in ("every", "limit", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RecipeError(f"guard: {name} is {value}; it must be at least 1.")
+
+
+def read_guard(given: dict[str, Any], where: str) -> dict[str, Any]:
+    """The mapping `guard` of a recipe, checked and complete.
+
+    Args:
+        where: what to call it in an error: its flag, or its file and key.
+
+    Raises:
+        RecipeError: a key is unknown, with the nearest right name, or a value is of another type or out of range.
+    """
+    hints = option_types([GuardArguments])
+    places = {name: f"{where}: {name}" for name in given}
+    others = f"Its keys are {', '.join(hints)}."
+    return asdict(GuardArguments(**read_values(given, hints, places, others=others)))

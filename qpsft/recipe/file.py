@@ -19,13 +19,23 @@ from typing import Any
 import yaml
 
 from qpsft.errors import RecipeError
-from qpsft.recipe.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments
+from qpsft.recipe.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, read_guard
 from qpsft.recipe.flags import Parser, option_types, read_flags, read_values
 from qpsft.recipe.methods import method_options
 from qpsft.recipe.sources import check_sources
-from qpsft.recipe.trainer_options import COMMON_TRAINER_OPTIONS, add_recipe_flags, own_options, refuse_without_effect
+from qpsft.recipe.trainer_options import (
+    COMMON_TRAINER_OPTIONS,
+    add_recipe_flags,
+    own_options,
+    refuse_without_effect,
+    settle_evaluation,
+)
 
 EXTENDS = "extends"
+PATHS = (
+    "dataset_name", "eval_dataset", "model_name_or_path", "adapter_name_or_path", "replay_dataset", "replay_prompts"
+)  # fmt: skip
+"""Options that may name a file."""
 
 
 def read_recipe_file(path: Path, readers: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
@@ -58,14 +68,20 @@ def find_beside(given: dict[str, Any], path: Path | None) -> None:
     """Makes relative paths that do not exist from the current folder relative to the recipe's, if they exist there."""
     if path is None:
         return
-    for name in ("dataset_name", "model_name_or_path", "adapter_name_or_path", "replay_dataset", "replay_prompts"):
-        value = given.get(name)
-        if isinstance(value, str) and not Path(value).exists() and (_folder(path) / value).exists():
-            given[name] = os.path.normpath(_folder(path) / value)
+    for name in PATHS:
+        given |= {name: _beside(given[name], path)} if name in given else {}
+    if isinstance(given.get("guard"), dict) and "data" in given["guard"]:
+        given["guard"] = given["guard"] | {"data": _beside(given["guard"]["data"], path)}
     mix = given.get("dataset_mix")
     for entry in [*(mix if isinstance(mix, list) else []), given.get("replay_dataset")]:
         if isinstance(entry, dict):
             find_beside(entry, path)
+
+
+def _beside(value: Any, path: Path) -> Any:
+    if isinstance(value, str) and not Path(value).exists() and (_folder(path) / value).exists():
+        return os.path.normpath(_folder(path) / value)
+    return value
 
 
 def _folder(path: Path) -> Path:
@@ -180,10 +196,13 @@ def load_recipe(path: str | Path | None, flags: Sequence[str], trainer_class: ty
     likely = {*option_types(classes[:-1]), *own_options(trainer_class), *COMMON_TRAINER_OPTIONS}
     others = "`qpsft train --help_all` lists all options."
     given = read_values(given, hints, where, likely=likely, others=others)
+    if given.get("guard") is not None:
+        given["guard"] = read_guard(given["guard"], where["guard"])
     if given.get("method") is not None:
         given |= method_options(given["method"], given)
     _default_output_dir(given, path)
     find_beside(given, path)
+    settle_evaluation(given, where, trainer_class)
     if given.get("dtype", "auto") != "auto" and not {"bf16", "fp16"} & set(given):
         # the trainer's mixed precision follows the base's compute dtype
         given |= {"bf16": given["dtype"] == "bfloat16", "fp16": given["dtype"] == "float16"}

@@ -15,8 +15,9 @@ from qpsft.recipe.flags import add_flags
 COMMON_TRAINER_OPTIONS = (
     "output_dir", "num_train_epochs", "max_steps", "max_length", "learning_rate", "lr_scheduler_type", "warmup_steps",
     "weight_decay", "optim", "max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "gradient_checkpointing", "packing", "logging_steps", "save_strategy", "save_steps", "save_total_limit", "seed",
-    "report_to", "bf16", "fp16", "use_cpu", "trust_remote_code",
+    "gradient_checkpointing", "packing", "logging_steps", "eval_strategy", "eval_steps", "metric_for_best_model",
+    "load_best_model_at_end", "save_strategy", "save_steps", "save_total_limit", "seed", "report_to", "bf16", "fp16",
+    "use_cpu", "trust_remote_code",
 )  # fmt: skip
 
 
@@ -63,11 +64,16 @@ NOT_OURS = {
     "model_init_kwargs": ("qpsft loads the base itself", "Set dtype, quantization or attn_implementation instead."),
     "resume_from_checkpoint": ("runs continue from their newest whole checkpoint", "Give resume instead."),
 }
-_NO_EVALUATION = ("training has no evaluation set", "Run `qpsft evaluate` on the adapter.")
+NEED_EVALUATION = (
+    "eval_dataset", "eval_steps", "eval_on_start", "eval_delay", "do_eval", "metric_for_best_model",
+    "load_best_model_at_end", "early_stopping_patience",
+)  # fmt: skip
+BEST_METRICS = {"loss": "loss", "nll": "loss", "mean_token_accuracy": "mean_token_accuracy"}
+"""What evaluations log and the best model can be chosen by, and transformers' name for it."""
 
 
 def refuse_without_effect(given: dict[str, Any], where: dict[str, str]) -> None:
-    """Refuses options of the trainer that would change nothing in a run from a recipe.
+    """Refuses options of the trainer that would change nothing in a run from a recipe; `settle_evaluation` its own.
 
     Args:
         given: option name -> value, before or after it is read as its declared type.
@@ -77,11 +83,9 @@ def refuse_without_effect(given: dict[str, Any], where: dict[str, str]) -> None:
         RecipeError: there is such an option; says what to use instead.
     """
     for name, value in given.items():
-        on = str(value).lower() not in ("false", "no", "none")
+        on = _is_on(value)
         if name in NOT_OURS and value is not None and (on or name != "shuffle_dataset"):
             why, todo = NOT_OURS[name]
-        elif name in ("eval_strategy", "do_eval", "eval_on_start") and on:
-            why, todo = _NO_EVALUATION
         elif name == "push_to_hub" and on:
             why, todo = "training uploads nothing", "Run `qpsft push` on the adapter afterwards."
         elif name == "packing_strategy" and str(value) == "bfd_split":
@@ -91,3 +95,45 @@ def refuse_without_effect(given: dict[str, Any], where: dict[str, str]) -> None:
         else:
             continue
         raise RecipeError(f"{where[name]} has no effect in `qpsft train`: {why}.", todo)
+
+
+def _is_on(value: Any) -> bool:
+    return str(value).lower() not in ("", "false", "no", "none", "0", "0.0")
+
+
+def settle_evaluation(given: dict[str, Any], where: dict[str, str], trainer_class: type) -> None:
+    """Checks the options of evaluation while training against each other, and adds those that they imply.
+
+    Args:
+        given: option name -> value; gets `per_device_eval_batch_size`, and `metric_for_best_model` for early stopping.
+        where: option name -> what to call it in an error.
+        trainer_class: dataclass of the trainer's options.
+
+    Raises:
+        RecipeError: an option that would have no effect, or a metric that evaluations do not have.
+    """
+    if not _is_on(given.get("eval_strategy", "no")):
+        wanted = [name for name in NEED_EVALUATION if name in given and _is_on(given[name])]
+        wanted += ["save_strategy"] if given.get("save_strategy") == "best" else []
+        if wanted:
+            raise RecipeError(
+                f"{where[wanted[0]]} has no effect without eval_strategy.",
+                "Set eval_strategy: steps and eval_steps: N, or eval_strategy: epoch.",
+            )
+        return
+    if not given.get("eval_dataset"):
+        raise RecipeError(f"{where['eval_strategy']}: there is no evaluation set.", "Name one: eval_dataset: FILE.")
+    if given.get("early_stopping_patience") is not None and given.get("metric_for_best_model") is None:
+        given["metric_for_best_model"] = "loss"
+    metric = given.get("metric_for_best_model")
+    if metric is not None:
+        name = BEST_METRICS.get(metric.removeprefix("eval_"))
+        if name is None:
+            raise RecipeError(
+                f"{where['metric_for_best_model']} is {metric!r}, which evaluations do not choose by.",
+                f"Use one of {', '.join(BEST_METRICS)}.",
+            )
+        given["metric_for_best_model"] = name
+    # transformers' default of 8 rows would be more than many cards train on at once
+    train_batch = given.get("per_device_train_batch_size", trainer_class.per_device_train_batch_size)
+    given.setdefault("per_device_eval_batch_size", train_batch)

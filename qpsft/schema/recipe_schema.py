@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 from qpsft.compare.options import CompareOptions
 from qpsft.psft.config import PSFTConfig
-from qpsft.recipe.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments
+from qpsft.recipe.arguments import DataArguments, GuardArguments, LoraArguments, ModelArguments, RunArguments
 from qpsft.recipe.file import EXTENDS
 from qpsft.recipe.flags import members_of, option_types
+from qpsft.recipe.sources import OWN, SHARED
 from qpsft.recipe.trainer_options import NOT_OURS
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
@@ -38,10 +39,31 @@ def recipe_schema() -> dict[str, Any]:
         "anyOf": [mapping_of(properties_of(CompareOptions)), {"type": "null"}],
         "description": properties["compare"]["description"],
     }
+    for name, entry in (("dataset_mix", source_schema(with_share=True)), ("replay_dataset", source_schema())):
+        properties[name]["anyOf"] = [_with_entry(one, entry) for one in properties[name]["anyOf"]]
+    properties["guard"] = {
+        "anyOf": [mapping_of(properties_of(GuardArguments)), {"type": "null"}],
+        "description": properties["guard"]["description"],
+    }
     for name in [name for name in NOT_OURS if name in properties]:
         why, todo = NOT_OURS[name]
         properties[name] |= {"deprecated": True, "description": f"No effect in `qpsft train`: {why}. {todo}"}
     return {"$schema": DRAFT, "title": "Recipe of qpsft", **mapping_of(properties)}
+
+
+def source_schema(*, with_share: bool = False) -> dict[str, Any]:
+    """The schema of one source of `dataset_mix` or `replay_dataset`."""
+    properties = {name: part for name, part in properties_of(DataArguments).items() if name in (*OWN, *SHARED)}
+    if with_share:
+        share = "Share of the rows of every mini-batch; one source may leave it out and is the rest."
+        properties["share"] = {"anyOf": [NUMBER, {"type": "null"}], "description": share}
+    return mapping_of(properties) | {"required": ["dataset_name"]}
+
+
+def _with_entry(schema: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+    """A mapping, or a list of mappings, whose keys are those of a source; other schemas as they are."""
+    kind = schema.get("type")
+    return entry if kind == "object" else schema | {"items": entry} if kind == "array" else schema
 
 
 def mapping_of(properties: dict[str, Any]) -> dict[str, Any]:

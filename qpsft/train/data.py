@@ -20,6 +20,7 @@ from qpsft.processes import from_main
 from qpsft.psft.config import PSFTConfig
 from qpsft.psft.schedule import make_schedule, steps_per_epoch
 from qpsft.recipe.file import Recipe
+from qpsft.train.replay import read_replay
 
 
 @dataclass
@@ -164,6 +165,8 @@ def preview_blocks(data: TrainingData | StreamedData, recipe: Recipe, tokenizer:
     if isinstance(rows, MixedDataset):
         size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         blocks.append("\n".join(mix_table(mix_use(packed(rows, args), args, size), size)) + "\n")
+    if replay := read_replay(recipe, tokenizer):
+        blocks.append(f"{replay.line}\n")
     return blocks
 
 

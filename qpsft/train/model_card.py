@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +19,11 @@ from qpsft.recipe.sources import data_name
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+    from qpsft.train.summary import RunSummary
+
 WRITTEN = "# Written by qpsft train."
+RUN_OPTIONS = ("held_out_rows", "early_stopping_patience", "guard")
+"""Those of RunArguments that repeat a run."""
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
 
 
@@ -30,28 +33,21 @@ def resolved_recipe(recipe: Recipe) -> str:
     values.pop("output_dir", None)  # the folder may be moved
     if not recipe.trainer.cpu_is_asked_for:  # another machine may have a GPU
         values.pop("use_cpu", None)
-    values["held_out_rows"] = recipe.run.held_out_rows
+    values |= {name: getattr(recipe.run, name) for name in RUN_OPTIONS}
     versions = [f"# {line}" for line in _versions()]
     header = [f"{WRITTEN} The options of this run; `qpsft train` on this file repeats it.", *versions]
     return "\n".join(header) + "\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def model_card(
-    recipe: Recipe,
-    folder: Path,
-    n: dict[str, float],
-    config: LoraConfig,
-    options: str,
-    data: Sequence[str] = (),
-) -> str:
+def model_card(recipe: Recipe, summary: RunSummary, config: LoraConfig, options: str) -> str:
     """README.md of the adapter folder: a model card that the Hub understands.
 
     Args:
-        n: the run's last log line.
+        summary: how the run ended.
         config: of the adapter.
         options: name of the file with the resolved recipe.
-        data: what training did not take as it stands in the source.
     """
+    folder, n = summary.folder, summary.numbers
     arguments = recipe.trainer
     base = recipe.model.model_name_or_path
     on_hub = not Path(base).exists() and base != "demo"
@@ -67,10 +63,15 @@ def model_card(
         "psft": f"Proximal SFT (arXiv 2508.17784), ε = {arguments.epsilon}, K = {arguments.reference_steps}{blocks}",
         "nll": "plain SFT (negative log-likelihood)",
         "dft": "DFT (arXiv 2508.05629)",
+        "eaft": f"EAFT (arXiv 2601.02151), α = {arguments.eaft_alpha:g}",
+        "trsft": f"TrSFT (arXiv 2512.17636), α = {arguments.trsft_alpha:g}",
+        "stm": f"STM (arXiv 2501.14315), perplexity up to {arguments.stm_threshold:g}",
     }[arguments.loss_type]
     start = recipe.lora.adapter_name_or_path
     start = f" Training went on from the adapter `{start}`." if start else ""
-    rows = f"\n\nOf the rows: {', '.join(data)}." if data else ""
+    rows = f"\n\nOf the rows: {', '.join(summary.data)}." if summary.data else ""
+    notes = "".join(f"\n- {note}" for note in summary.notes)
+    notes = f"\nWhile it trained:\n{notes}\n" if notes else ""
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
@@ -82,13 +83,13 @@ by {method}.{start}{rows}
 
 | | |
 | --- | --- |
-| optimizer steps | {int(n["step"])} |
+| optimizer steps | {summary.written} |
 | learning rate | {arguments.learning_rate:g} |
 | rank, alpha | {config.r}, {config.lora_alpha:g} |
 | NLL at the end | {n["nll"]:.4f} nats per token |
 | entropy at the end | {n["entropy"]:.4f} nats per token |
 | clip fraction at the end | {n["clip_fraction"]:.1%} |
-
+{notes}
 ![training curves](training.png)
 
 ```python

@@ -43,7 +43,7 @@ class LivePlot(TrainerCallback):
         self._lines, self._handle, self._drawn = [], None, float("-inf")
 
     def on_log(self, args, state, control, logs: dict | None = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not logs or "nll" not in logs:
+        if not state.is_world_process_zero or not logs or not {"nll", "eval_loss", "guard_limit"} & logs.keys():
             return
         self._lines.append({"step": state.global_step, **logs})
         if time.monotonic() - self._drawn >= self.every:

@@ -29,8 +29,12 @@ class ConsoleCallback(TrainerCallback):
             self._bar.update(1)
 
     def on_log(self, args, state, control, logs: dict | None = None, **kwargs: Any) -> None:
-        if self._bar is not None and logs and "nll" in logs:
+        if self._bar is None or not logs:
+            return
+        if "nll" in logs:
             tqdm.write(log_line(state.global_step, state.max_steps, logs))
+        elif "eval_loss" in logs:
+            tqdm.write(evaluation_line(state.global_step, state.max_steps, logs))
 
     def on_train_end(self, args, state, control, **kwargs: Any) -> None:
         if self._bar is not None:
@@ -47,6 +51,14 @@ def log_line(step: int, total: int, logs: dict[str, float]) -> str:
     )
 
 
+def evaluation_line(step: int, total: int, logs: dict[str, float]) -> str:
+    """One evaluation in at most 80 columns."""
+    return (
+        f"step {step:>{len(str(total))}}/{total}  evaluation: nll {logs['eval_loss']:.3f}  "
+        f"entropy {logs['eval_entropy']:.2f}  accuracy {logs['eval_mean_token_accuracy']:.1%}"
+    )
+
+
 class MetricsCallback(TrainerCallback):
     """Appends every log entry to `metrics.jsonl`; a resumed run drops the lines past its checkpoint first."""
 
@@ -60,6 +72,10 @@ class MetricsCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:  # also a run shorter than logging_steps ends with its numbers
+            control.should_log = True
+
+    def on_epoch_end(self, args, state, control, **kwargs: Any) -> None:
+        if control.should_training_stop:  # so does one that an evaluation has stopped
             control.should_log = True
 
     def on_log(self, args, state, control, logs: dict | None = None, **kwargs: Any) -> None:

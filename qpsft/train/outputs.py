@@ -1,0 +1,121 @@
+"""The folder of a run: whether it can be written to, and what is written into it at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from qpsft.errors import OutputError
+from qpsft.files import finished_files
+from qpsft.model.adapter import POLICY, save_adapter
+from qpsft.model.base_record import RECORD_FILE
+from qpsft.psft.checkpoint import checkpoints, newest_complete_checkpoint, remove_folder
+from qpsft.recipe.file import Recipe
+from qpsft.recipe.sources import data_name
+from qpsft.train.model_card import WRITTEN, model_card, resolved_recipe
+from qpsft.train.plot import draw_training
+from qpsft.train.progress import read_metrics
+from qpsft.train.replay import MADE, ROWS
+from qpsft.train.summary import RunSummary
+
+METRICS = "metrics.jsonl"
+VERIFY_PROMPTS = "verify_prompts.jsonl"
+ADAPTER = "adapter_model.safetensors"
+
+
+def numbers_at(folder: Path, step: int) -> dict[str, float]:
+    """The last log line up to a step; the first, if that comes later."""
+    lines = [line for line in read_metrics(folder / METRICS) if "nll" in line]
+    return ([line for line in lines if line["step"] <= step] or lines[:1])[-1]
+
+
+def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Makes sure the results can be written to `folder`; removes nothing.
+
+    Raises:
+        OutputError: it is a file, cannot be written to, or holds another run; or there is nothing to resume.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"output_dir {folder} is a file.", "Choose a folder.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".qpsft-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"output_dir {folder} cannot be written to: {error.strerror}.", "Choose another with --output_dir."
+        ) from None
+    if resume:
+        if newest_complete_checkpoint(folder) is None:
+            raise OutputError(
+                f"output_dir {folder} holds no whole checkpoint to resume from.",
+                "Start the run anew with --overwrite.",
+            )
+        return
+    holds_run = (folder / ADAPTER).exists() or read_metrics(folder / METRICS) or checkpoints(folder)
+    if holds_run and not overwrite:
+        raise OutputError(
+            f"output_dir {folder} already holds a run.",
+            "Give --resume to continue it, --overwrite to replace it, or another --output_dir.",
+        )
+
+
+def clear_output(folder: Path) -> None:
+    """Removes an earlier run's checkpoints and log; its adapter stays until the new one is there."""
+    for checkpoint in checkpoints(folder):
+        remove_folder(checkpoint)
+    (folder / METRICS).unlink(missing_ok=True)
+
+
+def write_outputs(recipe: Recipe, trainer, tokenizer, held_out, summary: RunSummary, tensors=None) -> list[str]:
+    """Writes the adapter folder: everything under a temporary name first, then renamed into place.
+
+    `tensors`: the adapter's, of a sharded model.
+
+    Returns: the names written. Raises: OutputError; what was in the folder before is then untouched.
+    """
+    folder = summary.folder
+    lines = read_metrics(folder / METRICS)
+    try:
+        with finished_files(folder) as partial:
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            save_adapter(model, partial, tensors)
+            tokenizer.save_pretrained(partial)
+            draw_training(lines, partial / "training.png", f"{recipe.trainer.loss_type} on {data_name(recipe.data)}")
+            options = resolved_name(recipe, folder)
+            (partial / options).write_text(resolved_recipe(recipe), encoding="utf-8")
+            card = model_card(recipe, summary, model.peft_config[POLICY], options)
+            (partial / "README.md").write_text(card, encoding="utf-8")
+            with (partial / VERIFY_PROMPTS).open("w", encoding="utf-8") as file:
+                for row in held_out:
+                    file.write(json.dumps(_verify_prompt(row, tokenizer), ensure_ascii=False) + "\n")
+            names = sorted(path.name for path in partial.iterdir())
+    except OSError as error:
+        raise OutputError(
+            f"The adapter could not be written to {folder}: {error.strerror or error}.",
+            "Free some space, then give --resume: training itself is done and continues from its last checkpoint.",
+        ) from error
+    replayed = {name for name in (ROWS, MADE) if (folder / name).is_file() and recipe.data.replay_share}
+    return [*sorted({*names, RECORD_FILE, *replayed}), METRICS]
+
+
+def resolved_name(recipe: Recipe, folder: Path) -> str:
+    """`recipe.yaml`, unless there is one that the user wrote, or that this run was started with."""
+    there = folder / "recipe.yaml"
+    if not there.exists():
+        return there.name
+    started_with = recipe.path / "recipe.yaml" if recipe.path is not None and recipe.path.is_dir() else recipe.path
+    own = started_with is not None and started_with.exists() and there.samefile(started_with)
+    by_hand = not there.read_text(encoding="utf-8", errors="replace").startswith(WRITTEN)
+    return "recipe.resolved.yaml" if own or by_hand else there.name
+
+
+def _verify_prompt(row: dict, tokenizer) -> dict:
+    supervised = [i for i, label in enumerate(row["labels"]) if label != -100]
+    return {
+        "text": tokenizer.decode(row["input_ids"]),
+        "input_ids": row["input_ids"],
+        "prompt_length": supervised[0] if supervised else len(row["input_ids"]),
+    }
