@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import enum
 import json
-import math
 import os
 import platform
 import shutil
@@ -36,7 +35,7 @@ from qpsft.model.base_record import parameter_count
 from qpsft.model.folder import resolve_folder
 from qpsft.psft.checkpoint import rows_sha256
 from qpsft.psft.config import PSFTConfig
-from qpsft.psft.schedule import steps_per_epoch
+from qpsft.psft.schedule import planned_steps
 from qpsft.psft.trainer import PSFTTrainer
 from qpsft.recipe.arguments import LoraArguments, ModelArguments
 from qpsft.recipe.file import Recipe
@@ -279,9 +278,8 @@ def make_run_trainer(spec: RunSpec, setting: Setting, model: Any, tokenizer: Any
     )
     rows = setting.data.train
     if (share := spec.method.get("replay_share")) is not None:
-        if arguments.max_steps <= 0:  # an epoch of a mix is longer, and all arms take as many steps
-            size = arguments.train_batch_size * arguments.gradient_accumulation_steps
-            arguments.max_steps = math.ceil(spec.epochs * steps_per_epoch(rows, size))
+        size = arguments.train_batch_size * arguments.gradient_accumulation_steps
+        arguments.max_steps = planned_steps(arguments, rows, size)  # an epoch of the mix would be longer
         rows = mixed([(rows, None), (setting.replay, share)])
     torch.manual_seed(spec.seed)
     trainer = runs.make_trainer(add_adapter(model, setting.lora), tokenizer, arguments, rows, folder)

@@ -229,6 +229,13 @@ def steps_per_epoch(dataset: Any, mini_batch_size: int) -> int:
     return math.ceil(len(dataset) / mini_batch_size)
 
 
+def planned_steps(args: Any, dataset: Any, mini_batch_size: int) -> int:
+    """Optimizer steps of a run, before it begins. Args: as in `make_schedule`; a stream needs `max_steps`."""
+    if args.max_steps > 0:
+        return args.max_steps
+    return math.ceil(args.num_train_epochs * steps_per_epoch(dataset, mini_batch_size))
+
+
 def make_schedule(
     args: Any, dataset: Any, mini_batch_size: int, total_steps: int, *, check: bool = True
 ) -> BlockSchedule:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 import datasets
@@ -18,7 +18,7 @@ from qpsft.data.stream import StreamedRows
 from qpsft.data.tokenize import TokenizedRows
 from qpsft.processes import from_main
 from qpsft.psft.config import PSFTConfig
-from qpsft.psft.schedule import make_schedule, steps_per_epoch
+from qpsft.psft.schedule import make_schedule, planned_steps
 from qpsft.recipe.file import Recipe
 from qpsft.train.replay import read_replay
 
@@ -50,7 +50,7 @@ class TrainingData:
     sources: list[TrainingSource]
     held_out: datasets.Dataset
 
-    @property
+    @cached_property
     def rows(self) -> datasets.Dataset:
         """The rows to train on: a `MixedDataset` of several sources."""
         parts = [Part(one.rows.name, one.rows.dataset.select(one.kept), one.share) for one in self.sources]
@@ -209,9 +209,7 @@ def mix_use(rows: MixedDataset, args: PSFTConfig, mini_batch_size: int) -> list[
         args: of the run.
         mini_batch_size: rows of an optimizer step, all processes together.
     """
-    total = args.max_steps
-    if total <= 0:
-        total = math.ceil(args.num_train_epochs * steps_per_epoch(rows, mini_batch_size))
+    total = planned_steps(args, rows, mini_batch_size)
     schedule = make_schedule(args, rows, mini_batch_size, total, check=False)
     order: MixedMiniBatches = schedule.mini_batches
     counts = [order.count(m) for m in range(schedule.reached())]

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -26,11 +25,11 @@ from tqdm import tqdm
 from transformers import TrainerControl, TrainerState
 
 from qpsft.errors import RecipeError, TrainingError
-from qpsft.evaluate.likelihood import adapter_off
+from qpsft.model.adapter import adapter_off
 from qpsft.processes import from_main, is_main
 from qpsft.psft.checkpoint import CheckpointedCallback
 from qpsft.psft.reference import ReferencePolicy
-from qpsft.psft.schedule import steps_per_epoch
+from qpsft.psft.schedule import planned_steps
 from qpsft.psft.sharding import fsdp_is_asked
 from qpsft.psft.trainer import PSFTTrainer
 from qpsft.terminal import wrap
@@ -60,14 +59,6 @@ class GuardState:
     kept: tuple[int, float] | None = None
     halvings: list[int] = field(default_factory=list)
     ended_outside: bool = False
-
-
-def planned_steps(trainer: PSFTTrainer) -> int:
-    """Optimizer steps of a run, before it begins."""
-    args = trainer.args
-    if args.max_steps > 0:
-        return args.max_steps
-    return math.ceil(args.num_train_epochs * steps_per_epoch(trainer.train_dataset, trainer.rows_per_step()))
 
 
 class Guard(CheckpointedCallback):
@@ -110,7 +101,7 @@ class Guard(CheckpointedCallback):
         args, options = self._trainer.args, self.options
         if fsdp_is_asked(args):
             raise RecipeError("guard is not supported with FSDP: answers are generated in one process.", "Use DDP.")
-        steps = planned_steps(self._trainer)
+        steps = planned_steps(args, self._trainer.train_dataset, self._trainer.rows_per_step())
         if options.every > steps:
             raise RecipeError(
                 f"guard: every is {options.every}, and the run has {steps} optimizer steps.",
