@@ -15,6 +15,7 @@ from qpsft.errors import RecipeError
 from qpsft.model.hardware import check_run, hardware_of, pick_device
 from qpsft.psft.losses import BASE_LOGPROBS, EPSILON, LOSSES, OLD_LOGPROBS
 from qpsft.psft.trust_region import check_targets
+from qpsft.recipe.methods import REFERENCE_STEPS
 
 DECAY = 0.3
 """Share of a run over which `warmup_stable_decay` lowers the rate."""
@@ -75,7 +76,7 @@ class PSFTConfig(SFTConfig):
         "without the adapter per row and step.",
     )
     reference_steps: int = _option(
-        8,
+        REFERENCE_STEPS,
         "K: optimizer steps' worth of data in a block; the reference policy is renewed at each block's start. 8 as in "
         "the paper (64/8 and 256/32); 4 when the data fill few blocks; 1 with one visit is plain SFT.",
     )

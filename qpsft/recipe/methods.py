@@ -9,7 +9,7 @@ from typing import Any
 from qpsft.errors import RecipeError, did_you_mean
 
 VISITS = 4
-REFERENCE_STEPS = 8  # PSFTConfig's default
+REFERENCE_STEPS = 8  # the default of K
 BLOCK = "one block"  # stands for `reference_steps`
 BASE_KL = 0.05  # ASFT's authors', for all three
 REPLAY_SHARE = 0.1
