@@ -18,12 +18,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from qpsft.psft.forward import PolicyOutput, policy_forward
 from qpsft.psft.lm_head import LMHead, kl_to_base
 from qpsft.psft.reference import BasePolicy
-from qpsft.psft.scoring import Batch, as_in_training, on_device, row_lengths, token_budget
+from qpsft.psft.scoring import Batch, as_in_training, row_lengths, token_budget
 
 BASE_HIDDEN = "base_hidden"
 MICRO_BATCHES = 32
@@ -73,7 +74,7 @@ class BaseKL:
         """
         (base_hidden,) = self.hidden([batch], step)
         with as_in_training(self._model, self._args.device, self._args.seed + step), torch.no_grad():
-            inputs = on_device(batch, base_hidden.device)
+            inputs = send_to_device(dict(batch), base_hidden.device)
             right_padded = row_lengths(batch) is not None
             outputs = policy_forward(self._model, inputs, right_padded=right_padded, hidden=True, logprobs=False)
             total = self.total(outputs, base_hidden)

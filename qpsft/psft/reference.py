@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
@@ -25,7 +26,7 @@ from qpsft.errors import TrainingError
 from qpsft.model.adapter import adapter_off, has_adapter
 from qpsft.psft.forward import PolicyOutput, is_prompt_learning, policy_forward
 from qpsft.psft.lm_head import LMHead
-from qpsft.psft.scoring import Batch, fused_limit, on_device, passes
+from qpsft.psft.scoring import Batch, fused_limit, passes
 from qpsft.psft.sharding import as_sharded, exchanged, is_sharded, whole
 
 
@@ -130,7 +131,7 @@ class ReferencePolicy:
         return scores
 
     def _logprobs(self, batch: Batch, *, right_padded: bool) -> Tensor:
-        inputs = on_device(batch, self._device)
+        inputs = send_to_device(dict(batch), self._device)
         if self.fused_lm_head:
             return policy_forward(self.model, inputs, right_padded=right_padded).log_probs.float()
         labels = inputs.pop("labels")[:, 1:]
@@ -235,7 +236,7 @@ class BasePolicy:
             for batch, right_padded, rows in passes(
                 batches, token_budget=token_budget, fused_limit=self._fused_limit, sharded=self._sharded
             ):
-                inputs = on_device(batch, device)
+                inputs = send_to_device(dict(batch), device)
                 counts = (inputs["labels"][:, 1:] != -100).sum(1).tolist()
                 per_token = value(policy_forward(self.model, inputs, right_padded=right_padded, **what))
                 for (_, b, r), part in zip(rows, per_token.split(counts), strict=True):

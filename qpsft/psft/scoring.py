@@ -128,11 +128,6 @@ def _filled(group: list[Row], least: int) -> list[Row]:
     return group + [group[-1]] * missing
 
 
-def on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on a device."""
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-
-
 def gather(batches: Sequence[Batch], group: Sequence[Row]) -> dict[str, Any]:
     """The rows of a group as one batch, padded on the right to the longest, with the keys their batches have."""
     width = max(row.length for row in group)
