@@ -4,9 +4,9 @@
     OMP_NUM_THREADS=1 python benchmarks/trust_region.py --smollm2     SmolLM2-135M-Instruct, short runs
 
 On the embedded base `adapters/demo-noisy` (K = 8, 4 visits, one block of SFT, 252 steps, noisy demonstrations) with one
-thing changed, and SFT; three seeds each. On SmolLM2, which `../shared/models/smollm2.py` makes, SVAMP's questions with
-their equations as answers, 30 % of them wrong, K = 4, 2 visits, 28 steps; what is kept is the NLL of the base's own
-greedy answers to MT-bench's first turns, measured by the guard. Finished runs are kept in
+thing changed, and SFT; three seeds each. On SmolLM2, which `../shared/models/smollm2.py` makes, the noisy SVAMP rows of
+`evidence_real_parts.py` (equations, 30 % of them wrong), K = 4, 2 visits, 28 steps; what is kept is the NLL of the
+base's own greedy answers to MT-bench's first turns, measured by the guard. Finished runs are kept in
 benchmarks/results/trust_region.json and not repeated.
 """
 
@@ -17,10 +17,11 @@ import json
 import statistics
 import tempfile
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import torch
+from evidence_real import MODEL
+from evidence_real_parts import load_part, text_prompts, turns
 from machine import RESULTS, Results, environment
 
 from qpsft.demo.walkthrough import measure
@@ -67,7 +68,6 @@ def measured(flags: list[str], seed: int) -> dict[str, Any]:
     }
 
 
-SMOLLM2 = Path("~/.cache/qpsft-models/SmolLM2-135M-Instruct").expanduser()
 SHARED = RESULTS.parents[2] / "shared" / "data"
 REAL_VARIANTS = {
     "sft": ["--method=sft", "--sft_warmup_steps=0"],
@@ -78,37 +78,27 @@ REAL_VARIANTS = {
 }
 
 
-def write_svamp(path: Path, rows: int, seed: int = 0) -> None:
-    """Questions with their equations; the operator of 30 % is another one."""
-    random = Random(seed)
-    lines = []
-    for row in random.sample(json.loads((SHARED / "svamp" / "SVAMP.json").read_text()), rows):
-        equation = row["Equation"]
-        if random.random() < 0.3:
-            operator = next(one for one in "+-*/" if f" {one} " in equation)
-            equation = equation.replace(operator, random.choice([o for o in "+-*/" if o != operator]), 1)
-        lines.append({"prompt": f"{row['Body']} {row['Question']}", "completion": equation})
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def write_own_answers(path: Path, prompts: int, max_new_tokens: int = 48) -> None:
+def own_answers(prompts: int, max_new_tokens: int = 48) -> list[dict[str, Any]]:
     """The base's greedy answers to the first turns of MT-bench, cut where they do not end."""
-    model, tokenizer = load_base(str(SMOLLM2), verbose=False)
-    lines = [json.loads(line)["turns"][0] for line in (SHARED / "prompts" / "mt_bench.jsonl").open()][:prompts]
-    chats = [[{"role": "user", "content": line}] for line in lines]
-    answers = greedy_completions(model, tokenizer, chats, max_new_tokens=max_new_tokens, batch_size=8)
-    rows = [{"prompt": line, "completion": answer} for line, answer in zip(lines, answers, strict=True)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, tokenizer = load_base(str(MODEL), verbose=False)
+    questions = text_prompts(SHARED, prompts)["mt_bench"]
+    asked = [turns(question, "")["prompt"] for question in questions]
+    answers = greedy_completions(model, tokenizer, asked, max_new_tokens=max_new_tokens, batch_size=8)
+    return [turns(question, answer) for question, answer in zip(questions, answers, strict=True)]
 
 
 def measured_on_smollm2(flags: list[str], seed: int, folder: Path) -> dict[str, Any]:
     """One short run: NLL of the rows it trains on, and of the base's own answers, before and after."""
     rows, kept = folder / "svamp.jsonl", folder / "own_answers.jsonl"
     if not kept.is_file():
-        write_svamp(rows, 350)
-        write_own_answers(kept, 32)
+        write_rows(rows, load_part("svamp_noisy", SHARED, (350, 1, 1)).train)
+        write_rows(kept, own_answers(32))
     options = {
-        "model_name_or_path": SMOLLM2,
+        "model_name_or_path": MODEL,
         "dataset_name": rows,
         "output_dir": folder / "run",
         "lora_r": 16,
