@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,18 @@ class Recorder(TrainerCallback):
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def off_by(model: nn.Module, make_loss: Callable[[], Tensor]) -> float:
+    """How far a model's gradients are from those of another loss, as a share of the largest; they are left in place."""
+    mine = gradients(model)
+    model.zero_grad()
+    make_loss().backward()
+    by_hand = gradients(model)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            p.grad = mine[name]
+    return largest_difference(mine, by_hand) / max(g.abs().max() for g in by_hand.values()).item()
 
 
 def in_float16(trainer: PSFTTrainer, init_scale: float = LOSS_SCALE, autocast: bool = True) -> PSFTTrainer:

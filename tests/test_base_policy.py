@@ -8,9 +8,10 @@ import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
-from small_runs import make_base, make_lora, make_rows, make_trainer, policy, same
+from small_runs import Recorder, largest_difference, make_lora, make_rows, make_trainer, off_by, policy, same
 from test_reference import collate, direct_logprobs, ragged_batches, shake
 from test_resume import contents
+from test_trainer import window
 from trl.trainer.utils import add_fused_lm_head
 
 from qpsft.errors import RecipeError, TrainingError
@@ -26,11 +27,6 @@ KINDS = {
     "norm": dict(modules_to_save=["norm"]),
     "head": dict(modules_to_save=["lm_head"]),
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("base"))
 
 
 def adapted(base, **lora):
@@ -206,14 +202,9 @@ def test_without_an_adapter_there_is_no_base(base, tmp_path):
 
 
 def test_eaft_s_weight_is_the_entropy_of_the_policy_s_20_likeliest(base, tmp_path, monkeypatch):
-    from small_runs import Recorder, gradients, largest_difference
-    from test_trainer import window
-
     compared = []
 
-    def compare(step):
-        mine = gradients(trainer.model)
-        trainer.model.zero_grad()
+    def loss_by_hand(step):
         total, count = 0.0, 0
         for batch in window(trainer, step):
             logits = trainer.model(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits[:, :-1].float()
@@ -223,13 +214,10 @@ def test_eaft_s_weight_is_the_entropy_of_the_policy_s_20_likeliest(base, tmp_pat
             nll = -logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
             total = total + (weight * nll)[labels != -100].sum()
             count += int((labels != -100).sum())
-        (total / count).backward()
-        by_hand = gradients(trainer.model)
-        scale = max(g.abs().max() for g in by_hand.values())
-        compared.append(largest_difference(mine, by_hand) / scale)
-        for name, p in trainer.model.named_parameters():
-            if p.requires_grad:
-                p.grad = mine[name]
+        return total / count
+
+    def compare(step):
+        compared.append(off_by(trainer.model, lambda: loss_by_hand(step)))
 
     settings = dict(loss_type="eaft", max_steps=3, max_grad_norm=0.0, callbacks=[Recorder(compare)])
     trainer = make_trainer(base, tmp_path, **settings)
