@@ -39,7 +39,7 @@ from qpsft.model.hardware import (
     pick_dtype,
     warn_if_slow,
 )
-from qpsft.model.skeleton import load_config
+from qpsft.model.skeleton import build_skeleton, load_config
 from qpsft.terminal import short_number, wrap
 
 if TYPE_CHECKING:
@@ -106,8 +106,6 @@ def load_base(
             quantized in another format than bitsandbytes' 4 bits; its tokenizer has ids the embedding lacks; the
             hardware cannot do what is asked, or a layer's width on it.
     """
-    from transformers import AutoModelForCausalLM
-
     from qpsft.model.attention import repeat_keys_where_no_kernel_groups
 
     repeat_keys_where_no_kernel_groups()
@@ -127,9 +125,7 @@ def load_base(
     config = load_config(folder, trust_remote_code)
     kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     if quantization != "none" and not prequantized:
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        skip = modules_to_skip(skeleton)
+        skip = modules_to_skip(build_skeleton(folder, trust_remote_code=trust_remote_code))
         kwargs["quantization_config"] = bitsandbytes_config(quantization, double_quant, compute_dtype, skip)
     with default_stream(device), rounding_of(quantized_on or device.type, device.type):
         model = _load_model(folder, config, compute_dtype, device, trust_remote_code, kwargs)
