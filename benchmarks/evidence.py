@@ -87,7 +87,7 @@ def do_part(part: str, output: Path, jobs: int) -> None:
 
     from qpsft.compare.comparison import compare_loaded
     from qpsft.compare.options import load_comparison
-    from qpsft.compare.verdict import render
+    from qpsft.compare.verdict import limits, render, verdict
 
     recipe, given = PARTS[part]
     if part == "stories" and not (HERE.parents[1] / "shared").is_dir():
@@ -102,7 +102,8 @@ def do_part(part: str, output: Path, jobs: int) -> None:
     if part == "noise":
         summary = str(study_noise(loaded, options, NOISE))
     else:
-        summary = render(compare_loaded(loaded, options))
+        comparison = compare_loaded(loaded, options)
+        summary = "\n".join([render(comparison), "", *verdict(comparison), *limits(comparison)])
     (output / part / "summary.txt").write_text(summary + "\n", encoding="utf-8")
     print(f"\n{summary}", flush=True)
 

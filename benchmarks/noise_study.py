@@ -18,7 +18,7 @@ from typing import Any
 from qpsft.compare.arms import find_arms
 from qpsft.compare.options import CompareOptions, load_comparison
 from qpsft.compare.paired import Difference, mean_and_sd
-from qpsft.compare.results import Comparison, describe_metric, format_mean, format_value, is_accuracy
+from qpsft.compare.results import Comparison, describe_metric, format_mean, format_value, is_accuracy, score_name
 from qpsft.errors import OutputError, QpsftError, RecipeError
 from qpsft.files import write_atomically
 from qpsft.recipe.file import Recipe
@@ -84,7 +84,7 @@ class NoiseStudy:
     @property
     def score(self) -> str:
         """The in-domain score in a word."""
-        return "accuracy" if is_accuracy("in_domain", self.metric) else "NLL"
+        return score_name("in_domain", self.metric)
 
     def gains(self, treatment: str) -> dict[str, list[Difference | None]]:
         """Out of domain at each share: treatment − control of an accuracy, control − treatment of an NLL.
@@ -207,7 +207,7 @@ def write_study(study: NoiseStudy, folder: Path) -> None:
 
 def _write_study(study: NoiseStudy, folder: Path) -> None:
     from qpsft.compare.report import PNG_DPI, REPORT, page_templates
-    from qpsft.compare.verdict import METHOD, verdict
+    from qpsft.compare.verdict import METHOD, limits, verdict
 
     write_atomically(folder / "noise.json", json.dumps(study.to_dict(), indent=1) + "\n")
     figures = study.figures()
@@ -216,7 +216,7 @@ def _write_study(study: NoiseStudy, folder: Path) -> None:
         figure.savefig(folder / name, dpi=PNG_DPI)
     page = page_templates().from_string(PAGE).render(
         title=f"noise study: {study.name}", study=study, figures=figures, control=CONTROL, report=REPORT,
-        verdicts={share: verdict(comparison) for share, comparison in study.comparisons.items()}, method=METHOD,
+        verdicts={share: verdict(one) + limits(one) for share, one in study.comparisons.items()}, method=METHOD,
     )  # fmt: skip
     (folder / REPORT).write_text(page, encoding="utf-8")
 

@@ -318,11 +318,14 @@ def write(comparison: Comparison, folder: Path) -> None:
     Raises:
         OutputError: they cannot be written.
     """
+    from qpsft.compare.answer import answer
     from qpsft.compare.report import write_report
+    from qpsft.compare.verdict import limits, verdict
 
+    said = {"answer": answer(comparison), "verdict": verdict(comparison), "limits": limits(comparison)}
     try:
         with finished_files(folder) as partial:
-            text = json.dumps(comparison.to_dict(), indent=1, ensure_ascii=False)
+            text = json.dumps(said | comparison.to_dict(), indent=1, ensure_ascii=False)
             (partial / RECORD).write_text(text + "\n", encoding="utf-8")
             write_report(comparison, partial)
     except OSError as error:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qpsft.compare.paired import mean_and_sd
-from qpsft.compare.results import SHARE, ArmResult, Comparison, describe_metric
+from qpsft.compare.results import SHARE, ArmResult, Comparison, describe_metric, score_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,9 +19,16 @@ STYLES: dict[str, dict[str, Any]] = {
     "sft": {"color": "#000000", "linestyle": "-", "marker": "o"},
     "sft_matched": {"color": "#0072b2", "linestyle": "--", "marker": "s"},
     "sft_blocks": {"color": "#56b4e9", "linestyle": ":", "marker": "D"},
+    "sft_kl": {"color": "#e69f00", "linestyle": "--", "marker": "X"},
     "dft": {"color": "#b0609a", "linestyle": "-.", "marker": "^"},
+    "asft": {"color": "#7b3294", "linestyle": ":", "marker": "<"},
+    "eaft": {"color": "#8c6d31", "linestyle": "-.", "marker": ">"},
+    "stm": {"color": "#5b7f00", "linestyle": "--", "marker": "p"},
+    "trsft": {"color": "#7f7f7f", "linestyle": "-.", "marker": "h"},
     "psft": {"color": "#d55e00", "linestyle": "-", "marker": "v"},
     "psft_visits": {"color": "#009e73", "linestyle": "-", "marker": "P", "linewidth": 2.2},
+    "psft_kl": {"color": "#a63603", "linestyle": "--", "marker": "d"},
+    "psft_replay": {"color": "#c51b7d", "linestyle": ":", "marker": "*"},
 }
 """Colours that differ in hue and in lightness, a dash and a marker for each arm."""
 BASE = {"color": "0.45", "linestyle": (0, (1, 1.5)), "linewidth": 1.2}
@@ -31,11 +38,11 @@ PANEL = (4.6, 3.3)
 
 def figures(comparison: Comparison) -> dict[str, tuple[str, Figure]]:
     """File name without ending -> (caption, figure), for what was measured."""
-    drawn = {"curves": ("Over epochs, mean and standard deviation over seeds.", _curves(comparison))}
+    drawn = {"curves": ("Mean and standard deviation over seeds.", _curves(comparison))}
     if comparison.has_out_of_domain:
         drawn["frontier"] = (
-            "In-domain against out of domain: a small mark per seed and epoch, the mean over seeds as a line from the "
-            "base (cross) to the last epoch (large mark). Further up and to the right is better.",
+            "Kept against learnt: a small mark per seed and epoch, the mean over seeds as a line from the base (cross) "
+            "to the last epoch (large mark). Further up and to the right is better.",
             _frontier(comparison),
         )
     return drawn
@@ -92,7 +99,7 @@ def _curve(axes: Axes, arm: ArmResult, name: str, at_start: float | None) -> Non
 
 def _frontier(comparison: Comparison) -> Figure:
     figure, (axes,) = _new(1)
-    figure.set_size_inches(7.2, 5.4)
+    figure.set_size_inches(4.8, 4.4)  # read on a phone too
     signs = np.array([comparison.sign("in_domain"), comparison.sign("out_of_domain")])
     base = np.array([comparison.base["in_domain"], comparison.base["out_of_domain"]])
     axes.plot(*base, marker="x", color="0.2", markersize=9, markeredgewidth=2, linestyle="none", label="base")
@@ -103,8 +110,8 @@ def _frontier(comparison: Comparison) -> Figure:
         epochs = min(map(len, runs))
         means = np.vstack([base, np.mean([run[:epochs] for run in runs], axis=0)])
         axes.plot(*means.T, **style, markersize=9, markevery=[epochs], label=arm.name)
-    axes.set_xlabel(describe_metric("in_domain", comparison.metric).title)
-    axes.set_ylabel(describe_metric("out_of_domain", comparison.metric).title)
+    axes.set_xlabel(f"learnt: in-domain {score_name('in_domain', comparison.metric)}")
+    axes.set_ylabel(f"kept: out-of-domain {score_name('out_of_domain', comparison.metric)}")
     axes.xaxis.set_inverted(signs[0] < 0)
     axes.yaxis.set_inverted(signs[1] < 0)
     _legend(figure, axes)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
+from qpsft.compare.answer import answer, answer_rows
 from qpsft.compare.figures import as_svg, figures
-from qpsft.compare.results import Comparison, describe_metric, format_mean, format_value
-from qpsft.compare.verdict import METHOD, difference_rows, overlap_lines, table_rows, tuning_rows, verdict
+from qpsft.compare.results import Comparison
+from qpsft.compare.tables import difference_rows, set_rows, table_rows, tuning_rows
+from qpsft.compare.verdict import METHOD, limits, overlap_lines, verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,6 +37,7 @@ def page_templates() -> jinja2.Environment:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     templates = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     templates.filters["svg"] = lambda figure: Markup(as_svg(figure))
+    templates.filters["code"] = lambda text: Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
     return templates
 
 
@@ -47,12 +51,15 @@ def report_page(comparison: Comparison, drawn: Mapping[str, tuple[str, Figure]])
             comparison=comparison,
             seeds=max(len(arm.runs) for arm in comparison.arms.values()),
             epochs=max(run["points"][-1]["epoch"] for arm in comparison.arms.values() for run in arm.runs.values()),
+            answer=answer(comparison),
+            answer_rows=answer_rows(comparison),
+            limits=limits(comparison),
             verdict=verdict(comparison),
             results=table_rows(comparison),
             differences=difference_rows(comparison),
             method=METHOD,
-            figures=drawn.values(),
-            sets=_set_rows(comparison),
+            figures=drawn,
+            sets=set_rows(comparison),
             tuning=tuning_rows(comparison, "validation score"),
             completions=_completions(comparison),
             rows=[["set", "rows"], *comparison.counts.items()],
@@ -60,20 +67,6 @@ def report_page(comparison: Comparison, drawn: Mapping[str, tuple[str, Figure]])
             settings=json.dumps(comparison.settings, indent=1, ensure_ascii=False),
         )
     )
-
-
-def _set_rows(comparison: Comparison) -> list[list[str]]:
-    """Scores out of domain, a column for each set; [] without sets."""
-    sets = [name.partition("/")[2] for name in comparison.base if name.startswith("out_of_domain/")]
-    sets = [name for name in sets if name in comparison.counts]  # the other names are a set's further metrics
-    if not sets:
-        return []
-    unit = describe_metric("out_of_domain", comparison.metric).unit
-    names = [f"out_of_domain/{name}" for name in sets]
-    rows = [["out of domain, by set", *sets], ["base", *(format_value(comparison.base[name], unit) for name in names)]]
-    return rows + [
-        [arm.name, *(format_mean(arm.last(name), unit) for name in names)] for arm in comparison.arms.values()
-    ]
 
 
 def _completions(comparison: Comparison) -> list[tuple[str, list[dict[str, Any]]]]:

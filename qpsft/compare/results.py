@@ -31,6 +31,11 @@ def is_accuracy(name: str, metric: str) -> bool:
     return metric == "accuracy" or metric == "mixed" and not name.startswith("out_of_domain")
 
 
+def score_name(name: str, metric: str) -> str:
+    """ "accuracy" or "NLL": what a score is; arguments as of `is_accuracy`."""
+    return "accuracy" if is_accuracy(name, metric) else "NLL"
+
+
 def describe_metric(name: str, metric: str = "accuracy") -> Metric:
     """Title and unit of a name in `metrics` of a result.
 
@@ -38,7 +43,7 @@ def describe_metric(name: str, metric: str = "accuracy") -> Metric:
         metric: what is compared; as in `is_accuracy`.
     """
     score = SHARE if is_accuracy(name, metric) else NATS
-    kind = "accuracy" if score == SHARE else "NLL"
+    kind = score_name(name, metric)
     known = {
         "validation": Metric(f"Validation {kind}", "validation", score),
         "in_domain": Metric(f"In-domain {kind}", "in-domain", score),

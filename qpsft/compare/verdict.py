@@ -1,21 +1,14 @@
-"""What a comparison says, in words that follow from its intervals, and the table they are read from."""
+"""What a comparison says of each pair of arms, in words that follow from its intervals, and what limits it."""
 
 from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass
 
+from qpsft.compare.answer import SMALL, amount, answer, answer_rows
 from qpsft.compare.coverage import coverage_notes
 from qpsft.compare.paired import Difference, mean_and_sd
-from qpsft.compare.results import (
-    NATS,
-    SHARE,
-    Comparison,
-    describe_metric,
-    format_mean,
-    format_value,
-    tuning_table,
-)
+from qpsft.compare.results import Comparison, describe_metric, format_value, score_name
 from qpsft.terminal import text_table
 
 METHOD = (
@@ -27,10 +20,6 @@ METHOD = (
     "out-of-domain score there is read from its frontier, the epochs that none of its other epochs beats in both "
     "scores, joined by straight lines; a side that never was below the level counts with its best epoch."
 )
-
-
-SMALL = {SHARE: 0.05, NATS: 0.1}
-"""A difference up to this size is reported as "no difference larger than"."""
 
 
 @dataclass(frozen=True)
@@ -58,34 +47,38 @@ def judge(treatment: str, control: str, difference: Difference, claim: Claim, un
         unit: SHARE (printed in points, hundredths) or NATS.
         where: under which condition, such as "at the last epoch".
     """
-    scale, digits, word = (100, 1, "points") if unit == SHARE else (1, 3, "nats per token")
-    mean = f"{scale * difference.mean:+.{digits}f}".replace("-", "−")
     if difference.half_width is None:
-        return f"{treatment} against {control}: {mean} {word} {claim.same} {where}; one seed, so no interval."
-    half = f"{scale * difference.half_width:.{digits}f}"
-    seeds = f"({difference.n} seeds)"
+        return (
+            f"{treatment} against {control}: {amount(difference, unit)} {claim.same} {where}; one seed, so no interval."
+        )
+    shown = f"{amount(difference, unit)} {where} ({difference.n} seeds)."
     if difference.low > 0:
-        return f"{treatment} {claim.more} {control}: {mean} ± {half} {word} {where} {seeds}."
+        return f"{treatment} {claim.more} {control}: {shown}"
     if difference.high < 0:
-        return f"{treatment} {claim.less} {control}: {mean} ± {half} {word} {where} {seeds}."
+        return f"{treatment} {claim.less} {control}: {shown}"
     widest = max(abs(difference.low), abs(difference.high))
     if widest > SMALL[unit]:
-        return f"{treatment} and {control} are not told apart {claim.same}: {mean} ± {half} {word} {where} {seeds}."
-    bound = f"{scale * widest:.{digits}f}"
-    return f"{treatment} and {control}: no difference {claim.same} larger than {bound} {word} {where} {seeds}."
+        return f"{treatment} and {control} are not told apart {claim.same}: {shown}"
+    bound = amount(Difference(widest, None, difference.n), unit).lstrip("+")
+    seeds = f"({difference.n} seeds)"
+    return f"{treatment} and {control}: no difference {claim.same} larger than {bound} {where} {seeds}."
 
 
 def verdict(comparison: Comparison) -> list[str]:
-    """Sentences on what is learned and kept, for each pair of the comparison, and on what limits the comparison."""
+    """Sentences on what is learned and kept, for each pair of the comparison."""
     lines = []
     for treatment, control in comparison.pairs:
         if comparison.same_runs(treatment, control):
             lines.append(f"{treatment} and {control} are the same runs here: one method at one learning rate.")
         else:
             lines += _pair_verdict(comparison, treatment, control)
-    for notes in (_coverage_notes, _shortened_notes, _rate_notes, _completion_notes):
-        lines += notes(comparison)
     return lines
+
+
+def limits(comparison: Comparison) -> list[str]:
+    """Sentences on what limits the comparison: rows not seen or cut, learning rates, completions without an answer."""
+    notes = (_coverage_notes, _shortened_notes, _rate_notes, _completion_notes)
+    return [line for note in notes for line in note(comparison)]
 
 
 def _pair_verdict(comparison: Comparison, treatment: str, control: str) -> list[str]:
@@ -94,7 +87,7 @@ def _pair_verdict(comparison: Comparison, treatment: str, control: str) -> list[
     matched = comparison.matched(treatment, control)
     if matched is not None:
         level, difference = matched
-        kind = "accuracy" if score.unit == SHARE else "NLL"
+        kind = score_name("in_domain", comparison.metric)
         if not comparison.is_learned(level):
             lines.append(
                 f"{treatment} against {control}: one of them never gets better in-domain than the base, so there is no "
@@ -188,84 +181,16 @@ def overlap_lines(comparison: Comparison) -> list[str]:
     return lines or ["No test row stands among the training or validation rows."]
 
 
-def table_rows(comparison: Comparison) -> list[list[str]]:
-    """The arms at the last epoch: a header, the base, one row per arm, mean ± sd."""
-    columns = comparison.columns()
-    metrics = [describe_metric(name, comparison.metric) for name in columns]
-    rows = [["at the last epoch", "lr", *(metric.short for metric in metrics)]]
-    base = [comparison.base.get(name) for name in columns]
-    rows.append(
-        ["base", "–"]
-        + ["–" if value is None else format_value(value, m.unit) for value, m in zip(base, metrics, strict=True)]
-    )
-    for arm in comparison.arms.values():
-        values = [format_mean(arm.last(name), metric.unit) for name, metric in zip(columns, metrics, strict=True)]
-        rows.append([arm.name, f"{arm.learning_rate:g}", *values])
-    return rows
-
-
-def difference_rows(comparison: Comparison) -> list[list[str]]:
-    """Paired differences: a header and one row per pair, mean ± half of the 95 % interval."""
-    columns = comparison.columns()
-    rows = [
-        ["treatment − control", "at equal in-domain", *(describe_metric(n, comparison.metric).short for n in columns)]
-    ]
-    for treatment, control in comparison.pairs:
-        if comparison.same_runs(treatment, control):
-            rows.append([f"{treatment} − {control}", "same runs", *("–" for _ in columns)])
-            continue
-        cells = [
-            _difference_cell(
-                comparison.difference(treatment, control, name), describe_metric(name, comparison.metric).unit
-            )
-            for name in columns
-        ]
-        rows.append([f"{treatment} − {control}", _matched_cell(comparison, treatment, control), *cells])
-    return rows
-
-
-def tuning_rows(comparison: Comparison, title: str) -> list[list[str]]:
-    """Validation scores of the tuned arms: a header with the grid, and one row per arm; [] where none was tuned."""
-    tuned = {name: tuning_table(arm) for name, arm in comparison.arms.items() if arm.grid}
-    if not tuned:
-        return []
-    unit = describe_metric("validation", comparison.metric).unit
-    rows = [[title, *next(iter(tuned.values()))]]
-    for name, scores in tuned.items():
-        rows.append([name, *("diverged" if s is None else format_value(s, unit) for s in scores.values())])
-    return rows
-
-
-def _matched_cell(comparison: Comparison, treatment: str, control: str) -> str:
-    matched = comparison.matched(treatment, control)
-    if matched is None or not comparison.is_learned(matched[0]):
-        return "–"
-    level, difference = matched
-    kept = describe_metric("out_of_domain", comparison.metric)
-    shown = _difference_cell(difference.signed(comparison.sign("out_of_domain")), kept.unit)
-    unit = describe_metric("in_domain", comparison.metric).unit
-    return f"{shown} @ {format_value(comparison.sign('in_domain') * level, unit)}"
-
-
-def _difference_cell(difference: Difference | None, unit: str) -> str:
-    if difference is None:
-        return "–"
-    sign = "−" if difference.mean < 0 else "+"
-    mean = f"{sign}{format_value(abs(difference.mean), unit)}"
-    return mean if difference.half_width is None else f"{mean} ± {format_value(difference.half_width, unit)}"
-
-
 def render(comparison: Comparison, width: int | None = None) -> str:
-    """The comparison as text: table, differences, verdict, and what the numbers mean.
+    """The comparison as text: the answer, the table of four columns, and how many notes the page has.
 
     Args:
-        width: columns of the terminal; None: tables of any width.
+        width: columns of the terminal; None: a table of any width.
     """
-    kind = describe_metric("validation", comparison.metric).title
-    tuning = tuning_rows(comparison, f"{kind} by learning rate")
-    tables = [table_rows(comparison), difference_rows(comparison), tuning]
-    parts = [f"{text_table(rows, width)}\n" for rows in tables if rows]
-    for line in [*verdict(comparison), *overlap_lines(comparison), METHOD]:
-        wide = min(width or 110, 110)
-        parts += textwrap.wrap(line, wide, initial_indent="· ", subsequent_indent="  ", break_on_hyphens=False)
-    return "\n".join(parts)
+    wide = min(width or 110, 110)
+    sentence = textwrap.fill(answer(comparison), wide, break_on_hyphens=False)
+    notes = len(limits(comparison))
+    counted = (
+        f"\n\n{notes} note{'s' if notes > 1 else ''} on what limits this comparison: in the report." if notes else ""
+    )
+    return f"{sentence}\n\n{text_table(answer_rows(comparison), width)}{counted}"
