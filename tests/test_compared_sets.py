@@ -8,7 +8,7 @@ from small_runs import make_base
 
 from qpsft.compare import data
 from qpsft.compare.comparison import make_setting, prepare
-from qpsft.compare.data import sample_base
+from qpsft.compare.data import BASE_SAMPLES, base_written
 from qpsft.compare.measure import Measurement, measure
 from qpsft.compare.options import load_comparison
 from qpsft.data.tokenize import IGNORED
@@ -118,7 +118,7 @@ def test_a_base_whose_tokenizer_begins_no_text_can_be_sampled(tmp_path, monkeypa
 
     real = data.generate
     monkeypatch.setattr(data, "generate", generate)
-    rows = sample_base(lambda: (model, NoBeginning(tokenizer)), tmp_path / "samples.jsonl")
+    rows = base_written(BASE_SAMPLES, lambda: (model, NoBeginning(tokenizer)), tmp_path / "samples.jsonl")
     assert starts == [[first]] * 128 and len(rows) > 100  # else the end of a text, behind which another begins
 
 
@@ -126,10 +126,10 @@ def test_a_text_that_the_cap_cut_off_has_no_end(tmp_path, monkeypatch):
     model, tokenizer = load_base(make_base(tmp_path / "base"), device="cpu")
     monkeypatch.setattr(data, "SAMPLED_LENGTH", 24)
     path = tmp_path / "samples.jsonl"
-    rows = sample_base(lambda: (model, tokenizer), path)
-    assert sample_base(lambda: pytest.fail("they are kept"), path) == rows
+    rows = base_written(BASE_SAMPLES, lambda: (model, tokenizer), path)
+    assert base_written(BASE_SAMPLES, lambda: pytest.fail("they are kept"), path) == rows
     path.write_text(path.read_text()[:-7])  # of a run that was killed while it wrote
-    assert sample_base(lambda: (model, tokenizer), path) == rows
+    assert base_written(BASE_SAMPLES, lambda: (model, tokenizer), path) == rows
     open_ended = [row for row in rows if row.get("cut_off")]
     assert 10 < len(open_ended) < len(rows)
     encoded = encode(as_rows(rows, "samples"), model, tokenizer, DataArguments())
@@ -144,7 +144,7 @@ def test_a_text_that_the_cap_cut_off_has_no_end(tmp_path, monkeypatch):
 def test_the_likelihood_of_what_the_base_wrote_is_about_its_entropy(tmp_path, stories):
     """Text that a model sampled costs it its own entropy; an end that it never wrote would cost more."""
     model, tokenizer = load_base(stories, device="cpu")
-    rows = sample_base(lambda: (model, tokenizer), tmp_path / "samples.jsonl")[:48]
+    rows = base_written(BASE_SAMPLES, lambda: (model, tokenizer), tmp_path / "samples.jsonl")[:48]
     how = Measurement(0, (), 1, 1, "auto", DataArguments())
     compared = data.ComparedData("x", None, *[as_rows(rows[:2], "texts")] * 2, {"own": as_rows(rows, "own")}, "nll")
     found = measure(model, tokenizer, compared, how)["metrics"]

@@ -21,7 +21,7 @@ import datasets
 
 from qpsft.compare.arms import DEFAULT_ARMS, Arm, find_arms, pairs, rate_source
 from qpsft.compare.coverage import coverage_notes, unseen_share
-from qpsft.compare.data import BASE_SAMPLES, load_data, sample_base
+from qpsft.compare.data import BASE_ANSWERS, BASE_SAMPLES, REPLAYED, base_written, kept_by_default, load_data
 from qpsft.compare.measure import Measurement
 from qpsft.compare.options import CompareOptions, load_comparison, rate_grid
 from qpsft.compare.queue import RunQueue
@@ -30,12 +30,14 @@ from qpsft.compare.run import RunSpec, Setting, base_key, decisive_options, load
 from qpsft.data.chat_date import find_chat_date, keep_chat_date
 from qpsft.data.tokenize import load_dataset
 from qpsft.errors import DivergedError, OutputError, RecipeError
+from qpsft.evaluate.rows import INSTRUCTION_CHECKS
 from qpsft.files import finished_files
 from qpsft.model.base import load_tokenizer
 from qpsft.model.environment import check_machine
 from qpsft.recipe.file import Recipe
 from qpsft.recipe.methods import REPLAY_SHARE
 from qpsft.recipe.sources import replay_source
+from qpsft.terminal import fill
 from qpsft.train.replay import read_replay, replay_rows
 
 RECORD = "comparison.json"
@@ -139,25 +141,54 @@ def make_setting(recipe: Recipe, options: CompareOptions, folder: Path, noise: f
     key = base_key(model.model_name_or_path, model.model_revision)
     steps = recipe.trainer.logging_steps
     setting = Setting(model, recipe.lora, decisive_options(recipe), steps, key, None, measurement)
-    samples = None
-    if BASE_SAMPLES in (options.out_of_domain or ()):
-        samples = sample_base(lambda: load_setting(setting), folder / f"{BASE_SAMPLES}-{setting.rounded_key}.jsonl")
-    setting.data = load_data(recipe, options, tokenizer, noise=noise, base_samples=samples)
+    if options.out_of_domain is None:
+        options.out_of_domain = kept_by_default(recipe, tokenizer)
+        _tell_default(options.out_of_domain)
+    written = {
+        name: base_written(
+            name, lambda: load_setting(setting), folder / f"{name}-{setting.rounded_key}.jsonl", recipe.data
+        )
+        for name in (BASE_SAMPLES, BASE_ANSWERS)
+        if name in (options.out_of_domain or ())
+    }
+    setting.data = load_data(recipe, options, tokenizer, noise=noise, written=written)
     if any("replay_share" in arm.keeps for arm in find_arms(options.arms or DEFAULT_ARMS)):
-        setting.replay = load_replay(recipe, tokenizer, lambda: load_setting(setting), folder)
+        part = REPLAYED if BASE_ANSWERS in written else slice(None)
+        setting.replay = load_replay(recipe, tokenizer, lambda: load_setting(setting), folder, part)
     return setting
 
 
-def load_replay(recipe: Recipe, tokenizer: Any, load: Callable[[], tuple[Any, Any]], folder: Path) -> datasets.Dataset:
+def _tell_default(names: list[str] | None) -> None:
+    """Says what is measured out of domain though nobody named it."""
+    if names is not None:
+        what = {
+            INSTRUCTION_CHECKS: "instructions that a program checks",
+            BASE_ANSWERS: "the base's own answers to general prompts",
+            BASE_SAMPLES: "text sampled from the base",
+        }
+        named = " and ".join(what[name] for name in names)
+        print(fill(f"kept: measured on {named} (--out_of_domain FILE … for your own, or nothing)"), flush=True)
+
+
+def load_replay(
+    recipe: Recipe,
+    tokenizer: Any,
+    load: Callable[[], tuple[Any, Any]],
+    folder: Path,
+    part: slice = slice(None),
+) -> datasets.Dataset:
     """The rows that arms with replay train on too: of `replay_dataset`, or the base's own answers, kept in `folder`.
 
     Args:
         load: returns the base, without an adapter, and its tokenizer.
+        part: which of the prompts that come with qpsft it answers; the others' answers are measured.
     """
     data = replace(recipe.data, replay_share=REPLAY_SHARE)
     if (source := replay_source(data)) is not None:
         return load_dataset(source, tokenizer, recipe.trainer.max_length).dataset
     replay = read_replay(replace(recipe, data=data), tokenizer)
+    if data.replay_prompts is None:
+        replay = replace(replay, prompts=replay.prompts[part])
     return replay_rows(replay, load()[0], tokenizer, folder).dataset
 
 

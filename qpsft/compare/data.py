@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,31 @@ from typing import Any
 import datasets
 
 from qpsft.compare.options import CompareOptions
+from qpsft.compare.results import is_accuracy
 from qpsft.data import built_in
+from qpsft.data.prompts import read_prompts
 from qpsft.data.read import BUILT_IN, Records, read_records
 from qpsft.data.shapes import Rows, read_rows
-from qpsft.data.tokenize import tokenize_rows
+from qpsft.data.tokenize import tokenize_rows, writes_chat
 from qpsft.errors import DataError, RecipeError
-from qpsft.evaluate.rows import as_records, as_rows, duplicates, with_references
+from qpsft.evaluate.rows import (
+    INSTRUCTION_CHECKS,
+    as_records,
+    as_rows,
+    duplicates,
+    instruction_checks,
+    with_references,
+)
 from qpsft.evaluate.verifiers import find_verifier
 from qpsft.files import digest, write_atomically
+from qpsft.model.folder import DEMO
 from qpsft.model.generation import generate, stop_tokens
 from qpsft.recipe.arguments import DataArguments
 from qpsft.recipe.file import Recipe
 
-BASE_SAMPLES = "base_samples"
+BASE_SAMPLES, BASE_ANSWERS = "base_samples", "base_answers"
+ANSWERED, REPLAYED = slice(0, None, 2), slice(1, None, 2)
+"""Of the prompts that come with qpsft: those whose answers are measured, and those that arms may replay."""
 SAMPLED_TEXTS = 128
 SAMPLED_LENGTH = 192
 SPLIT_SHARE = 0.1
@@ -70,13 +82,13 @@ def load_data(
     tokenizer: Any,
     *,
     noise: float | None = None,
-    base_samples: list[dict] | None = None,
+    written: Mapping[str, list[dict]] | None = None,
 ) -> ComparedData:
     """Reads, splits and tokenizes the rows of a comparison.
 
     Args:
         noise: share of wrong demonstrations of a built-in set, instead of its own.
-        base_samples: what `sample_base` returned, if `out_of_domain` names it.
+        written: what `base_written` returned, for those sets that `out_of_domain` names.
 
     Raises:
         DataError: as `load_rows`; too few rows to split. RecipeError: `noise` for other rows than the built-in ones,
@@ -114,8 +126,11 @@ def load_data(
         out_of_domain = {}
         for one in options.out_of_domain:
             label = _free_name(Path(one).stem, {*OWN_SETS, *out_of_domain})
-            if one == BASE_SAMPLES:
-                out_of_domain[label] = as_rows(base_samples[: options.out_of_domain_rows], BASE_SAMPLES, neutral)
+            if one in (written or {}):
+                out_of_domain[label] = as_rows(written[one][: options.out_of_domain_rows], one, neutral)
+            elif one == INSTRUCTION_CHECKS:
+                every = instruction_checks()
+                out_of_domain[label] = every.select(range(min(options.out_of_domain_rows, len(every.rows))))
             else:
                 out_of_domain[label] = _read(one, recipe.data, neutral, options.out_of_domain_rows)
     tokenized = tokenize_rows(rows, tokenizer, recipe.data, recipe.trainer.max_length)
@@ -187,18 +202,22 @@ def _free_name(name: str, taken: Container[str]) -> str:
 
 def _metric(options: CompareOptions, data: ComparedData) -> str:
     """What to compare. Accuracy needs answers that can be checked: an exact match of free text says nothing."""
-    if options.metric in ("accuracy", "mixed"):
-        accurate = {"in-domain": data.in_domain, **(data.out_of_domain if options.metric == "accuracy" else {})}
-        plain = [label for label, rows in accurate.items() if "text" in rows.rows[0]]
-        if plain:
-            other = "nll" if "in-domain" in plain else "mixed"
-            raise RecipeError(f"{plain[0]} is plain text, which has no accuracy.", f"Use --metric {other}.")
-    if options.metric != "auto":
-        return options.metric
-    if not _is_checkable(data.in_domain, options.verifier):
-        return "nll"
-    others = data.out_of_domain.values()
-    return "accuracy" if all(_is_checkable(rows, set_verifier(options.verifier, rows)) for rows in others) else "mixed"
+    if options.metric == "auto":
+        inside = _is_checkable(data.in_domain, options.verifier)
+        others = data.out_of_domain.values()
+        outside = (
+            all(_is_checkable(rows, set_verifier(options.verifier, rows)) for rows in others) if others else inside
+        )
+        return {(1, 1): "accuracy", (1, 0): "mixed", (0, 1): "nll_accuracy", (0, 0): "nll"}[inside, outside]
+    sets = {"in_domain": data.in_domain} | {
+        f"out_of_domain/{label}": rows for label, rows in data.out_of_domain.items()
+    }
+    plain = [name for name, rows in sets.items() if is_accuracy(name, options.metric) and "text" in rows.rows[0]]
+    if plain:
+        other = "nll" if "in_domain" in plain else "mixed"
+        name = plain[0].rpartition("/")[2].replace("in_domain", "in-domain")
+        raise RecipeError(f"{name} is plain text, which has no accuracy.", f"Use --metric {other}.")
+    return options.metric
 
 
 def _is_checkable(rows: Rows, verifier: str) -> bool:
@@ -209,7 +228,10 @@ def _is_checkable(rows: Rows, verifier: str) -> bool:
 
 
 def set_verifier(asked: str, rows: Rows) -> str:
-    """An out-of-domain set's verifier: the comparison's, unless it can read none of the set's references."""
+    """An out-of-domain set's verifier: the comparison's, unless the set has one of its own, or it can read none of the
+    set's references."""
+    if {"checks", "base_answer"} & rows.rows[0].keys():
+        return "auto"
     if asked != "auto" and "text" not in rows.rows[0]:
         try:
             find_verifier(asked, rows.rows, rows.name, rows.places)
@@ -218,48 +240,78 @@ def set_verifier(asked: str, rows: Rows) -> str:
     return asked
 
 
-def sample_base(load: Callable[[], tuple[Any, Any]], path: Path) -> list[dict]:
-    """Texts sampled from the base itself at temperature 1, made once and kept in `path` (JSON lines).
+def kept_by_default(recipe: Recipe, tokenizer: Any) -> list[str] | None:
+    """What a comparison measures out of domain if nothing is named; None: what the built-in world has."""
+    if recipe.data.dataset_name in BUILT_IN or recipe.model.model_name_or_path == DEMO:
+        return None
+    return [INSTRUCTION_CHECKS, BASE_ANSWERS] if writes_chat(tokenizer, recipe.data) else [BASE_SAMPLES]
+
+
+def base_written(
+    name: str, load: Callable[[], tuple[Any, Any]], path: Path, arguments: DataArguments | None = None
+) -> list[dict]:
+    """What the base itself writes, made once and kept in `path` (JSON lines).
 
     Args:
+        name: `BASE_SAMPLES`, texts sampled at temperature 1; or `BASE_ANSWERS`, its likeliest answers to every second
+            of the prompts that come with qpsft.
         load: returns the base and its tokenizer; called if `path` is not there yet.
+        arguments: how prompts are written.
 
     Returns:
-        Rows with `text`, and `cut_off` where the length cap ended it: the base never wrote an end there, so none is
-        evaluated.
+        Rows with `text`, or with `prompt`, `completion` and `base_answer`; and `cut_off` where the length cap ended a
+        text: the base never wrote an end there, so none is evaluated.
 
     Raises:
-        RecipeError: the base has no token that begins or ends a text.
+        RecipeError: the base has no token that begins or ends a text. DataError: it has no chat template to be asked
+            with, or has no answer.
     """
     if path.is_file():
         with contextlib.suppress(ValueError):  # half a line: made anew
             return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     model, tokenizer = load()
+    rows = (_answers if name == BASE_ANSWERS else _samples)(model, tokenizer, arguments or DataArguments())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return rows
+
+
+def _samples(model: Any, tokenizer: Any, arguments: DataArguments) -> list[dict]:
     start = _first_token(model, tokenizer)
     if start is None:
         raise RecipeError(
             f"{BASE_SAMPLES} needs a base with a token that begins or ends a text, to start from.",
             "Name a file of texts as --out_of_domain instead.",
         )
+    return _written(model, tokenizer, [{}] * SAMPLED_TEXTS, [[start]] * SAMPLED_TEXTS, "text", greedy=False)
+
+
+def _answers(model: Any, tokenizer: Any, arguments: DataArguments) -> list[dict]:
+    prompts = read_prompts(None, tokenizer, arguments)[ANSWERED]
+    rows = [{"prompt": text, "base_answer": True} for text in prompts.texts]
+    return _written(model, tokenizer, rows, prompts.ids, "completion", greedy=True)
+
+
+def _written(
+    model: Any, tokenizer: Any, rows: list[dict], prompts: list[list[int]], column: str, *, greedy: bool
+) -> list[dict]:
+    """The rows with what the base writes behind their prompts; without those where that is nothing."""
     written = generate(
         model,
-        [[start]] * SAMPLED_TEXTS,
+        prompts,
         stop_ids=stop_tokens(model, tokenizer),
-        greedy=False,
-        samples=1,
+        greedy=greedy,
+        samples=0 if greedy else 1,
         max_new_tokens=SAMPLED_LENGTH,
-        description=BASE_SAMPLES,
+        description="what the base writes",
     )
-    samples = [one.samples[0] for one in written]
-    texts = tokenizer.batch_decode([sample.token_ids for sample in samples], skip_special_tokens=True)
-    rows = [
-        {"text": text.strip()} | ({} if sample.stopped else {"cut_off": True})
-        for text, sample in zip(texts, samples, strict=True)
+    completions = [one.greedy if greedy else one.samples[0] for one in written]
+    texts = tokenizer.batch_decode([one.token_ids for one in completions], skip_special_tokens=True)
+    return [
+        row | {column: text.strip()} | ({} if one.stopped else {"cut_off": True})
+        for row, text, one in zip(rows, texts, completions, strict=True)
         if text.strip()
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return rows
 
 
 def _first_token(model: Any, tokenizer: Any) -> int | None:

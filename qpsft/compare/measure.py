@@ -15,7 +15,8 @@ from transformers import TrainerCallback
 from qpsft.compare.data import ComparedData, set_verifier
 from qpsft.compare.results import is_accuracy
 from qpsft.data.shapes import Rows
-from qpsft.evaluate.evaluation import Evaluation, evaluate
+from qpsft.evaluate.evaluation import MAX_NEW_TOKENS, Evaluation, evaluate
+from qpsft.evaluate.verifiers import TOKENS
 from qpsft.model.undisturbed import undisturbed
 from qpsft.recipe.arguments import DataArguments
 
@@ -51,19 +52,22 @@ def measure(
     """
 
     def evaluated(rows: Rows, **settings: Any) -> Evaluation:
-        settings = {"k": 0, "verifier": measurement.verifier, **settings}
-        limits = {"max_new_tokens": measurement.max_new_tokens, "arguments": measurement.arguments}
+        settings = {
+            "k": 0, "verifier": measurement.verifier, "max_new_tokens": measurement.max_new_tokens, **settings
+        }  # fmt: skip
         with warnings.catch_warnings():
             # In the middle of training many completions may not stop; those at the end are counted in the report.
             warnings.simplefilter("ignore")
-            return evaluate(model, tokenizer, rows, **limits, **settings)
+            return evaluate(model, tokenizer, rows, arguments=measurement.arguments, **settings)
 
     metrics: dict[str, float] = {}
     if is_last:
         metrics["validation"] = _score(evaluated(data.validation, drift=False), "validation", data.metric)
     in_domain = evaluated(data.in_domain)
     others = {
-        label: evaluated(rows, verifier=set_verifier(measurement.verifier, rows))
+        label: evaluated(
+            rows, verifier=set_verifier(measurement.verifier, rows), max_new_tokens=_cap(rows, measurement)
+        )
         for label, rows in data.out_of_domain.items()
     }
     metrics |= _in_domain_metrics(in_domain, data.metric) | _out_of_domain_metrics(others, data.metric)
@@ -80,6 +84,11 @@ def measure(
         "metrics": {name: rounded(value) for name, value in metrics.items()},
         "completions": {label: rows for label, rows in completions.items() if rows},
     }
+
+
+def _cap(rows: Rows, measurement: Measurement) -> int:
+    """Tokens of a completion at most: a cap for short in-domain answers would cut off what instructions ask for."""
+    return max(measurement.max_new_tokens, MAX_NEW_TOKENS) if "checks" in rows.rows[0] else measurement.max_new_tokens
 
 
 def _in_domain_metrics(evaluation: Evaluation, metric: str) -> dict[str, float]:
@@ -124,7 +133,9 @@ def rounded(value: float) -> float:
 
 
 def _score(evaluation: Evaluation, name: str, metric: str) -> float:
-    return evaluation["accuracy" if is_accuracy(name, metric) else "nll"]
+    if not is_accuracy(name, metric):
+        return evaluation["nll"]
+    return evaluation["mean_token_accuracy" if evaluation.settings["verifier"] == TOKENS else "accuracy"]
 
 
 def _shown(evaluation: Evaluation, rows: int) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from qpsft.recipe.file import Recipe, beside, load_recipe
 from qpsft.recipe.flags import check_ranges, coerce, option, option_types, read_values
 
 DEFAULT_EPOCHS = 4
+NOTHING = "nothing"  # a flag's "none" is null, which is unset
 RATE_FACTORS = (0.25, 0.5, 1.0, 2.0)
 
 
@@ -47,15 +48,17 @@ class CompareOptions:
     )
     out_of_domain: list[str] | None = option(
         None,
-        "What the base could do before: any number of files or Hub ids, or base_samples, text sampled from the base "
-        "itself. Unset: the built-in world's sets for its demonstrations, else none.",
+        "What the base could do before: any number of files or Hub ids; instruction_checks, prompts such as 'in "
+        "exactly three bullet points', which a program checks; base_answers, the base's answers to general prompts; "
+        "base_samples, text sampled from it; or nothing. Unset: the built-in world's sets for its demonstrations, else "
+        "the first two of a base with a chat template, the third of another.",
     )
     eval_rows: int = option(200, "At most so many rows of the in-domain and of the validation set.", least=1)
     out_of_domain_rows: int = option(64, "At most so many rows of each out-of-domain set.", least=1)
-    metric: Literal["auto", "accuracy", "nll", "mixed"] = option(
-        "auto", "What is compared: greedy accuracy by the verifier, nll, the references' negative log-likelihood, or "
-        "mixed: accuracy in-domain and nll out of domain. auto: accuracy where every answer can be checked; plain text "
-        "and free answers have none."
+    metric: Literal["auto", "accuracy", "nll", "mixed", "nll_accuracy"] = option(
+        "auto", "What is compared: greedy accuracy by the verifier, nll, the references' negative log-likelihood, "
+        "mixed: accuracy in-domain and nll out of domain, or nll_accuracy: the other way round. auto: accuracy where "
+        "every answer can be checked; plain text and free answers have none."
     )  # fmt: skip
     verifier: str = option(
         "auto",
@@ -118,6 +121,8 @@ def load_comparison(
     options = CompareOptions(**values)
     options.in_domain = options.in_domain and beside(options.in_domain, folder)
     options.validation = options.validation and beside(options.validation, folder)
+    if options.out_of_domain == [NOTHING]:
+        options.out_of_domain = []
     if options.out_of_domain is not None:
         options.out_of_domain = [beside(name, folder) for name in options.out_of_domain]
     return recipe, options

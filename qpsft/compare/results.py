@@ -26,9 +26,10 @@ def is_accuracy(name: str, metric: str) -> bool:
     """Whether a score (`in_domain`, `validation`, `out_of_domain…`) is an accuracy; else an NLL, where less is better.
 
     Args:
-        metric: what is compared: "accuracy", "nll", or "mixed", accuracy in-domain and NLL out of domain.
+        metric: what is compared: "accuracy", "nll", "mixed" (accuracy in-domain and NLL out of domain), or the other
+            way round "nll_accuracy".
     """
-    return metric == "accuracy" or metric == "mixed" and not name.startswith("out_of_domain")
+    return metric in ("accuracy", "nll_accuracy" if name.startswith("out_of_domain") else "mixed")
 
 
 def score_name(name: str, metric: str) -> str:
@@ -174,7 +175,7 @@ class Comparison:
         passes = sorted((name for name in self.base if name.startswith("pass@")), key=_pass_order)
         largest = max((int(name[5:].partition(",")[0]) for name in passes), default=0)
         shown = [name for name in passes if name.startswith(f"pass@{largest},") or name == "pass@1, T=1"]
-        shown = [] if self.metric == "nll" else shown
+        shown = shown if is_accuracy("in_domain", self.metric) else []
         known = set(self.base)
         for arm in self.arms.values():
             known |= {name for run in arm.runs.values() for name in run["points"][-1]["metrics"]}

@@ -154,7 +154,7 @@ def _rate_notes(comparison: Comparison) -> list[str]:
 def _completion_notes(comparison: Comparison) -> list[str]:
     """Arms whose greedy completions do not end, or hold no answer, so that their accuracy says little."""
     notes = []
-    if comparison.metric == "nll":
+    if score_name("in_domain", comparison.metric) == "NLL":
         return notes
     for arm in comparison.arms.values():
         capped, parsed = (list(arm.last(name).values()) for name in ("length_capped", "parsed"))

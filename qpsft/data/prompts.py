@@ -34,6 +34,10 @@ class Prompts:
     ids: list[list[int]] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
 
+    def __getitem__(self, part: slice) -> Prompts:
+        """Some of them."""
+        return Prompts(self.name, self.texts[part], self.ids[part], self.places[part])
+
 
 def read_prompts(name: str | None, tokenizer: Any, arguments: DataArguments) -> Prompts:
     """Reads prompts and writes them with the chat template, or as they stand for a base without one.

@@ -20,7 +20,7 @@ from qpsft.errors import DataError
 from qpsft.evaluate.estimates import Estimate, bootstrap_weights, pass_at_k, ratio
 from qpsft.evaluate.likelihood import row_sums
 from qpsft.evaluate.rows import as_rows, duplicates, encode, stop_ids_of
-from qpsft.evaluate.verifiers import Verdict, Verifier, find_verifier, text_of, warn_if_nothing_parsed
+from qpsft.evaluate.verifiers import CHOICE, Verdict, Verifier, find_verifier, text_of, warn_if_nothing_parsed
 from qpsft.model.adapter import has_adapter
 from qpsft.model.generation import Completion, Completions, generate
 from qpsft.recipe.arguments import DataArguments
@@ -219,7 +219,8 @@ class _Measuring:
         settings, rows, result = self.settings, self.rows, self.result
         result.settings["verifier"], check = find_verifier(settings.verifier, rows.rows, rows.name, rows.places)
         if check is None:
-            self._choices()
+            if result.settings["verifier"] == CHOICE:
+                self._choices()
             return
         result.settings |= {
             "k": settings.k, "temperature": settings.temperature, "max_new_tokens": settings.max_new_tokens

@@ -19,7 +19,10 @@ class EvaluationOptions(LoadOptions):
 
     model: str = option(help="folder of an adapter or of a model, a Hub id, or demo")
     data: list[str] = option(
-        [], "data sets with references: files, Hub ids, or demo-noisy for the built-in test sets", metavar="DATA"
+        [],
+        "data sets with references: files, Hub ids, demo-noisy for the built-in test sets, or instruction_checks: "
+        "prompts such as 'in exactly three bullet points', which a program checks",
+        metavar="DATA",
     )
     tasks: list[str] = option(
         [], "public benchmarks by lm-evaluation-harness: gsm8k truthfulqa_mc1 ifeval mmlu arc_easy …", metavar="TASK"
@@ -32,7 +35,9 @@ class EvaluationOptions(LoadOptions):
     max_new_tokens: int | None = option(
         None, "length cap of completions (default: 256, the built-in sets 56; tasks have their own)", least=1
     )
-    verifier: str = option("auto", "auto, exact, last_number, gsm8k, math_verify, choice or demo", metavar="NAME")
+    verifier: str = option(
+        "auto", "auto, exact, last_number, gsm8k, math_verify, instructions, choice, tokens or demo", metavar="NAME"
+    )
     no_drift: bool = option(False, "do not measure the divergence from the base")
     drift_samples: int = option(1, "samples per prompt that the divergence is measured on", least=1)
     batch_size: int | None = option(None, "sequences at once (default: as many as fit; 8 for tasks)", least=1)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from qpsft.data import built_in
 from qpsft.data.messages import trained_turns
 from qpsft.data.read import Records, read_records
 from qpsft.data.shapes import Rows, to_rows
@@ -15,8 +17,9 @@ from qpsft.errors import DataError
 from qpsft.model.generation import stop_tokens
 from qpsft.recipe.arguments import DataArguments
 
-EXTRA = ("task", "choices", "cut_off")
+EXTRA = ("task", "choices", "checks", "base_answer", "cut_off")
 """Columns that training ignores: what verifiers need, and `cut_off` for a text that the length cap ended."""
+INSTRUCTION_CHECKS = "instruction_checks"
 REFERENCES = ("completion", "output", "answer", "messages", "conversations", "text")
 
 
@@ -46,6 +49,13 @@ def load_evaluation_rows(name: str, arguments: DataArguments, split: str = "test
         DataError: as `load_rows`, and for prompts without references.
     """
     return with_references(read_records(name, arguments, split), arguments)
+
+
+def instruction_checks() -> Rows:
+    """About fifty prompts with instructions that a program can check, written for qpsft, each with an answer."""
+    path = Path(built_in.__file__).with_name(f"{INSTRUCTION_CHECKS}.jsonl")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return as_rows([json.loads(line) for line in lines], INSTRUCTION_CHECKS)
 
 
 def as_rows(rows: Sequence[dict], name: str, arguments: DataArguments | None = None) -> Rows:
@@ -120,9 +130,11 @@ def encode(rows: Rows, model: Any, tokenizer: Any, arguments: DataArguments) -> 
         ) from None
     index_of = {place: index for index, place in enumerate(rows.places)}
     texts = list(tokenized.dataset)
+    special = special_tokens(tokenizer)
     for row, place in zip(texts, tokenized.places, strict=True):
         if rows.rows[index_of[place]].get("cut_off"):  # without the end token that tokenization added
-            row |= {name: row[name][:-1] for name in ("input_ids", "labels")}
+            end = _end_of_text(row["labels"], special)
+            row |= {name: row[name][:end] for name in ("input_ids", "labels")}
     starts = [next(i for i, label in enumerate(row["labels"]) if label != IGNORED) for row in texts]
     return Encoded(
         [index_of[place] for place in tokenized.places],
@@ -139,11 +151,21 @@ def stop_ids_of(model: Any, tokenizer: Any, texts: Sequence[dict[str, list[int]]
     The last is the chat template's end of turn, which training teaches whether or not the base's settings name it.
     """
     stops = stop_tokens(model, tokenizer)
-    special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
+    special = special_tokens(tokenizer)
     for row in texts[:1]:
-        ending = [label for label in row["labels"] if label != IGNORED][-2:]  # some templates end in a line break
-        stops |= {label for label in ending[::-1] if label in special}
+        stops |= {label for label in row["labels"][_end_of_text(row["labels"], special) :] if label in special}
     return stops
+
+
+def special_tokens(tokenizer: Any) -> set[int]:
+    """The ids of a tokenizer's special tokens, those that its settings do not name included."""
+    return set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
+
+
+def _end_of_text(labels: Sequence[int], special: set[int]) -> int:
+    """Where the tokens begin that only end a reference: a special one; some templates write a line break behind it."""
+    last = [index for index, label in enumerate(labels) if label != IGNORED][-3:]  # a break is a token or two
+    return next((index for index in last if labels[index] in special), len(labels))
 
 
 def duplicates(train_rows: Sequence[dict], rows: Sequence[dict]) -> dict[str, int]:

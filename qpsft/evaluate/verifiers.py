@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
+from typing import Any
 
 from qpsft.data import built_in
 from qpsft.errors import DataError, did_you_mean
@@ -17,6 +19,8 @@ Verifier = Callable[[dict, str], Verdict]
 
 CHOICE = "choice"
 """Not a verifier of texts: the row's `choices` are compared by their likelihood."""
+TOKENS = "tokens"
+"""Nor this one: the share of the reference's tokens that are the model's likeliest, for texts that the base wrote."""
 GSM8K_ANSWER = re.compile(r"####\s*([-+$]{0,2}[\d,]*\.?\d+)")
 NUMBER = re.compile(r"(?:(?<![\w)])[-+])?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
@@ -62,24 +66,92 @@ def demo(row: dict, text: str) -> Verdict:
     return right if right or built_in.final_answer(text) is not None else None
 
 
+def instructions(row: dict, text: str) -> Verdict:
+    """The completion follows every instruction in the row's `checks`: a mapping of names in `CHECKS` to arguments."""
+    text = text.strip()
+    if not text:
+        return None
+    return all(CHECKS[name](text, wanted) for name, wanted in row["checks"].items() if wanted is not None)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+(?:['’-]\w+)*", text)
+
+
+def _sentences(text: str) -> int:
+    return len(re.findall(r"[.!?]+[\"”'’)]*(?=\s|$)", text)) + (re.search(r"[.!?][\"”'’)]*$", text) is None)
+
+
+def _has_word(text: str, word: str) -> bool:
+    return re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) is not None
+
+
+def _json(text: str) -> Any:
+    """The value of a text that is JSON and nothing else, with or without a code fence around it; else None."""
+    fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text, re.DOTALL)
+    try:
+        return json.loads(fenced[1] if fenced else text)
+    except ValueError:
+        return None
+
+
+def _has_keys(text: str, keys: list[str]) -> bool:
+    value = _json(text)
+    return isinstance(value, dict) and sorted(value) == sorted(keys)
+
+
+def _has_items(text: str, number: int) -> bool:
+    value = _json(text)
+    return isinstance(value, list) and len(value) == number
+
+
+CHECKS: dict[str, Callable[[str, Any], bool]] = {
+    "bullets": lambda text, number: len(re.findall(r"^\s*[-*•]\s+\S", text, re.MULTILINE)) == number,
+    "numbered": lambda text, number: (
+        re.findall(r"^\s*(\d+)[.)]\s+\S", text, re.MULTILINE) == [str(n) for n in range(1, number + 1)]
+    ),
+    "paragraphs": lambda text, number: len(re.split(r"\n\s*\n", text)) == number,
+    "sentences": lambda text, number: _sentences(text) == number,
+    "min_words": lambda text, number: len(_words(text)) >= number,
+    "max_words": lambda text, number: len(_words(text)) <= number,
+    "no_commas": lambda text, _: "," not in text,
+    "no_digits": lambda text, _: not any(letter.isdigit() for letter in text),
+    "lower_case": lambda text, _: text.islower(),
+    "upper_case": lambda text, _: text.isupper(),
+    "starts_with": lambda text, start: text.startswith(start),
+    "ends_with": lambda text, end: text.endswith(end),
+    "contains": lambda text, words: all(_has_word(text, word) for word in words),
+    "avoids": lambda text, words: not any(_has_word(text, word) for word in words),
+    "one_of": lambda text, answers: text.lower().rstrip(".!") in answers,
+    "quoted": lambda text, _: len(text) > 2 and text[0] in '"“' and text[-1] in '"”',
+    "json_keys": _has_keys,
+    "json_items": _has_items,
+    "placeholders": lambda text, number: len(re.findall(r"\[[^\[\]\n]+\]", text)) >= number,
+    "bold": lambda text, number: len(re.findall(r"\*\*[^*\n]+\*\*", text)) >= number,
+}
+"""Instructions that a program can check: (completion without spaces around it, argument) -> whether it is followed."""
+
+
 VERIFIERS: dict[str, Verifier] = {
     "exact": exact,
     "last_number": last_number,
     "gsm8k": gsm8k,
     "math_verify": math_verify,
     "demo": demo,
+    "instructions": instructions,
 }
-NAMES = ("auto", *VERIFIERS, CHOICE)
+NAMES = ("auto", *VERIFIERS, CHOICE, TOKENS)
 
 
 def find_verifier(
     name: str | Verifier, rows: Sequence[dict], source: str, places: Sequence[str] | None = None
 ) -> tuple[str, Verifier | None]:
-    """A verifier's name and function; the function is None for multiple choice.
+    """A verifier's name and function; the function is None for multiple choice and for `tokens`.
 
     Args:
         name: one of `NAMES`, or a function. "auto": the demo's own check for its rows, multiple choice for rows with
-            `choices`, `####` where every reference has one, else exact match.
+            `choices`, instructions for rows with `checks`, tokens for rows marked `base_answer`, `####` where every
+            reference has one, else exact match.
         rows: the evaluated rows.
         source: what to call the rows in errors.
         places: where each came from; counted from 1 if left out.
@@ -94,9 +166,13 @@ def find_verifier(
     if name == CHOICE:
         _check_choices(rows, places or [f"{source}, row {number}" for number in range(1, len(rows) + 1)])
         return CHOICE, None
+    if name == TOKENS:
+        return TOKENS, None
     if name not in VERIFIERS:
         todo = f"{did_you_mean(name, NAMES)}Use one of {', '.join(NAMES)}."
         raise DataError(f"There is no verifier {name!r}.", todo)
+    if name == "instructions":
+        _check_checks(rows, places or [f"{source}, row {number}" for number in range(1, len(rows) + 1)])
     if name != "demo":  # the demo's check looks at the row's task, not at its reference
         _check_references(name, rows, source)
     return name, VERIFIERS[name]
@@ -117,6 +193,10 @@ def _detect(rows: Sequence[dict]) -> str:
         return "demo"
     if all("choices" in row for row in rows):
         return CHOICE
+    if all("checks" in row for row in rows):
+        return "instructions"
+    if all("base_answer" in row for row in rows):
+        return TOKENS
     if all(_gsm8k_number(text_of(row["completion"])) is not None for row in rows):
         return "gsm8k"
     return "exact"
@@ -135,6 +215,20 @@ def _check_references(name: str, rows: Sequence[dict], source: str) -> None:
             "those rows count as wrong.",
             stacklevel=3,
         )
+
+
+def _check_checks(rows: Sequence[dict], places: Sequence[str]) -> None:
+    for row, place in zip(rows, places, strict=True):
+        checks = row.get("checks")
+        if not isinstance(checks, dict) or not checks:
+            raise DataError(
+                f"{place}: instructions need a column `checks`, a mapping such as {{no_commas: true}}.",
+                "Add it, or choose another verifier.",
+            )
+        for name in checks.keys() - CHECKS.keys():
+            raise DataError(
+                f"{place}: there is no check {name!r}.", f"{did_you_mean(name, CHECKS)}Checks: {', '.join(CHECKS)}."
+            )
 
 
 def _check_choices(rows: Sequence[dict], places: Sequence[str]) -> None:
