@@ -86,7 +86,7 @@ def test_everything_that_evaluate_writes_is_defined(tmp_path):
     assert written <= code_names(section(METRICS, "## Measured by `qpsft evaluate`"))
 
 
-VERIFIERS = {"exact", "last_number", "gsm8k", "math_verify", "choice", "demo"}
+VERIFIERS = {"exact", "last_number", "gsm8k", "math_verify", "choice", "instructions", "tokens", "demo"}
 """Another table of that section."""
 
 

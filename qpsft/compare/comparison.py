@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -20,6 +21,7 @@ from typing import Any
 import datasets
 
 from qpsft.compare.arms import DEFAULT_ARMS, Arm, find_arms, pairs, rate_source
+from qpsft.compare.budget import fit
 from qpsft.compare.coverage import coverage_notes, unseen_share
 from qpsft.compare.data import BASE_ANSWERS, BASE_SAMPLES, REPLAYED, base_written, kept_by_default, load_data
 from qpsft.compare.measure import Measurement
@@ -76,10 +78,17 @@ def compare_loaded(
     arms = find_arms(options.arms or DEFAULT_ARMS)
     folder = prepare(recipe, folder)
     _make_folder(results_folder(options, folder), "results_dir")
+    started = time.perf_counter()
     setting = make_setting(recipe, options, folder, noise)
+    left_out: list[str] = []
+    if options.budget is not None:
+        fitted = fit(recipe, options, arms, setting, folder, started)
+        arms, options, left_out = fitted.arms, fitted.options, fitted.left_out
+        setting = make_setting(recipe, options, folder, noise)
     with RunQueue(setting, results_folder(options, folder), options.jobs) as runs:
         results = run_arms(arms, recipe, options, runs)
     comparison = gather(results, arms, recipe, options, runs)
+    comparison.left_out = left_out
     write(comparison, folder)
     return comparison
 

@@ -20,20 +20,30 @@ def unseen_share(method: Mapping[str, Any], trainer: Any, epochs: float, rows: d
         epochs: of the run.
         rows: tokenized. With packing, full rows of `max_length` tokens are assumed.
     """
-    count = len(rows)
-    if trainer.packing:
-        count = max(1, math.ceil(sum(map(len, rows["input_ids"])) / trainer.max_length))
-    mini_batch = trainer.train_batch_size * trainer.gradient_accumulation_steps
-    steps = trainer.max_steps if trainer.max_steps > 0 else math.ceil(epochs * math.ceil(count / mini_batch))
+    count, mini_batch = _row_count(trainer, rows), trainer.train_batch_size * trainer.gradient_accumulation_steps
     schedule = BlockSchedule(
         count,
         mini_batch,
         reference_steps=method.get("reference_steps", 1),
         num_iterations=method.get("num_iterations", 1),
         warmup_steps=method.get("sft_warmup_steps", 0),
-        total_steps=steps,
+        total_steps=run_steps(trainer, epochs, rows),
     )
     return schedule.unseen_share()
+
+
+def run_steps(trainer: Any, epochs: float, rows: datasets.Dataset, share: float = 1.0) -> int:
+    """Optimizer steps of a run on a share of the rows; arguments as of `unseen_share`."""
+    if trainer.max_steps > 0:
+        return trainer.max_steps
+    mini_batch = trainer.train_batch_size * trainer.gradient_accumulation_steps
+    return math.ceil(epochs * math.ceil(share * _row_count(trainer, rows) / mini_batch))
+
+
+def _row_count(trainer: Any, rows: datasets.Dataset) -> int:
+    if not trainer.packing:
+        return len(rows)
+    return max(1, math.ceil(sum(map(len, rows["input_ids"])) / trainer.max_length))
 
 
 def coverage_notes(unseen: Mapping[str, float], visits: Mapping[str, int], *, max_steps: int = -1) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,20 @@ from qpsft.recipe.flags import check_ranges, coerce, option, option_types, read_
 DEFAULT_EPOCHS = 4
 NOTHING = "nothing"  # a flag's "none" is null, which is unset
 RATE_FACTORS = (0.25, 0.5, 1.0, 2.0)
+_DURATION = re.compile(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s)?")
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of 90s, 30m, 2h or 1h30m.
+
+    Raises:
+        RecipeError: it is something else.
+    """
+    match = _DURATION.fullmatch(text.strip())
+    with contextlib.suppress(ValueError):
+        if match and any(match.groups()):
+            return sum(float(part) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True) if part)
+    raise RecipeError(f"budget is {text!r}; it must be a time.", "Write it as 90s, 30m, 2h or 1h30m.")
 
 
 @dataclass
@@ -69,6 +85,12 @@ class CompareOptions:
     sample_rows: int = option(32, "Sample for so many in-domain rows.", least=1)
     temperatures: list[float] = option([1.0, 0.6], "Of the samples.", above=0)
     max_new_tokens: int = option(256, "Length cap of completions.", least=1)
+    budget: str | None = option(
+        None,
+        "A time such as 30m or 2h: arms, seeds and rows are chosen to fit it, by a short timed probe on this machine. "
+        "What is left out is said. Unset: everything asked for.",
+        metavar="TIME",
+    )
     jobs: int = option(1, "Runs at a time, each in a process of its own with one thread.", least=1)
     results_dir: str | None = option(
         None, "Where finished runs are kept and looked for. Unset: results/ in output_dir."
@@ -81,6 +103,8 @@ class CompareOptions:
             name: coerce(rate, float, f"arm_rates: {name}") for name, rate in (self.arm_rates or {}).items()
         }
         check_ranges(self)
+        if self.budget is not None:
+            parse_duration(self.budget)
         if self.tune and self.tune_seeds > self.seeds:
             raise RecipeError(
                 f"tune_seeds is {self.tune_seeds}, more than the {self.seeds} seeds.", "Lower it, or raise seeds."

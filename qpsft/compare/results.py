@@ -108,6 +108,7 @@ class Comparison:
         overlap, counts, shortened: as in `ComparedData`.
         settings: options of the comparison, base, adapter, training and measurement, versions and machines.
         reused: how many runs had been done before. done: how many were done now.
+        left_out: what a budget left out of what was asked for.
     """
 
     name: str
@@ -122,6 +123,7 @@ class Comparison:
     reused: int = 0
     done: int = 0
     shortened: dict[str, int] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
 
     def sign(self, name: str) -> int:
         """1 where a higher score is better, -1 for a negative log-likelihood: of in_domain or out_of_domain."""

@@ -78,7 +78,8 @@ def verdict(comparison: Comparison) -> list[str]:
 def limits(comparison: Comparison) -> list[str]:
     """Sentences on what limits the comparison: rows not seen or cut, learning rates, completions without an answer."""
     notes = (_coverage_notes, _shortened_notes, _rate_notes, _completion_notes)
-    return [line for note in notes for line in note(comparison)]
+    left_out = [f"The budget left out: {'; '.join(comparison.left_out)}."] if comparison.left_out else []
+    return left_out + [line for note in notes for line in note(comparison)]
 
 
 def _pair_verdict(comparison: Comparison, treatment: str, control: str) -> list[str]:

@@ -1,0 +1,381 @@
+"""`--budget 30m`: the arms, seeds and rows that fit the time on this machine, from a short timed probe.
+
+a few steps of each kind of arm, two small measurements ── seconds of a comparison ── the first choice that fits
+(this base, these rows, this machine)                      (`estimate`)               (`ladder`, from all to the least)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from qpsft.compare.answer import CONTROL
+from qpsft.compare.arms import Arm, rate_source
+from qpsft.compare.coverage import run_steps
+from qpsft.compare.data import ComparedData
+from qpsft.compare.measure import measure
+from qpsft.compare.options import CompareOptions, parse_duration, rate_grid
+from qpsft.compare.run import RunSpec, Setting, load_setting, make_run_trainer
+from qpsft.errors import RecipeError
+from qpsft.files import digest, write_atomically
+from qpsft.recipe.file import Recipe
+from qpsft.terminal import fill
+
+PROBE = "budget.json"
+PROBE_STEPS = 4
+PROBE_SHARES = (1 / 16, 1 / 8)
+"""Of each set's rows: how long a measurement takes is a constant and a part for every row."""
+LEAST_ROWS = 128
+ENOUGH_SEEDS, LEAST_SEEDS = 3, 2
+MARGIN = 1.15
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Measured seconds.
+
+    Attributes:
+        load: of loading the base, which every run does.
+        step: arm -> of one optimizer step.
+        measuring: of one measurement, whatever it measures; row: of each test row more.
+        spent: of reading the rows and of the probe itself.
+    """
+
+    load: float
+    step: dict[str, float]
+    measuring: float
+    row: float
+    spent: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is compared: `rows` is the share of the training rows, `tests` that of every set that is measured."""
+
+    arms: tuple[str, ...]
+    seeds: int
+    tune_seeds: int
+    rows: float = 1.0
+    tests: float = 1.0
+
+
+@dataclass(frozen=True)
+class Size:
+    """What the time depends on beside `Costs`.
+
+    Attributes:
+        train: training rows. tests: test rows of all sets together, samples counted.
+        steps: share of the training rows -> optimizer steps of a run. measurements: of a run.
+        rates: arm -> how many learning rates are tried for it; 0 without tuning, and for those that take another's.
+        jobs: runs at a time.
+    """
+
+    train: int
+    tests: int
+    steps: Callable[[float], int]
+    measurements: int
+    rates: Mapping[str, int]
+    jobs: int
+
+
+def format_duration(seconds: float) -> str:
+    """Such as 45s, 30m or 1h30m: rounded up, to whole minutes from two minutes on."""
+    if seconds < 120:
+        return f"{math.ceil(seconds)}s"
+    hours, minutes = divmod(math.ceil(seconds / 60), 60)
+    return f"{hours}h{minutes}m" if hours and minutes else f"{hours}h" if hours else f"{minutes}m"
+
+
+def estimate(choice: Choice, costs: Costs, size: Size) -> float:
+    """Seconds that a comparison takes from its start, with `MARGIN` on what is not measured but foreseen."""
+    measuring = costs.measuring + costs.row * size.tests * choice.tests
+    total = costs.load + measuring  # of the base
+    for arm in choice.arms:
+        own_rate = choice.seeds if not size.rates[arm] else max(0, choice.seeds - choice.tune_seeds)
+        runs = own_rate + size.rates[arm] * choice.tune_seeds
+        total += runs * (costs.load + size.steps(choice.rows) * costs.step[arm] + size.measurements * measuring)
+    return costs.spent + MARGIN * total / size.jobs
+
+
+def ladder(arms: Sequence[Arm], full: Choice, train: int) -> Iterator[Choice]:
+    """Choices from all that was asked for to the least that can still say something, each cutting one thing more.
+
+    Args:
+        arms: that were asked for. train: training rows.
+    """
+    choice = full
+    yield choice
+
+    def cut(**changes: Any) -> Iterator[Choice]:
+        nonlocal choice
+        if (smaller := replace(choice, **changes)) != choice:
+            choice = smaller
+            yield choice
+
+    names = [arm.name for arm in arms]
+    methods = [arm.name for arm in arms if not arm.rate_of]
+    two = {CONTROL if CONTROL in names else methods[0], methods[-1]}
+    yield from cut(seeds=min(full.seeds, ENOUGH_SEEDS), tune_seeds=min(full.tune_seeds, ENOUGH_SEEDS))
+    yield from cut(tests=0.5)
+    yield from cut(arms=tuple(methods))
+    yield from cut(tests=0.25)
+    if train >= 2 * LEAST_ROWS:
+        yield from cut(rows=0.5)
+    yield from cut(arms=tuple(name for name in names if name in two))
+    while choice.rows * train >= 2 * LEAST_ROWS:
+        yield from cut(rows=choice.rows / 2)
+    yield from cut(tune_seeds=1)
+    yield from cut(seeds=min(full.seeds, LEAST_SEEDS))
+
+
+def choose(arms: Sequence[Arm], full: Choice, costs: Costs, size: Size, budget: float) -> tuple[Choice, float]:
+    """The first choice of the ladder that fits `budget` seconds, and its estimate.
+
+    Raises:
+        RecipeError: even the least does not fit; it says what the least takes.
+    """
+    for choice in ladder(arms, full, size.train):
+        seconds = estimate(choice, costs, size)
+        if seconds <= budget:
+            return choice, seconds
+    least = format_duration(seconds)
+    rows = round(choice.rows * size.train)
+    raise RecipeError(
+        f"A budget of {format_duration(budget)} is too short: the least that says something, "
+        f"{' and '.join(choice.arms)} with {choice.seeds} seeds on {rows:,} rows, takes about {least} on this machine.",
+        f"Give --budget {least}, fewer --epochs, or a smaller base.",
+    )
+
+
+def left_out(full: Choice, choice: Choice, size: Size) -> list[str]:
+    """What a choice leaves out of all that was asked for, a line each."""
+    lines = []
+    if choice.seeds < full.seeds:
+        lines.append(f"{full.seeds - choice.seeds} of {full.seeds} seeds")
+    if choice.tune_seeds < full.tune_seeds and any(size.rates.values()):
+        lines.append(f"{full.tune_seeds - choice.tune_seeds} of {full.tune_seeds} seeds that rates are chosen on")
+    if arms := [arm for arm in full.arms if arm not in choice.arms]:
+        lines.append(f"{'arm' if len(arms) == 1 else 'arms'} {', '.join(arms)}")
+    if choice.rows < full.rows:
+        lines.append(f"training rows: {round(choice.rows * size.train):,} of {size.train:,} are used")
+    if choice.tests < full.tests:
+        lines.append(f"test rows: {choice.tests:.0%} of each set are used")
+    return lines
+
+
+# ---- applied to a comparison ----
+
+
+@dataclass
+class Fitted:
+    """What `fit` made of the options: `arms` and `options` to compare with, and `left_out` in words."""
+
+    arms: list[Arm]
+    options: CompareOptions
+    left_out: list[str]
+
+
+def fit(
+    recipe: Recipe,
+    options: CompareOptions,
+    arms: list[Arm],
+    setting: Setting,
+    folder: Path,
+    started: float,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Fitted:
+    """Cuts a comparison to its budget and says so. `dataset_limit` of the recipe is lowered if rows are left out.
+
+    Args:
+        setting: made with all that was asked for.
+        folder: where the probe's result is kept, so that the same command goes on with the same runs.
+        started: when the comparison began, by `clock`.
+
+    Raises:
+        RecipeError: nothing fits.
+    """
+    budget = parse_duration(options.budget)
+    epochs = options.epochs or recipe.trainer.num_train_epochs
+    methods = {arm.name: arm.options(recipe.trainer) for arm in arms}
+    specs = {
+        name: RunSpec(method, recipe.trainer.learning_rate, recipe.trainer.seed, epochs)
+        for name, method in methods.items()
+    }
+    key = digest(json.dumps([{name: spec.key(setting) for name, spec in specs.items()}, options.jobs]))[:16]
+    costs = _kept_costs(folder / PROBE, key)
+    if costs is None:
+        costs = probe(specs, setting, options.jobs, started, clock)
+        write_atomically(folder / PROBE, json.dumps({"key": key, "costs": asdict(costs)}, indent=1) + "\n")
+    size = _size(recipe, options, arms, setting, epochs)
+    full = Choice(tuple(methods), options.seeds, options.tune_seeds)
+    choice, seconds = choose(arms, full, costs, size, budget)
+    lines = left_out(full, choice, size)
+    steps = ", ".join(f"{name} {costs.step[name]:.2g} s" for name in choice.arms)
+    measuring = costs.measuring + costs.row * size.tests * choice.tests
+    what = f"{', '.join(choice.arms)}, {choice.seeds} seeds and {round(choice.rows * size.train):,} rows"
+    measured = f"measured: a step takes {steps}, a measurement {measuring:.2g} s"
+    print(fill(f"budget {options.budget}: about {format_duration(seconds)} for {what} ({measured})"), flush=True)
+    print(fill(f"left out: {'; '.join(lines) or 'nothing'}"), flush=True)
+    data = setting.data
+    if choice.rows < 1:
+        recipe.data.dataset_limit = math.ceil(choice.rows * _all_rows(options, data))
+    fitted = replace(
+        options,
+        arms=list(choice.arms),
+        seeds=choice.seeds,
+        tune_seeds=choice.tune_seeds,
+        eval_rows=_share(max(len(data.in_domain.rows), len(data.validation.rows)), choice.tests),
+        out_of_domain_rows=_share(max([len(rows.rows) for rows in data.out_of_domain.values()] or [1]), choice.tests),
+        sample_rows=_share(options.sample_rows, choice.tests),
+    )
+    return Fitted([arm for arm in arms if arm.name in choice.arms], fitted, lines)
+
+
+def _share(rows: int, share: float) -> int:
+    return max(1, math.ceil(rows * share))
+
+
+def _size(recipe: Recipe, options: CompareOptions, arms: Sequence[Arm], setting: Setting, epochs: float) -> Size:
+    rows, trainer = setting.data.train, recipe.trainer
+    steps = run_steps(trainer, epochs, rows)
+    rates = len(rate_grid(options, recipe)) if options.tune else 0
+    known = options.arm_rates or {}
+    return Size(
+        train=len(rows),
+        tests=_test_rows(setting.data, setting.measurement.sample_rows, setting),
+        steps=lambda share: run_steps(trainer, epochs, rows, share),
+        measurements=math.ceil(epochs if trainer.max_steps <= 0 else steps / max(1, run_steps(trainer, 1, rows))),
+        rates={arm.name: rates if rate_source(arm, arms) == arm.name and arm.name not in known else 0 for arm in arms},
+        jobs=options.jobs,
+    )
+
+
+def _all_rows(options: CompareOptions, data: ComparedData) -> int:
+    """The training rows and those that were set aside of them."""
+    asked = {"in_domain": options.in_domain, "validation": options.validation}
+    built_in = bool(data.in_domain.rows) and "task" in data.in_domain.rows[0]
+    return len(data.train) + sum(data.counts[name] for name, given in asked.items() if not given and not built_in)
+
+
+def _test_rows(data: ComparedData, sampled: int, setting: Setting) -> int:
+    """Rows of all sets, and the samples drawn for some of them."""
+    samples = min(sampled, len(data.in_domain.rows)) * setting.measurement.k * len(setting.measurement.temperatures)
+    return sum(len(rows.rows) for rows in data.sets().values()) + samples
+
+
+def _kept_costs(path: Path, key: str) -> Costs | None:
+    """The costs that an earlier call measured for the same runs."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return Costs(**kept["costs"]) if kept.get("key") == key else None
+
+
+# ---- the probe ----
+
+
+def probe(
+    specs: Mapping[str, RunSpec],
+    setting: Setting,
+    jobs: int,
+    started: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Costs:
+    """Times the loading of the base, a few optimizer steps of each kind of arm, and two small measurements.
+
+    Args:
+        specs: arm -> one of its runs. Arms of the same loss count as one kind.
+        jobs: with several, a run has one thread.
+        started: when the comparison began, by `clock`.
+    """
+    threads = torch.get_num_threads()
+    if jobs > 1:
+        torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory(prefix="qpsft-budget-") as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a run of a few steps is no real one
+            return _probe(specs, setting, Path(folder), started, clock)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _probe(
+    specs: Mapping[str, RunSpec], setting: Setting, folder: Path, started: float, clock: Callable[[], float]
+) -> Costs:
+    before = clock()
+    model, tokenizer = load_setting(setting)
+    load = clock() - before
+    short = replace(setting, options=setting.options | {"max_steps": PROBE_STEPS})
+    seconds: dict[tuple, float] = {}
+    step = {}
+    trained = None
+    for name, spec in specs.items():
+        kind = (spec.method["loss_type"], "base_kl" in spec.method)
+        if kind not in seconds:
+            if trained is not None:
+                model = trained.unload()
+            method = {key: value for key, value in spec.method.items() if key != "sft_warmup_steps"}
+            trainer = make_run_trainer(replace(spec, method=method), short, model, tokenizer, folder / name)
+            watch = _StepClock(clock)
+            trainer.add_callback(watch)
+            trainer.train()
+            trained = trainer.model
+            seconds[kind] = watch.mean()
+        step[name] = seconds[kind]
+    sizes, times = [], []
+    for share in PROBE_SHARES:
+        part = replace(
+            setting.data,
+            validation=_part(setting.data.validation, share),
+            in_domain=_part(setting.data.in_domain, share),
+            out_of_domain={label: _part(rows, share) for label, rows in setting.data.out_of_domain.items()},
+        )
+        sampled = replace(setting.measurement, sample_rows=_share(setting.measurement.sample_rows, share))
+        sizes.append(_test_rows(part, sampled.sample_rows, setting))
+        before = clock()
+        measure(trained, tokenizer, part, sampled)
+        times.append(clock() - before)
+    measuring, row = line(sizes, times)
+    return Costs(load, step, measuring, row, clock() - started)
+
+
+def _part(rows: Any, share: float) -> Any:
+    return rows.select(range(_share(len(rows.rows), share)))
+
+
+def line(sizes: Sequence[int], times: Sequence[float]) -> tuple[float, float]:
+    """(constant, seconds a row) through two measurements, neither below 0; of equal sizes all is counted by the row."""
+    (few, many), (short, long) = sizes, times
+    if many == few:
+        return 0.0, max(times) / many
+    row = max(0.0, (long - short) / (many - few))
+    return max(0.0, long - row * many), row
+
+
+class _StepClock(TrainerCallback):
+    """Notes when each optimizer step ends."""
+
+    def __init__(self, clock: Callable[[], float]):
+        self._clock = clock
+        self._ends: list[float] = []
+
+    def on_step_end(self, args, state, control, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._ends.append(self._clock())
+
+    def mean(self) -> float:
+        """Seconds of a step, without the first, in which libraries warm up."""
+        return (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)

@@ -1,0 +1,192 @@
+"""`qpsft compare --budget`: what is chosen follows from measured times, or an error names the least that fits."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+
+import pytest
+from comparing import RECIPE, FakeRuns, write_recipe
+
+from qpsft import cli
+from qpsft.compare import budget, compare, queue, report
+from qpsft.compare.arms import find_arms
+from qpsft.compare.budget import Choice, Costs, Size, choose, estimate, format_duration, ladder, left_out, line
+from qpsft.compare.comparison import make_setting, prepare
+from qpsft.compare.options import load_comparison, parse_duration
+from qpsft.compare.verdict import limits
+from qpsft.errors import RecipeError
+
+ARMS = find_arms(["sft", "sft_matched", "sft_blocks", "dft", "psft", "psft_visits"])
+NAMES = tuple(arm.name for arm in ARMS)
+FULL = Choice(NAMES, 5, 2)
+COSTS = Costs(load=10, step=dict.fromkeys(NAMES, 1.0), measuring=5, row=0.1, spent=60)
+
+
+def size(rates=0, jobs=1, train=1024):
+    own = {arm.name: 0 if arm.rate_of else rates for arm in ARMS}
+    return Size(train, 200, lambda share: round(256 * share), 4, own, jobs)
+
+
+def test_the_estimate_by_hand():
+    measuring = 5 + 0.1 * 200
+    run = 10 + 256 + 4 * measuring
+    assert estimate(FULL, COSTS, size()) == pytest.approx(60 + 1.15 * (10 + measuring + 30 * run))
+    half = Choice(("sft", "psft"), 3, 2, rows=0.5, tests=0.5)
+    run = 10 + 128 + 4 * 15
+    assert estimate(half, COSTS, size(jobs=2)) == pytest.approx(60 + 1.15 * (10 + 15 + 6 * run) / 2)
+    # tuned: 3 rates on 2 seeds, and the third seed at the rate chosen
+    assert estimate(half, COSTS, size(rates=3)) == pytest.approx(60 + 1.15 * (10 + 15 + 2 * 7 * run))
+
+
+def test_the_ladder_goes_from_all_to_the_least_and_every_step_is_shorter():
+    choices = list(ladder(ARMS, FULL, 1024))
+    assert choices[0] == FULL
+    assert choices[-1] == Choice(("sft", "psft_visits"), 2, 1, rows=0.125, tests=0.25)
+    times = [estimate(choice, COSTS, size(rates=4)) for choice in choices]
+    assert times == sorted(times, reverse=True)
+    assert [choice.seeds for choice in choices] == [5] + [3] * (len(choices) - 2) + [2]  # two seeds are the last resort
+    assert min(choice.rows * 1024 for choice in choices) == 128
+    assert {choice.rows for choice in ladder(ARMS, FULL, 200)} == {1.0}  # few rows are not made fewer
+
+
+def test_the_first_that_fits_is_chosen_and_what_is_left_out_is_said():
+    assert choose(ARMS, FULL, COSTS, size(), 1e6)[0] == FULL
+    assert left_out(FULL, FULL, size()) == []
+    choices = list(ladder(ARMS, FULL, 1024))
+    for choice, longer in itertools.pairwise(choices[::-1]):
+        seconds = estimate(choice, COSTS, size())
+        found, told = choose(ARMS, FULL, COSTS, size(), seconds)
+        assert told == estimate(found, COSTS, size()) <= seconds
+        if estimate(longer, COSTS, size()) > seconds:
+            assert choices.index(found) <= choices.index(choice)
+            assert choices.index(found) > choices.index(longer)
+    assert left_out(FULL, choices[-1], size(rates=4)) == [
+        "3 of 5 seeds",
+        "1 of 2 seeds that rates are chosen on",
+        "arms sft_matched, sft_blocks, dft, psft",
+        "training rows: 128 of 1,024 are used",
+        "test rows: 25% of each set are used",
+    ]
+
+
+def test_a_budget_that_nothing_fits_names_the_least_that_does():
+    least = estimate(list(ladder(ARMS, FULL, 1024))[-1], COSTS, size())
+    with pytest.raises(RecipeError, match="A budget of 90s is too short: the least .* sft and psft_visits") as caught:
+        choose(ARMS, FULL, COSTS, size(), 90)
+    assert f"--budget {format_duration(least)}" in caught.value.todo
+    assert choose(ARMS, FULL, COSTS, size(), parse_duration(format_duration(least)))[0].seeds == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("30m", 1800), ("2h", 7200), ("1h30m", 5400), ("1.5h", 5400), ("1m5s", 65)]
+)
+def test_durations(text, seconds):
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(45.2, "46s"), (121, "3m"), (3600, "1h"), (5400, "1h30m")])
+def test_durations_are_written_rounded_up(seconds, text):
+    assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize("text", ["30", "soon", "", "m", "3 days", "1..5h", "-5m"])
+def test_what_is_no_time_is_refused_before_anything_is_read(tmp_path, capsys, text):
+    assert cli.main(["compare", str(write_recipe(tmp_path)), f"--budget={text}"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "it must be a time. Write it as 90s, 30m, 2h or 1h30m." in said
+    assert not (tmp_path / "comparison").exists()
+
+
+def test_a_line_through_two_measurements():
+    assert line([10, 20], [6.0, 8.0]) == pytest.approx((4.0, 0.2))
+    assert line([10, 20], [6.0, 5.0]) == (5.0, 0.0)  # noise
+    assert line([10, 20], [1.0, 3.0]) == pytest.approx((0.0, 0.2))  # no constant below 0
+    assert line([10, 10], [1.0, 2.0]) == (0.0, 0.2)
+
+
+class FakeClock:
+    """A second further at each look."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        self.now += 1
+        return self.now
+
+
+def test_the_probe_takes_its_times_from_the_clock(tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(budget, "measure", lambda model, tokenizer, data, how: measured.append((data, how)))
+    recipe, options = load_comparison(write_recipe(tmp_path), [], {})
+    setting = make_setting(recipe, options, prepare(recipe))
+    arms = find_arms(["sft", "sft_kl", "psft", "psft_visits"])
+    specs = {arm.name: budget.RunSpec(arm.options(recipe.trainer), 1e-3, 3, 2.0) for arm in arms}
+    clock = FakeClock()
+    costs = budget.probe(specs, setting, 1, 0.0, clock)
+    assert costs.step == {"sft": 1, "sft_kl": 1, "psft": 1, "psft_visits": 1}
+    assert costs.load == 1 and costs.measuring + costs.row * 1 > 0
+    # two for loading, four steps of three kinds, two for each measurement, one at the end
+    assert costs.spent == clock.now == 2 + 3 * 4 + 2 * 2 + 1
+    assert [len(data.in_domain.rows) for data, _ in measured] == [1, 1]  # of four
+
+
+def prepare_fake(monkeypatch, costs):
+    def probe(specs, setting, jobs, started, clock):
+        asked.append(list(specs))
+        return costs
+
+    asked = []
+    runs = FakeRuns(lambda spec: ([(0.5, 0.5), (0.6, 0.4)], 0.5) if spec.method else ([(0.0, 0.9)], 0.0))
+    monkeypatch.setattr(budget, "probe", probe)
+    monkeypatch.setattr(queue, "do_run", runs)
+    monkeypatch.setattr(report, "write_report", lambda comparison, folder: None)
+    return runs, asked
+
+
+def test_a_comparison_is_cut_to_its_budget(tmp_path, monkeypatch, capsys):
+    text = RECIPE.replace("dataset_limit: 16", "dataset_limit: 512").replace("eval_rows: 4", "eval_rows: 16")
+    recipe = write_recipe(tmp_path, text)
+    runs, asked = prepare_fake(monkeypatch, Costs(0, dict.fromkeys(NAMES, 1.0), 0, 0, 0))
+    # a run of 512 rows takes 256 steps of a second; of half the rows 128
+    found = compare(recipe, seeds=5, budget="13m")
+    assert asked == [["sft", "sft_matched", "dft", "psft", "psft_visits"]]
+    labels = {spec.label for spec in runs.specs}
+    assert labels == {"base"} | {f"{kind}-lr2e-3-seed{s}" for kind in ("nll", "psft-4visits") for s in (3, 4, 5)}
+    assert found.counts["train"] == 128 and found.counts["in_domain"] == 4
+    out = " ".join(capsys.readouterr().out.split())
+    assert "budget 13m: about 8m for sft, psft_visits, 3 seeds and 128 rows" in out
+    assert limits(found)[0].startswith(
+        "The budget left out: 2 of 5 seeds; arms sft_matched, dft, psft; training rows: "
+    )
+    record = json.loads((tmp_path / "comparison/comparison.json").read_text())
+    assert record["limits"][0] == limits(found)[0]
+
+
+def test_the_same_command_goes_on_with_the_same_runs(tmp_path, monkeypatch):
+    recipe = write_recipe(tmp_path)
+    runs, asked = prepare_fake(monkeypatch, Costs(1, dict.fromkeys(NAMES, 1.0), 1, 0, 5))
+    compare(recipe, seeds=3, budget="1h")
+    done = len(runs.specs)
+    again = compare(recipe, seeds=3, budget="1h")
+    assert len(asked) == 1 and len(runs.specs) == done and again.done == 0
+    compare(recipe, ["--max_grad_norm=0.5"], seeds=3, budget="1h")
+    assert len(asked) == 2  # another run, another probe
+
+
+def test_a_real_comparison_keeps_to_what_was_estimated(tmp_path, capsys):
+    recipe = write_recipe(tmp_path)
+    started = time.perf_counter()
+    found = compare(recipe, arms="sft,psft", seeds=2, budget="10m")
+    took = time.perf_counter() - started
+    out = " ".join(capsys.readouterr().out.split())
+    assert "left out: nothing" in out and "measured: a step takes sft 0." in out
+    costs = Costs(**json.loads((tmp_path / "comparison/budget.json").read_text())["costs"])
+    assert costs.step["sft"] > 0 and costs.measuring + costs.row > 0
+    estimated = parse_duration(out.split("budget 10m: about ")[1].split()[0])
+    assert took < 2 * estimated + 10 and estimated < 4 * took + 20
+    assert sorted(found.arms) == ["psft", "sft"] and len(found.arms["sft"].runs) == 2
+    with pytest.raises(RecipeError, match="A budget of 1s is too short"):
+        compare(recipe, arms="sft,psft", seeds=2, budget="1s")
