@@ -124,7 +124,8 @@ found = compare("comparison.yaml", ["--output_dir", OUTPUT], **COMPARE)
 # %% [markdown]
 # ## What came out
 #
-# Differences are paired by seed, with 95 % intervals. With few seeds these are wide, and the verdict says so.
+# One sentence and a table of four columns. The sentence follows from 95 % intervals over seeds, paired: with few seeds they are
+# wide, and it says so. Every pair in words and every number are in `report.html`.
 
 # %%
 from qpsft.compare.verdict import render

@@ -15,12 +15,14 @@ from qpsft.compare.measure import measure
 from qpsft.compare.options import load_comparison
 from qpsft.compare.run import load_setting
 from qpsft.data.prompts import SHIPPED
+from qpsft.data.tokenize import IGNORED
 from qpsft.errors import DataError
 from qpsft.evaluate.evaluation import evaluate
 from qpsft.evaluate.rows import encode, instruction_checks
 from qpsft.evaluate.verifiers import CHECKS, find_verifier, instructions
 from qpsft.model.adapter import add_adapter
 from qpsft.model.base import load_base
+from qpsft.model.generation import generate, stop_tokens
 
 END = "{% if m.role == 'assistant' %}{{ eos_token }}\n{% else %} {% endif %}"
 TEMPLATE = "{% for m in messages %}{{ m.content }}" + END + "{% endfor %}"
@@ -66,7 +68,7 @@ def test_the_base_agrees_with_what_it_wrote_and_a_trained_model_less(by_default)
     model, tokenizer = load_setting(found)
     model = add_adapter(model, found.lora)
     before = measure(model, tokenizer, found.data, found.measurement)["metrics"]
-    assert before["out_of_domain/base_answers"] > 0.97
+    assert before["out_of_domain/base_answers"] > 0.999
     assert before["out_of_domain/base_answers_nll"] < 1
     both = [before[f"out_of_domain/{name}"] for name in ("base_answers", "instruction_checks")]
     assert before["out_of_domain"] == pytest.approx(sum(both) / 2, rel=1e-4)
@@ -77,15 +79,21 @@ def test_the_base_agrees_with_what_it_wrote_and_a_trained_model_less(by_default)
     assert after["out_of_domain/base_answers"] < before["out_of_domain/base_answers"] - 0.1
 
 
-def test_an_answer_that_the_cap_cut_off_has_no_end_in_a_chat(by_default):
+def test_answers_are_measured_as_the_tokens_that_were_written(by_default):
     found, _ = by_default
     model, tokenizer = load_setting(found)
     rows = found.data.out_of_domain["base_answers"]
-    cut = [bool(row.get("cut_off")) for row in rows.rows]
-    assert any(cut)
     encoded = encode(rows, model, tokenizer, found.measurement.arguments)
-    ends = [tokenizer.eos_token_id in row["labels"] for row in encoded.texts]
-    assert [not end for end in ends] == [cut[index] for index in encoded.kept]
+    again = generate(model, encoded.prompts, stop_ids=stop_tokens(model, tokenizer), max_new_tokens=192)
+    assert [[label for label in one["labels"] if label != IGNORED] for one in encoded.texts] == [
+        one.greedy.token_ids for one in again
+    ]
+    assert [one["input_ids"][: len(prompt)] for one, prompt in zip(encoded.texts, encoded.prompts, strict=True)] == (
+        encoded.prompts
+    )
+    model.config.max_position_embeddings = 150
+    shorter = encode(rows, model, tokenizer, found.measurement.arguments)
+    assert 0 < len(shorter.kept) < len(encoded.kept) and max(len(one["input_ids"]) for one in shorter.texts) <= 150
 
 
 def test_it_says_so_in_one_line_and_can_be_turned_off(tmp_path, chat_base, capsys):
@@ -191,6 +199,13 @@ def test_checks(name, wanted, followed, not_followed):
     assert instructions(row, f" {followed}\n") is True
     assert instructions(row, not_followed) is False
     assert instructions(row, " \n") is None
+
+
+def test_thoughts_are_no_answer():
+    row = {"prompt": "?", "completion": "?", "checks": {"no_commas": True}}
+    assert instructions(row, "<think>\nso, so\n</think>\n\nhere") is True
+    assert instructions(row, "<think>\nso so") is None
+    assert instructions(row, "so\n</think>\nthis, that") is False  # where the template opens the thought
 
 
 def test_all_checks_of_a_row_count_and_rows_that_have_none_are_refused():

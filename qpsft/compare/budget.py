@@ -6,8 +6,10 @@ a few steps of each kind of arm, two small measurements ── seconds of a comp
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import statistics
 import tempfile
 import time
 import warnings
@@ -25,14 +27,16 @@ from qpsft.compare.coverage import run_steps
 from qpsft.compare.data import ComparedData
 from qpsft.compare.measure import measure
 from qpsft.compare.options import CompareOptions, parse_duration, rate_grid
-from qpsft.compare.run import RunSpec, Setting, load_setting, make_run_trainer
+from qpsft.compare.run import RunSpec, Setting, fitting_threads, load_setting, make_run_trainer
 from qpsft.errors import RecipeError
 from qpsft.files import digest, write_atomically
 from qpsft.recipe.file import Recipe
 from qpsft.terminal import fill
 
 PROBE = "budget.json"
-PROBE_STEPS = 4
+PROBE_STEPS, PROBE_SECONDS = 4, 3.0
+"""A kind of arm trains for at least so many steps and so long."""
+MOST_PROBE_STEPS = 64
 PROBE_SHARES = (1 / 16, 1 / 8)
 """Of each set's rows: how long a measurement takes is a constant and a part for every row."""
 LEAST_ROWS = 128
@@ -317,7 +321,22 @@ def _probe(
     before = clock()
     model, tokenizer = load_setting(setting)
     load = clock() - before
-    short = replace(setting, options=setting.options | {"max_steps": PROBE_STEPS})
+    with fitting_threads(model):
+        step, trained = _time_steps(specs, setting, model, tokenizer, folder, clock)
+        measuring, row = _time_measurements(setting, trained, tokenizer, clock)
+    return Costs(load, step, measuring, row, clock() - started)
+
+
+def _time_steps(
+    specs: Mapping[str, RunSpec],
+    setting: Setting,
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    clock: Callable[[], float],
+) -> tuple[dict[str, float], Any]:
+    """Arm -> seconds of a step; and the model that was trained last, with its adapter."""
+    short = replace(setting, options=setting.options | {"max_steps": MOST_PROBE_STEPS})
     seconds: dict[tuple, float] = {}
     step = {}
     trained = None
@@ -332,8 +351,13 @@ def _probe(
             trainer.add_callback(watch)
             trainer.train()
             trained = trainer.model
-            seconds[kind] = watch.mean()
+            seconds[kind] = watch.seconds()
         step[name] = seconds[kind]
+    return step, trained
+
+
+def _time_measurements(setting: Setting, model: Any, tokenizer: Any, clock: Callable[[], float]) -> tuple[float, float]:
+    """Seconds of a measurement: (constant, for each test row)."""
     sizes, times = [], []
     for share in PROBE_SHARES:
         part = replace(
@@ -345,10 +369,9 @@ def _probe(
         sampled = replace(setting.measurement, sample_rows=_share(setting.measurement.sample_rows, share))
         sizes.append(_test_rows(part, sampled.sample_rows, setting))
         before = clock()
-        measure(trained, tokenizer, part, sampled)
+        measure(model, tokenizer, part, sampled)
         times.append(clock() - before)
-    measuring, row = line(sizes, times)
-    return Costs(load, step, measuring, row, clock() - started)
+    return line(sizes, times)
 
 
 def _part(rows: Any, share: float) -> Any:
@@ -365,7 +388,7 @@ def line(sizes: Sequence[int], times: Sequence[float]) -> tuple[float, float]:
 
 
 class _StepClock(TrainerCallback):
-    """Notes when each optimizer step ends."""
+    """Notes when each optimizer step ends, and ends training when that has been long enough."""
 
     def __init__(self, clock: Callable[[], float]):
         self._clock = clock
@@ -375,7 +398,9 @@ class _StepClock(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._ends.append(self._clock())
+        if len(self._ends) >= PROBE_STEPS and self._ends[-1] - self._ends[0] >= PROBE_SECONDS:
+            control.should_training_stop = True
 
-    def mean(self) -> float:
-        """Seconds of a step, without the first, in which libraries warm up."""
-        return (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+    def seconds(self) -> float:
+        """Of a step: the median, without the first step, in which libraries warm up."""
+        return statistics.median(end - start for start, end in itertools.pairwise(self._ends))

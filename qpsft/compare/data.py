@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from qpsft.evaluate.rows import (
 from qpsft.evaluate.verifiers import find_verifier
 from qpsft.files import digest, write_atomically
 from qpsft.model.folder import DEMO
-from qpsft.model.generation import generate, stop_tokens
+from qpsft.model.generation import Completion, generate, stop_tokens
 from qpsft.recipe.arguments import DataArguments
 from qpsft.recipe.file import Recipe
 
@@ -230,7 +230,7 @@ def _is_checkable(rows: Rows, verifier: str) -> bool:
 def set_verifier(asked: str, rows: Rows) -> str:
     """An out-of-domain set's verifier: the comparison's, unless the set has one of its own, or it can read none of the
     set's references."""
-    if {"checks", "base_answer"} & rows.rows[0].keys():
+    if {"checks", "ids"} & rows.rows[0].keys():
         return "auto"
     if asked != "auto" and "text" not in rows.rows[0]:
         try:
@@ -259,8 +259,8 @@ def base_written(
         arguments: how prompts are written.
 
     Returns:
-        Rows with `text`, or with `prompt`, `completion` and `base_answer`; and `cut_off` where the length cap ended a
-        text: the base never wrote an end there, so none is evaluated.
+        Rows with `text`, and `cut_off` where the length cap ended it (the base never wrote an end there, so none is
+        evaluated); or with `prompt`, `completion` and their `ids`.
 
     Raises:
         RecipeError: the base has no token that begins or ends a text. DataError: it has no chat template to be asked
@@ -283,19 +283,22 @@ def _samples(model: Any, tokenizer: Any, arguments: DataArguments) -> list[dict]
             f"{BASE_SAMPLES} needs a base with a token that begins or ends a text, to start from.",
             "Name a file of texts as --out_of_domain instead.",
         )
-    return _written(model, tokenizer, [{}] * SAMPLED_TEXTS, [[start]] * SAMPLED_TEXTS, "text", greedy=False)
+    written = _write(model, tokenizer, [[start]] * SAMPLED_TEXTS, greedy=False)
+    return [{"text": text} | ({} if one.stopped else {"cut_off": True}) for text, one in written if text]
 
 
 def _answers(model: Any, tokenizer: Any, arguments: DataArguments) -> list[dict]:
     prompts = read_prompts(None, tokenizer, arguments)[ANSWERED]
-    rows = [{"prompt": text, "base_answer": True} for text in prompts.texts]
-    return _written(model, tokenizer, rows, prompts.ids, "completion", greedy=True)
+    written = _write(model, tokenizer, prompts.ids, greedy=True)
+    return [
+        {"prompt": prompt, "completion": text, "ids": [ids, one.token_ids]}
+        for prompt, ids, (text, one) in zip(prompts.texts, prompts.ids, written, strict=True)
+        if text
+    ]
 
 
-def _written(
-    model: Any, tokenizer: Any, rows: list[dict], prompts: list[list[int]], column: str, *, greedy: bool
-) -> list[dict]:
-    """The rows with what the base writes behind their prompts; without those where that is nothing."""
+def _write(model: Any, tokenizer: Any, prompts: list[list[int]], *, greedy: bool) -> Iterator[tuple[str, Completion]]:
+    """What a model writes behind prompts: the likeliest, or samples at temperature 1."""
     written = generate(
         model,
         prompts,
@@ -307,11 +310,7 @@ def _written(
     )
     completions = [one.greedy if greedy else one.samples[0] for one in written]
     texts = tokenizer.batch_decode([one.token_ids for one in completions], skip_special_tokens=True)
-    return [
-        row | {column: text.strip()} | ({} if one.stopped else {"cut_off": True})
-        for row, text, one in zip(rows, texts, completions, strict=True)
-        if text.strip()
-    ]
+    return zip(map(str.strip, texts), completions, strict=True)
 
 
 def _first_token(model: Any, tokenizer: Any) -> int | None:

@@ -206,7 +206,7 @@ def do_run(spec: RunSpec, setting: Setting, results: Path) -> dict[str, Any]:
     folder = spec.folder(setting, results)
     started = time.perf_counter()
     model, tokenizer = load_setting(setting)
-    with _threads(model):
+    with fitting_threads(model):
         if spec.method:
             outcome = _train(spec, setting, model, tokenizer, folder / "training")
         else:
@@ -314,7 +314,7 @@ def _thinned(lines: list[dict]) -> list[dict]:
 
 
 @contextlib.contextmanager
-def _threads(model: Any) -> Iterator[None]:
+def fitting_threads(model: Any) -> Iterator[None]:
     """One thread for a small model on the CPU, whose matrix products are slower on several."""
     threads = torch.get_num_threads()
     if model.device.type == "cpu" and parameter_count(model) < SMALL_BASE:

@@ -17,8 +17,9 @@ from qpsft.errors import DataError
 from qpsft.model.generation import stop_tokens
 from qpsft.recipe.arguments import DataArguments
 
-EXTRA = ("task", "choices", "checks", "base_answer", "cut_off")
-"""Columns that training ignores: what verifiers need, and `cut_off` for a text that the length cap ended."""
+EXTRA = ("task", "choices", "checks", "ids", "cut_off")
+"""Columns that training ignores: what verifiers need; `ids`, the tokens of prompt and answer as a model wrote them; and
+`cut_off` for a text that the length cap ended."""
 INSTRUCTION_CHECKS = "instruction_checks"
 REFERENCES = ("completion", "output", "answer", "messages", "conversations", "text")
 
@@ -120,6 +121,8 @@ def encode(rows: Rows, model: Any, tokenizer: Any, arguments: DataArguments) -> 
         DataError: as `tokenize_rows`; no reference begins within the model's length.
     """
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if all("ids" in row for row in rows.rows):
+        return _encoded_ids(rows, length)
     try:
         whole = replace(arguments, split_turns=False)
         tokenized = tokenize_rows(rows, tokenizer, whole, length, show_progress=False)
@@ -130,11 +133,9 @@ def encode(rows: Rows, model: Any, tokenizer: Any, arguments: DataArguments) -> 
         ) from None
     index_of = {place: index for index, place in enumerate(rows.places)}
     texts = list(tokenized.dataset)
-    special = special_tokens(tokenizer)
     for row, place in zip(texts, tokenized.places, strict=True):
         if rows.rows[index_of[place]].get("cut_off"):  # without the end token that tokenization added
-            end = _end_of_text(row["labels"], special)
-            row |= {name: row[name][:end] for name in ("input_ids", "labels")}
+            row |= {name: row[name][:-1] for name in ("input_ids", "labels")}
     starts = [next(i for i, label in enumerate(row["labels"]) if label != IGNORED) for row in texts]
     return Encoded(
         [index_of[place] for place in tokenized.places],
@@ -145,27 +146,30 @@ def encode(rows: Rows, model: Any, tokenizer: Any, arguments: DataArguments) -> 
     )
 
 
+def _encoded_ids(rows: Rows, length: int | None) -> Encoded:
+    """Rows whose tokens are known, which another tokenization might not give again; without those that do not fit."""
+    ids = [row["ids"] for row in rows.rows]
+    kept = [i for i, (prompt, answer) in enumerate(ids) if length is None or len(prompt) + len(answer) <= length]
+    if not kept:
+        raise DataError(f"{rows.name}: no row fits the {length} tokens that the model reads.", "Shorten the prompts.")
+    texts = [
+        {"input_ids": [*prompt, *answer], "labels": [*[IGNORED] * len(prompt), *answer]}
+        for prompt, answer in (ids[index] for index in kept)
+    ]
+    return Encoded(kept, texts, [list(ids[index][0]) for index in kept], 0, length)
+
+
 def stop_ids_of(model: Any, tokenizer: Any, texts: Sequence[dict[str, list[int]]]) -> set[int]:
     """Tokens that end a completion: the model's, the tokenizer's, and the special token the references end with.
 
     The last is the chat template's end of turn, which training teaches whether or not the base's settings name it.
     """
     stops = stop_tokens(model, tokenizer)
-    special = special_tokens(tokenizer)
+    special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
     for row in texts[:1]:
-        stops |= {label for label in row["labels"][_end_of_text(row["labels"], special) :] if label in special}
+        ending = [label for label in row["labels"] if label != IGNORED][-2:]  # some templates end in a line break
+        stops |= {label for label in ending[::-1] if label in special}
     return stops
-
-
-def special_tokens(tokenizer: Any) -> set[int]:
-    """The ids of a tokenizer's special tokens, those that its settings do not name included."""
-    return set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
-
-
-def _end_of_text(labels: Sequence[int], special: set[int]) -> int:
-    """Where the tokens begin that only end a reference: a special one; some templates write a line break behind it."""
-    last = [index for index, label in enumerate(labels) if label != IGNORED][-3:]  # a break is a token or two
-    return next((index for index in last if labels[index] in special), len(labels))
 
 
 def duplicates(train_rows: Sequence[dict], rows: Sequence[dict]) -> dict[str, int]:

@@ -68,6 +68,9 @@ def demo(row: dict, text: str) -> Verdict:
 
 def instructions(row: dict, text: str) -> Verdict:
     """The completion follows every instruction in the row's `checks`: a mapping of names in `CHECKS` to arguments."""
+    _, thought, text = text.rpartition("</think>")
+    if not thought and "<think>" in text:  # cut off before the answer
+        return None
     text = text.strip()
     if not text:
         return None
@@ -150,7 +153,7 @@ def find_verifier(
 
     Args:
         name: one of `NAMES`, or a function. "auto": the demo's own check for its rows, multiple choice for rows with
-            `choices`, instructions for rows with `checks`, tokens for rows marked `base_answer`, `####` where every
+            `choices`, instructions for rows with `checks`, tokens for rows with `ids`, `####` where every
             reference has one, else exact match.
         rows: the evaluated rows.
         source: what to call the rows in errors.
@@ -195,7 +198,7 @@ def _detect(rows: Sequence[dict]) -> str:
         return CHOICE
     if all("checks" in row for row in rows):
         return "instructions"
-    if all("base_answer" in row for row in rows):
+    if all("ids" in row for row in rows):
         return TOKENS
     if all(_gsm8k_number(text_of(row["completion"])) is not None for row in rows):
         return "gsm8k"
