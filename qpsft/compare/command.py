@@ -10,10 +10,10 @@ from qpsft.recipe.flags import Parser, add_flags, option_types, split_flags
 from qpsft.terminal import quiet_libraries, terminal_width
 
 DESCRIPTION = (
-    "Train the same base on the same rows by several methods, with the same number of optimizer steps, and say which to "
-    "take: what each learns in-domain and keeps out of domain, with intervals over seeds. Writes report.html, "
-    "comparison.json and figures to output_dir. Finished runs are kept and reused. RECIPE is a recipe file or its folder; "
-    "any option of qpsft train is a flag."
+    "Train the same base on the same rows by several methods, with the same number of optimizer steps, and say which "
+    "to take: what each learns in-domain and keeps out of domain, with intervals over seeds. Writes report.html, "
+    "comparison.json and figures to output_dir. Finished runs are kept and reused. RECIPE is a recipe file or its "
+    "folder; any option of qpsft train is a flag."
 )
 
 
