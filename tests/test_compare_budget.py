@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from dataclasses import replace
 
 import pytest
 from comparing import RECIPE, FakeRuns, write_recipe
@@ -12,7 +13,18 @@ from comparing import RECIPE, FakeRuns, write_recipe
 from qpsft import cli
 from qpsft.compare import budget, compare, queue, report
 from qpsft.compare.arms import find_arms
-from qpsft.compare.budget import Choice, Costs, Size, choose, estimate, format_duration, ladder, left_out, line
+from qpsft.compare.budget import (
+    Choice,
+    Costs,
+    Size,
+    choose,
+    estimate,
+    format_duration,
+    ladder,
+    left_out,
+    line,
+    measuring_seconds,
+)
 from qpsft.compare.comparison import make_setting, prepare
 from qpsft.compare.options import load_comparison, parse_duration
 from qpsft.compare.verdict import limits
@@ -26,7 +38,7 @@ COSTS = Costs(load=10, step=dict.fromkeys(NAMES, 1.0), measuring=5, row=0.1, spe
 
 def size(rates=0, jobs=1, train=1024):
     own = {arm.name: 0 if arm.rate_of else rates for arm in ARMS}
-    return Size(train, 200, lambda share: round(256 * share), 4, own, jobs)
+    return Size(train, 150, 50, lambda share: round(256 * share), 4, own, jobs)
 
 
 def test_the_estimate_by_hand():
@@ -34,6 +46,7 @@ def test_the_estimate_by_hand():
     run = 10 + 256 + 4 * measuring
     assert estimate(FULL, COSTS, size()) == pytest.approx(60 + 1.15 * (10 + measuring + 30 * run))
     half = Choice(("sft", "psft"), 3, 2, rows=0.5, tests=0.5)
+    assert measuring_seconds(replace(half, samples=False), COSTS, size()) == pytest.approx(5 + 0.1 * 75)
     run = 10 + 128 + 4 * 15
     assert estimate(half, COSTS, size(jobs=2)) == pytest.approx(60 + 1.15 * (10 + 15 + 6 * run) / 2)
     # tuned: 3 rates on 2 seeds, and the third seed at the rate chosen
@@ -43,7 +56,7 @@ def test_the_estimate_by_hand():
 def test_the_ladder_goes_from_all_to_the_least_and_every_step_is_shorter():
     choices = list(ladder(ARMS, FULL, 1024))
     assert choices[0] == FULL
-    assert choices[-1] == Choice(("sft", "psft_visits"), 2, 1, rows=0.125, tests=0.25)
+    assert choices[-1] == Choice(("sft", "psft_visits"), 2, 1, rows=0.125, tests=0.25, samples=False)
     times = [estimate(choice, COSTS, size(rates=4)) for choice in choices]
     assert times == sorted(times, reverse=True)
     assert [choice.seeds for choice in choices] == [5] + [3] * (len(choices) - 2) + [2]  # two seeds are the last resort
@@ -65,6 +78,7 @@ def test_the_first_that_fits_is_chosen_and_what_is_left_out_is_said():
     assert left_out(FULL, choices[-1], size(rates=4)) == [
         "3 of 5 seeds",
         "1 of 2 seeds that rates are chosen on",
+        "samples for pass@k and entropy",
         "arms sft_matched, sft_blocks, dft, psft",
         "training rows: 128 of 1,024 are used",
         "test rows: 25% of each set are used",
@@ -159,7 +173,7 @@ def test_a_comparison_is_cut_to_its_budget(tmp_path, monkeypatch, capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert "budget 13m: about 8m for sft, psft_visits, 3 seeds and 128 rows" in out
     assert limits(found)[0].startswith(
-        "The budget left out: 2 of 5 seeds; arms sft_matched, dft, psft; training rows: "
+        "The budget left out: 2 of 5 seeds; samples for pass@k and entropy; arms sft_matched, dft, psft; training rows: "
     )
     record = json.loads((tmp_path / "comparison/comparison.json").read_text())
     assert record["limits"][0] == limits(found)[0]

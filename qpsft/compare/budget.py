@@ -25,7 +25,7 @@ from qpsft.compare.answer import CONTROL
 from qpsft.compare.arms import Arm, rate_source
 from qpsft.compare.coverage import run_steps
 from qpsft.compare.data import ComparedData
-from qpsft.compare.measure import measure
+from qpsft.compare.measure import Measurement, measure
 from qpsft.compare.options import CompareOptions, parse_duration, rate_grid
 from qpsft.compare.run import RunSpec, Setting, fitting_threads, load_setting, make_run_trainer
 from qpsft.errors import RecipeError
@@ -51,7 +51,7 @@ class Costs:
     Attributes:
         load: of loading the base, which every run does.
         step: arm -> of one optimizer step.
-        measuring: of one measurement, whatever it measures; row: of each test row more.
+        measuring: of one measurement, whatever it measures; row: of each test row and each sample more.
         spent: of reading the rows and of the probe itself.
     """
 
@@ -64,13 +64,16 @@ class Costs:
 
 @dataclass(frozen=True)
 class Choice:
-    """What is compared: `rows` is the share of the training rows, `tests` that of every set that is measured."""
+    """What is compared: `rows` is the share of the training rows, `tests` that of every set that is measured; `samples`
+    whether completions are sampled for pass@k and entropy, which the answer does not need.
+    """
 
     arms: tuple[str, ...]
     seeds: int
     tune_seeds: int
     rows: float = 1.0
     tests: float = 1.0
+    samples: bool = True
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Size:
     """What the time depends on beside `Costs`.
 
     Attributes:
-        train: training rows. tests: test rows of all sets together, samples counted.
+        train: training rows. tests: test rows of all sets together. samples: completions that are sampled.
         steps: share of the training rows -> optimizer steps of a run. measurements: of a run.
         rates: arm -> how many learning rates are tried for it; 0 without tuning, and for those that take another's.
         jobs: runs at a time.
@@ -86,6 +89,7 @@ class Size:
 
     train: int
     tests: int
+    samples: int
     steps: Callable[[float], int]
     measurements: int
     rates: Mapping[str, int]
@@ -100,9 +104,14 @@ def format_duration(seconds: float) -> str:
     return f"{hours}h{minutes}m" if hours and minutes else f"{hours}h" if hours else f"{minutes}m"
 
 
+def measuring_seconds(choice: Choice, costs: Costs, size: Size) -> float:
+    """Seconds of one measurement."""
+    return costs.measuring + costs.row * choice.tests * (size.tests + size.samples * choice.samples)
+
+
 def estimate(choice: Choice, costs: Costs, size: Size) -> float:
     """Seconds that a comparison takes from its start, with `MARGIN` on what is not measured but foreseen."""
-    measuring = costs.measuring + costs.row * size.tests * choice.tests
+    measuring = measuring_seconds(choice, costs, size)
     total = costs.load + measuring  # of the base
     for arm in choice.arms:
         own_rate = choice.seeds if not size.rates[arm] else max(0, choice.seeds - choice.tune_seeds)
@@ -130,6 +139,7 @@ def ladder(arms: Sequence[Arm], full: Choice, train: int) -> Iterator[Choice]:
     methods = [arm.name for arm in arms if not arm.rate_of]
     two = {CONTROL if CONTROL in names else methods[0], methods[-1]}
     yield from cut(seeds=min(full.seeds, ENOUGH_SEEDS), tune_seeds=min(full.tune_seeds, ENOUGH_SEEDS))
+    yield from cut(samples=False)
     yield from cut(tests=0.5)
     yield from cut(arms=tuple(methods))
     yield from cut(tests=0.25)
@@ -168,6 +178,8 @@ def left_out(full: Choice, choice: Choice, size: Size) -> list[str]:
         lines.append(f"{full.seeds - choice.seeds} of {full.seeds} seeds")
     if choice.tune_seeds < full.tune_seeds and any(size.rates.values()):
         lines.append(f"{full.tune_seeds - choice.tune_seeds} of {full.tune_seeds} seeds that rates are chosen on")
+    if full.samples and not choice.samples and size.samples:
+        lines.append("samples for pass@k and entropy")
     if arms := [arm for arm in full.arms if arm not in choice.arms]:
         lines.append(f"{'arm' if len(arms) == 1 else 'arms'} {', '.join(arms)}")
     if choice.rows < full.rows:
@@ -226,7 +238,7 @@ def fit(
     choice, seconds = choose(arms, full, costs, size, budget)
     lines = left_out(full, choice, size)
     steps = ", ".join(f"{name} {costs.step[name]:.2g} s" for name in choice.arms)
-    measuring = costs.measuring + costs.row * size.tests * choice.tests
+    measuring = measuring_seconds(choice, costs, size)
     what = f"{', '.join(choice.arms)}, {choice.seeds} seeds and {round(choice.rows * size.train):,} rows"
     measured = f"measured: a step takes {steps}, a measurement {measuring:.2g} s"
     print(fill(f"budget {options.budget}: about {format_duration(seconds)} for {what} ({measured})"), flush=True)
@@ -242,6 +254,7 @@ def fit(
         eval_rows=_share(max(len(data.in_domain.rows), len(data.validation.rows)), choice.tests),
         out_of_domain_rows=_share(max([len(rows.rows) for rows in data.out_of_domain.values()] or [1]), choice.tests),
         sample_rows=_share(options.sample_rows, choice.tests),
+        k=options.k if choice.samples else 0,
     )
     return Fitted([arm for arm in arms if arm.name in choice.arms], fitted, lines)
 
@@ -257,7 +270,8 @@ def _size(recipe: Recipe, options: CompareOptions, arms: Sequence[Arm], setting:
     known = options.arm_rates or {}
     return Size(
         train=len(rows),
-        tests=_test_rows(setting.data, setting.measurement.sample_rows, setting),
+        tests=_test_rows(setting.data),
+        samples=_samples(setting.data, setting.measurement),
         steps=lambda share: run_steps(trainer, epochs, rows, share),
         measurements=math.ceil(epochs if trainer.max_steps <= 0 else steps / max(1, run_steps(trainer, 1, rows))),
         rates={arm.name: rates if rate_source(arm, arms) == arm.name and arm.name not in known else 0 for arm in arms},
@@ -272,10 +286,12 @@ def _all_rows(options: CompareOptions, data: ComparedData) -> int:
     return len(data.train) + sum(data.counts[name] for name, given in asked.items() if not given and not built_in)
 
 
-def _test_rows(data: ComparedData, sampled: int, setting: Setting) -> int:
-    """Rows of all sets, and the samples drawn for some of them."""
-    samples = min(sampled, len(data.in_domain.rows)) * setting.measurement.k * len(setting.measurement.temperatures)
-    return sum(len(rows.rows) for rows in data.sets().values()) + samples
+def _test_rows(data: ComparedData) -> int:
+    return sum(len(rows.rows) for rows in data.sets().values())
+
+
+def _samples(data: ComparedData, measurement: Measurement) -> int:
+    return min(measurement.sample_rows, len(data.in_domain.rows)) * measurement.k * len(measurement.temperatures)
 
 
 def _kept_costs(path: Path, key: str) -> Costs | None:
@@ -367,7 +383,7 @@ def _time_measurements(setting: Setting, model: Any, tokenizer: Any, clock: Call
             out_of_domain={label: _part(rows, share) for label, rows in setting.data.out_of_domain.items()},
         )
         sampled = replace(setting.measurement, sample_rows=_share(setting.measurement.sample_rows, share))
-        sizes.append(_test_rows(part, sampled.sample_rows, setting))
+        sizes.append(_test_rows(part) + _samples(part, sampled))
         before = clock()
         measure(model, tokenizer, part, sampled)
         times.append(clock() - before)
