@@ -68,13 +68,14 @@ def test_the_first_that_fits_is_chosen_and_what_is_left_out_is_said():
     assert choose(ARMS, FULL, COSTS, size(), 1e6)[0] == FULL
     assert left_out(FULL, FULL, size()) == []
     choices = list(ladder(ARMS, FULL, 1024))
-    for choice, longer in itertools.pairwise(choices[::-1]):
-        seconds = estimate(choice, COSTS, size())
-        found, told = choose(ARMS, FULL, COSTS, size(), seconds)
-        assert told == estimate(found, COSTS, size()) <= seconds
-        if estimate(longer, COSTS, size()) > seconds:
-            assert choices.index(found) <= choices.index(choice)
-            assert choices.index(found) > choices.index(longer)
+    for choice in choices:
+        seconds = estimate(choice, COSTS, size(rates=4))
+        found, told = choose(ARMS, FULL, COSTS, size(rates=4), seconds)
+        assert told == estimate(found, COSTS, size(rates=4)) <= seconds
+        for name, larger in itertools.product(("rows", "arms", "tests", "samples", "seeds"), choices):
+            larger = replace(found, **{name: getattr(larger, name)})  # nothing that was left out would have fitted
+            if estimate(larger, COSTS, size(rates=4)) > told:
+                assert estimate(larger, COSTS, size(rates=4)) > seconds
     assert left_out(FULL, choices[-1], size(rates=4)) == [
         "3 of 5 seeds",
         "1 of 2 seeds that rates are chosen on",
@@ -83,6 +84,13 @@ def test_the_first_that_fits_is_chosen_and_what_is_left_out_is_said():
         "training rows: 128 of 1,024 are used",
         "test rows: 25% of each set are used",
     ]
+
+
+def test_rows_stay_where_only_measuring_is_slow():
+    slow = replace(COSTS, step=dict.fromkeys(NAMES, 0.001), measuring=60, spent=0)
+    least = list(ladder(ARMS, FULL, 1024))[-1]
+    found, _ = choose(ARMS, FULL, slow, size(), estimate(least, slow, size()) + 2)
+    assert found == replace(least, rows=1.0, tune_seeds=2)  # without tuning, which costs nothing
 
 
 def test_a_budget_that_nothing_fits_names_the_least_that_does():
@@ -163,17 +171,18 @@ def prepare_fake(monkeypatch, costs):
 def test_a_comparison_is_cut_to_its_budget(tmp_path, monkeypatch, capsys):
     text = RECIPE.replace("dataset_limit: 16", "dataset_limit: 512").replace("eval_rows: 4", "eval_rows: 16")
     recipe = write_recipe(tmp_path, text)
-    runs, asked = prepare_fake(monkeypatch, Costs(0, dict.fromkeys(NAMES, 1.0), 0, 0, 0))
-    # a run of 512 rows takes 256 steps of a second; of half the rows 128
-    found = compare(recipe, seeds=5, budget="13m")
+    runs, asked = prepare_fake(monkeypatch, Costs(0, dict.fromkeys(NAMES, 1.0), 0, 0.5, 0))
+    # a run of 512 rows takes 256 steps of a second, one of a quarter 64; a measurement half a second a row
+    found = compare(recipe, seeds=5, budget="9m")
     assert asked == [["sft", "sft_matched", "dft", "psft", "psft_visits"]]
     labels = {spec.label for spec in runs.specs}
     assert labels == {"base"} | {f"{kind}-lr2e-3-seed{s}" for kind in ("nll", "psft-4visits") for s in (3, 4, 5)}
     assert found.counts["train"] == 128 and found.counts["in_domain"] == 4
     out = " ".join(capsys.readouterr().out.split())
-    assert "budget 13m: about 8m for sft, psft_visits, 3 seeds and 128 rows" in out
-    assert limits(found)[0].startswith(
-        "The budget left out: 2 of 5 seeds; samples for pass@k and entropy; arms sft_matched, dft, psft; training rows: "
+    assert "budget 9m: about 9m for sft, psft_visits, 3 seeds and 128 rows" in out
+    assert limits(found)[0] == (
+        "The budget left out: 2 of 5 seeds; arms sft_matched, dft, psft; training rows: 128 of 512 are used; "
+        "test rows: 25% of each set are used."
     )
     record = json.loads((tmp_path / "comparison/comparison.json").read_text())
     assert record["limits"][0] == limits(found)[0]

@@ -153,15 +153,17 @@ def ladder(arms: Sequence[Arm], full: Choice, train: int) -> Iterator[Choice]:
 
 
 def choose(arms: Sequence[Arm], full: Choice, costs: Costs, size: Size, budget: float) -> tuple[Choice, float]:
-    """The first choice of the ladder that fits `budget` seconds, and its estimate.
+    """The first choice of the ladder that fits `budget` seconds, filled up with what fits as well, and its estimate.
 
     Raises:
         RecipeError: even the least does not fit; it says what the least takes.
     """
+    cuts: list[Choice] = []
     for choice in ladder(arms, full, size.train):
         seconds = estimate(choice, costs, size)
         if seconds <= budget:
-            return choice, seconds
+            return _filled(choice, cuts, costs, size, budget)
+        cuts.append(choice)
     least = format_duration(seconds)
     rows = round(choice.rows * size.train)
     raise RecipeError(
@@ -169,6 +171,16 @@ def choose(arms: Sequence[Arm], full: Choice, costs: Costs, size: Size, budget: 
         f"{' and '.join(choice.arms)} with {choice.seeds} seeds on {rows:,} rows, takes about {least} on this machine.",
         f"Give --budget {least}, fewer --epochs, or a smaller base.",
     )
+
+
+def _filled(choice: Choice, cuts: Sequence[Choice], costs: Costs, size: Size, budget: float) -> tuple[Choice, float]:
+    """The choice without those cuts, the last first, that gained too little: of rows, where only measuring is slow."""
+    for earlier in reversed(cuts):
+        for name in ("rows", "arms", "tests", "samples", "tune_seeds", "seeds"):
+            larger = replace(choice, **{name: getattr(earlier, name)})
+            if larger.tune_seeds <= larger.seeds and estimate(larger, costs, size) <= budget:
+                choice = larger
+    return choice, estimate(choice, costs, size)
 
 
 def left_out(full: Choice, choice: Choice, size: Size) -> list[str]:
