@@ -66,7 +66,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return f"{config.repo_url}/{kind}/main/{path}{anchor}"
 
     def put_aside(formula: re.Match) -> str:
-        formulas.append(convert((formula["block"] or formula["inline"]).strip(), display="block" if formula["block"] else "inline"))
+        formulas.append(
+            convert((formula["block"] or formula["inline"]).strip(), display="block" if formula["block"] else "inline")
+        )
         return PLACE.format(len(formulas) - 1)
 
     formulas: list[str] = []
