@@ -29,6 +29,7 @@ FENCED = re.compile(r"^ *```.*?^ *```", flags=re.M | re.S)
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)(?P<path>[^)#\s]+)(?P<anchor>#[^)\s]*)?(?=\))")
 FORMULA = re.compile(r"```math\n(?P<block>.*?)```|\$`(?P<inline>[^`]+)`\$", flags=re.S)
 PLACE = "formula-{}-of-this-page"
+WRAPPED = {"block": '<span style="display: block; overflow-x: auto">{}</span>', "inline": "{}"}  # for narrow screens
 log = logging.getLogger("mkdocs.hooks.site")
 
 
@@ -66,9 +67,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return f"{config.repo_url}/{kind}/main/{path}{anchor}"
 
     def put_aside(formula: re.Match) -> str:
-        formulas.append(
-            convert((formula["block"] or formula["inline"]).strip(), display="block" if formula["block"] else "inline")
-        )
+        display = formula.lastgroup
+        formulas.append(WRAPPED[display].format(convert(formula[display].strip(), display=display)))
         return PLACE.format(len(formulas) - 1)
 
     formulas: list[str] = []

@@ -1,4 +1,4 @@
-"""README and the pages behind it: their commands run as they are written, their options exist, their numbers are true."""
+"""README and the pages behind it: commands run as they are written, options exist, numbers are the plan's."""
 
 import json
 import os
