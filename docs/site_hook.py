@@ -39,7 +39,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for page in list(files.documentation_pages()):
         for link in LINK.finditer(Path(page.abs_src_path).read_text(encoding="utf-8")):
             path = _in_repository(page, link["path"])
-            if path.suffix == ".png" and not str(path).startswith(DOCS) and files.get_file_from_path(str(path)) is None:
+            new = not str(path).startswith(DOCS) and files.get_file_from_path(str(path)) is None
+            if path.suffix == ".png" and new and (ROOT / path).exists():
                 files.append(File.generated(config, str(path), abs_src_path=str(ROOT / path)))
     return files
 
