@@ -173,6 +173,11 @@ def test_what_fits_a_card_is_what_the_plan_says(monkeypatch):
     table = re.search(r"<!-- models: made by docs/fits.py -->\n(.*?)\n\n", README, re.DOTALL)[1]
     header, _, *lines = [line.strip("| ").split(" | ") for line in table.splitlines()]
     assert header == list(fits.CARDS.values())
-    assert [line[0] for line in lines] == [model.partition("/")[2] for model in fits.MODELS]
+    names = [model.partition("/")[2] for model in fits.MODELS]
+    assert [line[0] for line in lines] == names + [f"{model.partition('/')[2]}, offloading" for model in fits.OFFLOADED]
     rows = {line[0]: dict(zip(fits.CARDS, line[1:], strict=True)) for line in lines}
-    assert rows["Mistral-7B-Instruct-v0.3"]["12GB"] == fits.both("mistralai/Mistral-7B-Instruct-v0.3", "12GB")
+    for name, model, flags in (
+        ("Mistral-7B-Instruct-v0.3", "mistralai/Mistral-7B-Instruct-v0.3", ()),
+        ("Qwen3-14B, offloading", "Qwen/Qwen3-14B", (fits.OFFLOADING,)),
+    ):
+        assert rows[name]["12GB"] == fits.cell(fits.longest(model, "12GB", *flags))
