@@ -1,4 +1,4 @@
-"""Draws the figures of docs/: what the clip does to one token's gradient, and a real run of each failure.
+"""Draws the figures of README and docs/: what methods keep, the clip's effect on one token, a real run of each failure.
 
     python docs/figures.py                     all of them: five short runs on the embedded base, two minutes
     python docs/figures.py clip                one of them
@@ -7,7 +7,7 @@
 A run is `qpsft train adapters/demo-noisy` with the flags of RUNS and STEPS, on one thread; `good` is the recipe's own.
 Nothing is drawn from a formula: the clip's curves come out of qpsft.psft.losses by autograd, the others out of
 metrics.jsonl. `guard` is the recipe of docs/guard.md with its guard, and with one that only warns: two runs of a few
-minutes.
+minutes. `kept` is read from the committed record KEPT, and takes a second.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import math
 import re
 import tempfile
@@ -40,7 +41,7 @@ RUNS = {
     "epsilon": ["--epsilon=0.005"],
     "dropout": ["--lora_dropout=0.1"],
 }
-FIGURES = ["clip", *RUNS, "guard"]
+FIGURES = ["clip", "kept", *RUNS, "guard"]
 TITLES = {
     "learning_rate": "learning rate 3e-2",
     "k1": "K = 1, one visit",
@@ -71,6 +72,14 @@ SINCE = 16
 """Steps of a block that the figure of the dropout shows."""
 GUARD = HERE / "guard.md"
 GUARDED = {"stop": [], "warn": ["--guard={data: old.jsonl, every: 4, max_new_tokens: 56, action: warn}"]}
+KEPT = HERE.parent / "benchmarks" / "results" / "evidence" / "noisy" / "comparison.json"
+KEPT_ARMS = {
+    "sft": "plain SFT",
+    "dft": "DFT",
+    "psft": "PSFT, as in the paper",
+    "psft_visits": "PSFT with visits",
+}
+"""The arms that README's picture shows, and what it calls them."""
 DPI = 120
 COLOURS = 48
 
@@ -134,6 +143,46 @@ def draw_clip(path: Path) -> None:
     right.annotate("clipped: no gradient", (1.62, 0.0), xytext=(0, 6), textcoords="offset points", ha="center",
                    fontsize=9)  # fmt: skip
     left.legend(loc="center right", bbox_to_anchor=(1.0, 0.27), frameon=False, fontsize=9)
+    save(figure, path)
+
+
+# ---- what was learnt and kept ----
+
+
+def kept_points(record: Path) -> tuple[float, dict[str, tuple[float, float, float, float, int]]]:
+    """The base's out-of-domain accuracy; for each arm in-domain and out-of-domain mean, their sd over seeds, seeds.
+
+    All are of the last epoch, as `comparison.json` has them.
+    """
+    comparison = json.loads(record.read_text(encoding="utf-8"))
+    points = {}
+    for arm in KEPT_ARMS:
+        learnt, kept = (comparison["arms"][arm]["last_epoch"][name] for name in ("in_domain", "out_of_domain"))
+        points[arm] = (learnt["mean"], kept["mean"], learnt["sd"], kept["sd"], kept["n"])
+    return comparison["base"]["out_of_domain"], points
+
+
+def draw_kept(record: Path, path: Path) -> None:
+    """Kept against learnt: a point for each method, its standard deviations as a cross, the base as a line."""
+    from qpsft.compare.figures import STYLES
+
+    base, points = kept_points(record)
+    figure, (axes,) = new_figure(1, width=7.0, height=3.9)
+    axes.axhline(base, color="0.3", linewidth=1.2, linestyle=(0, (4, 3)))
+    axes.annotate("the base, before any training", (0.0, base), xycoords=("axes fraction", "data"), xytext=(6, -13),
+                  textcoords="offset points", fontsize=9, color="0.3")  # fmt: skip
+    for arm, (learnt, kept, learnt_sd, kept_sd, _) in points.items():
+        style = {name: STYLES[arm][name] for name in ("color", "marker")} | {
+            "linestyle": "none",
+            "label": KEPT_ARMS[arm],
+        }
+        axes.errorbar(learnt, kept, xerr=learnt_sd, yerr=kept_sd, markersize=10, elinewidth=1, capsize=2, **style)
+    axes.legend(loc="lower right", frameon=False, fontsize=10)
+    seeds = min(point[-1] for point in points.values())
+    axes.set(xlim=(0.55, 1.0), ylim=(0, 1))
+    axes.set_xlabel("learnt: share right of the new task")
+    axes.set_ylabel("kept: share right of the old tasks")
+    axes.set_title(f"a 0.5M model, demonstrations 30 % wrong; mean ± sd of {seeds} seeds", fontsize=10)
     save(figure, path)
 
 
@@ -301,6 +350,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if "clip" in wanted:
         draw_clip(options.output / "clip.png")
+    if "kept" in wanted:
+        draw_kept(KEPT, options.output / "kept.png")
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.runs or Path(temporary)
         for name in wanted:
@@ -308,7 +359,7 @@ def main() -> None:
                 draw_good(log_of("good", folder), options.output / "good.png")
             elif name == "guard":
                 draw_guard(*(guarded_run(run, folder / "guard") for run in GUARDED), options.output / "guard.png")
-            elif name != "clip":
+            elif name not in ("clip", "kept"):
                 draw_failure(name, log_of("good", folder), log_of(name, folder), options.output / f"{name}.png")
 
 

@@ -1,6 +1,6 @@
-"""The tables of README that say what fits which card, as `qpsft plan` counts it.
+"""The tables of README and docs/memory.md that say what fits which card, as `qpsft plan` counts it.
 
-    python docs/fits.py                  plan every model for every card and renew the tables
+    python docs/fits.py                  plan every model for every card and renew the tables: most of an hour
     python docs/fits.py --table rank32   only that table, or `models`
     python docs/fits.py --print          only print them
 
@@ -13,10 +13,12 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+HERE = Path(__file__).resolve().parent
+PAGES = {"models": HERE.parent / "README.md", "rank32": HERE / "memory.md"}
+OFFLOADING = "--activation_offloading"
 MODELS = (
     "Qwen/Qwen2.5-0.5B-Instruct",
     "meta-llama/Llama-3.2-3B-Instruct",
@@ -31,9 +33,11 @@ MODELS = (
 CARDS = {"8GB": "8 GB", "12GB": "12 GB", "T4": "T4 (15 GB)", "16GB": "16 GB", "24GB": "24 GB"}
 
 LLAMA = "meta-llama/Llama-3.1-8B-Instruct"
+OFFLOADED = (LLAMA, "Qwen/Qwen3-14B")
+"""Shown with activation offloading too; planning it takes minutes a cell."""
 SETTINGS = {
     "qpsft, defaults": (),
-    "with `activation_offloading: true`": ("--activation_offloading",),
+    "with `activation_offloading: true`": (OFFLOADING,),
 }
 PUBLISHED = {
     "Unsloth, plain SFT, published": (2972, 21848, 40724, 78475),
@@ -53,14 +57,14 @@ def longest(model: str, card: str, *flags: str) -> int | None:
     return make_plan(load_recipe(None, flags, PlannedConfig), card=find_card(card)).max_length
 
 
-def row(name: str, lengths: list[int | None]) -> str:
-    """A line of a table; None: it does not fit."""
-    line = f"| {name} | {' | '.join(map(cell, lengths))} |"
+def row(name: str, cells: Iterable[str]) -> str:
+    line = f"| {name} | {' | '.join(cells)} |"
     print(line, file=sys.stderr, flush=True)
     return line
 
 
 def cell(length: int | None) -> str:
+    """None: it does not fit."""
     return "–" if length is None else f"{length:,}"
 
 
@@ -71,15 +75,19 @@ def header(columns: list[str]) -> list[str]:
 def models_table() -> str:
     lines = header([*CARDS.values()])
     for model in MODELS:
-        lines.append(row(model.partition("/")[2], [longest(model, card) for card in CARDS]))
+        lines.append(row(model.partition("/")[2], [cell(longest(model, card)) for card in CARDS]))
+    for model in OFFLOADED:
+        name = f"{model.partition('/')[2]}, offloading"
+        lines.append(row(name, [cell(longest(model, card, OFFLOADING)) for card in CARDS]))
     return "\n".join(lines)
 
 
 def rank_32_table() -> str:
     lines = header([CARDS[card] for card in RANK_32_CARDS])
     for name, flags in SETTINGS.items():
-        lines.append(row(name, [longest(LLAMA, card, "--lora_r=32", *flags) for card in RANK_32_CARDS]))
-    return "\n".join([*lines, *(row(name, list(lengths)) for name, lengths in PUBLISHED.items())])
+        lengths = [longest(LLAMA, card, "--lora_r=32", *flags) for card in RANK_32_CARDS]
+        lines.append(row(name, map(cell, lengths)))
+    return "\n".join([*lines, *(row(name, map(cell, lengths)) for name, lengths in PUBLISHED.items())])
 
 
 TABLES: dict[str, Callable[[], str]] = {"models": models_table, "rank32": rank_32_table}
@@ -88,7 +96,7 @@ TABLES: dict[str, Callable[[], str]] = {"models": models_table, "rank32": rank_3
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", choices=list(TABLES), help="only this one")
-    parser.add_argument("--print", action="store_true", help="leave README as it is")
+    parser.add_argument("--print", action="store_true", help="leave the pages as they are")
     options = parser.parse_args()
     for name in [options.table] if options.table else TABLES:
         made = TABLES[name]()
@@ -96,7 +104,8 @@ def main() -> int:
             print(made)
             continue
         place = re.compile(rf"(?<=<!-- {name}: made by docs/fits.py -->\n).*?(?=\n\n)", flags=re.S)
-        README.write_text(place.sub(lambda _, made=made: made, README.read_text(encoding="utf-8")), encoding="utf-8")
+        page = PAGES[name]
+        page.write_text(place.sub(lambda _, made=made: made, page.read_text(encoding="utf-8")), encoding="utf-8")
     return 0
 
 

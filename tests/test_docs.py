@@ -4,11 +4,13 @@ import importlib.util
 import re
 import sys
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 import torch
+import yaml
 from markdown import (
     ROOT,
     anchors,
@@ -24,6 +26,7 @@ from markdown import (
 )
 from noise_study import NoiseOptions
 
+import qpsft
 from qpsft import cli
 from qpsft.compare.options import CompareOptions
 from qpsft.psft.config import PSFTConfig
@@ -250,15 +253,70 @@ def test_a_drifted_link_is_seen_and_renewed(tmp_path):
     )
 
 
+# ---- the site ----
+
+
+def nav() -> list[str]:
+    """The pages that docs/mkdocs.yml names, in their order."""
+    text = (ROOT / "docs" / "mkdocs.yml").read_text(encoding="utf-8")
+    entries = yaml.safe_load(re.search(r"^nav:\n.*?\n\n", text, flags=re.M | re.S)[0])["nav"]
+    pages = []
+    while entries:
+        entry = entries.pop(0)
+        below = list(entry.values())[0] if isinstance(entry, dict) else entry
+        entries = [*below, *entries] if isinstance(below, list) else entries
+        pages += [below] if isinstance(below, str) else []
+    return pages
+
+
+def test_the_site_names_every_page():
+    """index.md is README."""
+    assert sorted(nav()) == sorted(["index.md", *(path.name for path in (ROOT / "docs").glob("*.md"))])
+
+
+def test_the_reference_has_every_public_name():
+    named = re.findall(
+        r"^::: (\S+)(?:\n    options:\n      heading: (\S+))?", text_of(ROOT / "docs/python.md"), flags=re.M
+    )
+    functions = {
+        "qpsft.merge.merge_adapter",
+        "qpsft.compare.compare",
+        "qpsft.evaluate.evaluate",
+        "qpsft.plan.make_plan",
+    }
+    assert {heading or name for name, heading in named} == {f"qpsft.{name}" for name in qpsft.__all__} | functions
+    for name, heading in named:
+        if heading:
+            module, _, attribute = name.rpartition(".")
+            package, _, public = heading.rpartition(".")
+            assert getattr(import_module(module), attribute) is getattr(import_module(package), public)
+
+
 # ---- figures ----
 
 
 def test_every_figure_is_shown_and_small():
-    shown = {target for path in (ROOT / "docs").glob("*.md") for target in links(text_of(path)) if "img/" in target}
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    shown = {target.removeprefix("docs/") for path in pages for target in links(text_of(path)) if "img/" in target}
     files = {f"img/{path.name}": path.stat().st_size for path in (ROOT / "docs" / "img").glob("*.png")}
     assert shown == set(files) and max(files.values()) <= IMAGE_BYTES
     figures = load_script("figures")
     assert {f"img/{name}.png" for name in figures.FIGURES} == set(files)
+
+
+def test_what_was_kept_is_drawn_from_the_record(tmp_path):
+    figures = load_script("figures")
+    base, points = figures.kept_points(figures.KEPT)
+    table = text_of(ROOT / "docs" / "evidence.md")
+    assert f"| base | | .000 | {base:.3f} |".replace("0.", ".") in table
+    for arm, (learnt, kept, learnt_sd, kept_sd, seeds) in points.items():
+        (line,) = re.findall(
+            rf"^\| `{arm}`[^|]*\| \de-3 \| .* \| [\d.]+ ± \.\d+ \| .*$", table.partition("## Clean")[0], re.M
+        )
+        cells = [f"{mean:.3f} ± {sd:.3f}".replace("0.", ".") for mean, sd in ((learnt, learnt_sd), (kept, kept_sd))]
+        assert [cell.strip("* ") for cell in line.split("|")[3:5]] == cells and seeds == 5
+    figures.draw_kept(figures.KEPT, tmp_path / "kept.png")
+    assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_clip_is_drawn_from_the_losses():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from bitsandbytes import functional
 from datasets import Dataset
+from planned_runs import planned
 from small_runs import Recorder, make_config, policy
 from tiny_models import save_tiny_model
 
@@ -143,7 +144,15 @@ def narrow_head(monkeypatch):
 
 
 def real_peaks(
-    folder: Path, out: Path, *, rows: int, length: int, dtype: str, checkpointing: bool, fused: bool = False
+    folder: Path,
+    out: Path,
+    *,
+    rows: int,
+    length: int,
+    dtype: str,
+    checkpointing: bool,
+    fused: bool = False,
+    base_kl: float = 0.0,
 ) -> dict[str, int]:
     """Bytes above the weights, gradients and optimizer state at the peak of a micro-batch and of a reference pass."""
     base, tokenizer = load_base(folder, dtype=dtype, verbose=False)
@@ -159,6 +168,7 @@ def real_peaks(
             bf16=dtype == "bfloat16",
             gradient_checkpointing=checkpointing,
             fused_lora=fused,
+            base_kl=base_kl,
             train_sampling_strategy="sequential",
         ),
         train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
@@ -183,7 +193,14 @@ def real_peaks(
 
 
 def planned_peaks(
-    folder: Path, *, rows: int, length: int, dtype: str, checkpointing: bool, fused: bool = False
+    folder: Path,
+    *,
+    rows: int,
+    length: int,
+    dtype: str,
+    checkpointing: bool,
+    fused: bool = False,
+    base_kl: float = 0.0,
 ) -> dict[str, int]:
     compute = getattr(torch, dtype)
     target = Target("cpu", (8, 0), None if dtype == "float32" else compute, fused_lora=fused)
@@ -198,6 +215,7 @@ def planned_peaks(
         Batch(2 * rows, length, False),
         checkpointing=1 if checkpointing else None,
         offloading=False,
+        base_kl=base_kl > 0,
     )
     # the reference's 16-bit copies take the place of the policy's, which the meter has not seen coming
     return {"training_step": found.training.peak, "score": found.scoring + found.training.copies}
@@ -228,6 +246,29 @@ def test_activations_are_those_of_real_steps(
         assert planned[name] == pytest.approx(real[name], rel=0.01), name
     off = planned_peaks(folder, **{**settings, "length": length + 16})
     assert off["training_step"] > 1.05 * real["training_step"]  # so 1 % means something
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_divergence_from_the_base_is_counted(tmp_path, narrow_head, dtype):
+    folder = save_tiny_model(
+        tmp_path / "base", "llama", pad_token_id=0, max_position_embeddings=256, **WIDE | {"vocab_size": 20_000}
+    )
+    settings = dict(rows=2, length=128, dtype=dtype, checkpointing=True, base_kl=0.1)
+    real = real_peaks(folder, tmp_path / "out", **settings)
+    planned = planned_peaks(folder, **settings)
+    assert planned["training_step"] == pytest.approx(real["training_step"], rel=0.02)
+    without = planned_peaks(folder, **settings | {"base_kl": 0.0})
+    assert without["training_step"] < 0.9 * real["training_step"]
+
+
+def test_the_base_s_hidden_states_are_held_and_scored():
+    """16 rows of 512 tokens and 256 states of two bytes each; the base's pass runs where the loss has no other."""
+    parts = [
+        planned("--loss_type=nll", "--max_length=512", *more, gpu_bytes=24 * 2**30).parts
+        for more in ([], ["--base_kl=0.1"])
+    ]
+    assert parts[1]["batch"] - parts[0]["batch"] == 16 * 512 * 256 * 2
+    assert parts[0]["scoring pass"] == 0 < parts[1]["scoring pass"]
 
 
 def test_a_model_of_a_few_layers_stands_for_all():

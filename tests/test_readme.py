@@ -1,4 +1,4 @@
-"""README's promises that a machine can check: its commands run as they are written, its options and its tree exist."""
+"""README and the pages behind it: commands run as they are written, options exist, numbers are the plan's."""
 
 import json
 import os
@@ -20,6 +20,11 @@ from qpsft.recipe.arguments import DataArguments, LoraArguments, ModelArguments,
 from qpsft.recipe.flags import option_types
 
 README = text_of(ROOT / "README.md")
+PAGES = {name: text_of(ROOT / name) for name in (
+    "README.md", "docs/install.md", "docs/training.md", "docs/export.md", "docs/memory.md", "docs/python.md",
+)}  # fmt: skip
+"""Documents whose blocks are run, in this order and in one folder."""
+LONGEST_README = 150
 OPTIONS = option_types((ModelArguments, LoraArguments, DataArguments, RunArguments, PSFTConfig))
 BY_CI = ("pip install -c constraints.txt . && qpsft demo", "pip install -c constraints.txt -e '.[test]' && pytest")
 """Lines that .ci/run runs word for word, before and after this test."""
@@ -28,34 +33,39 @@ SMALLER = {
     "compare": ["--max_steps=2", "--seeds=1", "--eval_rows=4", "--out_of_domain_rows=2", "--k=0", "--arms=sft,psft"],
     "evaluate": ["--limit=2", "--k=1", "--max_new_tokens=8"],
 }
-"""Added to commands so that they take seconds; everything else is as the README has it."""
+"""Added to commands so that they take seconds; everything else is as the pages have it."""
 PROMISED = ("adapter_model.safetensors", "tokenizer.json", "README.md", "metrics.jsonl", "training.png", "recipe.yaml")
-"""What the README says a run's folder holds."""
+"""What docs/training.md says a run's folder holds."""
 
 
-def shell_blocks() -> list[Block]:
-    return blocks(README, "bash", "sh", "console")
+def shell_blocks(*pages: str) -> list[Block]:
+    return [block for page in pages or PAGES for block in blocks(PAGES[page], "bash", "sh", "console")]
 
 
-def test_its_two_commands_are_the_ones_ci_runs():
+def test_readme_is_short():
+    assert len(README.splitlines()) <= LONGEST_README
+
+
+def test_readmes_two_commands_are_the_ones_ci_runs():
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    lines = [line for block in shell_blocks() for line in command_lines(block.text)]
+    lines = [line for block in shell_blocks("README.md") for line in command_lines(block.text)]
     for line in BY_CI:
         assert line in lines
         assert line.replace("pip install", "pip install -q") in ci
 
 
-def test_marks_say_what_a_block_needs():
-    marks = re.findall(r"<!-- test: (.*?) -->", README)
+@pytest.mark.parametrize("page", PAGES)
+def test_marks_say_what_a_block_needs(page):
+    marks = re.findall(r"<!-- test: (.*?) -->", PAGES[page])
     assert all(mark.startswith("needs ") for mark in marks), marks
-    assert len(marks) == sum(bool(block.mark) for block in blocks(README)), "a mark stands before no fence"
+    assert len(marks) == sum(bool(block.mark) for block in blocks(PAGES[page])), "a mark stands before no fence"
 
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
-    """A folder as the README's reader has it: the repository's recipes, a recipe of his own, rows, and a test set.
+    """A folder as README's reader has it: the repository's recipes, a recipe of his own, rows, and a test set.
 
-    The recipe is the README's, word for word but for the base, which needs no download.
+    The recipe is README's, word for word but for the base, which needs no download.
     """
     folder = tmp_path_factory.mktemp("workshop")
     for name in ("adapters", "benchmarks", "docs"):
@@ -99,7 +109,7 @@ def has_converter() -> bool:
 
 @pytest.mark.journey
 @pytest.mark.filterwarnings("ignore")
-def test_its_shell_blocks_run_in_order(workshop, monkeypatch):
+def test_the_shell_blocks_run_in_order(workshop, monkeypatch):
     """Every line of every block without a mark, as written (see SMALLER), one after the other in one folder."""
     monkeypatch.chdir(workshop)
     ran = []
@@ -110,20 +120,20 @@ def test_its_shell_blocks_run_in_order(workshop, monkeypatch):
                 continue
             run_line(line)
             ran.append(line)
-    assert len(ran) >= 5, ran
+    assert len(ran) >= 10, ran
     assert all((workshop / "runs" / "mine" / name).is_file() for name in PROMISED)
     assert (workshop / "runs" / "mine-merged" / "config.json").is_file()
 
 
 @pytest.mark.journey
 @pytest.mark.filterwarnings("ignore")
-def test_its_python_blocks_run(workshop, monkeypatch):
+def test_the_python_blocks_run(workshop, monkeypatch):
     """As written, but for the base."""
     from datasets import Dataset
 
     monkeypatch.chdir(workshop)
     torch.manual_seed(0)
-    written = blocks(README, "python")
+    written = [block for text in PAGES.values() for block in blocks(text, "python")]
     assert written
     for number, block in enumerate(written):
         if block.mark:
@@ -131,20 +141,23 @@ def test_its_python_blocks_run(workshop, monkeypatch):
         code = re.sub(r'load_base\("[^"]+"\)', 'load_base("demo", verbose=False)', block.text)
         code = code.replace("runs/mine", f"runs/python-{number}")
         rows = [json.loads(line) for line in (workshop / "my" / "rows.jsonl").read_text().splitlines()[:16]]
-        exec(compile(code, "README.md", "exec"), {"rows": Dataset.from_list(rows)})
+        exec(compile(code, "docs/python.md", "exec"), {"rows": Dataset.from_list(rows)})
 
 
-def test_every_option_in_its_recipes_and_tables_exists():
-    for block in blocks(README, "yaml"):
-        for name in re.findall(r"^\s*(\w+):", block.text, flags=re.M):
-            assert name in OPTIONS, name
-    for name, default in re.findall(r"^\| `(\w+)` \| (\S+) \|", README, flags=re.M):
-        if name in OPTIONS:
-            assert float(default) == float(getattr(PSFTConfig, name)), name
+def test_every_option_in_recipes_and_tables_exists():
+    named, defaults = set(), {}
+    for text in PAGES.values():
+        for block in blocks(text, "yaml"):
+            named |= set(re.findall(r"^\s*(\w+):", block.text, flags=re.M))
+        defaults |= dict(re.findall(r"^\| `(\w+)` \| ([\d.e-]+) \|", text, flags=re.M))
+    assert {"model_name_or_path", "guard"} <= named <= set(OPTIONS), named - set(OPTIONS)
+    assert {"epsilon", "reference_steps", "learning_rate"} <= set(defaults)
+    for name, default in defaults.items():
+        assert float(default) == float(getattr(PSFTConfig, name)), name
 
 
-def test_its_tree_names_what_is_there():
-    tree = re.search(r"```text\nqpsft/\n(.*?)```", README, flags=re.S)[1]
+def test_the_tree_names_what_is_there():
+    tree = re.search(r"```text\nqpsft/\n(.*?)```", text_of(ROOT / "CONTRIBUTING.md"), flags=re.S)[1]
     named = set(re.findall(r"(?<![\w/])(\w+\.py|\w+/)(?=[ \n])", tree))
     modules = {p.name for p in (ROOT / "qpsft").glob("*.py")} - {"__init__.py", "__main__.py"}
     packages = {f"{p.name}/" for p in (ROOT / "qpsft").iterdir() if (p / "__init__.py").is_file()}
@@ -160,7 +173,11 @@ def test_what_fits_a_card_is_what_the_plan_says(monkeypatch):
     table = re.search(r"<!-- models: made by docs/fits.py -->\n(.*?)\n\n", README, re.DOTALL)[1]
     header, _, *lines = [line.strip("| ").split(" | ") for line in table.splitlines()]
     assert header == list(fits.CARDS.values())
-    assert [line[0] for line in lines] == [model.partition("/")[2] for model in fits.MODELS]
+    names = [model.partition("/")[2] for model in fits.MODELS]
+    assert [line[0] for line in lines] == names + [f"{model.partition('/')[2]}, offloading" for model in fits.OFFLOADED]
     rows = {line[0]: dict(zip(fits.CARDS, line[1:], strict=True)) for line in lines}
-    planned = fits.longest("mistralai/Mistral-7B-Instruct-v0.3", "12GB")
-    assert rows["Mistral-7B-Instruct-v0.3"]["12GB"] == fits.cell(planned)
+    for name, model, flags in (
+        ("Mistral-7B-Instruct-v0.3", "mistralai/Mistral-7B-Instruct-v0.3", ()),
+        ("Qwen3-14B, offloading", "Qwen/Qwen3-14B", (fits.OFFLOADING,)),
+    ):
+        assert rows[name]["12GB"] == fits.cell(fits.longest(model, "12GB", *flags))

@@ -85,14 +85,19 @@ class Passes:
         self._models: dict[int, PeftModel] = {}
 
     def measure(
-        self, batch: Batch, score_batch: Batch | None, *, checkpointing: int | None, offloading: bool
+        self,
+        batch: Batch,
+        score_batch: Batch | None,
+        *,
+        checkpointing: int | None,
+        offloading: bool,
+        base_kl: bool = False,
     ) -> Activations:
         """Args: as in `training_bytes`; `score_batch` None: no scoring pass."""
+        options = {"checkpointing": checkpointing, "offloading": offloading, "base_kl": base_kl}
 
         def train(layers: int) -> TrainingBytes:
-            return training_bytes(
-                self._model(layers), batch, self._target, checkpointing=checkpointing, offloading=offloading
-            )
+            return training_bytes(self._model(layers), batch, self._target, **options)
 
         def score(layers: int) -> int:
             return scoring_bytes(self._model(layers), score_batch, self._target)

@@ -92,6 +92,7 @@ class Planner:
             for tiled in (False, True)
         }
         self.layers = self._passes[False].layers
+        self._hidden_bytes = shape.config.get_text_config().hidden_size * self.dtype.itemsize
         self._optimizers: dict[tuple, OptimizerBytes] = {}
         self._measured: dict[tuple, Activations] = {}
         self._why_unknown = ""
@@ -116,10 +117,11 @@ class Planner:
         score_batch = self._score_batch(args, batch) if _scores(args) else None
         every, notes = _checkpointing(args)
         tiled = args.tiled_mlp and is_tiled(batch.length)
-        activations = self._activations(batch, score_batch, tiled, every, args.activation_offloading)
+        way = (every, args.activation_offloading, bool(args.base_kl))
+        activations = self._activations(batch, score_batch, tiled, *way)
         if tiled:  # the longest rows that are not, 4,095 tokens, may need more
             length = min(batch.length, 2 * TILE - 1)
-            shorter = self._activations(*_of(length, batch, score_batch), False, every, args.activation_offloading)
+            shorter = self._activations(*_of(length, batch, score_batch), False, *way)
             training = max(activations.training, shorter.training, key=lambda training: training.peak)
             scoring = max(activations.scoring, shorter.scoring)
             activations = dataclasses.replace(activations, training=training, scoring=scoring)
@@ -144,7 +146,7 @@ class Planner:
             reference=self._reference(args),
             accumulates=args.gradient_accumulation_steps > 1,
             processes=self.processes,
-            window_bytes=_window_bytes(args, batch),
+            window_bytes=_window_bytes(args, batch, self._hidden_bytes),
             layers=self.layers,
         )
         return Measured(add_up(self.weights, optimizer, activations, settings), activations, optimizer, notes)
@@ -155,19 +157,19 @@ class Planner:
         return memory.peak + memory.margin
 
     def _activations(
-        self, batch: Batch, score_batch: Batch | None, tiled: bool, every: int | None, offloading: bool
+        self, batch: Batch, score_batch: Batch | None, tiled: bool, every: int | None, offloading: bool, base_kl: bool
     ) -> Activations:
         if batch.length > FAR:
-            settings = (tiled, every, offloading)
+            settings = (tiled, every, offloading, base_kl)
             lengths = (FAR // 4, FAR // 2, FAR)
             near, middle, far = (self._activations(*_of(n, batch, score_batch), *settings) for n in lengths)
             if far.known and _close(in_line(near, middle, far.batch, far.score_batch), far):
                 return in_line(middle, far, batch, score_batch)
-        key = (batch, score_batch, tiled, every, offloading)
+        key = (batch, score_batch, tiled, every, offloading, base_kl)
         if key not in self._measured:
             try:
                 self._measured[key] = self._passes[tiled].measure(
-                    batch, score_batch, checkpointing=every, offloading=offloading
+                    batch, score_batch, checkpointing=every, offloading=offloading, base_kl=base_kl
                 )
             except Exception as error:  # any architecture's own code runs here, and all else is counted exactly
                 self._why_unknown = one_line(error)
@@ -220,6 +222,8 @@ def _close(one: Activations, other: Activations) -> bool:
 
 
 def _scores(args: Any) -> bool:
+    if args.needs_base:
+        return True
     return args.takes_snapshots and (args.reference_steps > 1 or args.num_iterations > 1)
 
 
@@ -232,11 +236,16 @@ def _checkpointing(args: Any) -> tuple[int | None, list[str]]:
     return settings.get("every_n_layers", 1), []
 
 
-def _window_bytes(args: Any, batch: Batch) -> int:
-    """Three int64 tensors per row of the window, and its old log-probabilities: a block's, where they are kept."""
+def _window_bytes(args: Any, batch: Batch, hidden_bytes: int) -> int:
+    """Three int64 tensors a row; old log-probabilities, a block's where they are kept; the base's hidden states.
+
+    Args:
+        hidden_bytes: of a token's last hidden state.
+    """
     tokens = batch.rows * batch.length * args.gradient_accumulation_steps
     kept = args.reference_steps if args.num_iterations > 1 else 1
-    return 3 * 8 * tokens + (4 * tokens * kept if args.takes_snapshots else 0)
+    per_token = 3 * 8 + (4 * kept if args.takes_snapshots else 0) + (hidden_bytes if args.base_kl else 0)
+    return per_token * tokens
 
 
 def _adapter_options(recipe: Recipe) -> LoraArguments:

@@ -19,6 +19,7 @@ from qpsft.model.lora_linear import fused_lora_linears
 from qpsft.plan.kernels import AsOnTarget, Target, dequantizes, kernel_workspace
 from qpsft.plan.live_bytes import LiveBytes, cuda_block
 from qpsft.plan.lm_head import logprobs
+from qpsft.psft.lm_head import LMHead, kl_to_base, logit_scale
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -72,7 +73,13 @@ class TrainingBytes:
 
 
 def training_bytes(
-    model: PeftModel, batch: Batch, target: Target, *, checkpointing: int | None, offloading: bool
+    model: PeftModel,
+    batch: Batch,
+    target: Target,
+    *,
+    checkpointing: int | None,
+    offloading: bool,
+    base_kl: bool = False,
 ) -> TrainingBytes:
     """Runs a micro-batch forward and backward.
 
@@ -82,6 +89,7 @@ def training_bytes(
         target: the device.
         checkpointing: every so many layers are recomputed in the backward; None: none.
         offloading: TRL's `activation_offloading`.
+        base_kl: the loss has the divergence from the base.
     """
     live, mode, host = _tracker(target), AsOnTarget(target, batch.masked), _Offloading(offloading, model)
     _set_checkpointing(model, checkpointing)
@@ -94,7 +102,7 @@ def training_bytes(
         live.mark()
 
     with _fused(model, target) as copies, _autocast(target, mode), live, mode, host.hooks():
-        loss = _forward(model, batch, target, lambda hidden: mark("layers"), lambda grad: mark("head")).sum()
+        loss = _forward(model, batch, target, lambda hidden: mark("layers"), lambda grad: mark("head"), base_kl)
         before = live.now
         mode.forward_done()
         casts = before - live.now
@@ -139,8 +147,9 @@ def _forward(
     target: Target,
     layers_done: Callable[[Tensor], None] | None = None,
     head_done: Callable[[Tensor], None] | None = None,
+    base_kl: bool = False,
 ) -> Tensor:
-    """Log-probabilities (rows, length - 1), the way TRL's fused LM head makes them."""
+    """The sum of log-probabilities, the way TRL's fused LM head makes them, and of the divergence from the base."""
     base = model.get_base_model()
     ids = torch.zeros(batch.rows, batch.length, dtype=torch.long, device="meta")
     mask = {"attention_mask": torch.ones_like(ids)} if batch.masked else {}
@@ -148,8 +157,15 @@ def _forward(
     if head_done is not None:
         hidden.register_hook(head_done)
         layers_done(hidden)
-    softcap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
-    return logprobs(hidden, base.get_output_embeddings(), target, softcap)
+    config, head = base.config.get_text_config(), base.get_output_embeddings()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    total = logprobs(hidden, head, target, softcap).sum()
+    if not base_kl:
+        return total
+    bias = getattr(head, "bias", None)
+    lm_head = LMHead(head.weight, bias, logit_scale(config), softcap, target.autocast or hidden.dtype)
+    supervised = hidden[:, :-1].flatten(0, 1)
+    return total + kl_to_base(supervised, lm_head, supervised.detach(), lm_head)
 
 
 @contextlib.contextmanager

@@ -115,7 +115,8 @@ class ReferencePolicy:
         included; one row at least), in the mode (train or eval) the model is in.
 
         Args:
-            batches, token_budget: as in `qpsft.psft.scoring.passes`.
+            batches: `input_ids`, `attention_mask` and `labels`, each (batch, sequence), and what else the model takes.
+            token_budget: None: the batches as they are.
 
         Returns:
             One tensor per batch: (batch, sequence - 1), float32, 0 where the label is -100; on the model's device.
@@ -204,7 +205,8 @@ class BasePolicy:
         """Log-probabilities of the supervised labels under the base.
 
         Args:
-            batches, token_budget: as in `qpsft.psft.scoring.passes`.
+            batches: `input_ids`, `attention_mask` and `labels`, each (batch, sequence), and what else the model takes.
+            token_budget: None: the batches as they are.
 
         Returns: for each batch a tensor per row: (supervised tokens of the row,), float32, on the model's device.
         """
@@ -214,7 +216,8 @@ class BasePolicy:
         """The base's hidden states from which the supervised labels are predicted, and its LM head.
 
         Args:
-            batches, token_budget: as in `qpsft.psft.scoring.passes`.
+            batches: `input_ids`, `attention_mask` and `labels`, each (batch, sequence), and what else the model takes.
+            token_budget: None: the batches as they are.
 
         Returns: for each batch (supervised tokens, hidden size), row after row, in the dtype the model computes in.
         """

@@ -80,9 +80,11 @@ class PSFTTrainer(SFTTrainer):
             train_dataset may be what `qpsft.data.mix.mixed` makes of several.
 
     Raises:
-        RecipeError: settings that cannot work together. DataError: rows that cannot be used. While training:
-        DivergedError, a loss or gradient that is not finite, with step and rows; TrainingError, nothing was learned
-        (`qpsft.psft.movement`); OutputError, a checkpoint that cannot be written.
+        RecipeError: settings that cannot work together.
+        DataError: rows that cannot be used.
+        DivergedError: while training, a loss or gradient that is not finite, with step and rows.
+        TrainingError: nothing was learned (`qpsft.psft.movement`).
+        OutputError: a checkpoint that cannot be written.
     """
 
     _tag_names = ["trl", "sft", "psft", "qpsft"]

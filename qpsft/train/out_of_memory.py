@@ -34,8 +34,8 @@ def out_of_memory(error: RuntimeError, step: int, plan: MemoryPlan | None, check
     smaller = plan.within(int(LESS * plan.needed_bytes)) if plan is not None and plan.complete else None
     if smaller is None:
         advice = (
-            "Lower max_length or per_device_train_batch_size; `qpsft plan` shows what takes how much, and README's "
-            '"When memory runs out" what to try in which order.'
+            "Lower max_length or per_device_train_batch_size; `qpsft plan` shows what takes how much, and "
+            "docs/memory.md what to try in which order."
         )
     else:
         before, after = gib(plan.needed_bytes), gib(smaller.needed)
