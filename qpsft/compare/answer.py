@@ -159,7 +159,7 @@ def _trade(comparison: Comparison, best: Rival) -> str:
         f"Take `{CONTROL}` to learn the most, or {_named(comparison, best.name)} where keeping counts more: it "
         f"{_keeps(best)} at equal in-domain {_score(comparison)} "
         f"({amount(best.kept, _unit(comparison, 'out_of_domain'))} out of domain, {best.kept.n} seeds), but ends "
-        f"{amount(best.learnt, unit)} in-domain from it."
+        f"{amount(best.learnt, unit).lstrip('−')} worse in-domain."
     )
 
 
