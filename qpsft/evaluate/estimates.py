@@ -65,8 +65,8 @@ def ratio(numerators: np.ndarray, denominators: np.ndarray, weights: np.ndarray)
 def paired_difference(before: np.ndarray, after: np.ndarray) -> Estimate:
     """Mean of after - before over rows that both answered, with its 95 % interval by Bonett and Price (2012).
 
-    For the interval two rows are added, one that got worse by 1 and one that got better by 1: a bootstrap or a t interval
-    of rows none of which differ has no width, however few they are.
+    For the interval two rows are added, one that got worse by 1 and one that got better by 1: a bootstrap or a t
+    interval of rows none of which differ has no width, however few they are.
 
     Args:
         before, after: (rows,) scores in [0, 1].

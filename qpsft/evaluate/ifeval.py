@@ -1,4 +1,4 @@
-"""IFEval: prompts with instructions that a program can check, answered greedily, judged by the harness's own checker."""
+"""IFEval: prompts with instructions that a program can check, answered greedily, judged by the harness's checker."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ replaced, so that a local copy gives the same numbers.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,12 @@ BENCHMARKS = {
 def benchmark_of(task: str) -> str | None:
     """The key of `BENCHMARKS` whose data a task uses."""
     return next((name for name, benchmark in BENCHMARKS.items() if task in benchmark.tasks or task == name), None)
+
+
+def used_by(tasks: Iterable[str], task_data: Mapping[str, Path]) -> dict[str, Path]:
+    """Those of the local copies that some tasks use, by task or by benchmark."""
+    names = {name for task in tasks for name in (task, benchmark_of(task))}
+    return {name: path for name, path in task_data.items() if name in names}
 
 
 def parse_task_data(pairs: list[str]) -> dict[str, Path]:
