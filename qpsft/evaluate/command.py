@@ -17,8 +17,8 @@ DESCRIPTION = (
     "Measure an adapter on its 4-bit base, or a model: likelihood of references, accuracy and pass@k of completions, "
     "entropy, and drift from the base; and public benchmarks by lm-evaluation-harness. Prints a table with 95 % "
     "intervals; docs/metrics.md defines every number. With --keep, the gate before publishing, the base and the tuned "
-    "model answer the same questions; a skill is LOST if its score fell by more than --max_drop, KEPT if the whole 95 % "
-    "interval of the difference is inside that, else UNSURE (too few rows). Exit code 1: something is LOST."
+    "model answer the same questions; a skill is LOST if its score fell by more than --max_drop, KEPT if the whole "
+    "95 % interval of the difference is inside that, else UNSURE (too few rows). Exit code 1: something is LOST."
 )
 
 

@@ -255,7 +255,7 @@ def judge(gate: Gate, base_name: str, base: Mapping[str, np.ndarray], tuned: Map
     notes = []
     if gate.left_out:
         notes.append(
-            f"IFEval: {gate.left_out} of its prompts are left out. They are checked with NLTK's punkt_tab, which is not "
+            f"IFEval: {gate.left_out} of its prompts are left out. Checking them takes NLTK's punkt_tab, which is not "
             "here and could not be downloaded (python -m nltk.downloader punkt_tab)."
         )
     return Kept(max_drop, base_name, skills, notes)
@@ -269,9 +269,7 @@ def verdict_on(base: float, difference: Estimate, rows: int, max_drop: float) ->
     """
     drop = -difference.value
     if drop > max_drop + ROUNDING:
-        chance = (
-            f"{rows} rows do not rule out chance, with an interval up to {difference.high:+.3f}; more rows would tell."
-        )
+        chance = f"the interval reaches {difference.high:+.3f}, so {rows} rows do not rule out chance; more would."
         return LOST, chance if difference.high > -max_drop else ""
     if base <= max_drop:
         return UNSURE, f"the base itself scores {base:.3f}, so a drop of {max_drop:g} could not show."

@@ -182,7 +182,7 @@ def _prepare_gate(options: EvaluationOptions, task_data: dict[str, Path]) -> Gat
     base = base_name_of(options.model, options.base)
     if base is None:
         raise DataError(
-            f"{options.model} is a whole model, with no adapter to switch off, so --keep has nothing to compare it with.",
+            f"--keep has nothing to compare {options.model} with: it is a whole model, with no adapter to switch off.",
             "Give the model that it was tuned from: --base MODEL.",
         )
     return Gate.prepare(options, task_data, is_demo=base == DEMO)
