@@ -241,13 +241,15 @@ def test_a_copy_that_is_not_the_tasks_data_says_what_is_wrong(model_and_tokenize
 
 def test_multiple_choice_from_one_file_in_either_columns(model_and_tokenizer, tmp_path):
     model, tokenizer = model_and_tokenizer
-    plain = [{"query": f"Question: {row['question']}", "choices": list(NAMES), "gold": 2} for row in ARC]
+    plain = [{"query": f"Question: {row['question']}", "choices": list(NAMES), "gold": i} for i, row in enumerate(ARC)]
     for task, question, prompt in (
         ("arc_easy", "question", "Question: {}\nAnswer:"),
         ("openbookqa", "question_stem", "{}"),
     ):
-        right = [likeliest(model, tokenizer, prompt.format(row["question"]), NAMES) == 2 for row in ARC]
-        hub = [{question: row["question"]} | {name: row[name] for name in ("choices", "answerKey")} for row in ARC]
+        right = [likeliest(model, tokenizer, prompt.format(row["question"]), NAMES) == i for i, row in enumerate(ARC)]
+        hub = [
+            {question: row["question"], "choices": row["choices"], "answerKey": "ABCD"[i]} for i, row in enumerate(ARC)
+        ]
         for name, rows in (("plain", plain), ("hub", hub)):
             file = write_rows(tmp_path / task, rows, name) / f"{name}.jsonl"
             found = run_tasks(model, tokenizer, [task], task_data={task: file}, samples=True)[task]
