@@ -126,7 +126,12 @@ def test_too_few_rows_are_said_and_do_not_fail(zero, tmp_path, capsys):
 def test_a_whole_model_is_compared_with_the_base_that_is_named(destroyed, tmp_path, capsys):
     merged = merge_by_hand(destroyed, tmp_path / "merged")
     assert run(merged, "--keep") == 2
-    assert "Give the model that it was tuned from: --base MODEL." in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert "not an adapter's folder" in said and "the one that it was tuned from: --base MODEL." in said
+    for model, base in ((tmp_path / "gone", "demo"), ("demo", tmp_path / "gone")):
+        assert run(model, "--keep", "--base", base) == 2
+        captured = capsys.readouterr()
+        assert "asking" not in captured.out and str(tmp_path / "gone") in " ".join(captured.err.split())
     code, record = gate(merged, tmp_path / "a.json", "--base", "demo", "--limit", 20)
     assert code == 1 and record["skills"]["styles"]["verdict"] == LOST and record["skills"]["styles"]["base"] > 0.8
     code, record = gate("demo", tmp_path / "a.json", "--base", "demo", "--limit", 60)

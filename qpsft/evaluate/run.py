@@ -37,7 +37,7 @@ from qpsft.evaluate.verifiers import text_of
 from qpsft.files import write_atomically
 from qpsft.model.adapter import adapter_off
 from qpsft.model.base import load_base
-from qpsft.model.folder import DEMO
+from qpsft.model.folder import DEMO, resolve_folder
 from qpsft.recipe.arguments import DataArguments
 from qpsft.recipe.sources import mix_sources
 from qpsft.terminal import wrap
@@ -172,7 +172,7 @@ def _read_inputs(options: EvaluationOptions) -> _Inputs:
             f"Its skills are {', '.join(gate.skills)}.",
         )
     sets = list(_data_sets(names, arguments, options))
-    train_rows = _train_rows(options, recipe, arguments)
+    train_rows = _train_rows(options, recipe, arguments) if names or options.tasks else None
     if options.json is not None:
         _check_writable(Path(options.json))
     return _Inputs(arguments, sets, train_rows, of_tasks, gate)
@@ -182,9 +182,12 @@ def _prepare_gate(options: EvaluationOptions, task_data: dict[str, Path]) -> Gat
     base = base_name_of(options.model, options.base)
     if base is None:
         raise DataError(
-            f"--keep has nothing to compare {options.model} with: it is a whole model, with no adapter to switch off.",
-            "Give the model that it was tuned from: --base MODEL.",
+            f"{options.model} is not an adapter's folder, so --keep has no base to compare it with.",
+            "Check the path; of a whole model, give the one that it was tuned from: --base MODEL.",
         )
+    if not is_adapter(options.model):  # one is measured before the other is loaded, which may take hours
+        for name in (options.model, options.base):
+            resolve_folder(name)
     return Gate.prepare(options, task_data, is_demo=base == DEMO)
 
 
