@@ -208,6 +208,26 @@ def test_prompts_that_need_punkt_are_left_out_only_without_it(monkeypatch):
     assert all(row in without for row in others)
 
 
+def test_the_hub_s_rows_of_ifeval_are_checked_like_the_file_s(stories, monkeypatch):
+    """The Hub's have every argument of every check, None where it is not that check's."""
+    import datasets
+
+    pytest.importorskip("lm_eval")
+    (local, *_), _ = ifeval.ifeval_rows(shared_path("data/ifeval"), 1)
+    names = {name for kwargs in local["kwargs"] for name in kwargs} | {"letter"}
+    hub = local | {"kwargs": [dict.fromkeys(names) | kwargs for kwargs in local["kwargs"]]}
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda name, split: {("google/IFEval", "train"): datasets.Dataset.from_list([hub])}[name, split],
+    )
+    (row,), _ = ifeval.ifeval_rows(None)
+    assert row["kwargs"] != local["kwargs"]
+    model, tokenizer = load_base(stories, device="cpu", verbose=False)
+    found, expected = (ifeval.follow_instructions(model, tokenizer, [one], max_new_tokens=5) for one in (row, local))
+    assert found == expected and len(found[0]["inst_level_strict_acc"]) == len(local["instruction_id_list"]) > 1
+
+
 def test_instructions_are_checked_on_greedy_answers(stories):
     pytest.importorskip("lm_eval")
     model, tokenizer = load_base(stories, device="cpu", verbose=False)
