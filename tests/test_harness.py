@@ -130,6 +130,13 @@ def test_truthfulqa_generation_and_ifeval_run_from_local_files(model_and_tokeniz
     assert first["prompt_level_strict_acc"] is False  # twelve tokens are no 300 words
 
 
+def test_outside_of_a_repository_git_says_nothing(model_and_tokenizer, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    file = write_rows(tmp_path, ARC, "rows") / "rows.jsonl"
+    run_tasks(*model_and_tokenizer, ["arc_easy"], task_data={"arc_easy": file})
+    assert "git" not in capfd.readouterr().err
+
+
 def test_a_length_cap_beyond_the_model_is_one_sentence(model_and_tokenizer):
     ifeval = shared_path("data/ifeval")
     with pytest.raises(DataError, match="less than model's maximum sequence length .*smaller --max_new_tokens"):

@@ -72,7 +72,7 @@ def run_tasks(
     manager = _manager()
     was_training = model.training
     try:
-        with _quiet():
+        with _quiet(), _without_git():
             language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
             with explained(names, task_data):
                 sources = [_task(name, task_data, manager) for name in names]
@@ -139,6 +139,19 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _without_git() -> Iterator[None]:
+    """The harness asks git for the commit of the current folder, and git complains on the terminal where it is none."""
+    from lm_eval import evaluator
+
+    asks = evaluator.get_git_commit_hash
+    evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = asks
 
 
 def _expand(tasks: Sequence[str], task_data: Mapping[str, Path]) -> list[str]:
