@@ -223,7 +223,10 @@ class Kept:
 
     def said(self) -> list[str]:
         """What is to be known of the numbers, one sentence each."""
-        return [*self.notes, *(f"{skill.title}: {skill.note}" for skill in self.skills.values() if skill.note)]
+        titles: dict[str, list[str]] = {}
+        for skill in self.skills.values():
+            titles.setdefault(skill.note, []).append(skill.title)
+        return [*self.notes, *(f"{_listed(names)}: {note}" for note, names in titles.items() if note)]
 
     def table(self) -> str:
         """For the terminal: the table, the notes and the answer."""
@@ -272,7 +275,7 @@ def verdict_on(base: float, difference: Estimate, rows: int, max_drop: float) ->
         chance = f"the interval reaches {difference.high:+.3f}, so {rows} rows do not rule out chance; more would."
         return LOST, chance if difference.high > -max_drop else ""
     if base <= max_drop:
-        return UNSURE, f"the base itself scores {base:.3f}, so a drop of {max_drop:g} could not show."
+        return UNSURE, f"the base itself scores {base:.3f} on these {rows} rows, so such a fall could not show."
     if difference.low > -max_drop:
         return KEPT, ""
     return UNSURE, few_rows(rows, max_drop)
