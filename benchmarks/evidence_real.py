@@ -170,12 +170,11 @@ def _measure_base(study: Study, run: Run) -> dict[str, Any]:
 
 def _base_point(study: Study, run: Run, model: Any, tokenizer: Any) -> dict[str, Any]:
     """The base as a point of its own; its answers are sampled before the first."""
-    from evidence_real_parts import Sizes, hub_copies, sample_answers
+    from evidence_real_parts import Sizes, sample_answers
 
     data, sizes = Path(study.data), Sizes(**study.measured)
     if not study.answers.is_file():
         sample_answers(model, tokenizer, data, sizes, study.answers)
-    hub_copies(data, Path(study.output) / "tasks")
     return {"epoch": 0, "step": 0, "metrics": _measure(study, run.part, model, tokenizer, is_last=True)}
 
 
@@ -198,7 +197,7 @@ def _measure(study: Study, part_name: str, model: Any, tokenizer: Any, *, is_las
         if sizes.ifeval:
             metrics |= parts.ifeval(model, tokenizer, data, sizes)
         if sizes.truthfulqa or sizes.choices:
-            metrics |= parts.choices(model, tokenizer, data, sizes, Path(study.output) / "tasks")
+            metrics |= parts.choices(model, tokenizer, data, sizes)
     return {name: float(f"{value:.6g}") for name, value in metrics.items()}
 
 

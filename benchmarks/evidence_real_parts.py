@@ -21,9 +21,10 @@ from bitsandbytes.functional import dequantize_4bit
 from torch import nn
 
 from qpsft.evaluate.harness import run_tasks
+from qpsft.evaluate.ifeval import follow_instructions, ifeval_rows
+from qpsft.evaluate.keep import SKILLS
 from qpsft.evaluate.likelihood import row_sums
 from qpsft.evaluate.rows import as_rows, encode
-from qpsft.evaluate.task_data import BENCHMARKS
 from qpsft.evaluate.verifiers import VERIFIERS
 from qpsft.files import write_atomically
 from qpsft.model.adapter import has_adapter
@@ -36,8 +37,7 @@ OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 ASK_EQUATION = "{question}\nAnswer with the equation only."
 ASK_SENTENCES = "{question}\nExplain how you find the answer in full sentences."
 EQUATION_TOKENS, SOLUTION_TOKENS, SENTENCES_TOKENS = 40, 256, 160
-NEEDS_PUNKT = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
-CHOICES = {"truthfulqa_mc1": "acc", "truthfulqa_mc2": "acc", "arc_easy": "acc", "openbookqa": "acc_norm"}
+CHOICES = {task: skill.metric for task, skill in SKILLS.items() if task != "ifeval"}
 """Task of the harness -> its usual metric."""
 TASKS = ("ifeval", *CHOICES)
 TEXTS = ("mt_bench", "user")
@@ -304,62 +304,31 @@ def probe(model: Any, tokenizer: Any, data: Path, rows: int) -> dict[str, float]
     return {"probe_words": _mean([len(text.split()) for text in written]), "probe_right": _mean(right)}
 
 
-def ifeval_rows(data: Path, limit: int) -> list[Row]:
-    """IFEval's first rows; where NLTK's sentence data are not here, of those that can be checked without."""
-    import nltk
-
-    rows = BENCHMARKS["ifeval"].read(data / "ifeval")["train"]
-    try:
-        nltk.data.find("tokenizers/punkt_tab")
-    except LookupError:
-        rows = [row for row in rows if not NEEDS_PUNKT & set(row["instruction_id_list"])]
-    return rows[:limit]
-
-
 def ifeval(model: Any, tokenizer: Any, data: Path, sizes: Sizes) -> dict[str, float]:
     """Prompts all of whose instructions are followed, strictly, by the harness's own checker: `ifeval`."""
-    from langdetect import DetectorFactory
-    from lm_eval.tasks.ifeval.utils import process_results
-
-    DetectorFactory.seed = 0  # else it guesses languages by chance
-    rows = ifeval_rows(data, sizes.ifeval)
-    prompts = [[{"role": "user", "content": row["prompt"]}] for row in rows]
-    written = greedy_completions(model, tokenizer, prompts, max_new_tokens=sizes.ifeval_tokens)
-    checked = [process_results(row, [text]) for row, text in zip(rows, written, strict=True)]
+    rows, _ = ifeval_rows(data / "ifeval", sizes.ifeval)
+    checked = follow_instructions(model, tokenizer, rows, max_new_tokens=sizes.ifeval_tokens)
     return {
         "ifeval": _mean([one["prompt_level_strict_acc"] for one in checked]),
         "ifeval_instructions": _mean([right for one in checked for right in one["inst_level_strict_acc"]]),
     }
 
 
-def choices(model: Any, tokenizer: Any, data: Path, sizes: Sizes, folder: Path) -> dict[str, float]:
-    """Multiple choice by the harness; `folder` has `hub_copies`' files."""
-    paths = {"truthfulqa": data / "truthfulqa", "arc_easy": folder / "arc_easy", "openbookqa": folder / "openbookqa"}
+def choices(model: Any, tokenizer: Any, data: Path, sizes: Sizes) -> dict[str, float]:
+    """Multiple choice by the harness."""
+    files = {
+        "truthfulqa": data / "truthfulqa",
+        "arc_easy": data / "arc/arc_easy.jsonl",
+        "openbookqa": data / "openbookqa/openbook_qa.jsonl",
+    }
     measured = {}
     for names, limit in ((("truthfulqa",), sizes.truthfulqa), (("arc_easy", "openbookqa"), sizes.choices)):
         if limit:
             tasks = [task for task in CHOICES if task.startswith(names)]
-            own = {name: paths[name] for name in names}
+            own = {name: files[name] for name in names}
             done = run_tasks(model, tokenizer, tasks, task_data=own, limit=limit, batch_size=sizes.batch)
             measured |= {task: done[task]["metrics"][CHOICES[task]].value for task in tasks}
     return measured
-
-
-def hub_copies(data: Path, folder: Path) -> None:
-    """ARC-easy and OpenBookQA in the columns and splits that the harness's tasks read from the Hub."""
-    for task, source, column in (
-        ("arc_easy", "arc/arc_easy.jsonl", "question"),
-        ("openbookqa", "openbookqa/openbook_qa.jsonl", "question_stem"),
-    ):
-        lines = []
-        for row in read_lines(data / source):
-            labels = [str(number) for number in range(len(row["choices"]))]
-            choice = {"text": row["choices"], "label": labels}
-            question = row["query"].removeprefix("Question: ")
-            lines.append(json.dumps({column: question, "choices": choice, "answerKey": str(row["gold"])}) + "\n")
-        (folder / task).mkdir(parents=True, exist_ok=True)
-        for split, kept in (("train", lines[:1]), ("validation", lines[:1]), ("test", lines)):
-            write_atomically(folder / task / f"{split}.jsonl", "".join(kept))
 
 
 def kept(metrics: dict[str, float], base: dict[str, float]) -> dict[str, float]:

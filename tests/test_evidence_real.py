@@ -203,7 +203,7 @@ def model(tmp_path_factory):
     """A random model that reads bytes and has a chat template."""
     tokenizer = byte_tokenizer(CHATML)
     tokenizer.eos_token = "<|im_end|>"
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": len(tokenizer)}
+    small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": len(tokenizer)}
     folder = save_tiny_model(tmp_path_factory.mktemp("model"), max_position_embeddings=4096, **small)
     for file in folder.glob("tokenizer*"):
         file.unlink()

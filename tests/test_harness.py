@@ -130,6 +130,13 @@ def test_truthfulqa_generation_and_ifeval_run_from_local_files(model_and_tokeniz
     assert first["prompt_level_strict_acc"] is False  # twelve tokens are no 300 words
 
 
+def test_outside_of_a_repository_git_says_nothing(model_and_tokenizer, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    file = write_rows(tmp_path, ARC, "rows") / "rows.jsonl"
+    run_tasks(*model_and_tokenizer, ["arc_easy"], task_data={"arc_easy": file})
+    assert "git" not in capfd.readouterr().err
+
+
 def test_a_length_cap_beyond_the_model_is_one_sentence(model_and_tokenizer):
     ifeval = shared_path("data/ifeval")
     with pytest.raises(DataError, match="less than model's maximum sequence length .*smaller --max_new_tokens"):
@@ -234,7 +241,36 @@ def test_a_copy_that_is_not_the_tasks_data_says_what_is_wrong(model_and_tokenize
         write_rows(tmp_path / "one", ARC, "test"), "--task_data arc_easy: .*no split 'train'.*a file for each split"
     )
     refused(write_rows(tmp_path / "other", [{"a": 1}], "train", "test"), "'question' is undefined.*same columns")
-    refused(tmp_path / "one" / "test.jsonl", "test.jsonl is a file, .* is a folder")
+    with pytest.raises(DataError, match="test.jsonl is a file, .* is a folder"):
+        file = tmp_path / "one" / "test.jsonl"
+        run_tasks(*model_and_tokenizer, ["mmlu_anatomy"], task_data={"mmlu_anatomy": file})
+
+
+def test_multiple_choice_from_one_file_in_either_columns(model_and_tokenizer, tmp_path):
+    model, tokenizer = model_and_tokenizer
+    plain = [{"query": f"Question: {row['question']}", "choices": list(NAMES), "gold": i} for i, row in enumerate(ARC)]
+    for task, question, prompt in (
+        ("arc_easy", "question", "Question: {}\nAnswer:"),
+        ("openbookqa", "question_stem", "{}"),
+    ):
+        right = [likeliest(model, tokenizer, prompt.format(row["question"]), NAMES) == i for i, row in enumerate(ARC)]
+        hub = [
+            {question: row["question"], "choices": row["choices"], "answerKey": "ABCD"[i]} for i, row in enumerate(ARC)
+        ]
+        for name, rows in (("plain", plain), ("hub", hub)):
+            file = write_rows(tmp_path / task, rows, name) / f"{name}.jsonl"
+            found = run_tasks(model, tokenizer, [task], task_data={task: file}, samples=True)[task]
+            assert found["rows"] == 4 and found["metrics"]["acc"].value == np.mean(right)
+            assert found["samples"][0]["arguments"][0][0] == prompt.format(ARC[0]["question"])
+    assert 0 < np.mean(right) < 1
+    with pytest.raises(DataError, match="test rows only, and --num_fewshot needs worked examples"):
+        run_tasks(
+            model, tokenizer, ["arc_easy"], task_data={"arc_easy": tmp_path / "arc_easy/hub.jsonl"}, num_fewshot=1
+        )
+    for gold in (4, -1, "C"):
+        write_rows(tmp_path / "wrong", [plain[0], plain[1] | {"gold": gold}], "test")
+        with pytest.raises(DataError, match="test.jsonl, row 2: choices must be"):
+            run_tasks(model, tokenizer, ["arc_easy"], task_data={"arc_easy": tmp_path / "wrong/test.jsonl"})
 
 
 def test_a_group_takes_no_copy_and_says_what_does(model_and_tokenizer, tmp_path, monkeypatch):

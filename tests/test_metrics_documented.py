@@ -14,6 +14,7 @@ from test_guard import write_rows
 from qpsft import cli
 from qpsft.compare import compare
 from qpsft.data import built_in
+from qpsft.evaluate import keep
 from qpsft.recipe.arguments import DataArguments, GuardArguments
 from qpsft.train.guard import Guard
 from qpsft.train.guard_set import GuardSet, load_guard_set
@@ -84,6 +85,16 @@ def test_everything_that_evaluate_writes_is_defined(tmp_path):
     assert metrics == defined("## Measured by `qpsft evaluate`") - set(record["data"]) - VERIFIERS
     written = {re.sub(r"@\d+", "@k", name) for name in keys(record, "data")}
     assert written <= code_names(section(METRICS, "## Measured by `qpsft evaluate`"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_everything_that_the_gate_writes_is_defined(tmp_path):
+    adapter, target = make_adapter(tmp_path / "adapter"), tmp_path / "numbers.json"
+    cli.main(["evaluate", str(adapter), "--keep", "--limit", "2", "--json", str(target)])
+    text = section(METRICS, "## Kept, by `qpsft evaluate --keep`")
+    record = json.loads(target.read_text())["keep"]
+    assert {"difference", "verdict", "low", "max_drop", "set_b"} <= keys(record) <= code_names(text)
+    assert {name for skill in keep.SKILLS.items() for name in (skill[0], skill[1].metric)} <= code_names(text)
 
 
 VERIFIERS = {"exact", "last_number", "gsm8k", "math_verify", "choice", "instructions", "tokens", "demo"}

@@ -227,7 +227,7 @@ def test_the_command_line_in_two_processes(base, rows, tmp_path, capsys):
     assert code == 0, stderr[-3000:]
     assert cli.main(flags(base, rows, one, "--gradient_accumulation_steps=2")) == 0
     alone = capsys.readouterr().out
-    for said in ("data: ", "base: ", "trained 6 steps", "next:"):
+    for said in ("data: ", "base: ", "trained 6 steps", "next:", "--keep"):
         assert stdout.count(said) == alone.count(said) == 1, said
     assert stderr.count("warning: With num_iterations = 2") == 1
     assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}

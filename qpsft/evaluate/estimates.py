@@ -8,6 +8,7 @@ import numpy as np
 
 RESAMPLES = 1000
 LEVEL = 0.95
+TWO_SIDED_95 = 1.96
 
 
 @dataclass(frozen=True)
@@ -59,3 +60,19 @@ def ratio(numerators: np.ndarray, denominators: np.ndarray, weights: np.ndarray)
     tail = (1.0 - LEVEL) / 2.0
     low, high = np.quantile(means, [tail, 1.0 - tail])
     return Estimate(float(numerators.sum() / denominators.sum()), float(low), float(high))
+
+
+def paired_difference(before: np.ndarray, after: np.ndarray) -> Estimate:
+    """Mean of after - before over rows that both answered, with its 95 % interval by Bonett and Price (2012).
+
+    For the interval two rows are added, one that got worse by 1 and one that got better by 1: a bootstrap or a t
+    interval of rows none of which differ has no width, however few they are.
+
+    Args:
+        before, after: (rows,) scores in [0, 1].
+    """
+    differences = np.asarray(after, dtype=float) - np.asarray(before, dtype=float)
+    widened = np.append(differences, [1.0, -1.0])
+    half_width = TWO_SIDED_95 * widened.std() / np.sqrt(len(widened))
+    low, high = np.clip([widened.mean() - half_width, widened.mean() + half_width], -1.0, 1.0)
+    return Estimate(float(differences.mean()), float(low), float(high))

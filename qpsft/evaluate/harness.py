@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 
 from qpsft.errors import DataError
-from qpsft.evaluate.estimates import Estimate, bootstrap_weights, ratio
+from qpsft.evaluate.estimates import TWO_SIDED_95, Estimate, bootstrap_weights, ratio
 from qpsft.evaluate.task_data import BENCHMARKS, SPLITS, benchmark_of, copy_of_hub, local_rows
 
-TWO_SIDED_95 = 1.96
 SAME_VALUE = 1e-9
 NAMES_SHOWN = 5
 FOR_GROUPS = (
@@ -73,9 +72,9 @@ def run_tasks(
     manager = _manager()
     was_training = model.training
     try:
-        with _quiet():
+        with _quiet(), _without_git():
             language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-            with _explained(names, task_data):
+            with explained(names, task_data):
                 sources = [_task(name, task_data, manager) for name in names]
                 results = simple_evaluate(
                     language_model,
@@ -117,11 +116,17 @@ def _manager() -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise DataError(
-            "Benchmarks run through lm-evaluation-harness, which is not installed.", "pip install 'lm-eval[ifeval]'"
-        ) from error
+        raise not_installed() from error
     with _quiet():
         return TaskManager()
+
+
+def not_installed() -> DataError:
+    """The harness, or what IFEval needs beside it, cannot be imported."""
+    return DataError(
+        "Benchmarks run through lm-evaluation-harness, which is not installed.",
+        "pip install '.[eval]' in qpsft's folder, or pip install 'lm-eval[ifeval]'.",
+    )
 
 
 @contextlib.contextmanager
@@ -134,6 +139,19 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _without_git() -> Iterator[None]:
+    """The harness asks git for the commit of the current folder, and git complains on the terminal where it is none."""
+    from lm_eval import evaluator
+
+    asks = evaluator.get_git_commit_hash
+    evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = asks
 
 
 def _expand(tasks: Sequence[str], task_data: Mapping[str, Path]) -> list[str]:
@@ -175,7 +193,7 @@ def _task(name: str, task_data: Mapping[str, Path], manager: Any) -> Any:
         # A dict given to `TaskManager.load` would be a whole new task, not this one with another source.
         return manager._factory.build(manager.task_index[name], overrides=source, registry=manager.task_index)
 
-    if benchmark is None:
+    if benchmark is None or (path.is_dir() and BENCHMARKS[benchmark].is_one_file):
         with _copy_explained(name, path):
             return build(copy_of_hub(path))
     return build({"custom_dataset": local_rows(benchmark, path), "dataset_kwargs": {}})
@@ -203,7 +221,7 @@ def _is_group(name: str, manager: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _explained(names: Sequence[str], task_data: Mapping[str, Path]) -> Iterator[None]:
+def explained(names: Sequence[str], task_data: Mapping[str, Path]) -> Iterator[None]:
     """Turns the libraries' exceptions about data they cannot read into DataErrors that say what to do."""
     from datasets.exceptions import DatasetsError
 
@@ -216,6 +234,11 @@ def _explained(names: Sequence[str], task_data: Mapping[str, Path]) -> Iterator[
             raise
         raise _unreachable(names, task_data, error) from error
     except AssertionError as error:
+        if "no documents available" in str(error):
+            raise DataError(
+                "The local rows are test rows only, and --num_fewshot needs worked examples.",
+                "Give a folder like the Hub data set, with train.jsonl too, or leave --num_fewshot out.",
+            ) from error
         if "max tokens to generate" not in str(error):
             raise
         raise DataError(str(error), "Give a smaller --max_new_tokens.") from error

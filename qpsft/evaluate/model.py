@@ -50,10 +50,10 @@ def load_evaluated(
         BaseModelError: as `load_base` and `AdapterFolder.base_folder`, or an option does not go with `name`.
     """
     folder = Path(name).expanduser()
-    if not (folder / ADAPTER_CONFIG).exists():
+    if not is_adapter(name):
         if base is not None:
             raise BaseModelError(f"--base is given, but {folder} is not an adapter's folder.", "Leave --base out.")
-        quantization = quantization or ("none" if is_merged(folder) else "nf4")
+        quantization = quantization or usual_quantization(folder)
         return load_base(name, quantization=quantization, dtype=dtype, device=device, verbose=False)
     if quantization is not None:
         raise BaseModelError(
@@ -68,6 +68,11 @@ def load_evaluated(
     if here != dtype_named(trained_in):
         compute_in(model, here)
     return adapter.put_on(model), adapter.tokenizer(base_folder)
+
+
+def usual_quantization(folder: Path) -> str:
+    """Of a whole model where nobody says: nf4, and none for a merged one, which must be what was merged."""
+    return "none" if is_merged(folder) else "nf4"
 
 
 def dtype_here(trained: str, config: Mapping[str, Any], device: torch.device) -> torch.dtype:
@@ -109,6 +114,21 @@ def describe_evaluated(model: Any) -> str:
 def is_merged(folder: Path) -> bool:
     """Whether `qpsft merge` wrote the folder."""
     return (folder / MERGE_REPORT).exists()
+
+
+def is_adapter(name: str) -> bool:
+    """Whether it is the folder of an adapter, and not of a whole model."""
+    return (Path(name).expanduser() / ADAPTER_CONFIG).exists()
+
+
+def base_name_of(name: str, base: str | None) -> str | None:
+    """What a model's base is called: `base` if it is given, else as the adapter says; None for a whole model."""
+    if base is not None or not is_adapter(name):
+        return base
+    adapter = AdapterFolder(name)
+    if adapter.has_record:
+        return adapter.record.base_model_name_or_path
+    return adapter.settings.get("base_model_name_or_path")
 
 
 def trained_options(folder: Path) -> dict[str, Any]:

@@ -28,6 +28,14 @@ class EvaluationOptions(LoadOptions):
         [], "public benchmarks by lm-evaluation-harness: gsm8k truthfulqa_mc1 ifeval mmlu arc_easy …", metavar="TASK"
     )
     task_data: list[str] = option([], "local copies of benchmarks: gsm8k=FOLDER truthfulqa=FILE …", metavar="NAME=PATH")
+    keep: bool | list[str] = option(
+        False,
+        "the gate before publishing: is it still as good as its base at ifeval, truthfulqa_mc1, truthfulqa_mc2, "
+        "arc_easy and openbookqa, or at those named? Exit code 1: one fell by more than --max_drop. A whole model "
+        "needs --base too",
+        metavar="SKILL",
+    )
+    max_drop: float = option(0.05, "of --keep: how far a score may fall, 0.05 being five points of accuracy", least=0)
     limit: int | None = option(None, "only the first N rows of each data set and task", least=1)
     seed: int = option(0, "seed of the samples and the bootstrap", least=0)
     k: int = option(8, "completions sampled per prompt, for pass@k; 0: greedy only", least=0)
@@ -55,7 +63,12 @@ class EvaluationOptions(LoadOptions):
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.keep == []:
+            self.keep = True
         if not self.data and self.train_data and not self.tasks:
             raise DataError("--train_data is given without --data.", "Name what to evaluate on.")
-        if self.task_data and not self.tasks:
-            raise DataError("--task_data is given without --tasks.", "Name the tasks, such as --tasks gsm8k.")
+        if self.task_data and not self.tasks and not self.keep:
+            raise DataError(
+                "--task_data is given without --tasks or --keep.",
+                "Name the tasks, such as --tasks gsm8k, or add --keep.",
+            )

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qpsft import __version__
 from qpsft.data import built_in
 from qpsft.data.read import BUILT_IN
@@ -18,12 +20,24 @@ from qpsft.errors import DataError, OutputError
 from qpsft.evaluate.estimates import Estimate
 from qpsft.evaluate.evaluation import MAX_NEW_TOKENS, Evaluation, evaluate
 from qpsft.evaluate.harness import check_tasks, run_tasks
-from qpsft.evaluate.model import describe_evaluated, load_evaluated, prompt_arguments, trained_options
+from qpsft.evaluate.keep import Gate, Kept, judge
+from qpsft.evaluate.model import (
+    base_name_of,
+    describe_evaluated,
+    is_adapter,
+    load_evaluated,
+    prompt_arguments,
+    trained_options,
+    usual_quantization,
+)
 from qpsft.evaluate.options import EvaluationOptions
 from qpsft.evaluate.rows import INSTRUCTION_CHECKS, as_rows, instruction_checks, load_evaluation_rows
-from qpsft.evaluate.task_data import parse_task_data
+from qpsft.evaluate.task_data import parse_task_data, used_by
 from qpsft.evaluate.verifiers import text_of
 from qpsft.files import write_atomically
+from qpsft.model.adapter import adapter_off
+from qpsft.model.base import load_base
+from qpsft.model.folder import DEMO, resolve_folder
 from qpsft.recipe.arguments import DataArguments
 from qpsft.recipe.sources import mix_sources
 from qpsft.terminal import wrap
@@ -50,13 +64,14 @@ SHOWN = (
 
 @dataclass
 class EvaluationReport:
-    """An `Evaluation` per data set, and the harness's results per task."""
+    """An `Evaluation` per data set, the harness's results per task, and with --keep what was `kept`."""
 
     model: str
     evaluations: list[Evaluation]
     tasks: dict[str, dict[str, Any]]
     settings: dict[str, Any]
     seconds: float
+    kept: Kept | None = None
 
     def to_dict(self, *, completions: bool = False) -> dict[str, Any]:
         """For JSON."""
@@ -70,7 +85,7 @@ class EvaluationReport:
                 for name, task in self.tasks.items()
             },
             "seconds": self.seconds,
-        }
+        } | ({"keep": self.kept.to_dict()} if self.kept else {})
 
     def table(self) -> str:
         """For the terminal: a block per data set, one line per metric, each with its 95 % interval."""
@@ -81,7 +96,9 @@ class EvaluationReport:
                 lines.insert(0, f"  {task['duplicate_prompts']} of its rows have a training row's prompt")
             rows = f" · {task['rows']} rows" if task["rows"] else ""
             blocks.append("\n".join([f"{name}{rows} (lm-evaluation-harness)", *lines]))
-        return "\n\n".join([*blocks, "[…]: 95 % bootstrap interval over rows. docs/metrics.md defines every number."])
+        if blocks:
+            blocks.append("[…]: 95 % bootstrap interval over rows. docs/metrics.md defines every number.")
+        return "\n\n".join([*blocks, *([self.kept.table()] if self.kept else [])])
 
 
 def run_evaluation(options: EvaluationOptions) -> EvaluationReport:
@@ -92,9 +109,12 @@ def run_evaluation(options: EvaluationOptions) -> EvaluationReport:
     """
     started = time.perf_counter()
     inputs = _read_inputs(options)
+    gate = inputs.gate
+    compares_whole = gate is not None and not is_adapter(options.model)
+    base_scores = _scores_of_whole_base(gate, options) if compares_whole else None
     model, tokenizer = load_evaluated(
         options.model,
-        base=options.base,
+        base=None if compares_whole else options.base,
         quantization=options.quantization,
         dtype=options.dtype,
         device=options.device,
@@ -102,8 +122,9 @@ def run_evaluation(options: EvaluationOptions) -> EvaluationReport:
     print(wrap(f"evaluating {options.model} · {describe_evaluated(model)}", "  "), flush=True)
     evaluations = [_evaluate(model, tokenizer, rows, inputs, options) for rows in inputs.sets]
     tasks = _run_tasks(model, tokenizer, inputs, options) if options.tasks else {}
+    kept = _kept(gate, model, tokenizer, base_scores) if gate is not None else None
     seconds = time.perf_counter() - started
-    report = EvaluationReport(options.model, evaluations, tasks, asdict(options), seconds)
+    report = EvaluationReport(options.model, evaluations, tasks, asdict(options), seconds, kept)
     if options.json is not None:
         write_json(Path(options.json), report.to_dict(completions=options.completions))
     return report
@@ -116,12 +137,14 @@ class _Inputs:
     Attributes:
         train_rows: what the model was trained on, if it is known and here.
         task_data: benchmark -> its local copy.
+        gate: of --keep.
     """
 
     arguments: DataArguments
     sets: list[Rows]
     train_rows: list[dict] | None
     task_data: dict[str, Path]
+    gate: Gate | None
 
 
 def _read_inputs(options: EvaluationOptions) -> _Inputs:
@@ -134,17 +157,56 @@ def _read_inputs(options: EvaluationOptions) -> _Inputs:
         dataset_config=options.dataset_config,
         dataset_columns=options.dataset_columns,
     )
-    names = options.data or [name for name in [recipe.get("dataset_name")] if name in BUILT_IN]
-    if not names and not options.tasks:
-        raise DataError("There is nothing to evaluate on.", "Give --data FILE or --tasks NAME.")
+    names = options.data or [name for name in [recipe.get("dataset_name")] if name in BUILT_IN and not options.keep]
+    if not names and not options.tasks and not options.keep:
+        raise DataError("There is nothing to evaluate on.", "Give --data FILE, --tasks NAME or --keep.")
     task_data = parse_task_data(options.task_data)
+    gate = _prepare_gate(options, task_data) if options.keep else None
+    of_tasks = {name: path for name, path in task_data.items() if gate is None or name not in gate.task_data}
+    of_tasks |= used_by(options.tasks, task_data)
     if options.tasks:
-        check_tasks(options.tasks, task_data)
+        check_tasks(options.tasks, of_tasks)
+    elif of_tasks:
+        raise DataError(
+            f"--task_data names {', '.join(of_tasks)}, which --keep does not ask.",
+            f"Its skills are {', '.join(gate.skills)}.",
+        )
     sets = list(_data_sets(names, arguments, options))
-    train_rows = _train_rows(options, recipe, arguments)
+    train_rows = _train_rows(options, recipe, arguments) if names or options.tasks else None
     if options.json is not None:
         _check_writable(Path(options.json))
-    return _Inputs(arguments, sets, train_rows, task_data)
+    return _Inputs(arguments, sets, train_rows, of_tasks, gate)
+
+
+def _prepare_gate(options: EvaluationOptions, task_data: dict[str, Path]) -> Gate:
+    base = base_name_of(options.model, options.base)
+    if base is None:
+        raise DataError(
+            f"{options.model} is not an adapter's folder, so --keep has no base to compare it with.",
+            "Check the path; of a whole model, give the one that it was tuned from: --base MODEL.",
+        )
+    if not is_adapter(options.model):  # one is measured before the other is loaded, which may take hours
+        for name in (options.model, options.base):
+            resolve_folder(name)
+    return Gate.prepare(options, task_data, is_demo=base == DEMO)
+
+
+def _scores_of_whole_base(gate: Gate, options: EvaluationOptions) -> dict[str, np.ndarray]:
+    """The scores of `--base` for a model without adapter. It is loaded as the model is, and gone afterwards."""
+    quantization = options.quantization or usual_quantization(Path(options.model).expanduser())
+    model, tokenizer = load_base(
+        options.base, quantization=quantization, dtype=options.dtype, device=options.device, verbose=False
+    )
+    return gate.scores(model, tokenizer, f"the base, {options.base}")
+
+
+def _kept(gate: Gate, model: Any, tokenizer: Any, base_scores: dict[str, np.ndarray] | None) -> Kept:
+    base = "its base"
+    if base_scores is None:
+        base = "its base (adapter off)"
+        with adapter_off(model):
+            base_scores = gate.scores(model, tokenizer, "the base (adapter off)")
+    return judge(gate, base, base_scores, gate.scores(model, tokenizer, "the tuned model"))
 
 
 def _evaluate(model: Any, tokenizer: Any, rows: Rows, inputs: _Inputs, options: EvaluationOptions) -> Evaluation:

@@ -7,7 +7,7 @@ replaced, so that a local copy gives the same numbers.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,13 @@ class LocalBenchmark:
         tasks: the harness's tasks on this data.
         read: path -> rows by split.
         files: what the path must be, for help and errors.
+        is_one_file: whether `read` takes a file only, and a folder is a copy of the Hub's.
     """
 
     tasks: tuple[str, ...]
     read: Callable[[Path], dict[str, list[dict]]]
     files: str
+    is_one_file: bool = False
 
 
 def _read_gsm8k(path: Path) -> dict[str, list[dict]]:
@@ -77,6 +79,35 @@ def _read_ifeval(path: Path) -> dict[str, list[dict]]:
     return {"train": _records(path, "key", "prompt", "instruction_id_list", "kwargs")}
 
 
+def _reader_of_choices(question: str) -> Callable[[Path], dict[str, list[dict]]]:
+    """A reader of one file of test rows: `{query, choices, gold}`, or the Hub's columns with the question's name."""
+
+    def read(path: Path) -> dict[str, list[dict]]:
+        rows = read_records(str(path), DataArguments()).records
+        if "query" in rows[0]:
+            rows = _records(path, "query", "choices", "gold")
+            rows = [_choices_row(row, question, f"{path}, row {i + 1}") for i, row in enumerate(rows)]
+        else:
+            rows = _records(path, question, "choices", "answerKey")
+        return {"train": [], "validation": [], "test": rows}
+
+    return read
+
+
+def _choices_row(row: dict, question: str, where: str) -> dict:
+    """`{query, choices: [text, …], gold: index}` in the Hub's columns."""
+    choices, gold = row["choices"], row["gold"]
+    if not isinstance(choices, list) or gold not in range(len(choices)):
+        raise DataError(
+            f"{where}: choices must be a list of texts and gold the index of the right one.", "Mend that row."
+        )
+    return {
+        question: row["query"].removeprefix("Question: "),
+        "choices": {"text": choices, "label": [str(number) for number in range(len(choices))]},
+        "answerKey": str(gold),
+    }
+
+
 def _records(path: Path, *columns: str) -> list[dict]:
     records = read_records(str(path), DataArguments())
     for index, row in enumerate(records.records):
@@ -89,6 +120,7 @@ def _records(path: Path, *columns: str) -> list[dict]:
     return records.records
 
 
+FILE_OR_FOLDER = "a file of rows with query, choices and gold, or a folder like the Hub data set"
 BENCHMARKS = {
     "gsm8k": LocalBenchmark(
         ("gsm8k", "gsm8k_cot", "gsm8k_cot_zeroshot", "gsm8k_cot_llama", "gsm8k_cot_self_consistency"),
@@ -99,12 +131,21 @@ BENCHMARKS = {
         ("truthfulqa_mc1", "truthfulqa_mc2", "truthfulqa_gen"), _read_truthfulqa, "TruthfulQA.csv"
     ),
     "ifeval": LocalBenchmark(("ifeval",), _read_ifeval, "input_data.jsonl"),
+    "arc_easy": LocalBenchmark(("arc_easy",), _reader_of_choices("question"), FILE_OR_FOLDER, True),
+    "arc_challenge": LocalBenchmark(("arc_challenge",), _reader_of_choices("question"), FILE_OR_FOLDER, True),
+    "openbookqa": LocalBenchmark(("openbookqa",), _reader_of_choices("question_stem"), FILE_OR_FOLDER, True),
 }
 
 
 def benchmark_of(task: str) -> str | None:
     """The key of `BENCHMARKS` whose data a task uses."""
     return next((name for name, benchmark in BENCHMARKS.items() if task in benchmark.tasks or task == name), None)
+
+
+def used_by(tasks: Iterable[str], task_data: Mapping[str, Path]) -> dict[str, Path]:
+    """Those of the local copies that some tasks use, by task or by benchmark."""
+    names = {name for task in tasks for name in (task, benchmark_of(task))}
+    return {name: path for name, path in task_data.items() if name in names}
 
 
 def parse_task_data(pairs: list[str]) -> dict[str, Path]:

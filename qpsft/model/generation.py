@@ -257,23 +257,26 @@ def _accepted(model: Any, name: str) -> list[str]:
 def greedy_completions(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[list[dict]],
+    prompts: Sequence[list[dict] | str],
     *,
     max_new_tokens: int = 256,
     batch_size: int | None = None,
     description: str | None = None,
 ) -> list[str]:
-    """Greedy answers to chat prompts.
+    """Greedy answers to prompts.
 
     Args:
-        prompts: message lists, rendered with the tokenizer's chat template and its generation prompt.
+        prompts: message lists, rendered with the tokenizer's chat template and its generation prompt; or texts, which
+            are tokenized as they are.
         batch_size, description: as in `generate`.
 
     Returns:
         One text per prompt, in the order given, without special tokens.
     """
     ids = [
-        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        tokenizer(prompt)["input_ids"]
+        if isinstance(prompt, str)
+        else tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
         for prompt in prompts
     ]
     written = generate(

@@ -62,6 +62,7 @@ class RunSummary:
     def next_commands(self, recipe: Recipe) -> str:
         """The commands that usually come next."""
         lines = ["next:", f"  qpsft merge {self.folder}"]
+        lines.append(f"  qpsft evaluate {self.folder} --keep   (what it lost of its base's skills)")
         if checkpoints(self.folder) and self.written == self.steps:  # else the run would end there again
             longer = "--max_steps" if recipe.trainer.max_steps > 0 else "--num_train_epochs"
             lines.append(f"  qpsft train {self.folder} --resume {longer} N   (to train longer)")
