@@ -9,6 +9,7 @@ from peft import PeftModel
 
 from qpsft import cli
 from qpsft.data.tokenize import load_rows, tokenize_rows
+from qpsft.demo.picture import BAR, bars
 from qpsft.evaluate.likelihood import text_statistics
 from qpsft.model.base import load_base, load_tokenizer
 from qpsft.model.generation import greedy_completions
@@ -96,12 +97,25 @@ def test_the_demo_learns_and_prints_what_it_did(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.chdir(tmp_path)
-    before, after = walkthrough.run("demo", limit=40)
+    measured = walkthrough.run("demo", limit=40)
     out = capsys.readouterr().out.replace(f"{tmp_path}/", "")  # a path is not broken, however long
-    assert after.accuracy["in_domain"] > before.accuracy["in_domain"] + 0.3
-    assert after.nll < before.nll and math.isfinite(after.entropy)
-    assert f"{after.accuracy['in_domain']:.1%}" in out and "three of the in-domain problems" in out
+    base, *trained = measured.values()
+    for one in trained:
+        assert one.accuracy["in_domain"] > base.accuracy["in_domain"] + 0.3
+        assert one.nll < base.nll and math.isfinite(one.entropy)
+        assert f"{one.accuracy['in_domain']:.1%}" in out and f"{one.out_of_domain:>4.0%}" in out
+    sft, keeping = trained
+    assert keeping.out_of_domain > sft.out_of_domain + 0.1
     assert "next: qpsft export demo-merged --to gguf\n" in out and "\n  qpsft verify demo demo-merged\n" in out
     assert max(map(len, out.splitlines())) <= 80
-    assert (tmp_path / "demo" / "adapter_model.safetensors").is_file()
+    for folder in ("demo", "demo-sft"):
+        assert (tmp_path / folder / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "demo" / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert cli.main(["demo", "--output_dir=demo"]) == 2  # never over an earlier one
+
+
+def test_bars_are_as_long_as_the_shares_they_stand_for():
+    lines = bars({"base": (0.0, 1.0), "plain SFT": (0.5, 0.25), "near the base": (0.505, 0.0)}).splitlines()
+    assert [line.count("█") for line in lines] == [0, BAR, BAR // 2 + BAR // 4, BAR // 2]
+    assert "50 %" not in lines[2] and " 50%" in lines[2] and " 25%" in lines[2] and "100%" in lines[1]
+    assert max(map(len, lines)) <= 80

@@ -9,8 +9,9 @@ from qpsft.recipe.flags import Parser, option, parse
 from qpsft.terminal import quiet_libraries
 
 DESCRIPTION = (
-    "Train the embedded base model with PSFT on built-in noisy demonstrations, in NF4, without any download, and show "
-    "what it learned and what it kept. One to two minutes on two cores."
+    "Train the embedded base model on built-in noisy demonstrations, in NF4, without any download: by plain SFT and by "
+    "SFT that is held near the base. Show what each learnt and what it kept, as bars and in demo.png. Two to three "
+    "minutes on two cores."
 )
 
 
@@ -18,8 +19,10 @@ DESCRIPTION = (
 class DemoOptions:
     """What `qpsft demo` takes."""
 
-    output_dir: str = option("qpsft-demo", "where the adapter goes", metavar="FOLDER")
-    overwrite: bool = option(False, "replace an earlier demo's adapter")
+    output_dir: str = option(
+        "qpsft-demo", "where the adapter that keeps more goes; plain SFT's goes to FOLDER-sft", metavar="FOLDER"
+    )
+    overwrite: bool = option(False, "replace an earlier demo's folders")
 
 
 def demo(argv: Sequence[str]) -> int:

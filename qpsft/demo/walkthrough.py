@@ -1,4 +1,4 @@
-"""The demo: PSFT on the embedded base, what it learned and what it kept."""
+"""The demo: plain SFT and a method that keeps more, on the same rows of the embedded base, side by side."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qpsft.data import built_in
 from qpsft.data.tokenize import load_rows, tokenize_rows
+from qpsft.demo.picture import bars, draw
 from qpsft.errors import OutputError
 from qpsft.evaluate.likelihood import text_statistics
 from qpsft.merge.merging import merge_adapter
@@ -20,78 +22,99 @@ from qpsft.model.environment import unusable_gpu
 from qpsft.model.generation import greedy_completions
 from qpsft.psft.config import PSFTConfig
 from qpsft.recipe.file import load_recipe
-from qpsft.terminal import fill, wrap
+from qpsft.terminal import fill, text_table, wrap
 from qpsft.train import run as runs
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
-IN_DOMAIN_ROWS = 200
-ROWS_PER_SET = 100
-SAMPLES = 3
+PICTURE = "demo.png"
+IN_DOMAIN_ROWS = ROWS_PER_SET = 200
 MAX_NEW_TOKENS = 56
 
 SETS = {
-    "in_domain": "in-domain: chains of four, as demonstrated",
-    "set_b": "other operations",
-    "shorter_a": "shorter chains",
-    "any_order": "any order (many right answers)",
-    "styles": "the other styles, on request",
+    "in_domain": "learnt: chains of four, as demonstrated",
+    "set_b": "kept: other operations",
+    "shorter_a": "kept: shorter chains",
+    "any_order": "kept: any order (many right answers)",
+    "styles": "kept: the other styles, on request",
 }
+BASE, SFT, KEEPING = "base", "plain SFT", "SFT + KL to the base"
+ARMS = {SFT: ["--method=sft"], KEEPING: []}
+"""What is trained, in this order -> flags; without flags the recipe as it stands."""
 
 
 @dataclass
 class Measured:
-    """What the model does on the test split: accuracy by set, likelihood on in-domain rows, a few completions."""
+    """What a model does on the test split.
+
+    Attributes:
+        accuracy: set -> share of greedy answers that are right.
+        nll, entropy: on in-domain rows, nats per token.
+        answers: set -> its answers, row by row.
+    """
 
     accuracy: dict[str, float]
     nll: float
     entropy: float
-    samples: list[str]
+    answers: dict[str, list[str]]
 
     @property
     def out_of_domain(self) -> float:
-        """Mean accuracy over the out-of-domain sets."""
+        """Mean accuracy over the sets of what the base could do before."""
         return sum(self.accuracy[name] for name in built_in.OUT_OF_DOMAIN) / len(built_in.OUT_OF_DOMAIN)
 
 
-def run(output_dir: str, *, overwrite: bool = False, limit: int | None = None) -> tuple[Measured, Measured]:
-    """Trains the embedded base and prints it before and after.
+def run(output_dir: str, *, overwrite: bool = False, limit: int | None = None) -> dict[str, Measured]:
+    """Trains the embedded base by each of `ARMS` and prints what was learnt and what was kept.
 
     Args:
-        output_dir: where the adapter goes.
+        output_dir: where the adapter of the method that keeps more goes; plain SFT's goes to `output_dir`-sft.
         overwrite: replace an earlier demo there.
         limit: rows per test set, for quick checks.
 
     Returns:
-        What was measured before and after training.
+        The base's measurements, and each arm's, by name.
     """
-    flags = ["--output_dir", output_dir, *(["--overwrite"] if overwrite else [])]
-    if problem := unusable_gpu():
-        warnings.warn(f"{problem.what} The demo is small enough for the CPU. {problem.todo}", stacklevel=2)
-        flags.append("--use_cpu")
-    recipe = load_recipe(RECIPE, flags, PSFTConfig)
-    runs.check_output(Path(output_dir), resume=False, overwrite=overwrite)
-    merged = Path(f"{output_dir}-merged")
+    kept, merged = Path(output_dir), Path(f"{output_dir}-merged")
+    folders = {SFT: Path(f"{output_dir}-sft"), KEEPING: kept}
+    for folder in folders.values():
+        runs.check_output(folder, resume=False, overwrite=overwrite)
     if merged.exists() and not overwrite:
         raise OutputError(f"{merged} exists already.", "Give --overwrite to replace it, or another --output_dir.")
+    more = _cpu_flags() + (["--overwrite"] if overwrite else [])
+    recipes = {
+        name: load_recipe(RECIPE, [f"--output_dir={folders[name]}", *flags, *more], PSFTConfig)
+        for name, flags in ARMS.items()
+    }
     intro = (
-        "The embedded base model knows nine operations on digit strings; it is about to learn longer chains of them "
-        "from 1,024 noisy demonstrations (30 % contain a wrong step), by Proximal SFT on its 4-bit weights."
+        "The embedded base model knows nine operations on digit strings. It is about to learn longer chains of them "
+        "from 1,024 noisy demonstrations (30 % contain a wrong step), on its 4-bit weights, twice: by plain SFT, and "
+        "by SFT that is held near the base. Which of them still knows what the base knew?"
     )
     print(f"{fill(intro)}\n")
     with _threads():
         model, tokenizer = load_base("demo", verbose=False)
         print("measuring the base …", flush=True)
-        before = measure(model, tokenizer, limit)
+        measured = {BASE: measure(model, tokenizer, limit)}
         del model
-        print(f"training ({recipe.trainer.num_train_epochs:g} epochs) …", flush=True)
-        summary = runs.train(recipe)
-        print("measuring the result …", flush=True)
-        model = _load_adapter(output_dir)
-        after = measure(model, load_tokenizer("demo"), limit)
-    print(f"\n{_table(before, after)}\n\n{_samples(before, after)}\n\n{summary}\n", flush=True)
+        for name, recipe in recipes.items():
+            print(f"{name}: training …", flush=True)
+            summary = runs.train(recipe)
+            print(f"{name}: measuring …", flush=True)
+            measured[name] = measure(load_adapter(folders[name]), load_tokenizer("demo"), limit)
+    scores = {name: (one.accuracy["in_domain"], one.out_of_domain) for name, one in measured.items()}
+    draw(scores, kept / PICTURE)
+    print(f"\n{bars(scores)}\n\n{_table(measured)}\n\n{_samples(measured)}\n\n{summary}\n  {PICTURE}\n", flush=True)
     report = merge_adapter(output_dir, overwrite=overwrite)
-    print(f"{report.summary()}\n\n{_next(summary.folder, merged)}")
-    return before, after
+    print(f"{report.summary()}\n\n{_next(folders, merged)}")
+    return measured
+
+
+def _cpu_flags() -> list[str]:
+    problem = unusable_gpu()
+    if problem is None:
+        return []
+    warnings.warn(f"{problem.what} The demo is small enough for the CPU. {problem.todo}", stacklevel=3)
+    return ["--use_cpu"]
 
 
 @contextlib.contextmanager
@@ -105,59 +128,70 @@ def _threads() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _load_adapter(folder: str):
+def load_adapter(folder: Path) -> Any:
+    """The embedded base with an adapter."""
     from peft import PeftModel
 
     base, _ = load_base("demo", verbose=False)
     return PeftModel.from_pretrained(base, folder)
 
 
-def measure(model, tokenizer, limit: int | None = None) -> Measured:
-    """Greedy accuracy on every test set, NLL and entropy on the in-domain test rows."""
-    sets = {
+def test_sets(limit: int | None = None) -> dict[str, list[dict]]:
+    """Name -> its rows of the test split."""
+    return {
         "in_domain": built_in.in_domain("test", limit or IN_DOMAIN_ROWS),
         **built_in.out_of_domain("test", limit or ROWS_PER_SET),
     }
-    accuracy, samples = {}, []
-    for name, rows in sets.items():
-        prompts = [row["prompt"] for row in rows]
-        answers = greedy_completions(
-            model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=100, description=name
+
+
+def measure(model: Any, tokenizer: Any, limit: int | None = None) -> Measured:
+    """Greedy accuracy on every test set, NLL and entropy on the in-domain test rows."""
+    accuracy, answers = {}, {}
+    for name, rows in test_sets(limit).items():
+        answers[name] = greedy_completions(
+            model,
+            tokenizer,
+            [row["prompt"] for row in rows],
+            max_new_tokens=MAX_NEW_TOKENS,
+            batch_size=100,
+            description=name,
         )
-        accuracy[name] = sum(map(built_in.check, rows, answers)) / len(rows)
-        if name == "in_domain":
-            samples = answers[:SAMPLES]
+        accuracy[name] = sum(map(built_in.check, rows, answers[name])) / len(rows)
     recipe = load_recipe(RECIPE, [], PSFTConfig)
     rows = load_rows("demo-noisy", recipe.data, "test")
     tokenized = tokenize_rows(rows, tokenizer, recipe.data, recipe.trainer.max_length, show_progress=False)
     statistics = text_statistics(model, list(tokenized.dataset))
-    return Measured(accuracy, statistics["nll"], statistics["entropy"], samples)
+    return Measured(accuracy, statistics["nll"], statistics["entropy"], answers)
 
 
-def _table(before: Measured, after: Measured) -> str:
-    rows = [(text, f"{before.accuracy[n]:.1%}", f"{after.accuracy[n]:.1%}") for n, text in SETS.items()]
-    rows.insert(1, ("out of domain, mean of:", f"{before.out_of_domain:.1%}", f"{after.out_of_domain:.1%}"))
-    rows[2:] = [(f"  {text}", *values) for text, *values in rows[2:]]
-    rows.append(("in-domain NLL, nats per token", f"{before.nll:.3f}", f"{after.nll:.3f}"))
-    rows.append(("in-domain entropy, nats per token", f"{before.entropy:.3f}", f"{after.entropy:.3f}"))
-    lines = [f"{'on the test split':<45}{'before':>9}{'after':>9}", "─" * 63]
-    return "\n".join(lines + [f"{name:<45}{old:>9}{new:>9}" for name, old, new in rows])
+def _table(measured: dict[str, Measured]) -> str:
+    """A row per test set, a column per model."""
+    rows = [["right answers on the test split", BASE, "SFT", "SFT + KL"]]
+    rows += [[text, *(f"{one.accuracy[name]:.1%}" for one in measured.values())] for name, text in SETS.items()]
+    rows.append(["in-domain NLL, nats per token", *(f"{one.nll:.3f}" for one in measured.values())])
+    rows.append(["in-domain entropy, nats per token", *(f"{one.entropy:.3f}" for one in measured.values())])
+    return text_table(rows)
 
 
-def _samples(before: Measured, after: Measured) -> str:
+def _samples(measured: dict[str, Measured]) -> str:
+    """What each model answers to the first problem of what was learnt, and of what was known before."""
     blocks = []
-    for row, old, new in zip(built_in.in_domain("test", SAMPLES), before.samples, after.samples, strict=True):
-        marks = ["right" if built_in.check(row, text) else "wrong" for text in (old, new)]
-        answers = [f"    before ({marks[0]}): {old}", f"    after  ({marks[1]}): {new}"]
-        blocks += [f"  {row['prompt'][-1]['content']}", *(wrap(answer, " " * 6) for answer in answers)]
-    return "three of the in-domain problems:\n" + "\n".join(blocks)
+    for name, what in (("in_domain", "a problem like those learnt"), ("set_b", "one that the base knew before")):
+        row = test_sets(1)[name][0]
+        blocks.append(f"{what}: {row['prompt'][-1]['content']}")
+        for model, one in measured.items():
+            verdict = "right" if built_in.check(row, one.answers[name][0]) else "wrong"
+            blocks.append(wrap(f"  {model} ({verdict}): {one.answers[name][0]}", " " * 4))
+    return "\n".join(blocks)
 
 
-def _next(folder: Path, merged: Path) -> str:
+def _next(folders: dict[str, Path], merged: Path) -> str:
+    kept = folders[KEEPING]
     commands = {
-        f"qpsft preview {folder}/recipe.yaml": "the rows it was trained on",
-        f"qpsft train {folder}/recipe.yaml --loss_type nll --output_dir runs/sft": "the same with plain SFT",
-        f"qpsft verify {folder} {merged}": "prove again that the merge is the trained model",
+        f"qpsft chat {kept}": "ask it; with /both the base answers too",
+        f"qpsft preview {kept}/recipe.yaml": "the rows it was trained on",
+        f"qpsft verify {kept} {merged}": "prove again that the merge is the trained model",
+        "qpsft compare adapters/demo-noisy": "more methods, more seeds, with intervals",
         "qpsft train --help": "your own model and data",
     }
     return "\n".join(["also:", *(f"  {command}\n      {what}" for command, what in commands.items())])
