@@ -1,7 +1,7 @@
 """Does `qpsft demo`'s picture hold? Both of its arms on ten seeds.
 
-    OMP_NUM_THREADS=1 python benchmarks/demo_seeds.py             20 runs of 20 to 40 s on one free core; repeat it to go on
-    OMP_NUM_THREADS=1 python benchmarks/demo_seeds.py --table     what is done
+    OMP_NUM_THREADS=1 python benchmarks/demo_seeds.py           20 runs of 20 to 40 s each; repeat it to go on
+    OMP_NUM_THREADS=1 python benchmarks/demo_seeds.py --table   what is done
 
 A seed draws another initial adapter and another order of the rows; rows and test sets are the demo's. Each run is a
 cell of benchmarks/results/demo_seeds.json. A seed holds where the method that stays near the base keeps more of the
