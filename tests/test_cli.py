@@ -112,7 +112,7 @@ def test_the_demo_says_the_same_time_everywhere(capsys):
     cli.main(["demo", "--help"])
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     for text in (capsys.readouterr().out, readme):
-        assert "one to two minutes on two cores" in " ".join(text.split()).lower()
+        assert "two to three minutes on two cores" in " ".join(text.split()).lower()
 
 
 def test_help_asks_for_no_value_of_a_switch(capsys):
