@@ -97,7 +97,7 @@ def measured_on_smollm2(flags: list[str], seed: int, folder: Path) -> dict[str, 
     rows, kept = folder / "svamp.jsonl", folder / "own_answers.jsonl"
     if not kept.is_file():
         write_rows(rows, load_part("svamp_noisy", SHARED, (350, 1, 1)).train)
-        write_rows(kept, own_answers(32))
+        write_rows(kept, own_answers(24))
     options = {
         "model_name_or_path": MODEL,
         "dtype": "bfloat16",
@@ -107,7 +107,7 @@ def measured_on_smollm2(flags: list[str], seed: int, folder: Path) -> dict[str, 
         "learning_rate": 5e-4,
         "warmup_steps": 0,
         "max_steps": 28,
-        "per_device_train_batch_size": 16,
+        "per_device_train_batch_size": 8,
         "gradient_accumulation_steps": 1,
         "gradient_checkpointing": "false",
         "reference_steps": 4,
