@@ -20,6 +20,7 @@ from qpsft.merge.merging import merge_adapter
 from qpsft.model.base import load_base, load_tokenizer
 from qpsft.model.environment import unusable_gpu
 from qpsft.model.generation import greedy_completions
+from qpsft.model.remote_code import code_is_off
 from qpsft.psft.config import PSFTConfig
 from qpsft.recipe.file import load_recipe
 from qpsft.terminal import fill, text_table, wrap
@@ -133,7 +134,8 @@ def load_adapter(folder: Path) -> Any:
     from peft import PeftModel
 
     base, _ = load_base("demo", verbose=False)
-    return PeftModel.from_pretrained(base, folder)
+    with code_is_off():
+        return PeftModel.from_pretrained(base, folder)
 
 
 def test_sets(limit: int | None = None) -> dict[str, list[dict]]:
