@@ -2,7 +2,7 @@
 
 import re
 
-_MARKUP = re.compile(r"([\\`*|]|\](?=\())")
+_MARKUP = re.compile(r"([`*|]|\](?=\()|\\(?![^!-/:-@\[-`{-~]))")  # a backslash before a letter is none to Markdown
 
 
 def as_text(name: str) -> str:
