@@ -92,14 +92,14 @@ def _has_learned(comparison: Comparison, arm: ArmResult) -> bool:
 
 def _rival(comparison: Comparison, name: str) -> Rival:
     learnt = comparison.difference(name, CONTROL, "in_domain").signed(comparison.sign("in_domain"))
-    found = comparison.matched(name, CONTROL)
-    if found is None or not comparison.is_learned(found[0]):
+    matched_at = comparison.matched(name, CONTROL)
+    if matched_at is None or not comparison.is_learned(matched_at[0]):
         return Rival(name, learnt, None, None)
     sides = [comparison.points(comparison.arms[arm].runs) for arm in (name, CONTROL)]
     levels = [matched(sides[0][seed], sides[1][seed]) for seed in sides[0].keys() & sides[1].keys()]
     base = comparison.sign("out_of_domain") * comparison.base["out_of_domain"]
     lost = [base - sum(level[side] for level in levels) / len(levels) for side in (1, 2)]
-    return Rival(name, learnt, found[1], lost[0] / lost[1] if lost[1] > 0 else None)
+    return Rival(name, learnt, matched_at[1], lost[0] / lost[1] if lost[1] > 0 else None)
 
 
 # ---- the sentences ----
@@ -176,9 +176,16 @@ def _take_control(comparison: Comparison, rivals: Sequence[Rival]) -> str:
     name = "in_domain" if equal[0].kept is None else "out_of_domain"
     shown = [rival.learnt if name == "in_domain" else rival.kept for rival in equal]
     farthest = max(max(abs(one.low), abs(one.high)) for one in shown if one is not None)
-    within = f"within {_number(farthest, _unit(comparison, name)).lstrip('+')}"
     rest = f"; {_listed(worse)} {'does' if len(worse) == 1 else 'do'} worse" if worse else ""
     what = "in what is learned" if name == "in_domain" else f"in what is kept at equal in-domain {_score(comparison)}"
+    if farthest > SMALL[_unit(comparison, name)]:
+        first = max(equal, key=lambda rival: rival.rank)
+        most = amount(first.learnt if name == "in_domain" else first.kept, _unit(comparison, name))
+        return (
+            f"Take `{CONTROL}`, the simplest, or run more seeds: {seeds} do not tell {names} apart from it {what} "
+            f"(the most: `{first.name}` {most}){rest}."
+        )
+    within = f"within {_number(farthest, _unit(comparison, name)).lstrip('+')}"
     return (
         f"Take `{CONTROL}`, the simplest: the comparison shows no difference to {names} {what} "
         f"({seeds}, {within}){rest}."
