@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 from collections.abc import Sequence
@@ -9,13 +10,15 @@ from collections.abc import Sequence
 from qpsft import __version__
 from qpsft.errors import QpsftError, did_you_mean
 from qpsft.processes import is_main, let_memory_segments_grow, print_error, world_size
-from qpsft.terminal import fill
+from qpsft.terminal import fill, no_standard_input
 
 INTERRUPTED = 130  # what shells use for Ctrl-C
 AFTER_INTERRUPT = {
     "train": "The run continues from its last checkpoint with --resume.",
     "compare": "Finished runs are kept: the same command goes on from here.",
 }
+READ_INPUT = ("chat",)
+"""Verbs that read standard input, themselves; all others work without it, and so do their libraries."""
 
 # verb -> its package, and what it does
 VERBS = {
@@ -72,7 +75,8 @@ def _run(verb: str, argv: Sequence[str]) -> int:
     if verb != "train" and world_size() > 1:
         raise QpsftError(f"qpsft {verb} works in one process, not in {world_size()}.", "Leave out torchrun.")
     package, _ = VERBS[verb]
-    return getattr(importlib.import_module(f"qpsft.{package}.command"), verb)(argv)
+    with contextlib.nullcontext() if verb in READ_INPUT else no_standard_input():
+        return getattr(importlib.import_module(f"qpsft.{package}.command"), verb)(argv)
 
 
 def _help() -> str:

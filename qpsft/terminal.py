@@ -1,5 +1,6 @@
 """What goes to the terminal: its width, wrapped sentences, short numbers, and libraries kept quiet."""
 
+import contextlib
 import logging
 import os
 import re
@@ -8,7 +9,7 @@ import signal
 import sys
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from qpsft.processes import is_main
@@ -53,6 +54,25 @@ def quiet_libraries() -> None:
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     if is_main():  # of several processes
         print(fill(f"warning: {message}"), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def no_standard_input() -> Iterator[None]:
+    """Standard input is empty inside: what a user pipes in is theirs, and no library may take it for an answer."""
+    own, copy = sys.stdin, None
+    with contextlib.suppress(OSError):  # a process may have none
+        copy = os.dup(0)
+    try:
+        with open(os.devnull, encoding="utf-8") as nothing:
+            sys.stdin = nothing
+            if copy is not None:
+                os.dup2(nothing.fileno(), 0)
+            yield
+    finally:
+        sys.stdin = own
+        if copy is not None:
+            os.dup2(copy, 0)
+            os.close(copy)
 
 
 def fill(text: str) -> str:

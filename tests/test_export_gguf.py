@@ -339,20 +339,6 @@ def test_what_a_killed_run_left_is_removed(merged, tmp_path):
     assert not left.exists() and other.exists()
 
 
-def test_the_download_is_refused_when_its_hash_is_another(tmp_path, monkeypatch):
-    def pip(command, **options):
-        folder = Path(command[command.index("--dest") + 1])
-        (folder / "llama_cpp_python-0.tar.gz").write_bytes(b"something else")
-        return type("Done", (), {"returncode": 0, "stderr": "", "stdout": ""})
-
-    monkeypatch.setenv("QPSFT_CACHE", str(tmp_path))
-    monkeypatch.delenv("LLAMA_CPP", raising=False)
-    monkeypatch.setattr(llama_cpp.subprocess, "run", pip)
-    with pytest.raises(ExportError, match="has SHA-256"):
-        llama_cpp.find_llama_cpp()
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(llama_cpp.NEEDED, "no_such_module", "no-such-package")
     with pytest.raises(ExportError, match="need no-such-package"):

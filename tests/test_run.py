@@ -70,7 +70,7 @@ def files(folder: Path) -> set[str]:
 
 def test_the_folder_holds_exactly_what_was_promised(trained):
     assert files(trained) == WRITTEN
-    assert {p.name for p in trained.iterdir() if p.is_dir()} == {"checkpoint-3", "checkpoint-6"}
+    assert {p.name for p in trained.iterdir() if p.is_dir()} == {".qpsft", "checkpoint-3", "checkpoint-6"}
     assert all(t.dtype == torch.float32 for t in load_file(trained / "adapter_model.safetensors").values())
     assert os.stat(trained / "adapter_model.safetensors").st_mode & 0o777 == 0o644
 

@@ -16,7 +16,7 @@ from qpsft.chat.conversation import TUNED, Conversation
 from qpsft.chat.options import ChatOptions
 from qpsft.errors import DataError, QpsftError, did_you_mean
 from qpsft.evaluate.model import describe_evaluated, is_merged, load_evaluated, prompt_arguments
-from qpsft.terminal import fill, takes_color, visible
+from qpsft.terminal import fill, no_standard_input, takes_color, visible
 
 BOTH = "both"
 INTERRUPTED = 130
@@ -51,9 +51,10 @@ def chat(options: ChatOptions) -> int:
     arguments = prompt_arguments(
         folder, use_chat_template=options.use_chat_template, prompt_format=options.prompt_format
     )
-    model, tokenizer = load_evaluated(
-        options.model, base=options.base, quantization=options.quantization, device=options.device
-    )
+    with no_standard_input():  # the lines in a pipe are for the model
+        model, tokenizer = load_evaluated(
+            options.model, base=options.base, quantization=options.quantization, device=options.device
+        )
     conversation = Conversation(
         model,
         tokenizer,

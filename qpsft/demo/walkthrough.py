@@ -20,9 +20,11 @@ from qpsft.merge.merging import merge_adapter
 from qpsft.model.base import load_base, load_tokenizer
 from qpsft.model.environment import unusable_gpu
 from qpsft.model.generation import greedy_completions
+from qpsft.model.remote_code import code_is_off
 from qpsft.psft.config import PSFTConfig
 from qpsft.recipe.file import load_recipe
 from qpsft.terminal import fill, text_table, wrap
+from qpsft.train import outputs
 from qpsft.train import run as runs
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
@@ -78,6 +80,7 @@ def run(output_dir: str, *, overwrite: bool = False, limit: int | None = None) -
     folders = {SFT: Path(f"{output_dir}-sft"), KEEPING: kept}
     for folder in folders.values():
         runs.check_output(folder, resume=False, overwrite=overwrite)
+    outputs.check_own_files(kept, {PICTURE})
     if merged.exists() and not overwrite:
         raise OutputError(f"{merged} exists already.", "Give --overwrite to replace it, or another --output_dir.")
     more = _cpu_flags() + (["--overwrite"] if overwrite else [])
@@ -102,6 +105,7 @@ def run(output_dir: str, *, overwrite: bool = False, limit: int | None = None) -
             print(f"{name}: measuring …", flush=True)
             measured[name] = measure(load_adapter(folders[name]), load_tokenizer("demo"), limit)
     scores = {name: (one.accuracy["in_domain"], one.out_of_domain) for name, one in measured.items()}
+    outputs.record_files(kept, {PICTURE})
     draw(scores, kept / PICTURE)
     print(f"\n{bars(scores)}\n\n{_table(measured)}\n\n{_samples(measured)}\n\n{summary}\n  {PICTURE}\n", flush=True)
     report = merge_adapter(output_dir, overwrite=overwrite)
@@ -133,7 +137,8 @@ def load_adapter(folder: Path) -> Any:
     from peft import PeftModel
 
     base, _ = load_base("demo", verbose=False)
-    return PeftModel.from_pretrained(base, folder)
+    with code_is_off():
+        return PeftModel.from_pretrained(base, folder)
 
 
 def test_sets(limit: int | None = None) -> dict[str, list[dict]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
 from qpsft import __version__
 from qpsft.evaluate.keep import BUILT_IN_SKILLS, Kept
 from qpsft.files import write_atomically
+from qpsft.recipe.markdown import as_text
 
 CARD = "README.md"
 BEGIN, END = "<!-- qpsft evaluate --keep: begin -->", "<!-- qpsft evaluate --keep: end -->"
@@ -42,23 +44,24 @@ def update_card(folder: Path, kept: Kept) -> Path | None:
 def section(kept: Kept) -> str:
     """The section in Markdown, between its marks."""
     header, *rows = kept.cells()
-    lines = [_row(header), _row(["---"] * len(header)), *map(_row, rows)]
-    notes = "".join(f"\n- {note}" for note in kept.said())
+    lines = [_row(map(as_text, cells)) for cells in (header, *rows)]
+    lines.insert(1, _row(["---"] * len(header)))
+    notes = "".join(f"\n- {as_text(note)}" for note in kept.said())
     return f"""{BEGIN}
 ## What it kept
 
-{kept.sentence()}
+{as_text(kept.sentence())}
 
 {chr(10).join(lines)}
 
-The same questions to this model and to {kept.base}. LOST: the score fell by more than {kept.max_drop:g}.
+The same questions to this model and to {as_text(kept.base)}. LOST: the score fell by more than {kept.max_drop:g}.
 KEPT: the whole 95 % interval of the paired difference is inside that. UNSURE: the rows are too few for either.
 {notes}{notes and chr(10)}
 Measured by `qpsft evaluate --keep`: {_versions(kept)}.
 {END}"""
 
 
-def _row(cells: list[str]) -> str:
+def _row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 

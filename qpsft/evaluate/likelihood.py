@@ -66,7 +66,8 @@ def row_sums(
             labels = batch.pop("labels").to(model.device)[:, 1:]
             inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
             mask = labels != -100
-            logits = model(**inputs, use_cache=False).logits[:, :-1][mask]
+            # counted from the end: prompt tuning puts tokens of its own before the row
+            logits = model(**inputs, use_cache=False).logits[:, -1 - labels.shape[1] : -1][mask]
             base_logits = None
             if against_base:
                 with adapter_off(model):

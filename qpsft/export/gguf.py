@@ -28,7 +28,9 @@ MERGE_DTYPE = {"f32": "float32", "bf16": "bfloat16"}
 """What an adapter is merged to, so that weights are rounded once; float16 for the others, which round more than it."""
 
 QUANTIZE = """
-import ctypes, sys, llama_cpp
+import sys
+sys.path[:] = [path for path in sys.path if path]  # "" is the current folder, whose Python files are not ours
+import ctypes, llama_cpp
 params = llama_cpp.llama_model_quantize_default_params()
 params.ftype = getattr(llama_cpp, "LLAMA_FTYPE_MOSTLY_" + sys.argv[3].upper())
 sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(params)))

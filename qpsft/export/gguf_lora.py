@@ -24,6 +24,7 @@ from qpsft.export.llama_cpp import LORA_CONVERTER, find_llama_cpp, load_gguf, ru
 from qpsft.export.options import ExportOptions
 from qpsft.files import check_space, put_in_place, work_folder
 from qpsft.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFolder
+from qpsft.model.remote_code import link_without_code
 from qpsft.terminal import wrap
 from qpsft.verify.exported import read_text_config
 
@@ -77,7 +78,9 @@ def export_gguf_lora(options: ExportOptions) -> LoraExportReport:
         save_file(tensors, staged / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         shutil.copy(adapter.path / ADAPTER_CONFIG, staged)
         made = work / "lora.gguf"
-        arguments = [str(staged), "--base", str(base_folder), "--outtype", options.outtype]
+        base = work / "base"
+        link_without_code(base_folder, base, weights=False)  # the converter trusts the code of a base
+        arguments = [str(staged), "--base", str(base), "--outtype", options.outtype]
         run_converter(tools, LORA_CONVERTER, arguments, made, expected=size)
         layers = _check(made, tensors, config, base_folder, load_gguf(tools))
         report = LoraExportReport(output, options.outtype, made.stat().st_size, layers)

@@ -6,6 +6,8 @@ is pinned by its SHA-256, and only the converters are unpacked from it.
 
 from __future__ import annotations
 
+import hashlib
+import http.client
 import importlib
 import importlib.util
 import os
@@ -15,17 +17,23 @@ import sys
 import tarfile
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from types import ModuleType
 
 from tqdm.auto import tqdm
 
 from qpsft.errors import ExportError
-from qpsft.files import digest, replace_folder
+from qpsft.files import replace_folder
 
 VERSION = "0.3.36"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 SIZE = "77 MB"
+URL = (
+    "https://files.pythonhosted.org/packages/ec/e9/e7de2b0463ea3ffbf0ede6cb21b58c1258a8f6521aae45ca773a59fe7cf3/"
+    f"llama_cpp_python-{VERSION}.tar.gz"
+)
 
 CONVERTER = "convert_hf_to_gguf.py"
 LORA_CONVERTER = "convert_lora_to_gguf.py"
@@ -72,8 +80,8 @@ def find_llama_cpp(path: str | Path | None = None) -> Path:
 def _download_converters(folder: Path) -> None:
     """Downloads the pinned source distribution and unpacks the converters; the finished folder or none."""
     print(
-        f"llama.cpp's converters are not here yet: pip downloads the source of llama-cpp-python {VERSION} ({SIZE}, "
-        f"once, a minute or two) and they are kept in {folder}.",
+        f"llama.cpp's converters are not here yet: the source of llama-cpp-python {VERSION} ({SIZE}, "
+        f"once) is downloaded from PyPI, and they are kept in {folder}.",
         flush=True,
     )
     try:
@@ -91,25 +99,25 @@ def _download_converters(folder: Path) -> None:
 
 
 def _download(folder: Path) -> Path:
-    requirements = folder / "requirements.txt"
-    requirements.write_text(f"llama-cpp-python=={VERSION} --hash=sha256:{SHA256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--require-hashes"]
-    done = subprocess.run(
-        [*command, "--dest", str(folder), "-r", str(requirements)], capture_output=True, text=True, check=False
-    )
-    archives = sorted(folder.glob("llama_cpp_python-*.tar.gz"))
-    if done.returncode != 0 or not archives:
+    """The archive, whole and with its hash. pip would run its build requirements, which no hash pins, to read it."""
+    archive, sha256 = folder / URL.rpartition("/")[2], hashlib.sha256()
+    try:
+        with urllib.request.urlopen(URL, timeout=60) as source, archive.open("wb") as file:
+            while block := source.read(2**20):
+                sha256.update(block)
+                file.write(block)
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         raise ExportError(
-            f"pip could not download llama-cpp-python {VERSION}: {last_lines(done.stderr or done.stdout, 3)}",
+            f"The source of llama-cpp-python {VERSION} could not be downloaded from {URL}: "
+            f"{getattr(error, 'reason', None) or error}.",
             "Check the connection, or get llama.cpp's source otherwise and give its folder with --llama_cpp.",
-        )
-    sha256 = digest(archives[0].read_bytes())
-    if sha256 != SHA256:
+        ) from error
+    if sha256.hexdigest() != SHA256:
         raise ExportError(
-            f"The download of llama-cpp-python {VERSION} has SHA-256 {sha256}, not {SHA256}.",
+            f"The download of llama-cpp-python {VERSION} has SHA-256 {sha256.hexdigest()}, not {SHA256}.",
             "Do not use it. Get llama.cpp's source otherwise and give its folder with --llama_cpp.",
         )
-    return archives[0]
+    return archive
 
 
 def _unpack(archive: Path, target: Path) -> None:
@@ -182,10 +190,12 @@ def run_converter(llama_cpp: Path, script: str, arguments: list[str], output: Pa
 def run_process(command: list[str], environment: dict[str, str], output: Path, *, expected: int) -> tuple[int, str]:
     """Runs a command that writes `output`, with a progress bar over its size. Returns (exit code, what it printed).
 
-    The process is killed when this one is interrupted.
+    The process is killed when this one is interrupted. It reads nothing from standard input.
     """
     with tempfile.TemporaryFile("w+", errors="replace") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
+        )
         try:
             with tqdm(total=expected, desc="writing GGUF", unit="B", unit_scale=True, disable=None, leave=False) as bar:
                 while process.poll() is None:

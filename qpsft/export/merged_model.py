@@ -13,6 +13,7 @@ import torch
 
 from qpsft.model.base import load_tokenizer
 from qpsft.model.folder import check_folder
+from qpsft.model.remote_code import link_without_code
 from qpsft.verify.exported import ExportedWeights, read_text_config
 from qpsft.verify.text import stop_tokens
 
@@ -66,16 +67,14 @@ def count_weights(weights: ExportedWeights) -> int:
 def stage(folder: Path, staged: Path) -> Path:
     """A folder of links to a merged model, with what llama.cpp's converter needs to read its tokenizer right.
 
+    - Nothing that could run: the converter trusts the code of the folders it is given.
     - `{% generation %}` markers in the chat template, which only training reads, become `{% if true %}`: llama.cpp's
       template engines do not know them, and the text rendered is the same.
     - tokenizer_config.json gets `added_tokens_decoder`. The converter learns from there which pieces of a
       `tokenizer.model` are special, transformers 5 does not write it any more, and without it "<|user|>" would be
       plain text to llama.cpp.
     """
-    staged.mkdir()
-    for path in folder.iterdir():
-        if path.is_file():
-            (staged / path.name).symlink_to(path.resolve())
+    link_without_code(folder, staged)
     template = staged / "chat_template.jinja"
     if template.is_file():
         _replace(template, without_generation_markers(template.read_text(encoding="utf-8")))

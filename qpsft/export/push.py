@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import glob
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from qpsft.errors import ExportError
+from qpsft.merge.model_files import TOKENIZER_FILES
+from qpsft.model.adapter_folder import ADAPTER_WEIGHTS
+from qpsft.model.base_record import RECORD_FILE
+from qpsft.model.folder import ADAPTER_CONFIG, CONFIG, MERGE_REPORT, WEIGHTS, WEIGHTS_INDEX
+from qpsft.recipe.secret import holds_secret, line_with_secret
 
-FILES = (
-    "*.safetensors", "*.safetensors.index.json", "*.gguf", "*.json", "*.jinja", "*.md", "*.model", "*.txt", "*.png",
-    "*.yaml", "*.html", "Modelfile", "LICENSE*", "NOTICE*",
+RECIPES = ("recipe.yaml", "recipe.resolved.yaml")
+TEXTS = (
+    *RECIPES, "README.md", "Modelfile", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "NOTICE.md",
+    ADAPTER_CONFIG, RECORD_FILE, CONFIG, "generation_config.json", WEIGHTS_INDEX, MERGE_REPORT,
 )  # fmt: skip
-"""What belongs to a model. No pickles (*.bin, *.pt): loading one can run any code."""
-
-NEVER = (
-    "optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json", "training_args*", "global_step*",
-    "verify_prompts.jsonl", "metrics.jsonl", ".*",
-)  # fmt: skip
-"""State of a training run, and rows of the user's data."""
+"""Files that people read and write too; secrets are looked for in them."""
+WEIGHT_FILES = re.compile(rf"{re.escape(ADAPTER_WEIGHTS)}|{re.escape(WEIGHTS)}|model-\d+-of-\d+\.safetensors|.+\.gguf")
+FILES = frozenset({*TEXTS, *TOKENIZER_FILES, "training.png"})
+"""All that is uploaded, beside the weights. Nothing else that lies in the folder is, whatever its name ends in."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class PushReport:
     Attributes:
         private: whether the repository is (made) private.
         files: (path in the folder, bytes), in order of name.
-        left_out: paths in the folder that are not uploaded.
+        left_out: what lies in the folder and is not uploaded, links with a word that they are.
         url: of the commit; None for a dry run.
     """
 
@@ -53,7 +60,7 @@ class PushReport:
 
 
 def push(folder: str | Path, repo_id: str, *, private: bool = False, dry_run: bool = False) -> PushReport:
-    """Uploads a folder, its card included. Checkpoints, optimizer states, pickles and data rows are never uploaded.
+    """Uploads a folder's weights and the files of `FILES`, its card included; never checkpoints, links or data rows.
 
     Args:
         folder: an adapter's or a merged model's folder, or one with a GGUF.
@@ -62,7 +69,8 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, dry_run: bo
         dry_run: list only; needs no network and no token.
 
     Raises:
-        ExportError: nothing to upload, a bad name, no token, or the Hub refuses (with its words).
+        ExportError: nothing to upload, a secret in what would be, a bad name, no token, or the Hub refuses (with its
+            words).
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
@@ -92,7 +100,7 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, dry_run: bo
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
-            allow_patterns=[name for name, _ in files],
+            allow_patterns=[glob.escape(name) for name, _ in files],
             commit_message="Upload with qpsft",
         )
     except HfHubHTTPError as error:
@@ -108,23 +116,54 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, dry_run: bo
 
 
 def files_to_upload(folder: Path) -> tuple[list[tuple[str, int]], list[str]]:
-    """((path, bytes) of what belongs to the model, paths of all else); a folder of its own counts as one path.
+    """((path, bytes) of what belongs to the model, all else that lies there); a folder or a link counts as one.
 
     Raises:
-        ExportError: it is not a folder, or holds no weights.
+        ExportError: it is not a folder, or holds no weights; weights are a link; a file holds what looks like a secret.
     """
-    from huggingface_hub.utils import filter_repo_objects
-
     if not folder.is_dir():
         raise ExportError(f"There is no folder {folder}.", "Give the folder that qpsft train, merge or export wrote.")
-    inside = sorted(folder.iterdir())
-    names = [path.name for path in inside if path.is_file()]
-    chosen = set(filter_repo_objects(names, allow_patterns=list(FILES), ignore_patterns=list(NEVER)))
-    files = [(path.name, path.stat().st_size) for path in inside if path.name in chosen]
-    left_out = [path.name + ("/" if path.is_dir() else "") for path in inside if path.name not in chosen]
-    if not any(name.endswith((".safetensors", ".gguf")) for name, _ in files):
+    files, left_out = [], []
+    for path in sorted(folder.iterdir()):
+        is_weights = WEIGHT_FILES.fullmatch(path.name) is not None
+        if path.is_symlink():
+            if is_weights:
+                raise ExportError(
+                    f"{path} is a link to {path.resolve()}; only files of the folder itself are uploaded.",
+                    "Put the file in its place.",
+                )
+            left_out.append(f"{path.name} (a link)")
+        elif path.is_file() and (is_weights or path.name in FILES):
+            files.append((path.name, path.stat().st_size))
+        else:
+            left_out.append(path.name + ("/" if path.is_dir() else ""))
+    if not any(WEIGHT_FILES.fullmatch(name) for name, _ in files):
         raise ExportError(
             f"{folder} holds no weights to upload (*.safetensors or *.gguf).",
             "Give the folder that qpsft train, merge or export wrote.",
         )
+    for name, _ in files:
+        if name in TEXTS:
+            _refuse_secret(folder / name)
     return files, left_out
+
+
+def _refuse_secret(path: Path) -> None:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    line, where = line_with_secret(text), ""
+    if line is not None:
+        where = f", line {line},"
+    elif path.name in RECIPES:
+        try:
+            content = yaml.safe_load(text)
+        except yaml.YAMLError:
+            content = None
+        names = (
+            [name for name in content if holds_secret(str(name), content[name])] if isinstance(content, dict) else []
+        )
+        where = f", {names[0]}," if names else ""
+    if where:
+        raise ExportError(
+            f"{path}{where} holds what looks like a secret (a token, key or password); nothing was uploaded.",
+            "Take it out of the file and push again; revoke it if others may have seen it.",
+        )

@@ -6,10 +6,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from qpsft.files import write_atomically
 from qpsft.merge.model_files import write_json
 from qpsft.model.base_record import BaseRecord
 from qpsft.model.folder import MERGE_REPORT
+from qpsft.recipe.markdown import as_text
 from qpsft.terminal import wrap
 
 
@@ -77,22 +80,22 @@ class MergeReport:
         revision = f" @ {self.base_revision}" if self.base_revision else ""
         verified = "Not run. `qpsft verify ADAPTER THIS_FOLDER` runs it."
         if self.verification:
-            verified = f"```\n{self.verification['summary']}\n```"
-        base_model = f"base_model: {self.base}\n" if on_hub else ""
+            verified = f"```\n{self.verification['summary'].replace('```', '…')}\n```"
+        base_model = yaml.safe_dump({"base_model": self.base}, allow_unicode=True) if on_hub else ""
         return f"""---
 {base_model}library_name: transformers
 pipeline_tag: text-generation
 tags: [qpsft, psft, lora-merged]
 ---
 
-# {Path(self.output).name}
+# {as_text(Path(self.output).name)}
 
 A LoRA adapter merged into its base model by qpsft {self.qpsft_version}.
 
 | | |
 | --- | --- |
-| base | {self.base if on_hub else Path(self.base).name}{revision} |
-| adapter | {Path(self.adapter).name} |
+| base | {as_text((self.base if on_hub else Path(self.base).name) + revision)} |
+| adapter | {as_text(Path(self.adapter).name)} |
 | merged onto | {onto} |
 | dtype | {self.dtype} |
 | changed | {self.low_rank} matrices by low-rank updates, {self.replaced} tensors otherwise |

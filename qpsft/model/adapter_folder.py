@@ -32,6 +32,7 @@ from qpsft.model.folder import (
     resolve_folder,
     tensor_shapes,
 )
+from qpsft.model.remote_code import code_is_off
 from qpsft.model.skeleton import build_skeleton
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class AdapterFolder:
         """
         from peft import PeftConfig
 
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), code_is_off():
             warnings.simplefilter("ignore")
             try:
                 return PeftConfig.from_pretrained(str(self.path))
@@ -214,7 +215,8 @@ class AdapterFolder:
         config = copy.copy(self.config)
         if hasattr(config, "init_lora_weights"):
             config.init_lora_weights = False  # there are no values to start from
-        with warnings.catch_warnings():
+        config.inference_mode = True  # in training, prompt tuning loads the tokenizer that the config names
+        with warnings.catch_warnings(), code_is_off():
             warnings.simplefilter("ignore")
             try:
                 return get_peft_model(skeleton, config, adapter_name=POLICY, low_cpu_mem_usage=True)
@@ -253,7 +255,8 @@ class AdapterFolder:
         from peft import PeftModel
 
         try:
-            return PeftModel.from_pretrained(model, self.path, adapter_name=POLICY)
+            with code_is_off():
+                return PeftModel.from_pretrained(model, self.path, adapter_name=POLICY)
         except (RuntimeError, ValueError, KeyError, OSError) as error:
             raise BaseModelError(
                 f"The adapter in {self.path} cannot be put on its base: {one_line(error)}",

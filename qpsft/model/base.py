@@ -39,6 +39,7 @@ from qpsft.model.hardware import (
     pick_dtype,
     warn_if_slow,
 )
+from qpsft.model.remote_code import code_is_off, code_refused, names_code
 from qpsft.model.skeleton import build_skeleton, load_config
 from qpsft.terminal import short_number, wrap
 
@@ -59,6 +60,7 @@ __all__ = [
 ]
 
 QUANTIZATIONS = ("nf4", "fp4", "none")
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 # Tokens that models reserve for padding or that do not occur in their texts, best first.
 PAD_TOKENS = (
@@ -169,8 +171,13 @@ def load_tokenizer(
 
     folder = resolve_folder(name_or_path, revision=revision, weights=False, remote_code=trust_remote_code)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        with code_is_off():
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+    except (OSError, ValueError, LookupError, TypeError, ImportError, AttributeError) as error:
+        if not trust_remote_code and names_code(folder / TOKENIZER_CONFIG):
+            raise code_refused(folder / TOKENIZER_CONFIG) from error
         raise BaseModelError(
             f"The tokenizer in {folder} cannot be loaded: {one_line(error)}",
             "Copy or download tokenizer.json and tokenizer_config.json (or tokenizer.model) of this model again.",
@@ -248,18 +255,19 @@ def _load_model(
     from transformers import AutoModelForCausalLM
 
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            device_map={"": device},
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # raised below, by name
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **kwargs,
-        )
+        with code_is_off():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                device_map={"": device},
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # raised below, by name
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                **kwargs,
+            )
     except torch.OutOfMemoryError as error:
         raise BaseModelError(
             f"{folder} does not fit on {device}: {one_line(error)}", "Use nf4, a smaller model, or free the card."

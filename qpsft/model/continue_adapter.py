@@ -14,6 +14,7 @@ from qpsft.model.adapter_tensors import check_tensors
 from qpsft.model.base import load_tokenizer
 from qpsft.model.base_record import base_record
 from qpsft.model.folder import one_line, resolve_folder
+from qpsft.model.remote_code import code_is_off
 from qpsft.model.skeleton import load_config
 from qpsft.recipe.file import Recipe
 
@@ -100,7 +101,7 @@ def _with_values(adapter: AdapterFolder, model: PreTrainedModel, dropout: float)
     config.inference_mode = False
     config.lora_dropout = dropout
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), code_is_off():
             warnings.simplefilter("ignore")
             peft_model = get_peft_model(model, config)
             train_copies_in_float32(peft_model)  # before they are filled, or the base's dtype would round them

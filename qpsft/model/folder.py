@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from qpsft.errors import BaseModelError, ExportError, did_you_mean
 from qpsft.files import digest
+from qpsft.model.remote_code import AUTO_MAP, code_refused
 
 DEMO = "demo"
 MODEL_DIR = Path(__file__).resolve().parents[1] / "demo" / "model"
@@ -214,14 +215,16 @@ def _check_architecture(folder: Path, config: dict[str, Any], trust_remote_code:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     model_type = config.get("model_type")
-    custom = "AutoModelForCausalLM" in (config.get("auto_map") or {})
-    if custom and (trust_remote_code or model_type not in CONFIG_MAPPING):
-        if not trust_remote_code:
-            raise BaseModelError(
-                f"{folder / CONFIG} asks for Python code that comes with the model (auto_map), which is off.",
-                "If you have read and trust that code, pass trust_remote_code; else choose a model transformers knows.",
-            )
+    if trust_remote_code and "AutoModelForCausalLM" in (config.get(AUTO_MAP) or {}):
         return
+    if config.get(AUTO_MAP) and model_type not in CONFIG_MAPPING:
+        raise code_refused(folder / CONFIG)
+    attention = config.get("attn_implementation")
+    if isinstance(attention, str) and "/" in attention:
+        raise BaseModelError(
+            f"{folder / CONFIG} asks for the attention kernel {attention!r}, which is code from the Hub.",
+            "Take attn_implementation out of it; a recipe's attn_implementation chooses one.",
+        )
     if model_type not in CONFIG_MAPPING:
         raise BaseModelError(
             f"{folder / CONFIG} has model_type {model_type!r}, which this version of transformers does not know.",

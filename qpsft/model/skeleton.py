@@ -23,6 +23,7 @@ import torch
 from qpsft.errors import BaseModelError
 from qpsft.model.folder import one_line, read_config
 from qpsft.model.hardware import DTYPES
+from qpsft.model.remote_code import code_is_off
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -44,7 +45,7 @@ def build_skeleton(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), code_is_off():
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
         raise _unreadable(folder, error) from error
@@ -56,7 +57,8 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConf
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        with code_is_off():
+            return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except (StrictDataclassError, OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
         raise _unreadable(folder, error) from error
 

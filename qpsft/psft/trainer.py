@@ -54,6 +54,7 @@ from qpsft.psft.schedule import BlockSampler, BlockSchedule, StepPosition, make_
 from qpsft.psft.scoring import real_tokens
 from qpsft.psft.sharding import check_sharding
 from qpsft.psft.trust_region import TrustRegion
+from qpsft.recipe.secret import taken_out
 
 __all__ = ["PSFTConfig", "PSFTTrainer"]
 
@@ -434,6 +435,10 @@ class PSFTTrainer(SFTTrainer):
             if self.args.packing and self.model.device.type == self.args.device.type:  # FSDP moves others later
                 check_packing(self.model, self.data_collator, next(iter(self.train_dataset))["input_ids"])
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        with taken_out(self.args):  # the arguments are pickled beside the model
+            super()._save(*args, **kwargs)
 
     def _save_checkpoint(self, model, trial) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"

@@ -218,7 +218,7 @@ class RunArguments:
         metavar="NAME",
     )
     resume: bool = option(False, "Continue the run in output_dir from its newest whole checkpoint.")
-    overwrite: bool = option(False, "Replace the run that output_dir holds.")
+    overwrite: bool = option(False, "Replace the run that output_dir holds; your own files there stay.")
     held_out_rows: int = option(
         16, "Rows kept from training, at most a tenth of them, to verify merged and exported models on."
     )

@@ -22,6 +22,7 @@ from qpsft.errors import RecipeError
 from qpsft.recipe.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, read_guard
 from qpsft.recipe.flags import Parser, option_types, read_flags, read_values
 from qpsft.recipe.methods import method_options
+from qpsft.recipe.secret import holds_secret
 from qpsft.recipe.sources import check_sources
 from qpsft.recipe.trainer_options import (
     COMMON_TRAINER_OPTIONS,
@@ -169,7 +170,7 @@ class Recipe:
             if option.name in own:
                 value = getattr(self.trainer, option.name)
                 values[option.name] = value.value if isinstance(value, enum.Enum) else value
-        return values
+        return {name: value for name, value in values.items() if not holds_secret(name, value)}
 
 
 def load_recipe(path: str | Path | None, flags: Sequence[str], trainer_class: type) -> Recipe:
@@ -192,6 +193,7 @@ def load_recipe(path: str | Path | None, flags: Sequence[str], trainer_class: ty
     add_recipe_flags(parser, trainer_class)
     from_flags = read_flags(parser, flags, hints)
     given, where = given | from_flags, where | {name: f"--{name}" for name in from_flags}
+    _refuse_secrets(given, where)
     refuse_without_effect(given, where)
     likely = {*option_types(classes[:-1]), *own_options(trainer_class), *COMMON_TRAINER_OPTIONS}
     others = "`qpsft train --help_all` lists all options."
@@ -209,6 +211,17 @@ def load_recipe(path: str | Path | None, flags: Sequence[str], trainer_class: ty
     parts = [_build(cls, given, where) for cls in classes]
     check_sources(parts[2], parts[4])
     return Recipe(path, given, parts[0], parts[1], parts[2], parts[3], parts[4])
+
+
+def _refuse_secrets(given: dict[str, Any], where: dict[str, str]) -> None:
+    for name, value in given.items():
+        if holds_secret(name, value):
+            raise RecipeError(
+                f"{where[name]} holds a secret (a token, key or password), and the options of a run are written into "
+                "its recipe, which `qpsft push` uploads.",
+                "Take it out. The Hub's token comes from `hf auth login` or $HF_TOKEN; loggers read their own "
+                "environment variables.",
+            )
 
 
 def _default_output_dir(given: dict[str, Any], path: Path | None) -> None:

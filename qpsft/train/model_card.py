@@ -14,6 +14,7 @@ import yaml
 
 from qpsft import __version__
 from qpsft.recipe.file import Recipe
+from qpsft.recipe.markdown import as_code, as_text
 from qpsft.recipe.sources import data_name
 
 if TYPE_CHECKING:
@@ -70,17 +71,18 @@ def model_card(recipe: Recipe, summary: RunSummary, config: LoraConfig, options:
     if arguments.base_kl:
         method += f" + {arguments.base_kl:g} KL(base || policy)"
     start = recipe.lora.adapter_name_or_path
-    start = f" Training went on from the adapter `{start}`." if start else ""
-    rows = f"\n\nOf the rows: {', '.join(summary.data)}." if summary.data else ""
-    notes = "".join(f"\n- {note}" for note in summary.notes)
+    start = f" Training went on from the adapter {as_code(start)}." if start else ""
+    rows_from = as_code(data_name(recipe.data))
+    rows = f"\n\nOf the rows: {as_text(', '.join(summary.data))}." if summary.data else ""
+    notes = "".join(f"\n- {as_text(note)}" for note in summary.notes)
     notes = f"\nWhile it trained:\n{notes}\n" if notes else ""
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
 
-# {folder.resolve().name}
+# {as_text(folder.resolve().name)}
 
-A LoRA adapter for `{base}` ({recipe.model.quantization}), trained with qpsft on `{data_name(recipe.data)}`
+A LoRA adapter for {as_code(base)} ({recipe.model.quantization}), trained with qpsft on {rows_from}
 by {method}.{start}{rows}
 
 | | |
@@ -98,14 +100,19 @@ by {method}.{start}{rows}
 from peft import PeftModel
 from qpsft import load_base
 
-model, tokenizer = load_base("{base}", quantization="{recipe.model.quantization}")
-model = PeftModel.from_pretrained(model, "{folder.name}")
+model, tokenizer = load_base({_python(base)}, quantization="{recipe.model.quantization}")
+model = PeftModel.from_pretrained(model, {_python(folder.name)})
 ```
 
 The adapter was trained on the rounded base that `base_quantization.json` describes. All options: `{options}`.
 
 Made with {packages}; {machine}.
 """
+
+
+def _python(name: str) -> str:
+    """A text as Python writes it, in double quotes where it can be."""
+    return f'"{name}"' if repr(name) == f"'{name}'" and '"' not in name else repr(name)
 
 
 def package_versions() -> dict[str, str]:

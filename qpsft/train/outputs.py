@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
+from qpsft.data.chat_date import CHAT_DATE
 from qpsft.errors import OutputError
-from qpsft.files import finished_files
+from qpsft.files import finished_files, write_atomically
 from qpsft.model.adapter import POLICY, save_adapter
 from qpsft.model.base_record import RECORD_FILE
+from qpsft.model.folder import ADAPTER_CONFIG
 from qpsft.psft.checkpoint import checkpoints, newest_complete_checkpoint, remove_folder
 from qpsft.recipe.file import Recipe
 from qpsft.recipe.sources import data_name
@@ -20,8 +24,12 @@ from qpsft.train.replay import MADE, ROWS
 from qpsft.train.summary import RunSummary
 
 METRICS = "metrics.jsonl"
+WRITTEN_FILES = ".qpsft/files.json"
+"""The record of a run: names of the files and checkpoints in its folder that are the run's, and may be replaced."""
 VERIFY_PROMPTS = "verify_prompts.jsonl"
 ADAPTER = "adapter_model.safetensors"
+PLOT = "training.png"
+CARD = "README.md"
 
 
 def numbers_at(folder: Path, step: int) -> dict[str, float]:
@@ -62,6 +70,66 @@ def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
         )
 
 
+def check_own_files(folder: Path, names: Iterable[str]) -> None:
+    """Makes sure that nothing of the user's is replaced: of the files to be written, those there are an earlier run's.
+
+    Raises:
+        OutputError: others are there (named); or the record of what the runs wrote cannot be read.
+    """
+    ours = files_of_runs(folder)
+    theirs = [name for name in sorted({*names, *(path.name for path in checkpoints(folder))}) if name not in ours]
+    theirs = [name for name in theirs if os.path.lexists(folder / name)]
+    if theirs:
+        raise OutputError(
+            f"output_dir {folder} holds {', '.join(theirs[:8])}{', …' if len(theirs) > 8 else ''}, which no run of "
+            "qpsft wrote there and this one would replace.",
+            "Move or rename what you want to keep and remove the rest, or choose another --output_dir. --overwrite "
+            f"replaces only what an earlier run wrote ({WRITTEN_FILES} lists it).",
+        )
+
+
+def files_of_runs(folder: Path) -> set[str]:
+    """Names of what runs wrote into a folder, checkpoints included. Raises OutputError if the record is damaged."""
+    path = folder / WRITTEN_FILES
+    if not path.is_file():
+        return set()
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))["files"]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OutputError(
+            f"{path}, the record of what runs wrote there, cannot be read.",
+            "Move what you want to keep out of the folder and remove it, or choose another --output_dir.",
+        ) from error
+    return {*names, *(path.name for path in checkpoints(folder))}
+
+
+def record_files(folder: Path, names: Iterable[str]) -> None:
+    """Adds names to the record. To be called before the files are written. Raises OutputError."""
+    content = json.dumps({"files": sorted({*files_of_runs(folder), *names})}, indent=1) + "\n"
+    try:
+        (folder / WRITTEN_FILES).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / WRITTEN_FILES, content)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be written: {error.strerror}.", "Free some space.") from error
+
+
+def files_at_start(recipe: Recipe) -> set[str]:
+    """Names of what a run writes before and while it trains."""
+    replay = {ROWS, MADE} if recipe.data.replay_share and recipe.data.replay_dataset is None else set()
+    return {METRICS, RECORD_FILE, CHAT_DATE, CARD, *replay}  # TRL writes a first card beside each checkpoint
+
+
+def files_at_end(recipe: Recipe, folder: Path, tokenizer) -> set[str]:
+    """Names of what a run writes when it has trained; a tokenizer's depend on its kind, so it is saved to see them."""
+    with tempfile.TemporaryDirectory() as trial:
+        tokenizer.save_pretrained(trial)
+        names = set(os.listdir(trial))
+    own = {ADAPTER, ADAPTER_CONFIG, CARD, PLOT, VERIFY_PROMPTS, resolved_name(recipe, folder)}
+    return names | own
+
+
 def clear_output(folder: Path) -> None:
     """Removes an earlier run's checkpoints and log; its adapter stays until the new one is there."""
     for checkpoint in checkpoints(folder):
@@ -74,7 +142,8 @@ def write_outputs(recipe: Recipe, trainer, tokenizer, held_out, summary: RunSumm
 
     `tensors`: the adapter's, of a sharded model.
 
-    Returns: the names written. Raises: OutputError; what was in the folder before is then untouched.
+    Returns: the names written. Raises: OutputError, also where a file of the user's lies in the place of one; what was
+    in the folder before is then untouched.
     """
     folder = summary.folder
     lines = read_metrics(folder / METRICS)
@@ -83,15 +152,17 @@ def write_outputs(recipe: Recipe, trainer, tokenizer, held_out, summary: RunSumm
             model = trainer.accelerator.unwrap_model(trainer.model)
             save_adapter(model, partial, tensors)
             tokenizer.save_pretrained(partial)
-            draw_training(lines, partial / "training.png", f"{recipe.trainer.loss_type} on {data_name(recipe.data)}")
+            draw_training(lines, partial / PLOT, f"{recipe.trainer.loss_type} on {data_name(recipe.data)}")
             options = resolved_name(recipe, folder)
             (partial / options).write_text(resolved_recipe(recipe), encoding="utf-8")
             card = model_card(recipe, summary, model.peft_config[POLICY], options)
-            (partial / "README.md").write_text(card, encoding="utf-8")
+            (partial / CARD).write_text(card, encoding="utf-8")
             with (partial / VERIFY_PROMPTS).open("w", encoding="utf-8") as file:
                 for row in held_out:
                     file.write(json.dumps(_verify_prompt(row, tokenizer), ensure_ascii=False) + "\n")
             names = sorted(path.name for path in partial.iterdir())
+            check_own_files(folder, names)  # what the user put there meanwhile
+            record_files(folder, names)
     except OSError as error:
         raise OutputError(
             f"The adapter could not be written to {folder}: {error.strerror or error}.",

@@ -37,7 +37,17 @@ from qpsft.train.evaluation import best_step, evaluation_set_line, evaluation_su
 from qpsft.train.guard import Guard
 from qpsft.train.guard_set import GuardSet, load_guard_set
 from qpsft.train.out_of_memory import is_out_of_memory, out_of_memory
-from qpsft.train.outputs import METRICS, check_output, clear_output, numbers_at, write_outputs
+from qpsft.train.outputs import (
+    METRICS,
+    check_output,
+    check_own_files,
+    clear_output,
+    files_at_end,
+    files_at_start,
+    numbers_at,
+    record_files,
+    write_outputs,
+)
 from qpsft.train.progress import ConsoleCallback, MetricsCallback
 from qpsft.train.replay import Replay, read_replay, replay_rows
 from qpsft.train.summary import RunSummary, forget_earlier_peak, peak_bytes
@@ -74,6 +84,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
     """
     inputs = read_inputs(recipe)
     forget_earlier_peak()
+    from_main(lambda: record_files(inputs.folder, files_at_start(recipe)))
     model = load_policy(recipe, inputs)
     trainer = make_trainer(
         model,
@@ -128,6 +139,7 @@ def read_inputs(recipe: Recipe) -> Inputs:
     recipe.data.chat_date = from_main(
         lambda: find_chat_date(recipe.data.chat_date, tokenizer, folder, anew=not recipe.run.resume)
     )
+    from_main(lambda: check_own_files(folder, files_at_start(recipe) | files_at_end(recipe, folder, tokenizer)))
     use_triton_where_it_runs(arguments.device)
     data = read_training_data(recipe, tokenizer)
     replay = from_main(lambda: read_replay(recipe, tokenizer))

@@ -88,9 +88,9 @@ def load_exported(weights: ExportedWeights, device: torch.device, fetch: Callabl
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(weights.folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(weights.folder, local_files_only=True, trust_remote_code=False)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
     model.tie_weights()
     canonical = {id(parameter): name for name, parameter in model.named_parameters()}
     if set(canonical.values()) - set(weights.names()):
@@ -149,6 +149,7 @@ def load_whole(weights: ExportedWeights, device: torch.device, fetch: Callable[[
             device_map={"": device},
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
