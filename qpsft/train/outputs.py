@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from qpsft.errors import OutputError
 from qpsft.files import finished_files
 from qpsft.model.adapter import POLICY, save_adapter
-from qpsft.model.base_record import RECORD_FILE
+from qpsft.model.base_record import RECORD_FILE, BaseRecord, read_base_record, write_for_adapter
 from qpsft.psft.checkpoint import checkpoints, newest_complete_checkpoint, remove_folder
 from qpsft.recipe.file import Recipe
 from qpsft.recipe.sources import data_name
@@ -22,6 +23,9 @@ from qpsft.train.summary import RunSummary
 METRICS = "metrics.jsonl"
 VERIFY_PROMPTS = "verify_prompts.jsonl"
 ADAPTER = "adapter_model.safetensors"
+RUN_RECORD = ".base_quantization.run.json"
+"""The base of a run that has not written its adapter yet. The folder's own record vouches for the adapter there, which
+may be an earlier run's."""
 
 
 def numbers_at(folder: Path, step: int) -> dict[str, float]:
@@ -63,7 +67,7 @@ def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def clear_output(folder: Path) -> None:
-    """Removes an earlier run's checkpoints and log; its adapter stays until the new one is there."""
+    """Removes an earlier run's checkpoints and log; its adapter and its record stay until the new ones are there."""
     for checkpoint in checkpoints(folder):
         remove_folder(checkpoint)
     (folder / METRICS).unlink(missing_ok=True)
@@ -79,9 +83,11 @@ def write_outputs(recipe: Recipe, trainer, tokenizer, held_out, summary: RunSumm
     folder = summary.folder
     lines = read_metrics(folder / METRICS)
     try:
-        with finished_files(folder) as partial:
+        with finished_files(folder, first=ADAPTER, last=RECORD_FILE) as partial:
             model = trainer.accelerator.unwrap_model(trainer.model)
             save_adapter(model, partial, tensors)
+            # as the run began: it cannot be read off a sharded model, and the base's files may have changed since
+            write_for_adapter(dataclasses.asdict(run_record(folder)), partial)
             tokenizer.save_pretrained(partial)
             draw_training(lines, partial / "training.png", f"{recipe.trainer.loss_type} on {data_name(recipe.data)}")
             options = resolved_name(recipe, folder)
@@ -92,13 +98,22 @@ def write_outputs(recipe: Recipe, trainer, tokenizer, held_out, summary: RunSumm
                 for row in held_out:
                     file.write(json.dumps(_verify_prompt(row, tokenizer), ensure_ascii=False) + "\n")
             names = sorted(path.name for path in partial.iterdir())
+        (folder / RUN_RECORD).unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(
             f"The adapter could not be written to {folder}: {error.strerror or error}.",
             "Free some space, then give --resume: training itself is done and continues from its last checkpoint.",
         ) from error
     replayed = {name for name in (ROWS, MADE) if (folder / name).is_file() and recipe.data.replay_share}
-    return [*sorted({*names, RECORD_FILE, *replayed}), METRICS]
+    return [*sorted({*names, *replayed}), METRICS]
+
+
+def run_record(folder: Path) -> BaseRecord | None:
+    """The base that the run in a folder began with; None where there is no run. Raises BaseModelError: broken."""
+    for name in (RUN_RECORD, RECORD_FILE):
+        if (folder / name).is_file():
+            return read_base_record(folder, name)
+    return None
 
 
 def resolved_name(recipe: Recipe, folder: Path) -> str:
