@@ -342,6 +342,7 @@ def test_an_overwrite_that_is_cut_off_certifies_no_old_adapter(tmp_path, monkeyp
         with pytest.raises(Killed):
             train(out, "--overwrite", "--quantization=fp4")
         assert ((out / "adapter_model.safetensors").read_bytes(), (out / RECORD_FILE).read_bytes()) == old
+        assert read_base_record(out, outputs.RUN_RECORD).quantization == "fp4"
         AdapterFolder(out).base_folder()
         monkeypatch.undo()
         assert train(out, "--overwrite", "--quantization=fp4") == 0

@@ -6,11 +6,12 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from qpsft.errors import OutputError
 from qpsft.files import finished_files
 from qpsft.model.adapter import POLICY, save_adapter
-from qpsft.model.base_record import RECORD_FILE, BaseRecord, read_base_record, write_for_adapter
+from qpsft.model.base_record import RECORD_FILE, BaseRecord, read_base_record, write_for_adapter, write_record
 from qpsft.psft.checkpoint import checkpoints, newest_complete_checkpoint, remove_folder
 from qpsft.recipe.file import Recipe
 from qpsft.recipe.sources import data_name
@@ -24,8 +25,8 @@ METRICS = "metrics.jsonl"
 VERIFY_PROMPTS = "verify_prompts.jsonl"
 ADAPTER = "adapter_model.safetensors"
 RUN_RECORD = ".base_quantization.run.json"
-"""The base of a run that has not written its adapter yet. The folder's own record vouches for the adapter there, which
-may be an earlier run's."""
+"""The base of a run that is to replace an earlier run's adapter, until it does: the folder's own record vouches for the
+adapter that is there."""
 
 
 def numbers_at(folder: Path, step: int) -> dict[str, float]:
@@ -106,6 +107,14 @@ def write_outputs(recipe: Recipe, trainer, tokenizer, held_out, summary: RunSumm
         ) from error
     replayed = {name for name in (ROWS, MADE) if (folder / name).is_file() and recipe.data.replay_share}
     return [*sorted({*names, *replayed}), METRICS]
+
+
+def keep_run_record(record: dict[str, Any], folder: Path) -> None:
+    """Keeps the base that a run begins with, for its adapter and for `--resume`. Raises OutputError."""
+    name = RUN_RECORD if (folder / ADAPTER).exists() else RECORD_FILE
+    write_record(record, folder / name)
+    if name == RECORD_FILE:
+        (folder / RUN_RECORD).unlink(missing_ok=True)
 
 
 def run_record(folder: Path) -> BaseRecord | None:

@@ -19,7 +19,7 @@ from qpsft.errors import QpsftError, RecipeError
 from qpsft.model.adapter import add_adapter
 from qpsft.model.adapter_folder import AdapterFolder
 from qpsft.model.base import load_base, set_pad_token
-from qpsft.model.base_record import IDENTITY, base_record, write_record
+from qpsft.model.base_record import IDENTITY, base_record
 from qpsft.model.continue_adapter import check_start, continue_adapter, recipe_tokenizer, warn_past_context
 from qpsft.model.environment import check_machine, use_triton_where_it_runs
 from qpsft.plan.memory_plan import plan_run
@@ -37,7 +37,15 @@ from qpsft.train.evaluation import best_step, evaluation_set_line, evaluation_su
 from qpsft.train.guard import Guard
 from qpsft.train.guard_set import GuardSet, load_guard_set
 from qpsft.train.out_of_memory import is_out_of_memory, out_of_memory
-from qpsft.train.outputs import METRICS, RUN_RECORD, check_output, clear_output, numbers_at, run_record, write_outputs
+from qpsft.train.outputs import (
+    METRICS,
+    check_output,
+    clear_output,
+    keep_run_record,
+    numbers_at,
+    run_record,
+    write_outputs,
+)
 from qpsft.train.progress import ConsoleCallback, MetricsCallback
 from qpsft.train.replay import Replay, read_replay, replay_rows
 from qpsft.train.summary import RunSummary, forget_earlier_peak, peak_bytes
@@ -94,7 +102,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
         guard.watch(trainer, resumed=recipe.run.resume)
     if not recipe.run.resume:
         from_main(lambda: clear_output(inputs.folder))
-    from_main(lambda: write_record(base_record(model), inputs.folder / RUN_RECORD))
+    from_main(lambda: keep_run_record(base_record(model), inputs.folder))
     from_main(lambda: keep_chat_date(recipe.data.chat_date, inputs.folder))
     seconds = run_trainer(trainer, recipe, inputs)
     if guard is not None:
