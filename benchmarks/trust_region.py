@@ -43,6 +43,7 @@ VARIANTS = {
     "target_clip_fraction 0.3": ["--target_clip_fraction=0.3"],
     "epsilon 0.1": ["--epsilon=0.1"],
     "learning_rate 1e-3": ["--learning_rate=1e-3"],
+    "base_kl 0.05": ["--base_kl=0.05"],
 }
 """Name -> what is changed in the recipe."""
 
@@ -84,7 +85,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def own_answers(prompts: int, max_new_tokens: int = 48) -> list[dict[str, Any]]:
     """The base's greedy answers to the first turns of MT-bench, cut where they do not end."""
-    model, tokenizer = load_base(str(MODEL), verbose=False)
+    model, tokenizer = load_base(str(MODEL), dtype="bfloat16", verbose=False)
     questions = text_prompts(SHARED, prompts)["mt_bench"]
     asked = [turns(question, "")["prompt"] for question in questions]
     answers = greedy_completions(model, tokenizer, asked, max_new_tokens=max_new_tokens, batch_size=8)
@@ -96,16 +97,17 @@ def measured_on_smollm2(flags: list[str], seed: int, folder: Path) -> dict[str, 
     rows, kept = folder / "svamp.jsonl", folder / "own_answers.jsonl"
     if not kept.is_file():
         write_rows(rows, load_part("svamp_noisy", SHARED, (350, 1, 1)).train)
-        write_rows(kept, own_answers(32))
+        write_rows(kept, own_answers(24))
     options = {
         "model_name_or_path": MODEL,
+        "dtype": "bfloat16",
         "dataset_name": rows,
         "output_dir": folder / "run",
         "lora_r": 16,
         "learning_rate": 5e-4,
         "warmup_steps": 0,
         "max_steps": 28,
-        "per_device_train_batch_size": 16,
+        "per_device_train_batch_size": 8,
         "gradient_accumulation_steps": 1,
         "gradient_checkpointing": "false",
         "reference_steps": 4,

@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: the real data and model of ../shared, and small 4-bit models on the CPU."""
 
+import gc
 import signal
 from pathlib import Path
 
@@ -9,6 +10,12 @@ from accelerate.state import AcceleratorState
 from small_runs import make_base
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_collection_finish(session):
+    """What is loaded by now stays: the garbage collections of every run need not go through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,6 +29,14 @@ def interruptible():
     """Processes that tests start and interrupt must see it: a shell's background jobs begin with SIGINT ignored."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_plots():
+    """To draw a run's plot takes as long as a run of four steps; `test_run.py` draws one all the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qpsft.train.outputs.draw_training", lambda lines, path, title: path.touch())
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -75,16 +75,15 @@ def test_padding_counts():
 def test_the_fastest_split_that_leaves_a_share_of_the_memory_free():
     whole = planned(*AUTO, "--max_length=256", gpu_bytes=80 * GIB)
     assert whole.chosen == sizes(16, 1, False) and whole.fits
-    needs = {}
-    for way in splits(recipe_of(*AUTO)):
-        one = recipe_of("--max_length=256", f"--{ROWS}={way[ROWS]}", f"--{COUNT}={way[COUNT]}")
-        needs[tuple(way.values())] = memory_plan.make_plan(
-            changed(one, {CHECKPOINTING: way[CHECKPOINTING]}), config=LLAMA
-        ).needed_bytes
-    for need in needs.values():
-        plan = planned(*AUTO, "--max_length=256", gpu_bytes=int(need / 0.9) + 1)
-        assert plan.needed_bytes <= 0.9 * plan.gpu_bytes and plan.needed_bytes == needs[tuple(plan.chosen.values())]
-    tight = planned(*AUTO, "--max_length=256", gpu_bytes=min(needs.values()) // 2)
+
+    def needed(rows: int, count: int, checkpointing: bool) -> int:
+        one = recipe_of("--max_length=256", f"--{ROWS}={rows}", f"--{COUNT}={count}")
+        return memory_plan.make_plan(changed(one, {CHECKPOINTING: checkpointing}), config=LLAMA).needed_bytes
+
+    for way in ((1, 16, True), (4, 4, True), (8, 2, False)):
+        plan = planned(*AUTO, "--max_length=256", gpu_bytes=int(needed(*way) / 0.9) + 1)
+        assert plan.needed_bytes <= 0.9 * plan.gpu_bytes and plan.needed_bytes == needed(*plan.chosen.values())
+    tight = planned(*AUTO, "--max_length=256", gpu_bytes=needed(1, 16, True) // 2)
     assert tight.chosen == sizes(1, 16, True) and tight.fits is False
 
 

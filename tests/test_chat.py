@@ -69,6 +69,7 @@ def said(capsys) -> str:
 # ---- through a pipe ----
 
 
+@pytest.mark.journey
 def test_every_line_of_a_pipe_is_answered_and_nothing_else_is_printed(adapter, answers):
     result = subprocess.run(
         [sys.executable, "-m", "qpsft", "chat", adapter, CAP],
@@ -213,6 +214,7 @@ REDRAWN = re.compile(rb"\r\x1b\[K\r\w+> ")
 """The prompt once more: readline draws it anew when the width changes, sooner or later."""
 
 
+@pytest.mark.journey
 def test_both_in_a_terminal(adapter, answers):
     terminal = Terminal("chat", adapter, CAP, columns=120)
     assert "/help lists the commands" in terminal.until("tuned> ")

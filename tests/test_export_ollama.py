@@ -99,6 +99,7 @@ def test_modelfile_quotes_and_escapes():
     assert modelfile("m.gguf", None, [], None) == "FROM ./m.gguf\n"
 
 
+@pytest.mark.processes
 def test_an_adapter_becomes_a_folder_for_ollama_create(tmp_path):
     try:
         llama_cpp.find_llama_cpp()

@@ -17,6 +17,7 @@ from qpsft.data import built_in
 from qpsft.errors import DataError, RecipeError, TrainingError
 from qpsft.evaluate import evaluate
 from qpsft.evaluate.rows import encode
+from qpsft.evaluate.verifiers import find_verifier
 from qpsft.model.adapter import add_adapter
 from qpsft.model.base import load_base
 from qpsft.psft.config import PSFTConfig
@@ -161,6 +162,16 @@ def stopped(old, scores, tmp_path, capsys):
     scores += [BASE, 0.9, 0.88, 0.8, "never asked for"]
     summary = train(tmp_path / "a", guard={"data": str(old)})
     return tmp_path / "a", summary, capsys.readouterr().out
+
+
+def test_the_checks_that_come_with_qpsft_guard_an_instruct_model(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model_name_or_path: demo\nguard: {data: instruction_checks, limit: 30}\n")
+    options = GuardArguments(**load_recipe(tmp_path, [], PSFTConfig).run.guard)
+    guard = load_guard_set(options, DataArguments())
+    name, is_right = find_verifier("auto", guard.rows.rows, guard.rows.name)
+    assert len(guard.rows.rows) == 30 and name == "instructions"
+    assert all(is_right(row, row["completion"]) for row in guard.rows.rows)
+    assert not any(is_right(row, "I cannot help with that, sorry.") for row in guard.rows.rows[:10])
 
 
 def test_the_adapter_that_is_written_is_the_last_one_inside_the_limit(stopped, unguarded):

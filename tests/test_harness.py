@@ -46,6 +46,7 @@ def choice_logprob(model, tokenizer, context, choice):
     return sum(logprobs[position - 1, ids[position]].item() for position in range(start, len(ids)))
 
 
+@pytest.mark.journey
 def test_truthfulqa_from_the_csv_equals_own_log_likelihoods(model_and_tokenizer, truthfulqa):
     model, tokenizer = model_and_tokenizer
     limit = 10

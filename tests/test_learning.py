@@ -20,29 +20,30 @@ RECIPE = Path(__file__).with_name("recipes") / "stories260k_gsm8k.yaml"
 
 
 def held_out_rows(recipe, tokenizer, gsm8k):
-    recipe.data.dataset_limit = 200
+    recipe.data.dataset_limit = 100
     rows = load_rows(str(gsm8k / "test.jsonl"), recipe.data)
     return list(tokenize_rows(rows, tokenizer, recipe.data, 512, show_progress=False).dataset)
 
 
 @pytest.mark.journey
 @pytest.mark.parametrize("loss_type", ["psft", "nll"])
-def test_200_steps_on_gsm8k_end_below_the_base(loss_type, stories, gsm8k, tmp_path):
+def test_60_steps_on_gsm8k_end_below_the_base(loss_type, stories, gsm8k, tmp_path):
     flags = [f"--model_name_or_path={stories}", f"--dataset_name={gsm8k / 'train.jsonl'}", f"--loss_type={loss_type}"]
+    flags.append("--max_steps=60")
     assert cli.main(["train", str(RECIPE), *flags, f"--output_dir={tmp_path / 'a'}"]) == 0
     recipe = load_recipe(RECIPE, flags, PSFTConfig)
     base, tokenizer = load_base(stories, verbose=False)
     rows = held_out_rows(recipe, tokenizer, gsm8k)
     before = text_statistics(base, rows)
     after = text_statistics(PeftModel.from_pretrained(base, tmp_path / "a"), rows)
-    assert len(rows) >= 199  # one row's question alone fills the model's context
+    assert len(rows) >= 99  # one row's question alone fills the model's context
     print(f"{loss_type}: {before['num_items']} tokens of {len(rows)} rows, base {before}, after {after}")
     assert before["nll"] > 4.0 and after["nll"] < before["nll"] - 2.0
     assert after["mean_token_accuracy"] > before["mean_token_accuracy"]
 
 
 def test_the_embedded_base_learns_with_both_losses(tmp_path):
-    flags = ["--max_steps=48", "--seed=0", "--save_strategy=no"]
+    flags = ["--max_steps=32", "--base_kl=0", "--seed=0", "--save_strategy=no"]
     recipe_file = Path(__file__).parents[1] / "qpsft" / "demo" / "recipe.yaml"
     recipe = load_recipe(recipe_file, [], PSFTConfig)
     tokenizer = load_tokenizer("demo")

@@ -255,6 +255,7 @@ def killed(tmp_path, adapter, kills, seed):
     return done.stdout.split()
 
 
+@pytest.mark.processes
 def test_killed_at_any_moment(tmp_path, adapter):
     """Onto nothing and over an earlier merge: the old state or the finished folder, and the next run cleans up."""
     assert len(killed(tmp_path, adapter, 5, 0)) == 10

@@ -63,13 +63,14 @@ def test_an_unknown_method_is_named_with_the_nearest(tmp_path):
 
 def train(folder, method, prompts, **lines):
     """`qpsft train` from a recipe of ten lines. Returns the last log line."""
-    recipe = {"method": method, "learning_rate": 2e-3, "max_steps": 6, "reference_steps": 2, "use_cpu": True, **lines}
+    recipe = {"method": method, "learning_rate": 2e-3, "max_steps": 3, "reference_steps": 2, "use_cpu": True, **lines}
     assert len(recipe) <= 10
     if method == "psft_replay":
         (folder / "prompts.txt").write_text(prompts)
         recipe["replay_prompts"] = str(folder / "prompts.txt")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    assert cli.main(["train", str(folder)]) == 0
+    small = ["--per_device_train_batch_size=4", "--gradient_accumulation_steps=1"]  # stated: nothing is planned
+    assert cli.main(["train", str(folder), *small]) == 0
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if "nll" in line][-1]
 
 
@@ -78,10 +79,11 @@ def test_every_method_trains_the_embedded_base(tmp_path, capsys, method):
     data = dict(model_name_or_path="demo", dataset_name="demo-noisy", dataset_limit=64, max_length=96)
     last = train(tmp_path, method, "reverse: 4821\nsort: 9031\nadd one: 4455\n", **data)
     capsys.readouterr()
-    assert last["step"] == 6 and last["nll"] > 0
+    assert last["step"] == 3 and last["nll"] > 0
     assert ("kl_to_base" in last) and last["kl_to_base"] > 0
 
 
+@pytest.mark.journey
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_stories260k_on_gsm8k(tmp_path, capsys, stories, gsm8k, method):
     data = dict(
@@ -93,4 +95,4 @@ def test_every_method_trains_stories260k_on_gsm8k(tmp_path, capsys, stories, gsm
     )
     last = train(tmp_path, method, "Once upon a time\nThe cat\n", **data)
     capsys.readouterr()
-    assert last["step"] == 6 and last["nll"] > 0
+    assert last["step"] == 3 and last["nll"] > 0

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from small_runs import make_rows, make_trainer, policy, same
@@ -37,13 +37,15 @@ def test_what_a_share_lacks_in_one_mini_batch_it_gets_in_the_next():
 
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.integers(1, 50), min_size=2, max_size=6), st.integers(1, 33), st.integers(0, 60))
+@example([1, 1, 6, 6, 6, 6], 1, 12)  # off by a whole row
 def test_shares_are_kept_in_every_mini_batch_and_over_the_run(weights, size, mini_batches):
     shares = [Fraction(weight, sum(weights)) for weight in weights]
     plan = MixedMiniBatches([5] * len(shares), shares, size, seed=1)
     before, after = plan.taken(mini_batches), plan.taken(mini_batches + 1)
     assert sum(after) == (mini_batches + 1) * size
     for share, start, end in zip(shares, before, after, strict=True):
-        assert abs(end - share * (mini_batches + 1) * size) < 1  # the long run
+        # the long run: who is owed most comes first, so six sources are owed 1/2 + 1/3 + ... + 1/6 of a row at most
+        assert abs(end - share * (mini_batches + 1) * size) < 1.5
         assert end >= start and abs((end - start) - share * size) < 2  # this mini-batch
 
 
@@ -209,16 +211,11 @@ def test_a_recipe_trains_on_its_mix_and_its_card_says_so(recipe, tmp_path, capsy
     assert "70 % demo-noisy and 30 %" in card and "each seen 1.4 times" in card
     resolved = tmp_path / "a" / "recipe.yaml"
     assert cli.main(["train", str(resolved), f"--output_dir={tmp_path / 'b'}"]) == 0
-    weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab"]
-    assert same(*weights)
-
-
-def test_a_mix_trains_on_other_rows_than_its_first_source_alone(recipe, tmp_path):
-    assert cli.main(["train", str(recipe), f"--output_dir={tmp_path / 'a'}"]) == 0
+    # on other rows than its first source alone
     alone = ["--dataset_mix=none", "--dataset_name=demo-noisy", "--dataset_limit=60"]
-    assert cli.main(["train", str(recipe), *alone, f"--output_dir={tmp_path / 'b'}"]) == 0
-    weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab"]
-    assert not same(*weights)
+    assert cli.main(["train", str(recipe), *alone, f"--output_dir={tmp_path / 'c'}"]) == 0
+    mix, again, first = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "abc")
+    assert same(mix, again) and not same(mix, first)
 
 
 @pytest.mark.parametrize(

@@ -220,12 +220,18 @@ def flags(base, rows, out, *more):
     ]  # fmt: skip
 
 
-def test_the_command_line_in_two_processes(base, rows, tmp_path, capsys):
-    """It speaks once, writes once, and equals one process with twice the accumulation."""
-    two, one = tmp_path / "two", tmp_path / "one"
-    code, stdout, stderr = torchrun("-m", "qpsft", *flags(base, rows, two, "--gradient_accumulation_steps=1"))
+def test_the_command_line_in_two_processes(base, rows, found, tmp_path, capsys):
+    """It speaks once, writes once, equals one process with twice the accumulation, and accelerate gives torchrun's.
+
+    accelerate by its configuration in docs/, which starts two processes where there is no GPU too.
+    """
+    two, one, by_torchrun = tmp_path / "two", tmp_path / "one", found[1] / "cli"
+    config = HERE.parent / "docs" / "accelerate" / "ddp.yaml"
+    accelerate = ["accelerate.commands.launch", f"--config_file={config}", "--main_process_port=0", "-m", "qpsft"]
+    train = ["train", *SIX_STEPS, f"--model_name_or_path={base}", f"--dataset_name={rows}"]
+    code, stdout, stderr = launch(*accelerate, *train, f"--output_dir={two}")
     assert code == 0, stderr[-3000:]
-    assert cli.main(flags(base, rows, one, "--gradient_accumulation_steps=2")) == 0
+    assert cli.main([*train, "--gradient_accumulation_steps=2", f"--output_dir={one}"]) == 0
     alone = capsys.readouterr().out
     for said in ("data: ", "base: ", "trained 6 steps", "next:", "--keep"):
         assert stdout.count(said) == alone.count(said) == 1, said
@@ -238,17 +244,8 @@ def test_the_command_line_in_two_processes(base, rows, tmp_path, capsys):
     for mine, theirs in zip(*lines, strict=True):
         for key in ("loss", "nll", "approx_kl", "grad_norm", "num_tokens"):
             assert mine[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), key
-
-
-def test_accelerate_launch_gives_the_adapter_of_torchrun(base, rows, found, tmp_path):
-    """By the configuration in docs/, which starts two processes where there is no GPU too."""
-    config = HERE.parent / "docs" / "accelerate" / "ddp.yaml"
-    train = ["train", *SIX_STEPS, f"--model_name_or_path={base}", f"--dataset_name={rows}", f"--output_dir={tmp_path}"]
-    accelerate = ["accelerate.commands.launch", f"--config_file={config}", "--main_process_port=0"]
-    code, _, stderr = launch(*accelerate, "-m", "qpsft", *train)
-    assert code == 0, stderr[-3000:]
-    adapters = [(folder / "adapter_model.safetensors").read_bytes() for folder in (tmp_path, found[1] / "cli")]
-    assert adapters[0] == adapters[1]  # one process with these flags takes half the rows
+    launched = [(folder / "adapter_model.safetensors").read_bytes() for folder in (two, by_torchrun)]
+    assert launched[0] == launched[1]  # one process with these flags takes half the rows
 
 
 FAILING = """

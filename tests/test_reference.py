@@ -57,11 +57,17 @@ def ragged_batches(sizes=(1, 3, 2), left=False):
 
 @torch.no_grad()
 def direct_logprobs(model, batch):
-    """The labels' log-probabilities from the full logits, row by row and without padding."""
+    """The labels' log-probabilities from the full logits, row by row and without padding.
+
+    At the positions that the tokens have in the batch: behind padding a row's rotary angles are other float32 numbers,
+    which alone moves a log-probability by up to 2e-5.
+    """
     result = torch.zeros(len(batch["labels"]), batch["labels"].shape[1] - 1)
     for r, real in enumerate(batch["attention_mask"].bool()):
         ids, labels = batch["input_ids"][r, real], batch["labels"][r, real][1:]
-        logprobs = model(input_ids=ids.unsqueeze(0)).logits[0, :-1].float().log_softmax(-1)
+        positions = torch.nonzero(real).flatten().unsqueeze(0)
+        logits = model(input_ids=ids.unsqueeze(0), position_ids=positions).logits
+        logprobs = logits[0, :-1].float().log_softmax(-1)
         picked = logprobs.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         picked = picked.masked_fill(labels == -100, 0.0)
         result[r, torch.nonzero(real).flatten()[1:] - 1] = picked

@@ -92,25 +92,29 @@ def test_answers_are_reused_while_what_they_come_from_is_the_same(tmp_path, prom
     calls = []
     real = replay_module.generate
     monkeypatch.setattr(replay_module, "generate", lambda *a, **k: (calls.append(k), real(*a, **k))[1])
-    assert train(tmp_path / "a", prompts) == 0
+
+    def run(*flags):
+        """One step: what is told apart comes before training."""
+        return train(tmp_path / "a", prompts, "--max_steps=1", "--save_strategy=no", *flags)
+
+    assert run() == 0
     first = (tmp_path / "a" / "replay.jsonl").read_bytes()
-    assert train(tmp_path / "a", prompts, "--overwrite", "--learning_rate=2e-3") == 0
+    assert run("--overwrite", "--learning_rate=2e-3") == 0
     assert len(calls) == 1
     for changed in ("--seed=2", "--replay_max_new_tokens=50", "--replay_samples=2", "--quantization=none"):
-        assert train(tmp_path / "a", prompts, "--overwrite", changed) == 0
+        assert run("--overwrite", changed) == 0
     assert len(calls) == 5
-    assert train(tmp_path / "a", prompts, "--overwrite") == 0
+    assert run("--overwrite") == 0
     assert (tmp_path / "a" / "replay.jsonl").read_bytes() == first and len(calls) == 6
     (tmp_path / "a" / "replay.jsonl").write_bytes(first[:-40])  # half-written
-    assert train(tmp_path / "a", prompts, "--overwrite") == 0
+    assert run("--overwrite") == 0
     assert (tmp_path / "a" / "replay.jsonl").read_bytes() == first and len(calls) == 7
 
 
 def test_a_run_with_replay_goes_on_to_the_byte(tmp_path, prompts):
-    assert train(tmp_path / "whole", prompts) == 0
     assert train(tmp_path / "cut", prompts, "--max_steps=2", "--lr_scheduler_type=constant") == 0
     assert train(tmp_path / "cut", prompts, "--resume", "--lr_scheduler_type=constant") == 0
-    assert train(tmp_path / "whole", prompts, "--overwrite", "--lr_scheduler_type=constant") == 0
+    assert train(tmp_path / "whole", prompts, "--lr_scheduler_type=constant") == 0
     adapters = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut")]
     assert same(*adapters)
     assert train(tmp_path / "alone", "--replay_share=none", "--lr_scheduler_type=constant") == 0

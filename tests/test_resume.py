@@ -223,6 +223,7 @@ make_trainer(
 """
 
 
+@pytest.mark.processes
 def test_kill_9_and_a_new_process_give_the_same_bytes(base, uninterrupted, tmp_path):
     here = Path(__file__).resolve().parent
     script = tmp_path / "killed.py"

@@ -21,7 +21,7 @@ from qpsft.model.base import load_base, load_tokenizer
 from qpsft.psft.config import PSFTConfig
 from qpsft.psft.losses import LOSSES
 from qpsft.recipe.file import load_recipe
-from qpsft.train import outputs, run
+from qpsft.train import outputs, plot, run
 from qpsft.train.data import hold_out
 from qpsft.train.progress import log_line, read_metrics
 
@@ -58,7 +58,9 @@ def error(capsys) -> str:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "a"
-    assert train(folder, "--max_steps=6", "--save_steps=3") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outputs, "draw_training", plot.draw_training)  # conftest.py leaves it out
+        assert train(folder, "--max_steps=6", "--save_steps=3") == 0
     return folder
 
 

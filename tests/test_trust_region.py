@@ -3,6 +3,7 @@
 import re
 import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,19 +109,28 @@ def test_each_step_trains_the_rows_of_the_schedule_as_it_is_after_an_early_end(b
     assert [schedule.position(step).mini_batch for step in range(12)] == [*range(11), 10]
 
 
-@pytest.mark.parametrize("stop", [2, 3, 4, 7])
-def test_resumed_it_equals_the_run_that_never_stopped(base, tmp_path, stop):
-    settings = {**VISITS, "target_kl": 3e-5, "target_clip_fraction": 0.2, "epsilon": 0.01}
-    saving = dict(save_strategy="steps", save_steps=1, save_total_limit=None)
-    whole = make_trainer(base, tmp_path / "whole", **settings, **saving)
+MOVING = {**VISITS, "target_kl": 3e-5, "target_clip_fraction": 0.2, "epsilon": 0.01, "save_strategy": "steps"}
+
+
+@pytest.fixture(scope="module")
+def never_stopped(base, tmp_path_factory):
+    """A run with a checkpoint at every step."""
+    out = tmp_path_factory.mktemp("never_stopped")
+    whole = make_trainer(base, out, **MOVING, save_steps=1, save_total_limit=None)
     whole.train()
+    return whole
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4, 7])
+def test_resumed_it_equals_the_run_that_never_stopped(base, never_stopped, tmp_path, stop):
+    whole, there = never_stopped, Path(never_stopped.args.output_dir)
     ends = whole._get_schedule().early_ends
     assert 1 <= len(ends) < 6  # some blocks end early, some do not
-    shutil.copytree(tmp_path / "whole" / f"checkpoint-{stop}", tmp_path / "cut" / f"checkpoint-{stop}")
-    cut = make_trainer(base, tmp_path / "cut", **settings, **saving)
+    shutil.copytree(there / f"checkpoint-{stop}", tmp_path / f"checkpoint-{stop}")
+    cut = make_trainer(base, tmp_path, **MOVING, save_steps=12)
     cut.train(resume_from_checkpoint=True)
     assert cut._get_schedule().early_ends == ends
-    got, wanted = (contents(tmp_path / name / "checkpoint-12") for name in ("cut", "whole"))
+    got, wanted = (contents(folder / "checkpoint-12") for folder in (tmp_path, there))
     assert [name for name in wanted if not same(got.get(name), wanted[name])] == []
     assert [line["epsilon"] for line in log_lines(cut)] == [line["epsilon"] for line in log_lines(whole)]
     assert len({line["epsilon"] for line in log_lines(whole)}) > 1

@@ -44,9 +44,9 @@ ANCHORED = {**SETTINGS, "base_kl": 0.5, "max_steps": 6}
 STM = {**SETTINGS, "loss_type": "stm", "stm_threshold": 200.0, "max_steps": 6}
 SAVING = dict(save_strategy="steps", save_steps=2, save_total_limit=None)
 FLAGS = [
-    "--max_length=32", "--lora_r=4", "--learning_rate=1e-3", "--warmup_steps=0", "--reference_steps=2",
-    "--per_device_train_batch_size=2", "--gradient_accumulation_steps=1", "--max_steps=3", "--logging_steps=1",
-    "--save_strategy=no", "--use_cpu=true",
+    "--max_length=32", "--lora_r=4", "--learning_rate=1e-3", "--adam_epsilon=1e-4", "--warmup_steps=0",
+    "--reference_steps=2", "--per_device_train_batch_size=2", "--gradient_accumulation_steps=1", "--max_steps=3",
+    "--logging_steps=1", "--save_strategy=no", "--use_cpu=true",
 ]  # fmt: skip
 SIX_STEPS = [*FLAGS, "--num_iterations=2", "--max_steps=6"]
 STOP = 6  # in the second visit: its old log-probabilities are those each process kept

@@ -92,14 +92,14 @@ def _has_learned(comparison: Comparison, arm: ArmResult) -> bool:
 
 def _rival(comparison: Comparison, name: str) -> Rival:
     learnt = comparison.difference(name, CONTROL, "in_domain").signed(comparison.sign("in_domain"))
-    found = comparison.matched(name, CONTROL)
-    if found is None or not comparison.is_learned(found[0]):
+    matched_at = comparison.matched(name, CONTROL)
+    if matched_at is None or not comparison.is_learned(matched_at[0]):
         return Rival(name, learnt, None, None)
     sides = [comparison.points(comparison.arms[arm].runs) for arm in (name, CONTROL)]
     levels = [matched(sides[0][seed], sides[1][seed]) for seed in sides[0].keys() & sides[1].keys()]
     base = comparison.sign("out_of_domain") * comparison.base["out_of_domain"]
     lost = [base - sum(level[side] for level in levels) / len(levels) for side in (1, 2)]
-    return Rival(name, learnt, found[1], lost[0] / lost[1] if lost[1] > 0 else None)
+    return Rival(name, learnt, matched_at[1], lost[0] / lost[1] if lost[1] > 0 else None)
 
 
 # ---- the sentences ----

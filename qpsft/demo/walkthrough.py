@@ -38,7 +38,7 @@ SETS = {
     "styles": "kept: the other styles, on request",
 }
 BASE, SFT, KEEPING = "base", "plain SFT", "SFT + KL to the base"
-ARMS = {SFT: ["--method=sft"], KEEPING: []}
+ARMS = {SFT: ["--method=sft", "--base_kl=0"], KEEPING: []}
 """What is trained, in this order -> flags; without flags the recipe as it stands."""
 
 

@@ -148,10 +148,10 @@ def gpu() -> Finding:
 
     device = _device()
     try:
-        found = hardware_of(device)
+        hardware = hardware_of(device)
     except QpsftError as problem:
         return _problem("GPU", problem)
-    computes = f"computes in {str(found.compute_dtype).removeprefix('torch.')}"
+    computes = f"computes in {str(hardware.compute_dtype).removeprefix('torch.')}"
     if device.type == "cpu":
         cure = "That does for the demo and for small models; real ones take a GPU."
         return Finding("GPU", "warn", f"none: the CPU {computes}", cure)
@@ -159,7 +159,7 @@ def gpu() -> Finding:
         return Finding("GPU", "ok", f"{device}, {computes}")
     cards = torch.cuda.device_count()
     others = f"; one of {cards}, the others by torchrun" if cards > 1 else ""
-    return Finding("GPU", "ok", f"{torch.cuda.get_device_name(device)} ({found.name}), {computes}{others}")
+    return Finding("GPU", "ok", f"{torch.cuda.get_device_name(device)} ({hardware.name}), {computes}{others}")
 
 
 def bitsandbytes() -> Finding:
@@ -190,7 +190,7 @@ def _error_of(layer: torch.nn.Module, tokens: int, dtype: torch.dtype) -> float:
     with torch.no_grad():
         weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
         pairs = ((y.float(), x.float() @ weight.t()), (x.grad.float(), weight.sum(0).expand_as(x)))
-        errors = [((found - right).abs().max() / right.abs().max()).nan_to_num(float("inf")) for found, right in pairs]
+        errors = [((made - right).abs().max() / right.abs().max()).nan_to_num(float("inf")) for made, right in pairs]
     return float(max(errors))
 
 

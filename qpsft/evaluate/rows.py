@@ -46,17 +46,22 @@ class Encoded:
 def load_evaluation_rows(name: str, arguments: DataArguments, split: str = "test") -> Rows:
     """`qpsft.data.tokenize.load_rows` for rows with references, keeping the columns that verifiers need.
 
+    Args:
+        name: also `instruction_checks`.
+
     Raises:
         DataError: as `load_rows`, and for prompts without references.
     """
+    if name == INSTRUCTION_CHECKS:
+        return instruction_checks(arguments.dataset_limit)
     return with_references(read_records(name, arguments, split), arguments)
 
 
-def instruction_checks() -> Rows:
+def instruction_checks(limit: int | None = None) -> Rows:
     """About fifty prompts with instructions that a program can check, written for qpsft, each with an answer."""
     path = Path(built_in.__file__).with_name(f"{INSTRUCTION_CHECKS}.jsonl")
     lines = path.read_text(encoding="utf-8").splitlines()
-    return as_rows([json.loads(line) for line in lines], INSTRUCTION_CHECKS)
+    return as_rows([json.loads(line) for line in lines[:limit]], INSTRUCTION_CHECKS)
 
 
 def as_rows(rows: Sequence[dict], name: str, arguments: DataArguments | None = None) -> Rows:

@@ -31,7 +31,7 @@ from qpsft.evaluate.model import (
     usual_quantization,
 )
 from qpsft.evaluate.options import EvaluationOptions
-from qpsft.evaluate.rows import INSTRUCTION_CHECKS, as_rows, instruction_checks, load_evaluation_rows
+from qpsft.evaluate.rows import as_rows, load_evaluation_rows
 from qpsft.evaluate.task_data import parse_task_data, used_by
 from qpsft.evaluate.verifiers import text_of
 from qpsft.files import write_atomically
@@ -255,9 +255,7 @@ def _data_sets(names: Sequence[str], arguments: DataArguments, options: Evaluati
         for name, rows in built_in.out_of_domain(split, DEMO_ROWS_PER_SET).items():
             yield as_rows(rows, name)
     for name in names:
-        if name == INSTRUCTION_CHECKS:
-            yield instruction_checks()
-        elif name not in BUILT_IN:
+        if name not in BUILT_IN:
             yield load_evaluation_rows(name, arguments, options.split)
 
 

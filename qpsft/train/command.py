@@ -6,6 +6,7 @@ import argparse
 import functools
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
 from qpsft.errors import RecipeError
 from qpsft.processes import is_main
@@ -25,9 +26,9 @@ def train(argv: Sequence[str]) -> int:
     quiet_libraries()
     if print_help("train", argv, TRAIN, TRAIN_EXAMPLE):
         return 0
+    recipe = read_recipe(argv)
     from qpsft.train import run
 
-    recipe = read_recipe(argv)
     summary = run.train(recipe)
     if is_main():
         print(f"\n{summary}\n\n{summary.next_commands(recipe)}")
@@ -39,10 +40,10 @@ def preview(argv: Sequence[str]) -> int:
     quiet_libraries()
     if print_help("preview", argv, PREVIEW, PREVIEW_EXAMPLE):
         return 0
+    recipe = read_recipe(argv)
     from qpsft.model.continue_adapter import recipe_tokenizer, warn_past_context
     from qpsft.train.data import preview_blocks, read_training_data
 
-    recipe = read_recipe(argv)
     if not recipe.model.model_name_or_path:
         raise RecipeError("model_name_or_path is missing.", "The tokenizer comes with the model: name it.")
     tokenizer = recipe_tokenizer(recipe)
@@ -54,10 +55,13 @@ def preview(argv: Sequence[str]) -> int:
 
 def read_recipe(argv: Sequence[str]):
     """The recipe that a command line names first, if any, with its flags."""
-    from qpsft.psft.config import PSFTConfig
-    from qpsft.recipe.file import load_recipe
+    from qpsft.recipe.file import load_recipe, read_recipe_file
 
     path = argv[0] if argv and not argv[0].startswith("-") else None
+    if path:
+        read_recipe_file(Path(path))  # a wrong path is told before transformers is imported, which takes seconds
+    from qpsft.psft.config import PSFTConfig
+
     return load_recipe(path, argv[1:] if path else argv, PSFTConfig)
 
 
