@@ -40,8 +40,8 @@ PARTS = {
     ),
 }
 CONSTANT_RATE = ["--lr_scheduler_type=constant_with_warmup"]
-FLAGS = dict.fromkeys(("noisy", "clean", "noise", "stories"), CONSTANT_RATE) | {"anchored": ["--base_kl=0.3"]}
-"""The committed results of the first four have the rate of their time; by default it falls to 0 now, as in the fifth."""
+FLAGS = {**dict.fromkeys(("noisy", "clean", "noise", "stories"), CONSTANT_RATE), "anchored": ["--base_kl=0.3"]}
+"""The first four have the rate of the time of their committed results; the default falls to 0 now, as in the fifth."""
 NOISE = (0.0, 0.1, 0.3, 0.5)
 """Shares of wrong demonstrations in the part `noise`."""
 RUNS = {"noisy": 66, "clean": 66, "noise": 67, "stories": 13, "anchored": 17}

@@ -3,6 +3,7 @@
     python ../shared/models/smollm2.py                     the model, once
     python benchmarks/evidence_real.py --jobs 2            the whole study; repeat it to go on where it stopped
     python benchmarks/evidence_real.py --quick --jobs 2    a look, in about ten minutes on two free cores
+    python benchmarks/evidence_real.py --small --jobs 2    noisy SVAMP at one rate, for a CPU: 15 core minutes a run
     python benchmarks/evidence_real.py --table             the table and the plot of what is done (with the same flags)
 
 For each part (what is learnt) and each arm (method): every learning rate with one seed, then the rate that validation
@@ -397,7 +398,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--data", help="folder of svamp, gsm8k, ifeval, … (default: ../shared/data)")
     found.add_argument("--output", default=str(OUTPUT), help="folder of all results")
     found.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    found.add_argument("--dtype", default="auto", help="compute dtype (auto: float32 on the CPU, else by card)")
+    found.add_argument("--dtype", help="compute dtype (auto: float32 on the CPU, else by card)")
     found.add_argument("--jobs", type=int, default=1, help="runs at a time")
     found.add_argument("--parts", type=listed(str), help=f"default: {','.join(PARTS)}")
     found.add_argument("--arms", type=listed(str), help=f"default: all: {','.join(ARMS)}")
@@ -416,6 +417,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--max_tokens", type=int, help="of an answer to IFEval; half for the base's own (512; 1,280)")
     found.add_argument("--tasks", choices=("end", "every"), help="when tasks are measured (end; on CUDA every)")
     found.add_argument("--quick", action="store_true", help="a look: few rows, two arms, one rate, one seed")
+    found.add_argument("--small", action="store_true", help="noisy SVAMP, half of its rows, one rate, bfloat16")
     found.add_argument("--table", action="store_true", help="only print what is done, and draw it")
     return found
 
@@ -423,13 +425,17 @@ def parser() -> argparse.ArgumentParser:
 DEFAULTS = {
     "parts": PARTS, "arms": tuple(ARMS), "rates": RATES, "seeds": 3, "epochs": (1, 2, 4), "train": None,
     "held_out": (100, 200), "ifeval": 150, "truthfulqa": 50, "choices": 200, "answers": 1000, "probe": 100,
-    "max_tokens": 512, "tasks": "end",
+    "max_tokens": 512, "tasks": "end", "dtype": "auto",
 }  # fmt: skip
 ON_CUDA = {"seeds": 5, "ifeval": 541, "truthfulqa": 1000, "choices": 10_000, "probe": 200, "max_tokens": 1280}
 ON_CUDA |= {"tasks": "every"}
 QUICK = {
     "parts": ("svamp_noisy",), "arms": ("sft", "psft_kl"), "rates": (5e-4,), "seeds": 1, "epochs": (2,), "train": 96,
     "held_out": (16, 32), "ifeval": 12, "truthfulqa": 4, "choices": 16, "answers": 12, "probe": 12, "max_tokens": 128,
+}  # fmt: skip
+SMALL = {
+    "parts": ("svamp_noisy",), "rates": (5e-4,), "epochs": (2,), "train": 350, "held_out": (20, 100), "ifeval": 48,
+    "truthfulqa": 0, "choices": 48, "answers": 48, "probe": 32, "max_tokens": 128, "dtype": "bfloat16",
 }  # fmt: skip
 
 
@@ -439,7 +445,8 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
 
     options = parser().parse_args(argv)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    defaults = DEFAULTS | (ON_CUDA if options.device == "cuda" else {}) | (QUICK if options.quick else {})
+    defaults = DEFAULTS | (ON_CUDA if options.device == "cuda" else {})
+    defaults |= QUICK if options.quick else SMALL if options.small else {}
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)

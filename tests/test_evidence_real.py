@@ -330,7 +330,9 @@ def test_a_mistake_is_named(model, data, tmp_path, given, message, capsys):
 def test_quick_is_small_and_a_flag_wins_over_it(model, data):
     given = [f"--model={model}", f"--data={data}", "--device=cpu"]
     quick = evidence_real.read_options([*given, "--quick", "--seeds=2"])
-    assert quick.arms == ("sft", "psft_kl") and quick.seeds == 2 and quick.train == 96
+    assert quick.arms == ("sft", "psft_kl") and quick.seeds == 2 and quick.train == 96 and quick.dtype == "auto"
+    small = evidence_real.read_options([*given, "--small", "--arms=sft,sft_kl"])
+    assert small.arms == ["sft", "sft_kl"] and small.seeds == 3 and small.rates == (5e-4,) and small.dtype == "bfloat16"
     whole = evidence_real.read_options(given)
     assert len(whole.arms) == len(ARMS) and whole.seeds == 3 and whole.ifeval == 150
     with pytest.raises(RecipeError):

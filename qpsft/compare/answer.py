@@ -176,9 +176,16 @@ def _take_control(comparison: Comparison, rivals: Sequence[Rival]) -> str:
     name = "in_domain" if equal[0].kept is None else "out_of_domain"
     shown = [rival.learnt if name == "in_domain" else rival.kept for rival in equal]
     farthest = max(max(abs(one.low), abs(one.high)) for one in shown if one is not None)
-    within = f"within {_number(farthest, _unit(comparison, name)).lstrip('+')}"
     rest = f"; {_listed(worse)} {'does' if len(worse) == 1 else 'do'} worse" if worse else ""
     what = "in what is learned" if name == "in_domain" else f"in what is kept at equal in-domain {_score(comparison)}"
+    if farthest > SMALL[_unit(comparison, name)]:
+        first = max(equal, key=lambda rival: rival.rank)
+        most = amount(first.learnt if name == "in_domain" else first.kept, _unit(comparison, name))
+        return (
+            f"Take `{CONTROL}`, the simplest, or run more seeds: {seeds} do not tell {names} apart from it {what} "
+            f"(the most: `{first.name}` {most}){rest}."
+        )
+    within = f"within {_number(farthest, _unit(comparison, name)).lstrip('+')}"
     return (
         f"Take `{CONTROL}`, the simplest: the comparison shows no difference to {names} {what} "
         f"({seeds}, {within}){rest}."
