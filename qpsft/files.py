@@ -59,10 +59,14 @@ def sync(file: IO[bytes]) -> None:
 
 
 @contextmanager
-def finished_files(folder: Path) -> Iterator[Path]:
+def finished_files(folder: Path, *, first: str = "", last: str = "") -> Iterator[Path]:
     """Yields a new hidden folder; when the block ends without an exception, its files take their places in `folder`.
 
     Otherwise they are removed, and `folder` is what it was.
+
+    Args:
+        first, last: files that take their places before and after all others. Whoever is killed in between leaves a
+            new `first` beside an old `last`, so a `last` that vouches for `first` must not vouch for an old one.
 
     Raises:
         OSError: a file cannot be written.
@@ -72,7 +76,7 @@ def finished_files(folder: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        for path in sorted(partial.iterdir()):
+        for path in sorted(partial.iterdir(), key=lambda path: (path.name != first, path.name == last, path.name)):
             path.chmod(0o644)  # safetensors leaves 0600
             put_in_place(path, folder / path.name)
     finally:
@@ -262,3 +266,9 @@ def digest(*parts: str | bytes) -> str:
     for part in parts:
         sha256.update(part.encode() if isinstance(part, str) else part)
     return sha256.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, read in pieces, in hexadecimal. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qpsft.model.base import load_base
-from qpsft.model.base_record import write_base_record
+from qpsft.model.base_record import read_base_record, source_of, write_base_record, write_for_adapter
+from qpsft.model.folder import resolve_folder
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -35,6 +37,14 @@ def save_peft_adapter(folder: Path, base: Path, *, load: dict[str, Any] | None =
     peft_model.save_pretrained(folder)
     write_base_record(peft_model, folder)
     return folder
+
+
+def vouch(folder: Path) -> None:
+    """Writes the record anew for the adapter file that is there now, and for the base as it is now."""
+    record = read_base_record(folder)
+    base = source_of(resolve_folder(record.base_model_name_or_path))
+    identity = {"weights_sha256": base.weights_sha256, "eos_token_ids": base.eos_token_ids}
+    write_for_adapter(dataclasses.asdict(record) | identity, folder)
 
 
 def tokens(vocabulary: int = 180) -> Tensor:

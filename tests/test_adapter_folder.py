@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from merging import ALL, save_peft_adapter
+from merging import ALL, save_peft_adapter, vouch
 from safetensors.torch import load_file, save_file
 from tiny_models import edit_config, save_tiny_model
 
@@ -206,6 +206,7 @@ def test_an_embedding_saved_with_the_adapter(tmp_path, name):
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file) | {f"{PREFIX}model.{name}": torch.zeros(200, 64)}
     save_file(tensors, file)
+    vouch(folder)
     AdapterFolder(folder).base_folder()
     save_file(tensors | {f"{PREFIX}model.{name}": torch.zeros(203, 64)}, file)
     with pytest.raises(BaseModelError, match=r"has shape \(203, 64\); on .* would have \(200, 64\)"):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from exporting import copy_folder, edit_json, edit_weights, export, make_adapter, merge_by_hand
+from merging import vouch
 from safetensors.torch import load_file, save_file
 
 from qpsft.errors import ExportError, OutputError
@@ -262,6 +263,7 @@ def test_a_nan_in_the_adapter_is_refused(adapter, tmp_path):
     name = next(name for name in tensors if "lora_B" in name)
     tensors[name][0, 0] = float("nan")
     save_file(tensors, other / "adapter_model.safetensors", metadata={"format": "pt"})
+    vouch(other)
     with pytest.raises(ExportError, match="not finite"):
         export("gguf-lora", other, tmp_path / "lora.gguf")
 

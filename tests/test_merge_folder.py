@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from merging import load_strictly, save_peft_adapter
+from merging import load_strictly, save_peft_adapter, vouch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_model
@@ -111,6 +111,7 @@ def test_tied_embeddings_are_stored_under_the_embeddings_name(tmp_path, stored_a
     matrix = tensors.pop("model.embed_tokens.weight")
     both = {name: matrix.clone() for name in ("model.embed_tokens.weight", "lm_head.weight")}
     save_file(tensors | {k: v for k, v in both.items() if stored_as in (k, "both")}, base / "model.safetensors")
+    vouch(adapter)
     merge(adapter, dtype="float32")
     merged = load_file(tmp_path / "adapter-merged" / "model.safetensors")
     assert "lm_head.weight" not in merged and torch.equal(merged["model.embed_tokens.weight"], matrix)
@@ -120,6 +121,7 @@ def test_tied_embeddings_are_stored_under_the_embeddings_name(tmp_path, stored_a
 def test_what_the_architecture_does_not_use_is_left_out_and_said(tmp_path, base, adapter):
     tensors = load_file(base / "model.safetensors") | {"model.layers.9.extra.weight": torch.zeros(3)}
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    vouch(adapter)
     report = merge(adapter)
     load_strictly(tmp_path / "adapter-merged")
     assert report.left_out == ["model.layers.9.extra.weight"] and "model.layers.9.extra.weight" in report.summary()

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from merging import ALL, largest, live_logprobs, load_strictly, logprobs, save_peft_adapter, tokens
+from merging import ALL, largest, live_logprobs, load_strictly, logprobs, save_peft_adapter, tokens, vouch
 from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import edit_config, save_tiny_model
@@ -41,6 +41,7 @@ def edit_adapter(adapter, change):
     tensors = load_file(adapter / "adapter_model.safetensors")
     change(tensors)
     save_file(tensors, adapter / "adapter_model.safetensors")
+    vouch(adapter)
 
 
 def edit_adapter_config(adapter, **changes):

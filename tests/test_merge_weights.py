@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from bitsandbytes import functional as bnb
-from merging import save_peft_adapter, tokens
+from merging import save_peft_adapter, tokens, vouch
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_model
 
@@ -155,6 +155,7 @@ def test_a_value_too_large_for_float16_is_an_error(tmp_path):
     tensors = load_file(base / "model.safetensors")
     tensors["model.embed_tokens.weight"][3, 4] = 1e5
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    vouch(adapter)
     with pytest.raises(ExportError, match=r"model.embed_tokens.weight has a value of 1e\+05 after merging"):
         merge(adapter, tmp_path / "out", dtype="float16")
     assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
@@ -167,6 +168,7 @@ def test_a_broken_value_in_the_base_is_an_error(tmp_path):
     tensors = load_file(base / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = float("nan")
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    vouch(adapter)
     with pytest.raises(ExportError, match=r"layers.1.mlp.down_proj.weight has values that are not finite"):
         merge(adapter, tmp_path / "out")
 

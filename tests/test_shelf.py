@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from qpsft import cli
 from qpsft.compare.options import load_comparison
+from qpsft.files import file_sha256
 from qpsft.merge import merge_adapter
 from qpsft.model.base import load_base
 from qpsft.plan import make_plan
@@ -227,6 +228,13 @@ def test_it_came_with_all_that_a_run_leaves(again):
     assert all(version in card for version in made_with(SHIPPED)[0].removeprefix("# ").split(", "))
     size = sum(path.stat().st_size for path in SHIPPED.iterdir())
     assert size < 500_000
+
+
+def test_its_record_is_what_its_recipe_makes(again):
+    shipped, made = (json.loads((folder / "base_quantization.json").read_text("utf-8")) for folder in (SHIPPED, again))
+    digests = [record.pop("adapter_sha256") for record in (shipped, made)]
+    assert shipped == made
+    assert digests == [file_sha256(folder / "adapter_model.safetensors") for folder in (SHIPPED, again)]
 
 
 def test_its_options_are_its_recipe_s():

@@ -32,6 +32,7 @@ from qpsft.files import digest, write_atomically
 from qpsft.model.adapter import add_adapter
 from qpsft.model.base import load_base
 from qpsft.model.base_record import parameter_count
+from qpsft.model.fingerprint import weights_sha256
 from qpsft.model.folder import resolve_folder
 from qpsft.psft.checkpoint import rows_sha256
 from qpsft.psft.config import PSFTConfig
@@ -58,7 +59,6 @@ LOG_LINES = 32
 SMALL_BASE = 20e6
 """Parameters; matrix products of smaller models are faster on one thread."""
 BASE_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-SAMPLE_BYTES, SAMPLE_EVERY = 2**12, 2**20
 
 
 @dataclass
@@ -165,20 +165,15 @@ def decisive_options(recipe: Recipe) -> dict[str, Any]:
 
 
 def base_key(name: str, revision: str | None = None) -> str:
-    """Hash of a base: its configuration, generation settings and tokenizer, and 4 KiB of every MiB of its weights."""
-    return digest(*_decisive_bytes(resolve_folder(name, revision=revision)))[:16]
+    """Hash of a base: its configuration, generation settings and tokenizer, and a sample of its weights."""
+    folder = resolve_folder(name, revision=revision)
+    return digest(*_decisive_bytes(folder), weights_sha256(folder))[:16]
 
 
 def _decisive_bytes(folder: Path) -> Iterator[str | bytes]:
-    for path in sorted(path for path in folder.iterdir() if path.name in BASE_FILES or path.suffix == ".safetensors"):
+    for path in sorted(path for path in folder.iterdir() if path.name in BASE_FILES):
         yield f"{path.name} {path.stat().st_size}"
-        if path.suffix != ".safetensors":
-            yield path.read_bytes()
-            continue
-        with path.open("rb") as file:  # whole, 16 GB would be half a minute at every start
-            for start in range(0, path.stat().st_size, SAMPLE_EVERY):
-                file.seek(start)
-                yield file.read(SAMPLE_BYTES)
+        yield path.read_bytes()
 
 
 def read_result(spec: RunSpec, setting: Setting, results: Path) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from qpsft.merge.merging import merge_adapter
 from qpsft.merge.report import MergeReport
 from qpsft.model.adapter_folder import AdapterFolder
 from qpsft.model.base_record import BaseRecord
-from qpsft.model.folder import DEMO, MODEL_DIR, check_folder, is_adapter
+from qpsft.model.folder import DEMO, MODEL_DIR, check_folder, has_weights, is_adapter
 from qpsft.terminal import wrap
 
 DEFAULT_RANK = 16
@@ -74,11 +74,11 @@ def export_vllm(options: ExportOptions) -> VllmReport:
             f"The adapter in {source} is of type {config.get('peft_type')}.", "vLLM serves LoRA adapters only."
         )
     record = adapter.record
-    adapter.base_folder(options.base, same_rounding=False, weights=False)
+    base_folder = adapter.base_folder(options.base, same_rounding=False, weights=False)
     refusals = _refusals(adapter)
     if not refusals:
         command = _serve(source, options.base, record, _largest_rank(config))
-        return VllmReport(source, True, [], command, _notes(record))
+        return VllmReport(source, True, [], command, _notes(record) + _note_on_weights(base_folder))
     merge = command = None
     if options.output is not None:
         merge = merge_adapter(source, options.output, base=options.base, overwrite=options.overwrite)
@@ -118,6 +118,13 @@ def _serve(adapter: Path, base: str | None, record: BaseRecord, rank: int) -> st
     if rank > DEFAULT_RANK:
         command += ["--max-lora-rank", str(next(size for size in RANKS if size >= rank))]
     return shlex.join(command)
+
+
+def _note_on_weights(base: Path) -> list[str]:
+    """That nothing but the base's configuration was compared, where that is all there is of it here."""
+    if has_weights(base):
+        return []
+    return ["the base's weights are not on this machine, so they were not compared with those of the training"]
 
 
 def _vllm_rounds_alike(record: BaseRecord) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from qpsft.errors import BaseModelError, ExportError
 from qpsft.merge.rounding import quant_state
 from qpsft.merge.safetensors_stream import StoredTensor, TensorFile
 from qpsft.model.base_record import BaseRecord
-from qpsft.model.folder import WEIGHTS, WEIGHTS_INDEX
+from qpsft.model.folder import weight_files
 from qpsft.model.skeleton import LoadingRules, build_skeleton, is_part
 
 if TYPE_CHECKING:
@@ -100,20 +99,13 @@ def open_base(folder: Path, record: BaseRecord | None) -> Iterator[BaseTensors]:
         BaseModelError: a file is broken, or the weights are not those of the architecture in config.json.
         ExportError: a rounded weight is fused or split while loading, or tied weights differ.
     """
-    files = [TensorFile(folder / name) for name in _weight_files(folder)]
+    files = [TensorFile(folder / name) for name in weight_files(folder)]
     try:
         stored = {name: tensor for file in files for name, tensor in file.tensors.items()}
         yield _Mapping(folder, record, stored).result()
     finally:
         for file in files:
             file.close()
-
-
-def _weight_files(folder: Path) -> list[str]:
-    if (folder / WEIGHTS).is_file():
-        return [WEIGHTS]
-    index = json.loads((folder / WEIGHTS_INDEX).read_text(encoding="utf-8"))
-    return sorted(set(index["weight_map"].values()))
 
 
 class _Mapping:

@@ -27,6 +27,7 @@ from qpsft.merge.report import MergeReport, rounding_in_words
 from qpsft.merge.safetensors_stream import TensorFile
 from qpsft.merge.weights import MergedWeights
 from qpsft.model.adapter_folder import AdapterFolder
+from qpsft.model.base_record import BaseRecord, BaseSource, source_of
 from qpsft.model.folder import MERGE_REPORT, check_folder
 from qpsft.model.hardware import DTYPES
 
@@ -60,6 +61,7 @@ def merge_with(options: MergeOptions) -> MergeReport:
     # onto the original weights, an adapter that another tool trained needs no record of the rounding
     record = adapter.record if onto_trained or adapter.has_record else None
     base = adapter.base_folder(options.base, same_rounding=onto_trained)
+    source = source_of(base)
     _check_weights(base, options.onto)
     rounded_as = record if onto_trained else None
     with (
@@ -79,7 +81,10 @@ def merge_with(options: MergeOptions) -> MergeReport:
             qpsft_version=__version__,
             adapter=str(options.adapter),
             base=_base_name(adapter, options.base),
-            base_revision=record.revision if record else None,
+            base_revision=_revision(record, source, options.base),
+            base_folder=os.path.abspath(base),
+            base_weights_sha256=source.weights_sha256,
+            base_used=adapter.base_in_words(base, source),
             output=os.path.abspath(options.output),
             onto=options.onto,
             dtype=options.dtype,
@@ -112,7 +117,7 @@ def _verify(folder: Path, base: Path, options: MergeOptions) -> dict[str, Any]:
     return {
         "same_model": result.same_model,
         "numbers": json.loads(json.dumps(result.numbers)),
-        "summary": result.summary(on_purpose=options.onto == "original"),
+        "summary": result.summary(on_purpose=options.onto == "original", with_base=False),
     }
 
 
@@ -123,6 +128,11 @@ def _base_name(adapter: AdapterFolder, base: str | None) -> str:
     if base is None:
         return adapter.config.base_model_name_or_path
     return os.path.abspath(Path(base).expanduser()) if Path(base).expanduser().is_dir() else base
+
+
+def _revision(record: BaseRecord | None, source: BaseSource, given: str | None) -> str | None:
+    """The Hub commit of the base that was used, if known; of a base in its recorded place, the record's."""
+    return source.revision or (record.revision if record and given is None else None)
 
 
 def _check_weights(folder: Path, onto: Onto) -> None:

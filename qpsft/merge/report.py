@@ -21,6 +21,11 @@ class MergeReport:
     """What was merged, where it is and how it was checked. `merge_report.json` holds the same.
 
     Attributes:
+        base: what the adapter's record calls its base; else as it was given, or as PEFT's config says.
+        base_revision: the Hub commit of the base that was used, if known.
+        base_folder: the folder that it was read from.
+        base_weights_sha256: `qpsft.model.fingerprint.weights_sha256` of it.
+        base_used: that base in words, and whether it is known to have the weights of the training.
         rounding: how the base was rounded in training, in words.
         bytes: of the weights written.
         low_rank: matrices that a low-rank update was added to.
@@ -35,6 +40,9 @@ class MergeReport:
     adapter: str
     base: str
     base_revision: str | None
+    base_folder: str
+    base_weights_sha256: str | None
+    base_used: str
     output: str
     onto: str
     dtype: str
@@ -55,6 +63,7 @@ class MergeReport:
         lines = [
             f"merged {Path(self.adapter).name} onto the {self.onto} weights of {Path(self.base).name}",
             f"base in training: {self.rounding}",
+            wrap(f"base used: {self.base_used}"),
             wrap(
                 f"wrote {self.output}: {self.tensors} tensors, {self.bytes / 1e9:.3g} GB in {self.dtype}, "
                 f"{len(self.files)} files; {self.merge_seconds:.1f} s, peak memory {self.peak_rss / 1e6:.0f} MB"

@@ -1,7 +1,8 @@
 """An adapter's folder as PEFT writes it, opened: config, tensors, the record of its base, tokenizer.
 
-Every verb that uses an adapter opens it here and asks `base_folder` for its base. So two questions have one answer
-everywhere: is this its base, and does its file hold exactly the tensors that its config calls for?
+Every verb that uses an adapter opens it here and asks `base_folder` for its base. So three questions have one answer
+everywhere: is this its base, does its file hold exactly the tensors that its config calls for, and is it the very file
+that the record of the base was written for?
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from qpsft.errors import BaseModelError, ExportError
+from qpsft.files import file_sha256
 from qpsft.model.adapter import POLICY
 from qpsft.model.adapter_tensors import check_tensors
 from qpsft.model.base import load_base, load_tokenizer
-from qpsft.model.base_record import RECORD_FILE, BaseRecord, read_base_record, source_of
+from qpsft.model.base_record import ADAPTER_WEIGHTS, RECORD_FILE, BaseRecord, BaseSource, read_base_record, source_of
 from qpsft.model.folder import (
     ADAPTER_CONFIG,
+    MODEL_DIR,
     PICKLE_SUFFIXES,
     cannot_be_hub_id,
+    check_weights,
     hub_snapshot,
     near_folders,
     one_line,
@@ -39,10 +43,13 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 HUB_FILES = [ADAPTER_CONFIG, ADAPTER_WEIGHTS, RECORD_FILE, "token*", "special_tokens_map.json", "*.jinja"]
 """What of a Hub repository belongs to an adapter."""
+
+_GIVE_ITS_BASE = (
+    "Give the base it was trained on (--base; in a recipe model_name_or_path), or restore it if it has changed since."
+)
 
 PREFIX = "base_model.model."
 """What PEFT puts before the base's own names, in its model and in its files."""
@@ -146,7 +153,7 @@ class AdapterFolder:
             BaseModelError: the base is not there, or as `check_base`.
         """
         folder = self._recorded_base(weights) if base is None else resolve_folder(base, weights=weights)
-        self.check_base(folder, same_rounding=same_rounding)
+        self.check_base(folder, same_rounding=same_rounding, weights=weights)
         return folder
 
     def _recorded_base(self, weights: bool) -> Path:
@@ -165,36 +172,46 @@ class AdapterFolder:
                 f"Give its folder with --base. {error.todo}",
             ) from error
 
-    def check_base(self, folder: Path, *, same_rounding: bool = True, trust_remote_code: bool = False) -> None:
+    def check_base(
+        self, folder: Path, *, same_rounding: bool = True, weights: bool = True, trust_remote_code: bool = False
+    ) -> None:
         """Makes sure that the model in `folder` is the adapter's base, and that the adapter's tensors fit it.
 
-        Reads config.json and the adapter's header; the model is built without memory.
+        Reads config.json, a sample of the base's weights and the adapter's file; the model is built without memory.
 
         Args:
             folder: a base model's.
             same_rounding: also refuse a base that was quantized on disk where the trained one was not, or the other
                 way round: its rounded weights may differ.
+            weights: the base's weights must be there; else they are compared if they are.
             trust_remote_code: run Python code that comes with the base.
 
         Raises:
-            BaseModelError: it is another model, or a tensor of the adapter is missing, unknown or of another shape.
+            BaseModelError: it is another model; a tensor of the adapter is missing, unknown or of another shape; or
+                its file is not the one that the record was written for.
         """
-        self.check_identity(folder, same_rounding=same_rounding)
+        self.check_identity(folder, same_rounding=same_rounding, weights=weights)
         model = self.put_layers(build_skeleton(folder, trust_remote_code=trust_remote_code))
         check_tensors(self.weights_file, self.shapes, model, folder)
+        self._check_own_file()
 
-    def check_identity(self, folder: Path, *, same_rounding: bool = True) -> None:
-        """The first half of `check_base`: is it the model in the record? Without a record nothing can be said."""
+    def check_identity(self, folder: Path, *, same_rounding: bool = True, weights: bool = True) -> None:
+        """The first third of `check_base`: is it the model in the record? Without a record nothing can be said.
+
+        Where the record does not say which weights it was, or they were rounded otherwise, there is a warning that
+        they were not compared. Weights that are not on this machine are passed over, unless they are asked for.
+        """
         if not self.has_record:
             return
+        if weights:
+            check_weights(folder)
         record, source = self.record, source_of(folder)
         if source.config_sha256 != record.config_sha256:
             raise BaseModelError(
                 f"The adapter in {self.path} was trained on {record.base_model_name_or_path} (config hash "
                 f"{record.config_sha256[:12]}…), and {folder} is another model (config hash "
                 f"{source.config_sha256[:12]}…).",
-                "Give the base it was trained on (--base; in a recipe model_name_or_path), or restore it if it has "
-                "changed since.",
+                _GIVE_ITS_BASE,
             )
         if same_rounding and source.prequantized != record.prequantized:
             kinds = {True: "quantized on disk", False: "not quantized on disk"}
@@ -202,6 +219,85 @@ class AdapterFolder:
                 f"The adapter in {self.path} was trained on a base that was {kinds[record.prequantized]}, and {folder} "
                 f"is {kinds[source.prequantized]}: its rounded weights may differ.",
                 f"Give the base it was trained on ({record.base_model_name_or_path}) with --base.",
+            )
+        self._check_weights_and_stops(source)
+
+    def _check_weights_and_stops(self, source: BaseSource) -> None:
+        """Raises BaseModelError where a base of the same configuration has other weights or other stop tokens."""
+        record, trained_on = self.record, self._recorded_name()
+        if record.eos_token_ids is not None and source.eos_token_ids != record.eos_token_ids:
+            raise BaseModelError(
+                f"The adapter in {self.path} was trained on {trained_on}, whose texts end with eos_token_id "
+                f"{record.eos_token_ids}, and those of {source.name} with {source.eos_token_ids} (config.json and "
+                "generation_config.json).",
+                _GIVE_ITS_BASE,
+            )
+        unknown = self.why_not_compared(source)
+        if unknown is not None:
+            warnings.warn(
+                f"The weights of {source.name} were not compared with those that the adapter in {self.path} was "
+                f"trained on, {trained_on}: {unknown}.",
+                stacklevel=2,
+            )
+        elif source.weights_sha256 is not None and source.weights_sha256 != record.weights_sha256:
+            raise BaseModelError(
+                f"The adapter in {self.path} was trained on {trained_on} (weights {record.weights_sha256[:12]}…), and "
+                f"{source.name} has the same configuration and other weights ({source.weights_sha256[:12]}…): it is "
+                "another model.",
+                _GIVE_ITS_BASE,
+            )
+
+    def base_in_words(self, folder: Path, source: BaseSource) -> str:
+        """Which base was used, such as "owner/name at 0123abc, weights 12ab… as in training".
+
+        Args:
+            folder: what `base_folder` returned.
+            source: `source_of` it.
+        """
+        place = str(folder.resolve())
+        name = self.record.base_model_name_or_path if self.has_record else self.config.base_model_name_or_path or place
+        words = name
+        if source.revision:
+            words += f" at {source.revision[:12]}"
+        elif name != place and folder != MODEL_DIR:
+            words += f" in {place}"
+        if source.weights_sha256:
+            words += f", weights {source.weights_sha256[:12]}…"
+        unknown = self.why_not_compared(source)
+        return f"{words}, weights not compared: {unknown}" if unknown else f"{words} as in training"
+
+    def why_not_compared(self, source: BaseSource) -> str | None:
+        """Why nobody can say whether a base has the weights in the record, in words; None where that is known."""
+        if not self.has_record:
+            return f"there is no {RECORD_FILE}"
+        record = self.record
+        if record.weights_sha256 is None:
+            return f"{self.path / RECORD_FILE} does not say which they were"
+        if record.prequantized != source.prequantized:
+            return "one of the two is quantized on disk and the other is not"
+        return None
+
+    def _recorded_name(self) -> str:
+        """The base's name in the record, with its Hub commit."""
+        record = self.record
+        return record.base_model_name_or_path + (f" at {record.revision}" if record.revision else "")
+
+    def _check_own_file(self) -> None:
+        """Raises BaseModelError where the weights file is not the one that the record was written for."""
+        if not self.has_record or self.record.adapter_sha256 is None:
+            return
+        try:
+            found = file_sha256(self.weights_file)
+        except OSError as error:
+            raise BaseModelError(
+                f"{self.weights_file} cannot be read: {error.strerror or error}.", "Check its permissions."
+            ) from error
+        if found != self.record.adapter_sha256:
+            raise BaseModelError(
+                f"{self.weights_file} (SHA-256 {found[:12]}…) is not the file that {RECORD_FILE} beside it was written "
+                f"for ({self.record.adapter_sha256[:12]}…): it is damaged, or of another run.",
+                "Copy the whole folder again from where the training wrote it. If that run was cut off while it wrote, "
+                "continue it with --resume.",
             )
 
     def put_layers(self, skeleton: nn.Module) -> PeftModel:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,17 +19,17 @@ from torch import nn
 from qpsft.errors import BaseModelError
 from qpsft.model.base_record import (
     BaseRecord,
-    BaseSource,
     base_record,
     check_read_back,
     parameter_count,
     quantized_linears,
     read_base_record,
+    source_of,
     stored_bytes,
     write_base_record,
 )
 from qpsft.model.block_maxima import rounding_of
-from qpsft.model.folder import DEMO, check_folder, config_sha256, one_line, resolve_folder
+from qpsft.model.folder import DEMO, check_folder, one_line, resolve_folder
 from qpsft.model.hardware import (
     base_dtype,
     check_run,
@@ -144,13 +145,9 @@ def load_base(
     # PEFT writes this name into adapter_config.json: a Hub id there works on any machine, a cache path does not.
     if name != DEMO:
         model.name_or_path = model.config._name_or_path = name
-    model.qpsft_source = BaseSource(
-        name=name,
-        revision=_revision_of(folder, revision),
-        config_sha256=config_sha256(config_dict),
-        prequantized=prequantized,
-        quantized_on=quantized_on or device.type,
-    )
+    source = source_of(folder, name)
+    # A commit says more than a branch's name.
+    model.qpsft_source = replace(source, revision=source.revision or revision, quantized_on=quantized_on or device.type)
     if verbose:
         print(wrap(describe(model, device, compute_dtype), "      "), flush=True)
     return model, tokenizer
@@ -359,11 +356,6 @@ def _public_name(name_or_path: str | os.PathLike, folder: Path) -> str:
     if name == DEMO:
         return DEMO
     return str(folder.resolve()) if Path(name).expanduser().is_dir() else name
-
-
-def _revision_of(folder: Path, revision: str | None) -> str | None:
-    # A Hub snapshot lives in …/snapshots/<commit>, and the commit says more than a branch name.
-    return folder.name if folder.parent.name == "snapshots" else revision
 
 
 def fsdp_is_on() -> bool:

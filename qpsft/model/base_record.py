@@ -2,7 +2,8 @@
 
 An adapter trained on rounded weights corrects *those* weights, so merging must round the checkpoint the same way:
 cast each tensor to `weights_dtype`, quantize with `quantization`, `block_size`, `double_quant` and `quant_storage`,
-dequantize. That gives the trained base's bytes again, and its dequantized weights, exactly.
+dequantize. That gives the trained base's bytes again, and its dequantized weights, exactly. It also says which weights
+those are, and which adapter file the record belongs to; `qpsft.model.adapter_folder` compares both.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +22,14 @@ from torch import nn
 
 from qpsft import __version__
 from qpsft.errors import BaseModelError, OutputError
-from qpsft.files import write_atomically
-from qpsft.model.folder import config_sha256, read_config, resolve_folder
+from qpsft.files import file_sha256, write_atomically
+from qpsft.model.fingerprint import eos_token_ids, weights_sha256
+from qpsft.model.folder import config_sha256, has_weights, read_config, resolve_folder
 
 RECORD_FILE = "base_quantization.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+IDENTITY = ("weights_sha256", "eos_token_ids")
+"""Entries that say which base it is and that older records lack; None is then "not known"."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,8 @@ class BaseSource:
     config_sha256: str
     prequantized: bool
     quantized_on: str | None = None  # None: where its weights are
+    weights_sha256: str | None = None  # None: its weights are not on this machine
+    eos_token_ids: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,10 @@ class BaseRecord:
         unquantized_modules: names of linear modules that were not quantized (the LM head).
         quantized_on: type of the torch device that quantized it, such as "cpu" or "cuda", which round block maxima
             differently (`qpsft.model.block_maxima`); None where nothing was quantized while loading.
+        weights_sha256: `qpsft.model.fingerprint.weights_sha256` of the base; None in records older than it, and of
+            weights that were not in safetensors files.
+        eos_token_ids: `qpsft.model.fingerprint.eos_token_ids` of the base; None in older records.
+        adapter_sha256: SHA-256 of the adapter_model.safetensors that the record lies beside; None in older records.
     """
 
     qpsft_version: str
@@ -71,6 +83,9 @@ class BaseRecord:
     prequantized: bool
     unquantized_modules: list[str]
     quantized_on: str | None
+    weights_sha256: str | None = None
+    eos_token_ids: list[int] | None = None
+    adapter_sha256: str | None = None
 
 
 def quantized_linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -174,6 +189,8 @@ def base_record(model: nn.Module, name_or_path: str | None = None) -> dict:
             revision=source.revision,
             config_sha256=source.config_sha256,
             prequantized=source.prequantized,
+            weights_sha256=source.weights_sha256,
+            eos_token_ids=source.eos_token_ids,
             **_settings(base, source),
         )
     )
@@ -219,24 +236,57 @@ def _base_name(name: str) -> str:
 
 
 def source_of(folder: Path, name: str | None = None) -> BaseSource:
-    """What a base model's folder says of itself; `name` is what to call it instead of its path."""
+    """What a base model's folder says of itself; `name` is what to call it instead of its path.
+
+    Its weights are read in pieces (`qpsft.model.fingerprint`), where they are on this machine.
+
+    Raises:
+        BaseModelError: a file is broken.
+    """
     config = read_config(folder)
-    prequantized = config.get("quantization_config") is not None
-    return BaseSource(name or str(folder), None, config_sha256(config), prequantized)
+    return BaseSource(
+        name=name or str(folder),
+        revision=commit_of(folder),
+        config_sha256=config_sha256(config),
+        prequantized=config.get("quantization_config") is not None,
+        weights_sha256=weights_sha256(folder) if has_weights(folder) else None,
+        eos_token_ids=eos_token_ids(folder),
+    )
+
+
+def commit_of(folder: Path) -> str | None:
+    """The Hub commit of a folder in the Hub cache, which lies in …/snapshots/<commit>; None for any other."""
+    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def write_base_record(model: nn.Module, folder: str | os.PathLike, name_or_path: str | None = None) -> Path:
     """Writes `base_record(model, name_or_path)` as `base_quantization.json` into an adapter's folder, atomically.
 
+    The record vouches for the adapter file that is there: write the adapter first.
+
     Raises:
         OutputError: the folder cannot be written.
     """
-    path = Path(folder) / RECORD_FILE
-    _write_record(path, base_record(model, name_or_path))
+    return write_for_adapter(base_record(model, name_or_path), Path(folder))
+
+
+def write_for_adapter(record: dict, folder: Path) -> Path:
+    """Writes `BaseRecord`'s dict into an adapter's folder, atomically, with the digest of the adapter file there.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    path, weights = folder / RECORD_FILE, folder / ADAPTER_WEIGHTS
+    try:
+        adapter_sha256 = file_sha256(weights) if weights.is_file() else None
+    except OSError as error:
+        raise OutputError(f"{weights} cannot be read: {error.strerror or error}.", "Check its permissions.") from error
+    write_record(record | {"adapter_sha256": adapter_sha256}, path)
     return path
 
 
-def _write_record(path: Path, record: dict) -> None:
+def write_record(record: dict, path: Path) -> None:
+    """Writes `BaseRecord`'s dict to a file as it is, atomically. Raises OutputError when it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
@@ -246,13 +296,14 @@ def _write_record(path: Path, record: dict) -> None:
         ) from error
 
 
-def read_base_record(folder: str | os.PathLike) -> BaseRecord:
-    """The record in an adapter's folder.
+def read_base_record(folder: str | os.PathLike, name: str = RECORD_FILE) -> BaseRecord:
+    """The record in an adapter's folder, or in another file there.
 
     Raises:
-        BaseModelError: it is missing, not JSON, lacks a key, or says int8; the message names the file.
+        BaseModelError: it is missing, not JSON, lacks a key, holds no digest where one belongs, or says int8; the
+            message names the file.
     """
-    path = Path(folder) / RECORD_FILE
+    path = Path(folder) / name
     advice = (
         "It says how the base was rounded in training. Copy it from the folder the training wrote, or merge onto the "
         "original weights instead."
@@ -266,9 +317,15 @@ def read_base_record(folder: str | os.PathLike) -> BaseRecord:
     if not isinstance(content, dict):
         raise BaseModelError(f"{path} is not a JSON object.", advice)
     names = [field.name for field in dataclasses.fields(BaseRecord)]
-    missing = [name for name in names if name not in content and name != "quantized_on"]
+    later = {"quantized_on", "adapter_sha256", *IDENTITY}
+    missing = [name for name in names if name not in content and name not in later]
     if missing:
         raise BaseModelError(f"{path} lacks {', '.join(missing)}.", advice)
+    for key in ("weights_sha256", "adapter_sha256"):
+        value = content.setdefault(key, None)
+        if value is not None and not (isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)):
+            raise BaseModelError(f"{path} has {value!r} for {key}, which is no SHA-256.", advice)
+    content.setdefault("eos_token_ids", None)
     if content["quantization"] == "int8":
         raise BaseModelError(
             f"{path} says that the base was in int8, and qpsft works with bases in 4 bits or unquantized ones.",
@@ -298,7 +355,7 @@ def state_quantized_on(folder: str | os.PathLike, quantized_on: str | None) -> N
     if stated is not None or record.quantized_on is None:
         where = f"on {stated}" if stated else "on disk, before training, or not at all"
         raise BaseModelError(f"--quantized_on {quantized_on}: {path} says it was {where}.", "Leave the flag out.")
-    _write_record(path, dataclasses.asdict(dataclasses.replace(record, quantized_on=quantized_on)))
+    write_record(dataclasses.asdict(dataclasses.replace(record, quantized_on=quantized_on)), path)
 
 
 def _assumed_device(path: Path, content: dict) -> str | None:

@@ -57,7 +57,8 @@ def check_start(recipe: Recipe) -> None:
         asked, has = (sorted(names or []) for names in (given["lora_modules_to_save"], config.modules_to_save))
         if asked != has:
             raise _other_option(folder, "lora_modules_to_save", ", ".join(asked) or None, ", ".join(has) or None)
-    adapter.check_base(_base_folder(recipe), same_rounding=False, trust_remote_code=recipe.trainer.trust_remote_code)
+    base, trust = _base_folder(recipe), recipe.trainer.trust_remote_code
+    adapter.check_base(base, same_rounding=False, weights=False, trust_remote_code=trust)
 
 
 def continue_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:

@@ -167,7 +167,7 @@ def check_folder(folder: Path, *, trust_remote_code: bool = False) -> dict[str, 
             bits, weights missing, as pickles only, or truncated; the message names the file.
     """
     config = check_config(folder, trust_remote_code=trust_remote_code)
-    _check_weights(folder)
+    check_weights(folder)
     return config
 
 
@@ -192,7 +192,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} has no {CONFIG}, so it is not a model folder.",
             "A base model folder holds config.json, model.safetensors (or shards with an index) and tokenizer files.",
         )
-    config = _read_json(path)
+    config = read_json(path)
     if not isinstance(config, dict):
         raise BaseModelError(f"{path} is not a JSON object.", "Copy or download it again.")
     return config
@@ -260,18 +260,49 @@ def check_stored_quantization(settings: Any, where: str) -> None:
     )
 
 
-def _check_weights(folder: Path) -> None:
+def has_weights(folder: Path) -> bool:
+    """Whether all weight files are there. A Hub id's configuration may be on this machine without them."""
+    try:
+        return all((folder / name).is_file() for name in weight_files(folder))
+    except BaseModelError:
+        return False
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors files that a model is loaded from.
+
+    Raises:
+        BaseModelError: there are neither weights nor an index, or the index is broken.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [WEIGHTS]
+    index_path = folder / WEIGHTS_INDEX
+    if not index_path.is_file():
+        raise _no_weights(folder)
+    return sorted(set(_weight_map(index_path).values()))
+
+
+def _weight_map(index_path: Path) -> dict[str, str]:
+    """The file of every tensor."""
+    index = read_json(index_path)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BaseModelError(f"{index_path} has no weight_map.", "Copy or download it again.")
+    return weight_map
+
+
+def check_weights(folder: Path) -> None:
+    """Whether all weights of a model are there, in whole safetensors files; reads their headers.
+
+    Raises:
+        BaseModelError: a file is missing, cut off, a pickle, or does not hold what its index says.
+    """
     index_path = folder / WEIGHTS_INDEX
     if (folder / WEIGHTS).is_file():
         tensor_shapes(folder / WEIGHTS)
         return
-    if not index_path.is_file():
-        raise _no_weights(folder)
-    index = _read_json(index_path)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise BaseModelError(f"{index_path} has no weight_map.", "Copy or download it again.")
-    shards = sorted(set(weight_map.values()))
+    shards = weight_files(folder)
+    weight_map = _weight_map(index_path)
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:
         raise BaseModelError(
@@ -342,7 +373,8 @@ def config_sha256(config: dict[str, Any]) -> str:
     return digest(json.dumps(essential(config), sort_keys=True))
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises BaseModelError naming it when it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from qpsft.data.chat_date import CHAT_DATE
 from qpsft.errors import OutputError
 from qpsft.files import finished_files, write_atomically
 from qpsft.model.adapter import POLICY, save_adapter
-from qpsft.model.base_record import RECORD_FILE
+from qpsft.model.base_record import RECORD_FILE, BaseRecord, read_base_record, write_for_adapter, write_record
 from qpsft.model.folder import ADAPTER_CONFIG
 from qpsft.psft.checkpoint import checkpoints, newest_complete_checkpoint, remove_folder
 from qpsft.recipe.file import Recipe
@@ -30,6 +32,9 @@ VERIFY_PROMPTS = "verify_prompts.jsonl"
 ADAPTER = "adapter_model.safetensors"
 PLOT = "training.png"
 CARD = "README.md"
+RUN_RECORD = ".base_quantization.run.json"
+"""The base of a run that is to replace an earlier run's adapter, until it does: the folder's own record vouches for the
+adapter that is there."""
 
 
 def numbers_at(folder: Path, step: int) -> dict[str, float]:
@@ -118,7 +123,7 @@ def record_files(folder: Path, names: Iterable[str]) -> None:
 def files_at_start(recipe: Recipe) -> set[str]:
     """Names of what a run writes before and while it trains."""
     replay = {ROWS, MADE} if recipe.data.replay_share and recipe.data.replay_dataset is None else set()
-    return {METRICS, RECORD_FILE, CHAT_DATE, CARD, *replay}  # TRL writes a first card beside each checkpoint
+    return {METRICS, RECORD_FILE, RUN_RECORD, CHAT_DATE, CARD, *replay}  # TRL writes a card beside each checkpoint
 
 
 def files_at_end(recipe: Recipe, folder: Path, tokenizer) -> set[str]:
@@ -131,7 +136,7 @@ def files_at_end(recipe: Recipe, folder: Path, tokenizer) -> set[str]:
 
 
 def clear_output(folder: Path) -> None:
-    """Removes an earlier run's checkpoints and log; its adapter stays until the new one is there."""
+    """Removes an earlier run's checkpoints and log; its adapter and its record stay until the new ones are there."""
     for checkpoint in checkpoints(folder):
         remove_folder(checkpoint)
     (folder / METRICS).unlink(missing_ok=True)
@@ -148,9 +153,11 @@ def write_outputs(recipe: Recipe, trainer, tokenizer, held_out, summary: RunSumm
     folder = summary.folder
     lines = read_metrics(folder / METRICS)
     try:
-        with finished_files(folder) as partial:
+        with finished_files(folder, first=ADAPTER, last=RECORD_FILE) as partial:
             model = trainer.accelerator.unwrap_model(trainer.model)
             save_adapter(model, partial, tensors)
+            # as the run began: it cannot be read off a sharded model, and the base's files may have changed since
+            write_for_adapter(dataclasses.asdict(run_record(folder)), partial)
             tokenizer.save_pretrained(partial)
             draw_training(lines, partial / PLOT, f"{recipe.trainer.loss_type} on {data_name(recipe.data)}")
             options = resolved_name(recipe, folder)
@@ -163,13 +170,30 @@ def write_outputs(recipe: Recipe, trainer, tokenizer, held_out, summary: RunSumm
             names = sorted(path.name for path in partial.iterdir())
             check_own_files(folder, names)  # what the user put there meanwhile
             record_files(folder, names)
+        (folder / RUN_RECORD).unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(
             f"The adapter could not be written to {folder}: {error.strerror or error}.",
             "Free some space, then give --resume: training itself is done and continues from its last checkpoint.",
         ) from error
     replayed = {name for name in (ROWS, MADE) if (folder / name).is_file() and recipe.data.replay_share}
-    return [*sorted({*names, RECORD_FILE, *replayed}), METRICS]
+    return [*sorted({*names, *replayed}), METRICS]
+
+
+def keep_run_record(record: dict[str, Any], folder: Path) -> None:
+    """Keeps the base that a run begins with, for its adapter and for `--resume`. Raises OutputError."""
+    name = RUN_RECORD if (folder / ADAPTER).exists() else RECORD_FILE
+    write_record(record, folder / name)
+    if name == RECORD_FILE:
+        (folder / RUN_RECORD).unlink(missing_ok=True)
+
+
+def run_record(folder: Path) -> BaseRecord | None:
+    """The base that the run in a folder began with; None where there is no run. Raises BaseModelError: broken."""
+    for name in (RUN_RECORD, RECORD_FILE):
+        if (folder / name).is_file():
+            return read_base_record(folder, name)
+    return None
 
 
 def resolved_name(recipe: Recipe, folder: Path) -> str:

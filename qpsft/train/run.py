@@ -19,7 +19,7 @@ from qpsft.errors import QpsftError, RecipeError
 from qpsft.model.adapter import add_adapter
 from qpsft.model.adapter_folder import AdapterFolder
 from qpsft.model.base import load_base, set_pad_token
-from qpsft.model.base_record import RECORD_FILE, base_record, read_base_record, write_base_record
+from qpsft.model.base_record import IDENTITY, base_record
 from qpsft.model.continue_adapter import check_start, continue_adapter, recipe_tokenizer, warn_past_context
 from qpsft.model.environment import check_machine, use_triton_where_it_runs
 from qpsft.plan.memory_plan import plan_run
@@ -44,8 +44,10 @@ from qpsft.train.outputs import (
     clear_output,
     files_at_end,
     files_at_start,
+    keep_run_record,
     numbers_at,
     record_files,
+    run_record,
     write_outputs,
 )
 from qpsft.train.progress import ConsoleCallback, MetricsCallback
@@ -105,7 +107,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
         guard.watch(trainer, resumed=recipe.run.resume)
     if not recipe.run.resume:
         from_main(lambda: clear_output(inputs.folder))
-    from_main(lambda: write_base_record(model, inputs.folder))
+    from_main(lambda: keep_run_record(base_record(model), inputs.folder))
     from_main(lambda: keep_chat_date(recipe.data.chat_date, inputs.folder))
     seconds = run_trainer(trainer, recipe, inputs)
     if guard is not None:
@@ -212,8 +214,8 @@ def load_policy(recipe: Recipe, inputs: Inputs) -> Any:
 
 def quantized_before(recipe: Recipe, folder: Path) -> str | None:
     """The kind of device that rounded the base of a run to be resumed, or of an adapter to be trained further."""
-    if recipe.run.resume and (folder / RECORD_FILE).is_file():
-        return read_base_record(folder).quantized_on
+    if recipe.run.resume and (began := run_record(folder)) is not None:
+        return began.quantized_on
     if recipe.lora.adapter_name_or_path:
         adapter = AdapterFolder.find(recipe.lora.adapter_name_or_path)
         return adapter.record.quantized_on if adapter.has_record else None
@@ -222,11 +224,12 @@ def quantized_before(recipe: Recipe, folder: Path) -> str | None:
 
 def check_same_base(folder: Path, record: dict[str, Any]) -> None:
     """Refuses to go on with a run on another base, or on one rounded otherwise. Raises RecipeError naming it."""
-    if not (folder / RECORD_FILE).is_file():
+    began = run_record(folder)
+    if began is None:
         return
-    before = dataclasses.asdict(read_base_record(folder))
-    for name, value in before.items():
-        if name != "qpsft_version" and record[name] != value:
+    for name, value in dataclasses.asdict(began).items():
+        not_known = value is None and name in IDENTITY
+        if name not in ("qpsft_version", "adapter_sha256") and not not_known and record[name] != value:
             raise RecipeError(
                 f"The run in {folder} has {name} = {value}, this one {record[name]}.",
                 "Resume with the base and the quantization the run began with.",

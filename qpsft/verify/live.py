@@ -32,11 +32,13 @@ class LiveModel:
 
     Attributes:
         model: the PEFT model, in eval mode, every unquantized weight float32.
+        base: which base it is, in words.
     """
 
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
     base_folder: Path
+    base: str
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ def load_live(adapter: str | Path, base: str | Path | None = None, *, device: st
     model = opened.load_base(folder, device=device)
     _compute_in_float32(model, dtype_named(opened.record.compute_dtype))
     peft_model = opened.put_on(model).requires_grad_(False)
-    return LiveModel(peft_model, opened.tokenizer(folder), folder)
+    base_used = opened.base_in_words(folder, model.qpsft_source)
+    return LiveModel(peft_model, opened.tokenizer(folder), folder, base_used)
 
 
 def _compute_in_float32(model: nn.Module, compute_dtype: torch.dtype) -> None:

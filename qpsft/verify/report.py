@@ -61,6 +61,7 @@ class VerifyReport:
     """The verdict on an export.
 
     Attributes:
+        base: which base the live model was loaded on, in words.
         dtype: the export's dtype, such as "bfloat16".
         numbers: everything measured, ready for JSON; log-probabilities and KL in nats.
         reasons: why it is another model; empty when it is the same.
@@ -72,6 +73,7 @@ class VerifyReport:
     exported: Path
     dtype: str
     prompts: str
+    base: str
     numbers: dict[str, Any]
     reasons: list[str] = field(default_factory=list)
     failing_layer: str | None = None
@@ -90,11 +92,12 @@ class VerifyReport:
                 "Merge again with qpsft merge. If the result is the same, please report it.",
             )
 
-    def summary(self, *, on_purpose: bool = False) -> str:
+    def summary(self, *, on_purpose: bool = False, with_base: bool = True) -> str:
         """A few lines for a terminal.
 
         Args:
             on_purpose: it was merged onto the original weights, so it is expected to be another model.
+            with_base: name the base, which may be a folder of this machine.
         """
         verdict, mark = "the same model" if self.same_model else "NOT the same model", "✗"
         if on_purpose and not self.same_model:
@@ -102,6 +105,7 @@ class VerifyReport:
         lines = [wrap(f"verify: {verdict} ({self.dtype}, {self.numbers['prompts']} prompts: {self.prompts})")]
         lines += self._table() if "distance" in self.numbers else []
         lines += [f"  {self.numbers['weights']['compared']} weights compared"]
+        lines += [wrap(f"  base: {self.base}", "    ")] if with_base else []
         lines += [wrap(f"  {mark} {reason}", "    ") for reason in self.reasons]
         lines += [wrap(f"  note: {note}", "    ") for note in self.notes]
         return "\n".join(lines)

@@ -85,7 +85,7 @@ class _Comparison:
         )
         self.stops = stop_tokens(self.live.base_folder, self.live.tokenizer)
         numbers = {"prompts": len(self.prompts)}
-        self.report = VerifyReport(options.adapter, exported, self.weights.main_dtype(), place, numbers)
+        self.report = VerifyReport(options.adapter, exported, self.weights.main_dtype(), place, self.live.base, numbers)
         self.bar = tqdm(total=4, desc="verify", unit="step", disable=None, leave=False)
 
     def run(self) -> VerifyReport:

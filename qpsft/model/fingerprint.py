@@ -1,0 +1,76 @@
+"""Which weights a base model's folder holds, as one number that tells two models of the same configuration apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from qpsft.errors import BaseModelError
+from qpsft.files import digest
+from qpsft.model.folder import CONFIG, check_weights, read_json, weight_files
+
+PIECE, EVERY = 2**12, 2**20
+"""Bytes: of tensors of more than `EVERY` bytes, so many are read at the start of every `EVERY`, and the last ones."""
+GENERATION_CONFIG = "generation_config.json"
+
+
+def weights_sha256(folder: Path) -> str:
+    """SHA-256 of the stored weights in a base model's folder: of every tensor its name, dtype, shape and a sample.
+
+    The sample is of the bytes on the disk, so it does not depend on the dtype a model is loaded in: all of a tensor of
+    up to 1 MiB; of a larger one 4 KiB at the start of every MiB, and its last 4 KiB. Files are read in pieces, about
+    1/256 of a large model. How tensors are spread over files, their order and the files' names do not count. A change
+    of a few values between the samples of a large tensor is not seen; training in full or merging changes all.
+
+    Raises:
+        BaseModelError: as `qpsft.model.folder.check_weights`; or a file cannot be read.
+    """
+    check_weights(folder)
+    tensors: dict[str, str] = {}
+    for name in weight_files(folder):
+        try:
+            tensors |= _tensor_digests(folder / name)
+        except (OSError, ValueError, KeyError) as error:
+            raise BaseModelError(f"{folder / name} cannot be read: {error}.", "Copy or download it again.") from error
+    return digest(json.dumps(sorted(tensors.items())))
+
+
+def _tensor_digests(path: Path) -> dict[str, str]:
+    """Of every tensor in a safetensors file, by its name."""
+    digests = {}
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            first, end = (8 + length + offset for offset in entry["data_offsets"])
+            sha256 = hashlib.sha256(json.dumps([entry["dtype"], entry["shape"]]).encode())
+            for start, size in _pieces(first, end):
+                file.seek(start)
+                sha256.update(file.read(size))
+            digests[name] = sha256.hexdigest()
+    return digests
+
+
+def _pieces(first: int, end: int) -> list[tuple[int, int]]:
+    """(start, bytes) of what is read of a tensor that lies from `first` to `end`."""
+    if end - first <= EVERY:
+        return [(first, end - first)]
+    return [*((start, min(PIECE, end - start)) for start in range(first, end, EVERY)), (end - PIECE, PIECE)]
+
+
+def eos_token_ids(folder: Path) -> list[int]:
+    """The ids that end a text, as config.json and generation_config.json in a base model's folder say, in order.
+
+    Raises:
+        BaseModelError: one of the two is not valid JSON.
+    """
+    ids: list[Any] = []
+    for name in (CONFIG, GENERATION_CONFIG):
+        content = read_json(folder / name) if (folder / name).is_file() else {}
+        for part in (content, content.get("text_config")) if isinstance(content, dict) else ():
+            value = part.get("eos_token_id") if isinstance(part, dict) else None
+            ids += value if isinstance(value, list) else [value]
+    return sorted({each for each in ids if isinstance(each, int)})
