@@ -179,15 +179,22 @@ def _table(measured: dict[str, Measured]) -> str:
 
 
 def _samples(measured: dict[str, Measured]) -> str:
-    """What each model answers to the first problem of what was learnt, and of what was known before."""
+    """What each model answers to the first problem of what is learnt, and to the first that the base could do."""
+    rows = test_sets(len(measured[BASE].answers["in_domain"]))
+    known = [index for index, row in enumerate(rows["shorter_a"]) if _is_right(row, measured[BASE], "shorter_a", index)]
+    shown = [("in_domain", 0, "to learn"), ("shorter_a", known[0] if known else 0, "to keep")]
     blocks = []
-    for name, what in (("in_domain", "a problem like those learnt"), ("set_b", "one that the base knew before")):
-        row = test_sets(1)[name][0]
-        blocks.append(f"{what}: {row['prompt'][-1]['content']}")
+    for name, index, what in shown:
+        row = rows[name][index]
+        blocks.append(wrap(f"{what}: {row['prompt'][-1]['content']}", "  "))
         for model, one in measured.items():
-            verdict = "right" if built_in.check(row, one.answers[name][0]) else "wrong"
-            blocks.append(wrap(f"  {model} ({verdict}): {one.answers[name][0]}", " " * 4))
+            verdict = "right" if _is_right(row, one, name, index) else "wrong"
+            blocks.append(wrap(f"  {model} ({verdict}): {one.answers[name][index]}", " " * 4))
     return "\n".join(blocks)
+
+
+def _is_right(row: dict, measured: Measured, name: str, index: int) -> bool:
+    return built_in.check(row, measured.answers[name][index])
 
 
 def _next(folders: dict[str, Path], merged: Path) -> str:
