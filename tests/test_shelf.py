@@ -221,7 +221,7 @@ def test_the_trained_adapter_is_what_its_recipe_makes(again):
 
 
 def test_it_came_with_all_that_a_run_leaves(again):
-    left = {path.name for path in again.iterdir()} - {"recipe.yaml"} | {"recipe.yaml", "recipe.resolved.yaml"}
+    left = {path.name for path in again.iterdir()} - {"recipe.yaml", ".qpsft"} | {"recipe.yaml", "recipe.resolved.yaml"}
     assert left == {path.name for path in SHIPPED.iterdir() if not path.name.startswith(".")}
     card, last = (SHIPPED / "README.md").read_text(encoding="utf-8"), log_lines(SHIPPED)[-1]
     assert f"| {last['nll']:.4f} nats per token |" in card and f"| {int(last['step'])} |" in card

@@ -78,16 +78,16 @@ def run(output_dir: str, *, overwrite: bool = False, limit: int | None = None) -
     """
     kept, merged = Path(output_dir), Path(f"{output_dir}-merged")
     folders = {SFT: Path(f"{output_dir}-sft"), KEEPING: kept}
-    for folder in folders.values():
-        runs.check_output(folder, resume=False, overwrite=overwrite)
-    outputs.check_own_files(kept, {PICTURE})
-    if merged.exists() and not overwrite:
-        raise OutputError(f"{merged} exists already.", "Give --overwrite to replace it, or another --output_dir.")
     more = _cpu_flags() + (["--overwrite"] if overwrite else [])
     recipes = {
         name: load_recipe(RECIPE, [f"--output_dir={folders[name]}", *flags, *more], PSFTConfig)
         for name, flags in ARMS.items()
     }
+    for folder in folders.values():
+        runs.check_output(folder, resume=False, overwrite=overwrite)
+    outputs.check_own_files(kept, {PICTURE})
+    if merged.exists() and not overwrite:
+        raise OutputError(f"{merged} exists already.", "Give --overwrite to replace it, or another --output_dir.")
     intro = (
         "The embedded base model knows nine operations on digit strings. It is about to learn longer chains of them "
         "from 1,024 noisy demonstrations (30 % contain a wrong step), on its 4-bit weights, twice: by plain SFT, and "

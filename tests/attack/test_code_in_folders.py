@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from exporting import copy_folder, make_adapter
+from merging import vouch
 from planted import ROOT, YES, edit, plant, prompt_tuning, qpsft
 from small_runs import make_base
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -92,6 +93,7 @@ def test_no_verb_runs_an_adapters_code(tmp_path, capsys, monkeypatch, verb, kind
                 shutil.copy(other / name, folder)
         else:
             folder = other
+        vouch(folder)
     data, out = tmp_path / "rows.jsonl", tmp_path / "out"
     data.write_text('{"prompt": "2 + 2", "completion": "4"}\n' * 4)
     arguments = [word.format(folder, data=data, out=out) for word in VERBS[verb]]
@@ -111,6 +113,7 @@ def test_the_lines_of_a_pipe_are_no_consent(tmp_path):
     folder, mark = adapter_with(tmp_path, TOKENIZER_MAPS["pair"], tokenizer_class="EvilTokenizer")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(prompt_tuning(tmp_path / name, tokenizer_name_or_path=str(folder)) / name, folder)
+    vouch(folder)
     done = qpsft("chat", folder)
     assert not mark.exists() and done.returncode == 2 and "[y/N]" not in done.stdout + done.stderr
     assert "asks for Python code" in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
