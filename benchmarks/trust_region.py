@@ -24,7 +24,7 @@ from evidence_real import MODEL
 from evidence_real_parts import load_part, text_prompts, turns
 from machine import RESULTS, Results, environment
 
-from qpsft.demo.walkthrough import measure
+from qpsft.demo.walkthrough import load_adapter, measure
 from qpsft.model.base import load_base, load_tokenizer
 from qpsft.model.generation import greedy_completions
 from qpsft.psft.config import PSFTConfig
@@ -50,14 +50,11 @@ VARIANTS = {
 
 def measured(flags: list[str], seed: int) -> dict[str, Any]:
     """One run: what it learned and kept, and what its trust region did."""
-    from peft import PeftModel
-
     with tempfile.TemporaryDirectory() as folder:
         recipe = load_recipe(RECIPE, [f"--output_dir={folder}", f"--seed={seed}", "--use_cpu", *flags], PSFTConfig)
         runs.train(recipe)
         lines = [line for line in read_metrics(Path(folder) / runs.METRICS) if "nll" in line]
-        base, _ = load_base("demo", verbose=False)
-        after = measure(PeftModel.from_pretrained(base, folder), load_tokenizer("demo"))
+        after = measure(load_adapter(Path(folder)), load_tokenizer("demo"))
     later = lines[len(lines) // 2 :]
     return {
         "in_domain": round(after.accuracy["in_domain"], 4),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from qpsft.compare.arms import ARMS
 from qpsft.compare.paired import Difference, interval, matched, mean_and_sd
 from qpsft.compare.results import SHARE, ArmResult, Comparison, describe_metric, format_mean, format_value, score_name
+from qpsft.terminal import listed
 
 CONTROL = "sft"
 SMALL = {SHARE: 0.05, "nats": 0.1}
@@ -125,7 +126,7 @@ def _take(comparison: Comparison, best: Rival, others: Sequence[Rival]) -> str:
         else:
             says += f" and is not told apart from it in what is kept ({amount(best.kept, kept)})"
     if names := [f"`{rival.name}`" for rival in equal]:
-        says += f"; {_listed(names)} {'is' if len(names) == 1 else 'are'} not told apart from it"
+        says += f"; {listed(names)} {'is' if len(names) == 1 else 'are'} not told apart from it"
     return f"Take {_named(comparison, best.name)}: {says}."
 
 
@@ -169,14 +170,14 @@ def _take_control(comparison: Comparison, rivals: Sequence[Rival]) -> str:
     worse = [f"`{rival.name}`" for rival in rivals if rival.is_worse]
     if not equal:
         every = (
-            f"{_listed(worse)} learn{'s' if len(worse) == 1 else ''} less or keep{'s' if len(worse) == 1 else ''} less"
+            f"{listed(worse)} learn{'s' if len(worse) == 1 else ''} less or keep{'s' if len(worse) == 1 else ''} less"
         )
         return f"Take `{CONTROL}`: it leads, {every} ({seeds})."
-    names = _listed([f"`{rival.name}`" for rival in equal])
+    names = listed([f"`{rival.name}`" for rival in equal])
     name = "in_domain" if equal[0].kept is None else "out_of_domain"
     shown = [rival.learnt if name == "in_domain" else rival.kept for rival in equal]
     farthest = max(max(abs(one.low), abs(one.high)) for one in shown if one is not None)
-    rest = f"; {_listed(worse)} {'does' if len(worse) == 1 else 'do'} worse" if worse else ""
+    rest = f"; {listed(worse)} {'does' if len(worse) == 1 else 'do'} worse" if worse else ""
     what = "in what is learned" if name == "in_domain" else f"in what is kept at equal in-domain {_score(comparison)}"
     if farthest > SMALL[_unit(comparison, name)]:
         first = max(equal, key=lambda rival: rival.rank)
@@ -238,10 +239,6 @@ def _unit(comparison: Comparison, name: str) -> str:
 
 def _score(comparison: Comparison) -> str:
     return score_name("in_domain", comparison.metric)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def amount(difference: Difference, unit: str) -> str:

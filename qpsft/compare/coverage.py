@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 
 from qpsft.psft.schedule import BlockSchedule
+from qpsft.terminal import listed
 
 
 def unseen_share(method: Mapping[str, Any], trainer: Any, epochs: float, rows: datasets.Dataset) -> float:
@@ -62,9 +63,5 @@ def coverage_notes(unseen: Mapping[str, float], visits: Mapping[str, int], *, ma
     for (share, times), names in together.items():
         why = f", since each is visited {times} times" if times > 1 else ""
         todo = "a larger --max_steps" if max_steps > 0 else f"--epochs {times}"
-        notes.append(f"{_listed(names)} saw {1 - share:.0%} of the rows{why}: {todo} shows them all.")
+        notes.append(f"{listed(names)} saw {1 - share:.0%} of the rows{why}: {todo} shows them all.")
     return notes
-
-
-def _listed(names: list[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -129,8 +129,7 @@ def load_data(
             if one in (written or {}):
                 out_of_domain[label] = as_rows(written[one][: options.out_of_domain_rows], one, neutral)
             elif one == INSTRUCTION_CHECKS:
-                every = instruction_checks()
-                out_of_domain[label] = every.select(range(min(options.out_of_domain_rows, len(every.rows))))
+                out_of_domain[label] = instruction_checks(options.out_of_domain_rows)
             else:
                 out_of_domain[label] = _read(one, recipe.data, neutral, options.out_of_domain_rows)
     tokenized = tokenize_rows(rows, tokenizer, recipe.data, recipe.trainer.max_length)

@@ -37,6 +37,8 @@ ANY_ORDER = "any order"
 DEMONSTRATIONS = ("noisy", "clean")
 OUT_OF_DOMAIN = ("set_b", "shorter_a", "any_order", "styles")
 SPLITS = ("train", "validation", "test")
+ANSWER_TOKENS = 56
+"""The length cap of answers: the embedded base's tokens of a chain of four, with room to spare."""
 DIGITS = 4
 DEMONSTRATION_CHAIN = 4
 RARE_STYLE = "braces"

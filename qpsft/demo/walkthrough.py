@@ -30,7 +30,6 @@ from qpsft.train import run as runs
 RECIPE = Path(__file__).with_name("recipe.yaml")
 PICTURE = "demo.png"
 IN_DOMAIN_ROWS = ROWS_PER_SET = 200
-MAX_NEW_TOKENS = 56
 
 SETS = {
     "in_domain": "learnt: chains of four, as demonstrated",
@@ -157,7 +156,7 @@ def measure(model: Any, tokenizer: Any, limit: int | None = None) -> Measured:
             model,
             tokenizer,
             [row["prompt"] for row in rows],
-            max_new_tokens=MAX_NEW_TOKENS,
+            max_new_tokens=built_in.ANSWER_TOKENS,
             batch_size=100,
             description=name,
         )

@@ -42,7 +42,8 @@ def evaluate(argv: Sequence[str]) -> int:
 
 def _update_card(model: str, kept: Kept) -> str:
     """Puts what was kept into the model card. Returns a line about it; a card that cannot be written is no error."""
-    from qpsft.evaluate.kept_card import CARD, update_card
+    from qpsft.evaluate.kept_card import update_card
+    from qpsft.model.folder import CARD
 
     folder = Path(model).expanduser()
     try:

@@ -24,12 +24,12 @@ from qpsft.evaluate.ifeval import MAX_NEW_TOKENS, follow_instructions, ifeval_ro
 from qpsft.evaluate.options import EvaluationOptions
 from qpsft.evaluate.rows import as_rows
 from qpsft.evaluate.task_data import used_by
-from qpsft.terminal import text_table, wrap
+from qpsft.terminal import listed, text_table, wrap
 
 KEPT, LOST, UNSURE = "KEPT", "LOST", "UNSURE"
 ROUNDING = 1e-9
 BUILT_IN_ROWS = 100
-BUILT_IN_TOKENS = 56
+"""Of each of the embedded base's old skills."""
 TASK_BATCH = 8
 
 
@@ -130,7 +130,7 @@ class Gate:
     def _built_in(self, model: Any, tokenizer: Any, name: str) -> np.ndarray:
         rows = as_rows(built_in.out_of_domain("test", BUILT_IN_ROWS)[name], name)
         result = evaluate(
-            model, tokenizer, rows, limit=self.options.limit, k=0, drift=False, max_new_tokens=BUILT_IN_TOKENS,
+            model, tokenizer, rows, limit=self.options.limit, k=0, drift=False, max_new_tokens=built_in.ANSWER_TOKENS,
             batch_size=self.options.batch_size, progress=True,
         )  # fmt: skip
         return np.array(result.per_row["accuracy"])
@@ -203,9 +203,9 @@ class Kept:
 
     def sentence(self) -> str:
         """The answer."""
-        unsure = f"not sure of {_listed(self.named(UNSURE))}" if self.named(UNSURE) else ""
+        unsure = f"not sure of {listed(self.named(UNSURE))}" if self.named(UNSURE) else ""
         if self.is_lost:
-            return f"LOST: {_listed(self.named(LOST))} fell by more than {self.max_drop:g}{unsure and '; ' + unsure}."
+            return f"LOST: {listed(self.named(LOST))} fell by more than {self.max_drop:g}{unsure and '; ' + unsure}."
         if unsure:
             return f"Nothing fell by more than {self.max_drop:g}, but {unsure}."
         return f"KEPT: nothing fell by as much as {self.max_drop:g}."
@@ -226,7 +226,7 @@ class Kept:
         titles: dict[str, list[str]] = {}
         for skill in self.skills.values():
             titles.setdefault(skill.note, []).append(skill.title)
-        return [*self.notes, *(f"{_listed(names)}: {note}" for note, names in titles.items() if note)]
+        return [*self.notes, *(f"{listed(names)}: {note}" for note, names in titles.items() if note)]
 
     def table(self) -> str:
         """For the terminal: the table, the notes and the answer."""
@@ -286,7 +286,3 @@ def few_rows(rows: int, max_drop: float) -> str:
     least = math.floor(TWO_SIDED_95 * math.sqrt(2) / max_drop) - 1 if max_drop else 0
     more = f" (KEPT takes {least} at least)" if rows < least else ""
     return f"{rows} rows are too few to rule out a fall by more than {max_drop:g}{more}."
-
-
-def _listed(names: list[str]) -> str:
-    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]

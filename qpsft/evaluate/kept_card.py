@@ -10,9 +10,9 @@ from pathlib import Path
 from qpsft import __version__
 from qpsft.evaluate.keep import BUILT_IN_SKILLS, Kept
 from qpsft.files import write_atomically
+from qpsft.model.folder import CARD
 from qpsft.recipe.markdown import as_text
 
-CARD = "README.md"
 BEGIN, END = "<!-- qpsft evaluate --keep: begin -->", "<!-- qpsft evaluate --keep: end -->"
 _SECTION = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
 

@@ -20,7 +20,7 @@ from qpsft.errors import DataError, OutputError
 from qpsft.evaluate.estimates import Estimate
 from qpsft.evaluate.evaluation import MAX_NEW_TOKENS, Evaluation, evaluate
 from qpsft.evaluate.harness import check_tasks, run_tasks
-from qpsft.evaluate.keep import Gate, Kept, judge
+from qpsft.evaluate.keep import BUILT_IN_ROWS, Gate, Kept, judge
 from qpsft.evaluate.model import (
     base_name_of,
     describe_evaluated,
@@ -43,8 +43,6 @@ from qpsft.recipe.sources import mix_sources
 from qpsft.terminal import wrap
 
 DEMO_IN_DOMAIN_ROWS = 200
-DEMO_ROWS_PER_SET = 100
-DEMO_MAX_NEW_TOKENS = 56
 SHOWN = (
     ("nll", "NLL of the reference, nats per token", ".3f"),
     ("mean_token_accuracy", "its tokens that are the most likely one", ".1%"),
@@ -220,7 +218,7 @@ def _evaluate(model: Any, tokenizer: Any, rows: Rows, inputs: _Inputs, options: 
         arguments=inputs.arguments,
         k=options.k,
         temperature=options.temperature,
-        max_new_tokens=options.max_new_tokens or (DEMO_MAX_NEW_TOKENS if is_built_in else MAX_NEW_TOKENS),
+        max_new_tokens=options.max_new_tokens or (built_in.ANSWER_TOKENS if is_built_in else MAX_NEW_TOKENS),
         verifier=options.verifier,
         seed=options.seed,
         drift=not options.no_drift,
@@ -252,7 +250,7 @@ def _data_sets(names: Sequence[str], arguments: DataArguments, options: Evaluati
         if split not in ("test", "validation"):
             raise DataError(f"The built-in sets have no split {split!r}.", "Use --split test or --split validation.")
         yield as_rows(built_in.in_domain(split, DEMO_IN_DOMAIN_ROWS), "in_domain")
-        for name, rows in built_in.out_of_domain(split, DEMO_ROWS_PER_SET).items():
+        for name, rows in built_in.out_of_domain(split, BUILT_IN_ROWS).items():
             yield as_rows(rows, name)
     for name in names:
         if name not in BUILT_IN:

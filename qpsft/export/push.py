@@ -13,12 +13,12 @@ from qpsft.errors import ExportError
 from qpsft.merge.model_files import TOKENIZER_FILES
 from qpsft.model.adapter_folder import ADAPTER_WEIGHTS
 from qpsft.model.base_record import RECORD_FILE
-from qpsft.model.folder import ADAPTER_CONFIG, CONFIG, MERGE_REPORT, WEIGHTS, WEIGHTS_INDEX
+from qpsft.model.folder import ADAPTER_CONFIG, CARD, CONFIG, MERGE_REPORT, WEIGHTS, WEIGHTS_INDEX
 from qpsft.recipe.secret import holds_secret, line_with_secret
 
 RECIPES = ("recipe.yaml", "recipe.resolved.yaml")
 TEXTS = (
-    *RECIPES, "README.md", "Modelfile", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "NOTICE.md",
+    *RECIPES, CARD, "Modelfile", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "NOTICE.md",
     ADAPTER_CONFIG, RECORD_FILE, CONFIG, "generation_config.json", WEIGHTS_INDEX, MERGE_REPORT,
 )  # fmt: skip
 """Files that people read and write too; secrets are looked for in them."""

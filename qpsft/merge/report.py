@@ -11,7 +11,7 @@ import yaml
 from qpsft.files import write_atomically
 from qpsft.merge.model_files import write_json
 from qpsft.model.base_record import BaseRecord
-from qpsft.model.folder import MERGE_REPORT
+from qpsft.model.folder import CARD, MERGE_REPORT
 from qpsft.recipe.markdown import as_text
 from qpsft.terminal import wrap
 
@@ -118,8 +118,8 @@ A LoRA adapter merged into its base model by qpsft {self.qpsft_version}.
 
     def write(self, folder: Path) -> None:
         """Writes the card and `merge_report.json` into the merged folder, as its last files."""
-        self.files = sorted([*(path.name for path in folder.iterdir()), "README.md", MERGE_REPORT])
-        write_atomically(folder / "README.md", self.card())
+        self.files = sorted([*(path.name for path in folder.iterdir()), CARD, MERGE_REPORT])
+        write_atomically(folder / CARD, self.card())
         write_json(folder / MERGE_REPORT, asdict(self))
 
 

@@ -25,6 +25,8 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
+CARD = "README.md"
+"""The model card, as the Hub names it."""
 MERGE_REPORT = "merge_report.json"
 """By which a folder that `qpsft merge` wrote is known."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

@@ -14,8 +14,15 @@ from qpsft.data.chat_date import CHAT_DATE
 from qpsft.errors import OutputError
 from qpsft.files import finished_files, write_atomically
 from qpsft.model.adapter import POLICY, save_adapter
-from qpsft.model.base_record import RECORD_FILE, BaseRecord, read_base_record, write_for_adapter, write_record
-from qpsft.model.folder import ADAPTER_CONFIG
+from qpsft.model.base_record import (
+    ADAPTER_WEIGHTS,
+    RECORD_FILE,
+    BaseRecord,
+    read_base_record,
+    write_for_adapter,
+    write_record,
+)
+from qpsft.model.folder import ADAPTER_CONFIG, CARD
 from qpsft.psft.checkpoint import checkpoints, newest_complete_checkpoint, remove_folder
 from qpsft.recipe.file import Recipe
 from qpsft.recipe.sources import data_name
@@ -29,9 +36,7 @@ METRICS = "metrics.jsonl"
 WRITTEN_FILES = ".qpsft/files.json"
 """The record of a run: names of the files and checkpoints in its folder that are the run's, and may be replaced."""
 VERIFY_PROMPTS = "verify_prompts.jsonl"
-ADAPTER = "adapter_model.safetensors"
 PLOT = "training.png"
-CARD = "README.md"
 RUN_RECORD = ".base_quantization.run.json"
 """The base of a run that is to replace an earlier run's adapter, until it does: the folder's own record vouches for the
 adapter that is there."""
@@ -67,7 +72,7 @@ def check_output(folder: Path, *, resume: bool, overwrite: bool) -> None:
                 "Start the run anew with --overwrite.",
             )
         return
-    holds_run = (folder / ADAPTER).exists() or read_metrics(folder / METRICS) or checkpoints(folder)
+    holds_run = (folder / ADAPTER_WEIGHTS).exists() or read_metrics(folder / METRICS) or checkpoints(folder)
     if holds_run and not overwrite:
         raise OutputError(
             f"output_dir {folder} already holds a run.",
@@ -131,7 +136,7 @@ def files_at_end(recipe: Recipe, folder: Path, tokenizer) -> set[str]:
     with tempfile.TemporaryDirectory() as trial:
         tokenizer.save_pretrained(trial)
         names = set(os.listdir(trial))
-    own = {ADAPTER, ADAPTER_CONFIG, CARD, PLOT, VERIFY_PROMPTS, resolved_name(recipe, folder)}
+    own = {ADAPTER_WEIGHTS, ADAPTER_CONFIG, CARD, PLOT, VERIFY_PROMPTS, resolved_name(recipe, folder)}
     return names | own
 
 
@@ -153,7 +158,7 @@ def write_outputs(recipe: Recipe, trainer, tokenizer, held_out, summary: RunSumm
     folder = summary.folder
     lines = read_metrics(folder / METRICS)
     try:
-        with finished_files(folder, first=ADAPTER, last=RECORD_FILE) as partial:
+        with finished_files(folder, first=ADAPTER_WEIGHTS, last=RECORD_FILE) as partial:
             model = trainer.accelerator.unwrap_model(trainer.model)
             save_adapter(model, partial, tensors)
             # as the run began: it cannot be read off a sharded model, and the base's files may have changed since
@@ -182,7 +187,7 @@ def write_outputs(recipe: Recipe, trainer, tokenizer, held_out, summary: RunSumm
 
 def keep_run_record(record: dict[str, Any], folder: Path) -> None:
     """Keeps the base that a run begins with, for its adapter and for `--resume`. Raises OutputError."""
-    name = RUN_RECORD if (folder / ADAPTER).exists() else RECORD_FILE
+    name = RUN_RECORD if (folder / ADAPTER_WEIGHTS).exists() else RECORD_FILE
     write_record(record, folder / name)
     if name == RECORD_FILE:
         (folder / RUN_RECORD).unlink(missing_ok=True)
