@@ -43,7 +43,7 @@ def no_plots():
 
 @pytest.fixture(scope="session", autouse=True)
 def packages_are_looked_up_once():
-    """accelerate parses a package's metadata each time that it asks whether it is installed, dozens of times a trainer."""
+    """accelerate parses a package's metadata whenever it asks whether it is there: dozens of times for a trainer."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(imports, "_is_package_available", functools.cache(imports._is_package_available))
         yield

@@ -172,12 +172,13 @@ def test_a_torchvision_that_does_not_import_is_named(torchvision, monkeypatch):
         check_machine(on_cpu=True)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "command",
     [
         ["-m", "qpsft", "train", "--max_steps=1"],
-        pytest.param(["-m", "qpsft", "evaluate", "demo", "--data", "demo-noisy"], marks=pytest.mark.processes),
-        pytest.param(["-c", "from qpsft import PSFTTrainer"], marks=pytest.mark.processes),
+        ["-m", "qpsft", "evaluate", "demo", "--data", "demo-noisy"],
+        ["-c", "from qpsft import PSFTTrainer"],
     ],
 )
 def test_transformers_dying_of_it_is_explained(torchvision, command):

@@ -201,6 +201,7 @@ def log_lines(folder: Path) -> list[dict[str, float]]:
     return [line for line in read_metrics(folder / "metrics.jsonl") if "nll" in line]
 
 
+@pytest.mark.journey
 def test_the_trained_adapter_is_what_its_recipe_makes(again):
     """The same bytes where it was made; elsewhere the same run, until rounding has grown.
 
@@ -220,6 +221,7 @@ def test_the_trained_adapter_is_what_its_recipe_makes(again):
     assert abs(float(logprobs(SHIPPED).mean() - logprobs(again).mean())) < 0.05
 
 
+@pytest.mark.journey
 def test_it_came_with_all_that_a_run_leaves(again):
     left = {path.name for path in again.iterdir()} - {"recipe.yaml", ".qpsft"} | {"recipe.yaml", "recipe.resolved.yaml"}
     assert left == {path.name for path in SHIPPED.iterdir() if not path.name.startswith(".")}
@@ -230,6 +232,7 @@ def test_it_came_with_all_that_a_run_leaves(again):
     assert size < 500_000
 
 
+@pytest.mark.journey
 def test_its_record_is_what_its_recipe_makes(again):
     shipped, made = (json.loads((folder / "base_quantization.json").read_text("utf-8")) for folder in (SHIPPED, again))
     digests = [record.pop("adapter_sha256") for record in (shipped, made)]
