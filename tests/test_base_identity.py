@@ -31,7 +31,9 @@ from qpsft.train import outputs, run
 from qpsft.verify.verification import verify_export
 
 SHIPPED = Path(__file__).resolve().parents[1] / "adapters" / "demo-psft"
-FLAGS = ["--dataset_name=demo-clean", "--dataset_limit=8", "--max_steps=1", "--lora_r=2", "--use_cpu"]
+SIZES = ["--per_device_train_batch_size=4", "--gradient_accumulation_steps=1"]
+"""Stated: nothing is planned."""
+FLAGS = ["--dataset_name=demo-clean", "--dataset_limit=8", "--max_steps=1", "--lora_r=2", "--use_cpu", *SIZES]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +106,7 @@ VERBS = {
     "vllm": lambda adapter, base, out, merged: ["export", adapter, "--base", base, "--to=vllm"],
     "train": lambda adapter, base, out, merged: [
         "train", f"--model_name_or_path={base}", "--dataset_name=demo-clean", "--dataset_limit=8", "--max_steps=1",
-        f"--adapter_name_or_path={adapter}", f"--output_dir={out}",
+        f"--adapter_name_or_path={adapter}", f"--output_dir={out}", *SIZES,
     ],
 }  # fmt: skip
 

@@ -21,7 +21,10 @@ from qpsft.model.environment import broken_torchvision, check_machine, nvidia_dr
 from qpsft.processes import let_memory_segments_grow
 from qpsft.psft.config import PSFTConfig
 
-SMALL = ["--model_name_or_path=demo", "--dataset_name=demo-noisy", "--dataset_limit=32", "--max_steps=1"]
+SMALL = [
+    "--model_name_or_path=demo", "--dataset_name=demo-noisy", "--dataset_limit=32", "--max_steps=1",
+    "--per_device_train_batch_size=4", "--gradient_accumulation_steps=1",
+]  # fmt: skip
 
 
 @pytest.fixture
