@@ -170,6 +170,7 @@ def tools() -> Path:
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "family, to, name",
     [
