@@ -31,9 +31,10 @@ FREE = [{"prompt": f"One day {n}", "completion": f"the cat {n} ran"} for n in ra
 
 @pytest.fixture(scope="module", autouse=True)
 def short_answers():
-    """What the base writes is cut off after a line or two."""
+    """What models write is cut off after a line or two."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "SAMPLED_LENGTH", 32)
+        patch.setattr("qpsft.compare.measure.MAX_NEW_TOKENS", 16)
         yield
 
 
