@@ -200,7 +200,7 @@ def test_the_same_command_goes_on_with_the_same_runs(tmp_path, monkeypatch):
 
 
 def test_a_real_comparison_keeps_to_what_was_estimated(tmp_path, capsys):
-    recipe = write_recipe(tmp_path, RECIPE.replace("num_train_epochs: 2", "num_train_epochs: 1"))
+    recipe = write_recipe(tmp_path)
     started = time.perf_counter()
     found = compare(recipe, arms="sft,psft", seeds=2, budget="10m")
     took = time.perf_counter() - started
