@@ -43,7 +43,7 @@ def test_60_steps_on_gsm8k_end_below_the_base(loss_type, stories, gsm8k, tmp_pat
 
 
 def test_the_embedded_base_learns_with_both_losses(tmp_path):
-    flags = ["--max_steps=16", "--base_kl=0", "--seed=0", "--save_strategy=no"]
+    flags = ["--max_steps=32", "--base_kl=0", "--seed=0", "--save_strategy=no"]
     recipe_file = Path(__file__).parents[1] / "qpsft" / "demo" / "recipe.yaml"
     recipe = load_recipe(recipe_file, [], PSFTConfig)
     tokenizer = load_tokenizer("demo")

@@ -40,7 +40,8 @@ def optimizer_bytes(args: Any, shapes: Sequence[torch.Size]) -> OptimizerBytes:
         shapes: of the trained parameters.
     """
     numel = sum(shape.numel() for shape in shapes)
-    # A step of all layers takes seconds: two parameters of a shape stand for all, and what both keep is one tensor.
+    # A step of all layers takes seconds: two parameters of a shape stand for all, the second for itself alone, so that
+    # a tensor that all parameters share, of which the last use is taken below, counts once.
     tried = [
         (shape, times) for shape, count in Counter(shapes).items() for times in ((count - 1, 1) if count > 1 else (1,))
     ]
@@ -50,10 +51,7 @@ def optimizer_bytes(args: Any, shapes: Sequence[torch.Size]) -> OptimizerBytes:
         )
     except (ValueError, ImportError, RuntimeError, NotImplementedError, TypeError, AttributeError):
         return OptimizerBytes(8 * numel, 0, 4 * numel, known=False)
-    uses = Counter(id(t) for kept in state for t in kept)
-    tensors = {
-        id(t): (t, 1 if uses[id(t)] > 1 else times) for (_, times), kept in zip(tried, state, strict=True) for t in kept
-    }.values()
+    tensors = {id(t): (t, times) for (_, times), kept in zip(tried, state, strict=True) for t in kept}.values()
     host = sum(times * t.nbytes for t, times in tensors if paged and t.dim() > 0 and t.numel() >= PAGED_FROM)
     device = sum(times * t.nbytes for t, times in tensors) - host
     return OptimizerBytes(device, host, step)
