@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes import functional as bnb
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from safetensors.torch import load_file
 from small_runs import largest_difference, log_lines, make_config, make_rows
 from tiny_models import SIZES, VOCABULARY, save_tiny_model, save_tokenizer
@@ -76,6 +76,41 @@ TEXT = {  # model_type: what of its config is not as in tiny_models.SIZES, and t
     "mpt": ({"d_model": 64, "n_layers": 2, "n_heads": 4}, {"Wqkv", "out_proj", "up_proj", "down_proj"}),
     "granitemoe": ({"num_local_experts": 4, "num_experts_per_tok": 2}, ATTENTION),
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+DEEPSEEK = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 64,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 64,
+    "q_lora_rank": 64,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+}
+GLM4_MOE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 1, "topk_group": 1}
+MLA = {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
+ROUTED = {"experts", "gate"}
+SHARED = {"gate_proj", "up_proj", "down_proj", "shared_expert_gate"}
+FOUR = {"num_local_experts": 4, "num_experts_per_tok": 2}
+MIXTURES = {  # the same. Of most, PEFT adapts the experts and the router as bare parameters, and no other MLP
+    "qwen3_moe": (EXPERTS, ATTENTION | ROUTED),
+    "mixtral": (FOUR, ATTENTION | ROUTED),
+    "qwen2_moe": (EXPERTS | {"shared_expert_intermediate_size": 64}, ATTENTION | SHARED),
+    "qwen3_next": (
+        EXPERTS | QWEN3_5 | {"shared_expert_intermediate_size": 64},
+        ATTENTION | ROUTED | {"in_proj_qkvz", "in_proj_ba", "out_proj", "shared_expert_gate"},
+    ),
+    "deepseek_v3": (DEEPSEEK, MLA | ROUTED),
+    "glm4_moe": (GLM4_MOE, ATTENTION | ROUTED),
+    "olmoe": ({"num_experts": 4, "num_experts_per_tok": 2}, ATTENTION | ROUTED),
+    "ernie4_5_moe": ({"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64}, ATTENTION | ROUTED),
+    "gpt_oss": (FOUR, ATTENTION),
+    "lfm2_moe": (EXPERTS | {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]}, LFM2),
+}
 MULTIMODAL = {  # as their Hub folders are: one config for text, vision and sound; qpsft trains the text part
     "gemma3": (GEMMA3, LLAMA),
     "gemma4": (GEMMA4_E4B | {"final_logit_softcapping": 2.0}, LLAMA | PER_LAYER),
@@ -84,7 +119,9 @@ MULTIMODAL = {  # as their Hub folders are: one config for text, vision and soun
 }
 # The default run takes the text part of a multimodal model with the whole, and merges what does not merge like a Llama.
 TRAINED_SLOWLY = {"ministral3", "olmo3", "gemma3_text", "gemma4_text", "gemma4_unified_text", "qwen3_5_text"}
-MERGED_QUICKLY = {"lfm2", "phi3", "gemma3", "gemma4", "gemma4_unified", "qwen3_5"}
+TRAINED_SLOWLY |= MIXTURES.keys() - {"qwen3_moe"}
+MERGED_QUICKLY = {"lfm2", "phi3", "gemma3", "gemma4", "gemma4_unified", "qwen3_5", "qwen3_moe", "deepseek_v3"}
+ARCHITECTURES = TEXT | MIXTURES | MULTIMODAL
 
 
 def save_multimodal(folder: Path, model_type: str) -> Path:
@@ -115,7 +152,7 @@ def save_multimodal(folder: Path, model_type: str) -> Path:
 def save_base(folder: Path, model_type: str) -> Path:
     if model_type in MULTIMODAL:
         return save_multimodal(folder, model_type)
-    return save_tiny_model(folder, model_type, **TEXT[model_type][0])
+    return save_tiny_model(folder, model_type, **(TEXT | MIXTURES)[model_type][0])
 
 
 def padded(rows, count: int) -> dict[str, Tensor]:
@@ -163,19 +200,20 @@ def gradients(trainer: PSFTTrainer, batch: dict[str, Tensor], checkpointing: boo
 
 def kinds(quick: set[str]) -> list:
     """All model types; those that are not quick are marked slow."""
-    return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in TEXT | MULTIMODAL]
+    return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in ARCHITECTURES]
 
 
-@pytest.mark.parametrize("model_type", kinds((TEXT | MULTIMODAL).keys() - TRAINED_SLOWLY))
+@pytest.mark.parametrize("model_type", kinds(ARCHITECTURES.keys() - TRAINED_SLOWLY))
 def test_psft_trains(tmp_path, model_type):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not in linear layers")  # the tiny embeddings weigh a lot
         base, tokenizer = load_base(save_base(tmp_path / "base", model_type), device="cpu", verbose=False)
     model = add_adapter(base, LoraArguments(lora_r=4, lora_alpha=8))
-    adapted = {name for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
-    _, expected = (TEXT | MULTIMODAL)[model_type]
-    assert {name.rpartition(".")[2] for name in adapted} == expected
-    assert adapted <= {name.removesuffix(".base_layer") for name in quantized_linears(model.get_base_model())}
+    adapted = {name: module for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
+    _, expected = ARCHITECTURES[model_type]
+    assert {name.removesuffix(".base_layer").rpartition(".")[2] for name in adapted} == expected
+    linear = {name for name, module in adapted.items() if not isinstance(module, ParamWrapper)}
+    assert linear <= {name.removesuffix(".base_layer") for name in quantized_linears(model.get_base_model())}
 
     rows = make_rows(12)
     batch = padded(rows, 3)

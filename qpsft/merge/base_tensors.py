@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +18,7 @@ from qpsft.merge.rounding import quant_state
 from qpsft.merge.safetensors_stream import StoredTensor, TensorFile
 from qpsft.model.base_record import BaseRecord
 from qpsft.model.folder import weight_files
-from qpsft.model.skeleton import LoadingRules, build_skeleton, is_part
+from qpsft.model.skeleton import LoadingRules, Part, build_skeleton, is_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,14 +31,15 @@ class BaseTensor:
     Attributes:
         name: in the merged checkpoint, and in the base's (but see `open_base` on tied embeddings).
         stored: the tensor in the base's file.
-        parameter: the parameter of the trained model that it is; None where transformers fuses or splits it while
-            loading.
+        parameter: the parameter of the trained model that it is, or is a `part` of; None where transformers fuses or
+            splits it otherwise while loading.
         fused_into: the parameter it then goes into. A tensor with neither belongs to a part of the model that was not
             trained, and is copied.
         shape: of the values; a quantized tensor is stored in another.
         rounded: the trained model holds it in 4 bits.
         transposed: stored as (in, out), the layer being a Conv1D; the trained model quantizes the transpose.
         state: what is stored beside a weight that is quantized on disk, by the ends of the names.
+        part: where it lies in a parameter of three dimensions; None for any other.
     """
 
     name: str
@@ -47,6 +50,7 @@ class BaseTensor:
     rounded: bool
     transposed: bool
     state: dict[str, StoredTensor] = field(default_factory=dict)
+    part: Part | None = None
 
     @property
     def carried(self) -> bool:
@@ -161,6 +165,9 @@ class _Mapping:
         parameter, conversion = place
         module, _, kind = parameter.rpartition(".")
         rounded = bool(state) or (module in self.rounded and kind == "weight")
+        part = self.rules.part_of(stored.name, stored.shape, parameter, conversion)
+        if part is not None and not rounded:
+            return BaseTensor(stored.name, stored, parameter, None, stored.shape, False, False, part=part)
         if conversion is not None:
             if rounded:
                 raise self._rounded_after_conversion(stored, parameter)
@@ -210,7 +217,10 @@ class _Mapping:
     def _check_complete(self, tensors: list[BaseTensor], tied: dict[str, str]) -> None:
         if any(tensor.fused_into for tensor in tensors):
             return  # one stored tensor can become several parameters, and only loading tells which
-        missing = set(self.parameters) - {tensor.parameter for tensor in tensors} - set(tied)
+        there = Counter()
+        for tensor in tensors:
+            there[tensor.parameter] += math.prod(tensor.shape)
+        missing = {name for name, values in self.parameters.items() if there[name] < values.numel()} - set(tied)
         if missing:
             raise BaseModelError(
                 f"{self.folder} lacks {len(missing)} of the model's {len(self.parameters)} tensors, such as "

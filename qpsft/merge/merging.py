@@ -76,7 +76,7 @@ def merge_with(options: MergeOptions) -> MergeReport:
         weights.write(folder, options.max_shard_size)
         write_config(base, folder, options.dtype)
         copy_tokenizer(options.adapter, base, folder)
-        low_rank = sum(change.low_rank is not None for change in changes.values())
+        low_rank = [change.low_rank.experts for change in changes.values() if change.low_rank is not None]
         report = MergeReport(
             qpsft_version=__version__,
             adapter=str(options.adapter),
@@ -91,8 +91,8 @@ def merge_with(options: MergeOptions) -> MergeReport:
             rounding=rounding_in_words(record),
             bytes=weights.nbytes,
             tensors=len(weights.specs),
-            low_rank=low_rank,
-            replaced=len(changes) - low_rank,
+            low_rank=sum(low_rank),
+            replaced=len(changes) - len(low_rank),
             peak_rss=_peak_rss(),
             left_out=tensors.left_out,
             merge_seconds=time.perf_counter() - started,

@@ -82,7 +82,9 @@ class LoraArguments:
         0.0, "Dropout on the adapter's input. 0, because dropout makes the ratio differ from 1 right after a snapshot."
     )
     lora_target_modules: str | list[str] = option(
-        "all-linear", "Module names to adapt. all-linear: every linear layer of the language model but its LM head."
+        "all-linear",
+        "Module names to adapt. all-linear: every linear layer of the language model but its LM head; of most mixtures "
+        "the experts and the router in place of the other MLPs.",
     )
     lora_modules_to_save: list[str] | None = option(None, "Modules trained in full and saved with the adapter.")
     use_rslora: bool = option(False, "Rank-stabilised scaling: alpha / sqrt(r).")
