@@ -23,13 +23,14 @@ from qpsft.merge.adapter_file import read_changes
 from qpsft.merge.base_tensors import open_base
 from qpsft.merge.model_files import copy_tokenizer, write_config
 from qpsft.merge.options import MergeOptions, Onto
-from qpsft.merge.report import MergeReport, rounding_in_words
+from qpsft.merge.report import MergeReport
 from qpsft.merge.safetensors_stream import TensorFile
 from qpsft.merge.weights import MergedWeights
 from qpsft.model.adapter_folder import AdapterFolder
-from qpsft.model.base_record import BaseRecord, BaseSource, source_of
+from qpsft.model.base_record import BaseRecord, BaseSource, rounding_in_words, source_of
 from qpsft.model.folder import MERGE_REPORT, check_folder
 from qpsft.model.hardware import DTYPES
+from qpsft.model.stated_record import state_record
 
 
 def merge_adapter(adapter: str | os.PathLike, output: str | os.PathLike | None = None, **options: Any) -> MergeReport:
@@ -57,6 +58,7 @@ def merge_with(options: MergeOptions) -> MergeReport:
     started = time.perf_counter()
     adapter = AdapterFolder(options.adapter)
     adapter.mergeable_config()
+    state_record(options.adapter, options)
     onto_trained = options.onto == "trained"
     # onto the original weights, an adapter that another tool trained needs no record of the rounding
     record = adapter.record if onto_trained or adapter.has_record else None

@@ -71,7 +71,7 @@ def add_adapter(model: PreTrainedModel, lora: LoraArguments) -> PeftModel:
 
 
 def _say_what_a_mixture_trains(peft_model: PeftModel, targeted: list[str]) -> None:
-    """Of some mixtures of experts PEFT adapts experts and router, which are no linear layers, and then no other MLP."""
+    """Of some mixtures PEFT adapts the experts and the router, which are no linear layers, and no other MLP."""
     parameters = peft_model.peft_config[POLICY].target_parameters
     if not parameters:
         return
@@ -79,8 +79,8 @@ def _say_what_a_mixture_trains(peft_model: PeftModel, targeted: list[str]) -> No
     others = f" {len(left_out)} linear layers are left out, such as {left_out[0]}." if left_out else ""
     warnings.warn(
         f"PEFT adapts the experts of this {peft_model.config.model_type} as whole parameters "
-        f"({', '.join(sorted(parameters))}).{others} qpsft merge takes such an adapter; vLLM and llama.cpp do not serve "
-        "it beside its base. To leave the experts out, name other layers in lora_target_modules, such as q_proj.",
+        f"({', '.join(sorted(parameters))}).{others} qpsft merge takes such an adapter; vLLM and llama.cpp do not "
+        "serve it beside its base. To leave the experts out, name other layers in lora_target_modules, such as q_proj.",
         stacklevel=3,
     )
 

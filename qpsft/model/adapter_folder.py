@@ -156,12 +156,13 @@ class AdapterFolder:
         self.check_base(folder, same_rounding=same_rounding, weights=weights)
         return folder
 
+    @property
+    def base_name(self) -> str | None:
+        """The base as the record names it, or the config where there is no record."""
+        return self.record.base_model_name_or_path if self.has_record else self.config.base_model_name_or_path
+
     def _recorded_base(self, weights: bool) -> Path:
-        """The base's folder as the record names it, or the config where there is no record."""
-        if self.has_record:
-            name, revision = self.record.base_model_name_or_path, self.record.revision
-        else:
-            name, revision = self.config.base_model_name_or_path, self.config.revision
+        name, revision = self.base_name, self.record.revision if self.has_record else self.config.revision
         if not name:
             raise BaseModelError(f"The adapter in {self.path} does not name its base.", "Give it with --base.")
         try:
@@ -255,7 +256,7 @@ class AdapterFolder:
             source: `source_of` it.
         """
         place = str(folder.resolve())
-        name = self.record.base_model_name_or_path if self.has_record else self.config.base_model_name_or_path or place
+        name = self.base_name or place
         words = name
         if source.revision:
             words += f" at {source.revision[:12]}"
@@ -264,7 +265,9 @@ class AdapterFolder:
         if source.weights_sha256:
             words += f", weights {source.weights_sha256[:12]}…"
         unknown = self.why_not_compared(source)
-        return f"{words}, weights not compared: {unknown}" if unknown else f"{words} as in training"
+        if unknown:
+            return f"{words}, weights not compared: {unknown}"
+        return f"{words} as in training" if self.record.assumed is None else f"{words} as stated in {RECORD_FILE}"
 
     def why_not_compared(self, source: BaseSource) -> str | None:
         """Why nobody can say whether a base has the weights in the record, in words; None where that is known."""

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from qpsft.model.base import load_tokenizer
 from qpsft.model.folder import MERGE_REPORT, VOLATILE_KEYS, check_folder, read_config
+from qpsft.model.stated_record import state_record
 from qpsft.verify.exported import ExportedWeights, load_exported, read_text_config
 from qpsft.verify.live import load_live, round_weights
 from qpsft.verify.measure import Measurement, Sequence, continue_greedily, distance, measure
@@ -57,6 +58,7 @@ def verify_export(adapter: str | Path, exported: str | Path, **options: Any) -> 
 def verify_with(options: VerifyOptions) -> VerifyReport:
     """`verify_export`, its options made."""
     check_folder(options.exported)
+    state_record(options.adapter, options)
     try:
         return _Comparison(options, "auto").run()
     except torch.OutOfMemoryError:
