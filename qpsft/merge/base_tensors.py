@@ -18,7 +18,7 @@ from qpsft.merge.rounding import quant_state
 from qpsft.merge.safetensors_stream import StoredTensor, TensorFile
 from qpsft.model.base_record import BaseRecord
 from qpsft.model.folder import weight_files
-from qpsft.model.skeleton import LoadingRules, Part, build_skeleton, is_part
+from qpsft.model.skeleton import LoadingRules, Part, build_skeleton, is_part, predicts_ahead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,8 +33,7 @@ class BaseTensor:
         stored: the tensor in the base's file.
         parameter: the parameter of the trained model that it is, or is a `part` of; None where transformers fuses or
             splits it otherwise while loading.
-        fused_into: the parameter it then goes into. A tensor with neither belongs to a part of the model that was not
-            trained, and is copied.
+        fused_into: the parameter it then goes into. A tensor with neither is `carried`.
         shape: of the values; a quantized tensor is stored in another.
         rounded: the trained model holds it in 4 bits.
         transposed: stored as (in, out), the layer being a Conv1D; the trained model quantizes the transpose.
@@ -54,7 +53,8 @@ class BaseTensor:
 
     @property
     def carried(self) -> bool:
-        """Whether training did not load it: a vision tower's, beside a language model that was trained alone."""
+        """Whether training did not load it, and it is copied: a vision tower's beside a language model that was trained
+        alone, or that of a layer for multi-token prediction."""
         return self.parameter is None and self.fused_into is None
 
 
@@ -74,6 +74,11 @@ class BaseTensors:
     tensors: list[BaseTensor]
     left_out: list[str]
     tied: dict[str, str]
+
+    @property
+    def predicts_ahead(self) -> bool:
+        """Whether layers for multi-token prediction are among the tensors."""
+        return any(t.carried and predicts_ahead(t.name, self.skeleton.config) for t in self.tensors)
 
     def dtype_of(self, parameter: str, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which a model loaded in `dtype` holds a parameter: some architectures keep some in float32."""
@@ -137,8 +142,10 @@ class _Mapping:
             if name in beside:
                 continue
             tensor = self._tensor(stored, states.get(name, {}))
-            if tensor is None and part:
-                tensors.append(BaseTensor(name, stored, None, None, stored.shape, False, False))
+            if tensor is None and (part or predicts_ahead(name, self.skeleton.config)):
+                state = states.get(name, {})
+                shape = tuple(quant_state(state).shape) if state else stored.shape
+                tensors.append(BaseTensor(name, stored, None, None, shape, bool(state), False, state))
             elif tensor is None:
                 left_out.append(name)
             else:

@@ -76,7 +76,7 @@ def merge_with(options: MergeOptions) -> MergeReport:
         changes = read_changes(adapter, file, tensors.skeleton, tensors.tied)
         weights = MergedWeights(tensors, changes, rounded_as, DTYPES[options.dtype])
         weights.write(folder, options.max_shard_size)
-        write_config(base, folder, options.dtype)
+        write_config(base, folder, options.dtype, predicts_ahead=tensors.predicts_ahead)
         copy_tokenizer(options.adapter, base, folder)
         low_rank = [change.low_rank.experts for change in changes.values() if change.low_rank is not None]
         report = MergeReport(

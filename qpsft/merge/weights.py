@@ -84,8 +84,10 @@ class MergedWeights:
         return MergedTensor(tensor, change, rounding=self._rounding, plain_dtype=plain_dtype, dtype=spec.dtype).pieces()
 
     def _output_dtype(self, tensor: BaseTensor, dtype: torch.dtype) -> torch.dtype:
-        if tensor.carried or (not tensor.stored.dtype.is_floating_point and not tensor.state):
+        if not tensor.state and (tensor.carried or not tensor.stored.dtype.is_floating_point):
             return tensor.stored.dtype
+        if tensor.carried:
+            return dtype
         return self._base.dtype_of(tensor.parameter or tensor.fused_into, dtype)
 
     def _check_no_change_is_lost(self) -> None:

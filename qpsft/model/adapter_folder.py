@@ -8,6 +8,7 @@ that the record of the base was written for?
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import warnings
@@ -104,13 +105,19 @@ class AdapterFolder:
 
     @cached_property
     def config(self) -> PeftConfig:
-        """`settings` as PEFT's config, without the keys that this version of PEFT does not know.
+        """`settings` as PEFT's config, without the keys that this version of PEFT does not know; warns of those.
 
         Raises:
             BaseModelError: PEFT cannot read them.
         """
         from peft import PeftConfig
 
+        if self.unknown_options:
+            warnings.warn(
+                f"{self.path / ADAPTER_CONFIG} sets {', '.join(self.unknown_options)}, which this version of PEFT does "
+                "not know and passes over: the model may not be the one that was trained. Upgrade peft.",
+                stacklevel=2,
+            )
         with warnings.catch_warnings(), code_is_off():
             warnings.simplefilter("ignore")
             try:
@@ -120,6 +127,15 @@ class AdapterFolder:
                     f"{self.path / ADAPTER_CONFIG} cannot be read by PEFT: {one_line(error)}",
                     "Upgrade peft, or copy it again.",
                 ) from error
+
+    @property
+    def unknown_options(self) -> list[str]:
+        """Keys of adapter_config.json that have a value and that this version of PEFT does not know."""
+        from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+        config = PEFT_TYPE_TO_CONFIG_MAPPING.get(self.settings["peft_type"])
+        known = {field.name for field in dataclasses.fields(config)} if config else self.settings
+        return sorted(name for name, value in self.settings.items() if value and name not in known)
 
     @property
     def has_record(self) -> bool:
@@ -391,6 +407,13 @@ class AdapterFolder:
                     f"{file} uses {feature}, which cannot be merged into the base's weights.",
                     "Serve the adapter beside its base, or train without it.",
                 )
+        if self.unknown_options:
+            raise ExportError(
+                f"{file} sets {', '.join(self.unknown_options)}, which this version of PEFT does not know, so nobody "
+                "can say here what the trained weights are.",
+                "Upgrade peft. If the option does not change what the model computes, remove it from a copy of the "
+                "adapter.",
+            )
         init = settings.get("init_lora_weights")
         if init not in _INITS_THAT_LEAVE_THE_BASE:
             raise ExportError(

@@ -76,6 +76,19 @@ def is_part(skeleton: PreTrainedModel, folder: Path) -> bool:
     return skeleton.config.model_type != read_config(folder).get("model_type")
 
 
+def predicts_ahead(stored: str, config: PretrainedConfig) -> bool:
+    """Whether a stored tensor belongs to the layers for multi-token prediction (MTP), which transformers does not load.
+
+    They draft tokens in vLLM and llama.cpp. They are called `mtp`, or are numbered as further layers of the model.
+    """
+    if re.search(r"(^|\.)mtp", stored):
+        return True
+    text = config.get_text_config().to_dict()
+    layer = re.search(r"(^|\.)layers\.(\d+)\.", stored)
+    first = text.get("num_hidden_layers")
+    return bool(layer and first and first <= int(layer[2]) < first + (text.get("num_nextn_predict_layers") or 0))
+
+
 @dataclass(frozen=True)
 class Part:
     """Where in a parameter that holds a matrix for each expert a stored tensor lies.
