@@ -27,7 +27,7 @@ from qpsft.merge.report import MergeReport
 from qpsft.merge.safetensors_stream import TensorFile
 from qpsft.merge.weights import MergedWeights
 from qpsft.model.adapter_folder import AdapterFolder
-from qpsft.model.base_record import BaseRecord, BaseSource, rounding_in_words, source_of
+from qpsft.model.base_record import BaseRecord, BaseSource, rounding_in_words
 from qpsft.model.folder import MERGE_REPORT, check_folder
 from qpsft.model.hardware import DTYPES
 from qpsft.model.stated_record import state_record
@@ -63,7 +63,7 @@ def merge_with(options: MergeOptions) -> MergeReport:
     # onto the original weights, an adapter that another tool trained needs no record of the rounding
     record = adapter.record if onto_trained or adapter.has_record else None
     base = adapter.base_folder(options.base, same_rounding=onto_trained)
-    source = source_of(base)
+    source = adapter.source_of(base)
     _check_weights(base, options.onto)
     rounded_as = record if onto_trained else None
     with (
@@ -100,17 +100,18 @@ def merge_with(options: MergeOptions) -> MergeReport:
             merge_seconds=time.perf_counter() - started,
         )
         if record and not options.no_verify:
-            report.verification = _verify(folder, base, options)
+            report.verification = _verify(folder, base, options, adapter)
         report.seconds = time.perf_counter() - started
         report.write(folder)
     return report
 
 
-def _verify(folder: Path, base: Path, options: MergeOptions) -> dict[str, Any]:
+def _verify(folder: Path, base: Path, options: MergeOptions, adapter: AdapterFolder) -> dict[str, Any]:
     """Compares the merged model with the live one. Raises NotTheSameModelError where it may not differ and does."""
-    from qpsft.verify.verification import verify_export
+    from qpsft.verify.options import VerifyOptions
+    from qpsft.verify.verification import compare_with_live
 
-    result = verify_export(options.adapter, folder, base=base)
+    result = compare_with_live(VerifyOptions(options.adapter, folder, base=base), adapter)
     if options.onto == "trained" and not result.same_model:
         raise NotTheSameModelError(
             f"The merged model is not the model that was trained, and was removed.\n{result.summary()}",

@@ -83,6 +83,7 @@ class AdapterFolder:
         self.settings = _read_settings(self.path)
         _check_weights(self.path)
         self.shapes = tensor_shapes(self.weights_file)
+        self._sources: dict[Path, BaseSource] = {}
 
     @classmethod
     def find(cls, name_or_path: str | os.PathLike) -> AdapterFolder:
@@ -222,7 +223,7 @@ class AdapterFolder:
             return
         if weights:
             check_weights(folder)
-        record, source = self.record, source_of(folder)
+        record, source = self.record, self.source_of(folder)
         if source.config_sha256 != record.config_sha256:
             raise BaseModelError(
                 f"The adapter in {self.path} was trained on {record.base_model_name_or_path} (config hash "
@@ -263,6 +264,12 @@ class AdapterFolder:
                 "another model.",
                 _GIVE_ITS_BASE,
             )
+
+    def source_of(self, folder: Path) -> BaseSource:
+        """What a base's folder says of itself, its weights read once for all who ask. Raises BaseModelError."""
+        if folder not in self._sources:
+            self._sources[folder] = source_of(folder)
+        return self._sources[folder]
 
     def base_in_words(self, folder: Path, source: BaseSource) -> str:
         """Which base was used, such as "owner/name at 0123abc, weights 12ab… as in training".
@@ -356,10 +363,10 @@ class AdapterFolder:
             dtype=record.compute_dtype if record.prequantized else record.weights_dtype,
             device=device,
             quantized_on=record.quantized_on,
+            # A Hub id says more than the snapshot's folder that it is loaded from.
+            source=replace(self.source_of(folder), name=record.base_model_name_or_path),
             verbose=False,
         )
-        # A Hub id says more than the snapshot's folder that it was loaded from.
-        model.qpsft_source = replace(model.qpsft_source, name=record.base_model_name_or_path)
         return model
 
     def put_on(self, model: nn.Module) -> PeftModel:

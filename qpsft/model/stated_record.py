@@ -25,7 +25,6 @@ from qpsft.model.base_record import (
     RECORD_FILE,
     BaseRecord,
     rounding_in_words,
-    source_of,
     state_quantized_on,
     write_for_adapter,
 )
@@ -111,7 +110,8 @@ def _make(adapter: AdapterFolder, given_base: str | None, stated: dict[str, Any]
     settings |= {name: value for name, value in stated.items() if name in free}
     settings.setdefault("weights_dtype", settings["compute_dtype"])
     name = given_base or adapter.base_name
-    source = source_of(base, str(base.resolve()) if Path(name).expanduser().is_dir() else name)
+    is_folder = Path(name).expanduser().is_dir()
+    source = dataclasses.replace(adapter.source_of(base), name=str(base.resolve()) if is_folder else name)
     linear = (name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear))
     return BaseRecord(
         qpsft_version=__version__,

@@ -56,18 +56,20 @@ class TrainedWeight:
     trained: Tensor
 
 
-def load_live(adapter: str | Path, base: str | Path | None = None, *, device: str = "auto") -> LiveModel:
+def load_live(
+    adapter: str | Path | AdapterFolder, base: str | Path | None = None, *, device: str = "auto"
+) -> LiveModel:
     """Loads the adapter on its base, rounded as its record says.
 
     Args:
-        adapter: the folder of a PEFT adapter with `base_quantization.json`.
+        adapter: the folder of a PEFT adapter with `base_quantization.json`, or that folder opened.
         base: where the base is now; None is the place in the record.
         device: as in `load_base`.
 
     Raises:
         BaseModelError: not an adapter's folder, no record, another base, or tensors that do not fit it.
     """
-    opened = AdapterFolder(adapter)
+    opened = adapter if isinstance(adapter, AdapterFolder) else AdapterFolder(adapter)
     folder = opened.base_folder(base)
     model = opened.load_base(folder, device=device)
     _compute_in_float32(model, dtype_named(opened.record.compute_dtype))
