@@ -11,7 +11,8 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from merging import save_peft_adapter
 from safetensors.torch import load_file, save_file
-from test_architectures import EXPERTS, save_multimodal
+from test_architectures import save_base
+from tiny_architectures import EXPERTS
 from tiny_models import edit_config, save_tiny_model
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
@@ -101,7 +102,7 @@ def test_processors_come_from_the_base(tmp_path):
 
 def test_a_vision_tower_that_is_quantized_on_disk(tmp_path):
     """Its codes would be nothing without their scales: it is stored as the values that they stand for."""
-    plain = save_multimodal(tmp_path / "plain", "gemma3")
+    plain = save_base(tmp_path / "plain", "gemma3")
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     packed = AutoModelForImageTextToText.from_pretrained(plain, quantization_config=settings)
     packed.save_pretrained(tmp_path / "base")

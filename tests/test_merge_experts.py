@@ -9,7 +9,7 @@ import pytest
 import torch
 from merging import largest, live_logprobs, load_strictly, logprobs, save_peft_adapter, tokens, vouch
 from safetensors.torch import load_file, save_file
-from test_architectures import DEEPSEEK, EXPERTS, FOUR
+from tiny_architectures import DEEPSEEK, EXPERTS, FOUR
 from tiny_models import save_tiny_model
 
 from qpsft.merge import merge_adapter
