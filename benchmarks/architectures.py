@@ -45,15 +45,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="model types (default: all)")
     arguments = parser.parse_args()
-    found = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {}
+    record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {"found": {}}
+    found, versions = record["found"], {name: version(name) for name in LIBRARIES}
     for name in arguments.names or ARCHITECTURES:
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             found[name] = go_the_whole_way(Path(folder), name)
         print(f"{name}: {found[name]} ({time.perf_counter() - started:.0f} s)", flush=True)
         ordered = {known: found[known] for known in ARCHITECTURES if known in found}
-        RECORD.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(page(ordered), encoding="utf-8")
+        record = {"versions": versions, "found": ordered}
+        RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        PAGE.write_text(page(record), encoding="utf-8")
 
 
 def go_the_whole_way(folder: Path, name: str) -> dict[str, str]:
@@ -132,12 +134,12 @@ def gate(adapter: Path) -> str:
     return "adapter" if write_export(ExportOptions(adapter, to="vllm")).servable else "merged"
 
 
-def page(found: dict[str, dict[str, str]]) -> str:
-    """docs/architectures.md."""
-    versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+def page(record: dict[str, Any]) -> str:
+    """docs/architectures.md, from the record: the versions of the last run, and what was found."""
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     reasons: dict[str, int] = {}
     lines = []
-    for name, results in found.items():
+    for name, results in record["found"].items():
         cells = []
         for column in COLUMNS:
             result = results.get(column, "–")
@@ -146,7 +148,8 @@ def page(found: dict[str, dict[str, str]]) -> str:
             cells.append(result)
         kind = " (experts)" if name in MIXTURES else " (multimodal)" if name in MULTIMODAL else ""
         lines.append(f"| `{name}`{kind} | {' | '.join(cells)} |")
-    why = "\n".join(f"{number}. {reason}" for reason, number in reasons.items())
+    why = "".join(f"{number}. {reason}\n" for reason, number in reasons.items())
+    why = f"\nWhere it says no:\n\n{why}" if why else ""
     return f"""# Architectures
 
 Written by `benchmarks/architectures.py` ({versions}).
@@ -160,11 +163,7 @@ float32, verify, GGUF in f32 with every check, the run in llama.cpp, and the gat
 *verify*: the largest difference of a log-probability between the live model and the merged one, in nats. *run*: tokens
 and log-probabilities in llama.cpp equal the merged model's; – is not tried, which needs llama.cpp's wheel. *vLLM*: what
 can be served there, the adapter on its base or the merged model; that is decided from the files, nothing is started.
-
-{"Where it says no:" if why else ""}
-
-{why}
-"""
+{why}"""
 
 
 if __name__ == "__main__":

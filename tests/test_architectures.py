@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
+import architectures
 import pytest
 import torch
 from bitsandbytes import functional as bnb
@@ -201,3 +202,11 @@ def test_a_width_that_bitsandbytes_misreads_is_refused(tmp_path, width):
         load_base(folder, device="cpu", quantization="none", verbose=False)
     else:
         load_base(folder, device="cpu", verbose=False)
+
+
+def test_the_page_is_what_the_program_found():
+    record = json.loads(architectures.RECORD.read_text(encoding="utf-8"))
+    assert architectures.PAGE.read_text(encoding="utf-8") == architectures.page(record)
+    assert record["found"].keys() <= ARCHITECTURES.keys()
+    refused = architectures.page({"versions": {}, "found": {"llama": {"train": "yes", "merge": "no: of a reason"}}})
+    assert "| `llama` | yes | no (1) | – | – | – | – |" in refused and "1. of a reason" in refused
