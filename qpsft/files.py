@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import os
 import re
@@ -21,6 +22,9 @@ from typing import IO
 
 from qpsft.errors import OutputError
 
+_CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM}
+"""What network drives and FUSE answer that sync nothing, or no folders: it says nothing of what was written."""
+_LONGEST_NAME = 64  # bytes, of what is kept of a file's name in hidden ones: theirs must fit where the file's does
 _EXCHANGE = 2  # Linux's RENAME_EXCHANGE
 _AT_FDCWD = -100
 
@@ -34,7 +38,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: it cannot be written; what was there before is untouched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{_short(path.name)}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         put_in_place(temporary, path)
@@ -52,7 +56,15 @@ def put_in_place(finished: Path, place: Path) -> None:
 def sync(file: IO[bytes]) -> None:
     """Brings what was written to an open file to the disk."""
     file.flush()
-    os.fsync(file.fileno())
+    _fsync(file.fileno())
+
+
+def _fsync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
 
 
 # --- several files in a folder that stays ---
@@ -77,7 +89,8 @@ def finished_files(folder: Path, *, first: str = "", last: str = "") -> Iterator
     try:
         yield partial
         for path in sorted(partial.iterdir(), key=lambda path: (path.name != first, path.name == last, path.name)):
-            path.chmod(0o644)  # safetensors leaves 0600
+            with contextlib.suppress(PermissionError):  # of a drive that has no modes
+                path.chmod(0o644)  # safetensors leaves 0600
             put_in_place(path, folder / path.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -117,7 +130,7 @@ def work_folder(output: Path, *, overwrite: bool, source: Path) -> Iterator[Path
         OutputError: `output` exists and `overwrite` is False, holds `source`, is being written by another process,
             or its parent cannot be written; and for any OSError inside the block, such as a full disk.
     """
-    if output.exists() and not overwrite:
+    if _exists(output) and not overwrite:
         raise OutputError(f"{output} exists.", "Give --overwrite to replace it, or choose another with -o.")
     if output.resolve() == source.resolve() or output.resolve() in source.resolve().parents:
         raise OutputError(f"{output} is, or holds, what is to be exported.", "Choose another output with -o.")
@@ -135,7 +148,7 @@ def hidden_folder(output: Path, purpose: str) -> Iterator[Path]:
     Raises:
         OutputError: another process is writing `output`; and for any OSError, inside the block too.
     """
-    folder = output.with_name(f".{output.name}.{purpose}.{process_mark()}")
+    folder = output.with_name(f".{_short(output.name)}.{purpose}.{process_mark()}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         _remove_left_overs(output)
@@ -160,12 +173,12 @@ def replace_folder(finished: Path, place: Path) -> None:
     if not place.exists() or not any(place.iterdir()):
         os.rename(finished, place)
     elif _exchange(finished, place):
-        shutil.rmtree(finished)
+        shutil.rmtree(finished, ignore_errors=True)  # what is left of the old one, the next run removes
     else:
-        aside = place.with_name(f".{place.name}.replaced.{process_mark()}")
+        aside = place.with_name(f".{_short(place.name)}.replaced.{process_mark()}")
         os.rename(place, aside)
         os.rename(finished, place)
-        shutil.rmtree(aside)
+        shutil.rmtree(aside, ignore_errors=True)
     _sync_folder(place.parent)
 
 
@@ -187,14 +200,34 @@ def process_mark() -> str:
 
 
 def _machine() -> str:
-    return re.sub(r"[^\w-]", "-", socket.gethostname())
+    return re.sub(r"[^\w-]", "-", socket.gethostname())[:32]
+
+
+def _short(name: str) -> str:
+    """A file's name, or the beginning of a long one and a digest: what hidden names are made of."""
+    beginning = os.fsencode(name)[: _LONGEST_NAME - 9]
+    return (
+        name if len(os.fsencode(name)) <= _LONGEST_NAME else f"{beginning.decode(errors='ignore')}-{digest(name)[:8]}"
+    )
+
+
+def _exists(output: Path) -> bool:
+    """Whether a path exists. Raises OutputError where it cannot: a name that is too long for the file system."""
+    try:
+        return output.exists()
+    except OSError as error:
+        raise OutputError(
+            f"{output} cannot be written: {error.strerror or error}.", "Choose another output with -o."
+        ) from error
 
 
 def _check_output(output: Path, mark: str, overwrite: bool, sources: tuple[Path, ...]) -> None:
+    if not _exists(output):
+        return
     for source in sources:
         if output.resolve() == source.resolve():
             raise OutputError(f"{output} is what the result is made from.", "Choose another folder with -o.")
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if output.is_dir() and not any(output.iterdir()):
         return
     if not overwrite:
         raise OutputError(f"{output} exists.", "Give --overwrite to replace it, or choose another folder with -o.")
@@ -211,7 +244,7 @@ def _remove_left_overs(output: Path) -> None:
     Raises:
         OutputError: a process that is alive is writing `output`.
     """
-    hidden = re.compile(rf"\.{re.escape(output.name)}\.([a-z]+)\.{re.escape(_machine())}\.(\d+)\.(\d+)")
+    hidden = re.compile(rf"\.{re.escape(_short(output.name))}\.([a-z]+)\.{re.escape(_machine())}\.(\d+)\.(\d+)")
     for sibling in sorted(output.parent.iterdir()):
         match = hidden.fullmatch(sibling.name)
         if match is None:
@@ -225,7 +258,7 @@ def _remove_left_overs(output: Path) -> None:
         if purpose == "replaced" and not output.exists():
             os.rename(sibling, output)
         else:
-            shutil.rmtree(sibling)
+            shutil.rmtree(sibling, ignore_errors=True)
 
 
 def _is_alive(number: int, created: int) -> bool:
@@ -250,9 +283,12 @@ def _sync_folder(folder: Path) -> None:
     """Brings the folder's own entries to the disk (its files must be synced already)."""
     if os.name == "nt":
         return  # Windows opens no folders
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return  # a folder that may be written and not listed
+    try:
+        _fsync(descriptor)
     finally:
         os.close(descriptor)
 

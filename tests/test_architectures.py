@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
+import architectures
 import pytest
 import torch
 from bitsandbytes import functional as bnb
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from safetensors.torch import load_file
 from small_runs import largest_difference, log_lines, make_config, make_rows
-from tiny_models import SIZES, VOCABULARY, save_tiny_model, save_tokenizer
+from tiny_architectures import ARCHITECTURES, MIXTURES, MULTIMODAL, OTHERS, save_architecture
+from tiny_models import save_tiny_model, save_tokenizer
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qpsft.errors import BaseModelError, RecipeError
 from qpsft.merge import merge_adapter
@@ -25,97 +27,17 @@ from qpsft.model.base_record import quantized_linears
 from qpsft.psft.trainer import PSFTTrainer
 from qpsft.recipe.arguments import LoraArguments
 
-ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
-LLAMA = ATTENTION | {"gate_proj", "up_proj", "down_proj"}
-DELTANET = {"in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj"}
-PER_LAYER = {"per_layer_input_gate", "per_layer_projection", "per_layer_model_projection"}
-
-SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
-GEMMA3 = SLIDING | {"query_pre_attn_scalar": 16}
-# Gemma 4: wider heads and keys used as values in full attention, per-layer embeddings, later layers with the keys and
-# values of earlier ones
-GEMMA4_12B = SLIDING | {"global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
-GEMMA4_E4B = {
-    "num_hidden_layers": 4,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-    "sliding_window": 8,
-    "global_head_dim": 32,
-    "num_kv_shared_layers": 2,
-    "hidden_size_per_layer_input": 64,
-    "vocab_size_per_layer_input": VOCABULARY,
-}
-QWEN3_5 = {
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-}
-LFM2 = {"in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "w1", "w2", "w3"}
-YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 2.0, "original_max_position_embeddings": 32}
-
-TEXT = {  # model_type: what of its config is not as in tiny_models.SIZES, and the layers that all-linear adapts
-    "llama": ({}, LLAMA),
-    "qwen2": ({}, LLAMA),
-    "qwen3": ({"tie_word_embeddings": True}, LLAMA),
-    "mistral": ({"sliding_window": 8}, LLAMA),
-    "ministral3": ({"rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}}, LLAMA),
-    "smollm3": ({"no_rope_layers": [1, 0]}, LLAMA),
-    "phi3": ({"pad_token_id": 0}, {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}),
-    "olmo2": ({}, LLAMA),
-    "olmo3": (SLIDING, LLAMA),
-    "granite": ({"logits_scaling": 4.0, "embedding_multiplier": 2.0}, LLAMA),
-    "gemma2": ({"query_pre_attn_scalar": 16, "sliding_window": 8, "final_logit_softcapping": 2.0}, LLAMA),
-    "gemma3_text": (GEMMA3, LLAMA),
-    "gemma4_text": (GEMMA4_E4B | {"final_logit_softcapping": 2.0}, LLAMA | PER_LAYER),
-    "gemma4_unified_text": (GEMMA4_12B, LLAMA),
-    "qwen3_5_text": (QWEN3_5, LLAMA | DELTANET),
-    "lfm2": ({"layer_types": ["conv", "full_attention"]}, LFM2),
-    # an MLP that adds the residual itself, and a mixture whose config names its experts otherwise than TRL expects
-    "bloom": ({"n_layer": 2, "n_head": 4}, {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
-    "mpt": ({"d_model": 64, "n_layers": 2, "n_heads": 4}, {"Wqkv", "out_proj", "up_proj", "down_proj"}),
-    "granitemoe": ({"num_local_experts": 4, "num_experts_per_tok": 2}, ATTENTION),
-}
-MULTIMODAL = {  # as their Hub folders are: one config for text, vision and sound; qpsft trains the text part
-    "gemma3": (GEMMA3, LLAMA),
-    "gemma4": (GEMMA4_E4B | {"final_logit_softcapping": 2.0}, LLAMA | PER_LAYER),
-    "gemma4_unified": (GEMMA4_12B, LLAMA),
-    "qwen3_5": (QWEN3_5, LLAMA | DELTANET),
-}
 # The default run takes the text part of a multimodal model with the whole, and merges what does not merge like a Llama.
 TRAINED_SLOWLY = {"ministral3", "olmo3", "gemma3_text", "gemma4_text", "gemma4_unified_text", "qwen3_5_text"}
-MERGED_QUICKLY = {"lfm2", "phi3", "gemma3", "gemma4", "gemma4_unified", "qwen3_5"}
-
-
-def save_multimodal(folder: Path, model_type: str) -> Path:
-    """A folder such as the Hub has of a model that also sees: its language model is as small as the others."""
-    torch.manual_seed(0)
-    size = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 16, "patch_size": 8}
-    vision = size | {"intermediate_size": 128, "image_size": 32, "depth": 1, "num_heads": 4, "out_hidden_size": 64}
-    names = ["image_token_id", "video_token_id", "audio_token_id", "boi_token_id", "eoi_token_id", "boa_token_id"]
-    names += ["vision_start_token_id", "vision_end_token_id", "image_token_index", "boi_token_index", "eoi_token_index"]
-    marks = {name: VOCABULARY - 1 - number for number, name in enumerate(names)}
-    config = CONFIG_MAPPING[model_type](
-        text_config=SIZES | MULTIMODAL[model_type][0] | {"tie_word_embeddings": True, "pad_token_id": 0},
-        vision_config=vision,
-        tie_word_embeddings=True,
-        **marks,
-        **({"audio_config": None} if model_type == "gemma4" else {}),
-        **({"mm_tokens_per_image": 4} if model_type == "gemma3" else {}),
-    )
-    model = AutoModelForImageTextToText.from_config(config)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(folder)
-    save_tokenizer(folder)
-    return folder
+TRAINED_SLOWLY |= MIXTURES.keys() - {"qwen3_moe"}
+NAMED = [name for name in ARCHITECTURES if name not in OTHERS]
+MERGED_QUICKLY = {"lfm2", "phi3", "gemma3", "gemma4", "gemma4_unified", "qwen3_5", "qwen3_moe", "deepseek_v3"}
 
 
 def save_base(folder: Path, model_type: str) -> Path:
-    if model_type in MULTIMODAL:
-        return save_multimodal(folder, model_type)
-    return save_tiny_model(folder, model_type, **TEXT[model_type][0])
+    save_architecture(folder, model_type)
+    save_tokenizer(folder)
+    return folder
 
 
 def padded(rows, count: int) -> dict[str, Tensor]:
@@ -161,21 +83,22 @@ def gradients(trainer: PSFTTrainer, batch: dict[str, Tensor], checkpointing: boo
     return found
 
 
-def kinds(quick: set[str]) -> list:
-    """All model types; those that are not quick are marked slow."""
-    return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in TEXT | MULTIMODAL]
+def kinds(quick: set[str], names: Iterable[str] = ARCHITECTURES) -> list:
+    """Model types; those that are not quick are marked slow."""
+    return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("model_type", kinds((TEXT | MULTIMODAL).keys() - TRAINED_SLOWLY))
+@pytest.mark.parametrize("model_type", kinds(set(NAMED) - TRAINED_SLOWLY, NAMED))
 def test_psft_trains(tmp_path, model_type):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not in linear layers")  # the tiny embeddings weigh a lot
         base, tokenizer = load_base(save_base(tmp_path / "base", model_type), device="cpu", verbose=False)
     model = add_adapter(base, LoraArguments(lora_r=4, lora_alpha=8))
-    adapted = {name for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
-    _, expected = (TEXT | MULTIMODAL)[model_type]
-    assert {name.rpartition(".")[2] for name in adapted} == expected
-    assert adapted <= {name.removesuffix(".base_layer") for name in quantized_linears(model.get_base_model())}
+    adapted = {name: module for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
+    _, expected = ARCHITECTURES[model_type]
+    assert {name.removesuffix(".base_layer").rpartition(".")[2] for name in adapted} == expected
+    linear = {name for name, module in adapted.items() if not isinstance(module, ParamWrapper)}
+    assert linear <= {name.removesuffix(".base_layer") for name in quantized_linears(model.get_base_model())}
 
     rows = make_rows(12)
     batch = padded(rows, 3)
@@ -279,3 +202,11 @@ def test_a_width_that_bitsandbytes_misreads_is_refused(tmp_path, width):
         load_base(folder, device="cpu", quantization="none", verbose=False)
     else:
         load_base(folder, device="cpu", verbose=False)
+
+
+def test_the_page_is_what_the_program_found():
+    record = json.loads(architectures.RECORD.read_text(encoding="utf-8"))
+    assert architectures.PAGE.read_text(encoding="utf-8") == architectures.page(record)
+    assert record["found"].keys() <= ARCHITECTURES.keys()
+    refused = architectures.page({"versions": {}, "found": {"llama": {"train": "yes", "merge": "no: of a reason"}}})
+    assert "| `llama` | yes | no (1) | – | – | – | – |" in refused and "1. of a reason" in refused

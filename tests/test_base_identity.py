@@ -22,6 +22,7 @@ from qpsft.export.options import ExportOptions
 from qpsft.export.vllm import export_vllm
 from qpsft.files import finished_files
 from qpsft.merge import merge_adapter
+from qpsft.model import base_record as base_record_module
 from qpsft.model import fingerprint
 from qpsft.model.adapter_folder import AdapterFolder
 from qpsft.model.base import load_base
@@ -144,6 +145,25 @@ def test_other_stop_tokens_are_another_base(monkeypatch, capsys, tmp_path, train
 
 def test_a_copy_of_the_base_is_the_base(trained, copied):
     AdapterFolder(trained).base_folder(copied)
+
+
+@pytest.mark.parametrize("verb", VERBS.keys() - {"train"})
+def test_of_a_base_that_was_moved_every_verb_names_the_flag(monkeypatch, capsys, tmp_path, adapter, merged, verb):
+    edit_json(adapter / RECORD_FILE, base_model_name_or_path=str(tmp_path / "moved" / "away"))
+    monkeypatch.setitem(
+        VERBS, verb, lambda *of, own=VERBS[verb]: [word for word in own(*of) if word != "--base" and word]
+    )
+    text = refused(monkeypatch, capsys, tmp_path, verb, adapter, "", merged)
+    assert "moved/away" in text and "with --base" in text and "qpsft " not in text
+
+
+def test_a_merge_reads_the_bases_fingerprint_once(monkeypatch, tmp_path, trained):
+    read = []
+    monkeypatch.setattr(
+        base_record_module, "weights_sha256", lambda folder: read.append(folder) or weights_sha256(folder)
+    )
+    assert merge_adapter(trained, tmp_path / "merged").verification["same_model"]
+    assert len(read) == 1
 
 
 def test_files_and_shards_do_not_count(tmp_path, base):

@@ -1,12 +1,27 @@
 """Files and folders are written whole or not at all, and by one module only."""
 
 import ast
+import errno
 import os
+import stat
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from psutil import Process
 
-from qpsft.files import digest, finished_files, replace_folder, write_atomically
+from qpsft.errors import OutputError
+from qpsft.files import (
+    _short,
+    digest,
+    finished_files,
+    finished_folder,
+    hidden_folder,
+    process_mark,
+    replace_folder,
+    work_folder,
+    write_atomically,
+)
 
 PACKAGE = Path(__file__).resolve().parents[1] / "qpsft"
 OF_OS = {"replace", "rename", "renames", "fsync", "fdatasync", "link", "symlink"}
@@ -102,3 +117,82 @@ def test_a_digest_is_that_of_all_parts_together():
     assert (
         digest("abc") == digest(b"a", "b", b"c") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     )
+
+
+CANNOT = [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS]
+
+
+@contextmanager
+def that_syncs_no(monkeypatch, what, number):
+    """A drive that answers so to the sync of a folder, or of anything."""
+    real = os.fsync
+
+    def fsync(descriptor):
+        if what == "anything" or stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", fsync)
+        yield
+
+
+@pytest.mark.parametrize("number", CANNOT)
+@pytest.mark.parametrize("what", ["folders", "anything"])
+def test_a_drive_that_cannot_sync_keeps_what_is_finished(tmp_path, monkeypatch, what, number):
+    with that_syncs_no(monkeypatch, what, number):
+        for text in ("old", "new"):
+            with finished_folder(tmp_path / "out", mark="mark", overwrite=True) as folder:
+                write_atomically(folder / "mark", text)
+    assert (tmp_path / "out" / "mark").read_text() == "new" and os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_a_disk_that_failed_is_an_error(tmp_path, monkeypatch, number):
+    """It is said before the folder has its name: what it holds may not be on the disk."""
+    with (
+        that_syncs_no(monkeypatch, "folders", number),
+        pytest.raises(OutputError, match=os.strerror(number)),
+        finished_folder(tmp_path / "out", mark="mark", overwrite=True) as folder,
+    ):
+        write_atomically(folder / "mark", "new")
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_old_folder_that_cannot_be_removed_does_not_take_the_new_one_along(tmp_path, monkeypatch):
+    """As on NFS while a program holds one of its files open."""
+    with finished_folder(tmp_path / "out", mark="mark", overwrite=True) as folder:
+        write_atomically(folder / "mark", "old")
+    with monkeypatch.context() as patch:
+        patch.setattr("os.rmdir", lambda *args, **kwargs: (_ for _ in ()).throw(OSError(errno.ENOTEMPTY, "not empty")))
+        with finished_folder(tmp_path / "out", mark="mark", overwrite=True) as folder:
+            write_atomically(folder / "mark", "new")
+    assert (tmp_path / "out" / "mark").read_text() == "new"
+    with finished_folder(tmp_path / "out", mark="mark", overwrite=True) as folder:
+        write_atomically(folder / "mark", "newest")
+    assert os.listdir(tmp_path) == ["out"], "what was left is gone with the next run"
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "é" * 127, "n" * 200, "n" * 64, "n" * 65])
+def test_names_as_long_as_the_file_system_takes(tmp_path, name):
+    with finished_folder(tmp_path / name, mark="mark", overwrite=False) as folder:
+        assert len(os.fsencode(folder.name)) < 143, "too long for an encrypted home"
+        write_atomically(folder / "mark", "new")
+    assert os.listdir(tmp_path) == [name]
+    write_atomically(tmp_path / name / name, "new")
+    with work_folder(tmp_path / name / f"{name[:-5]}.gguf", overwrite=False, source=tmp_path / "source"):
+        pass
+    with pytest.raises(OutputError, match="is writing"):
+        left = tmp_path / f".{_short(name)}.merging.{process_mark().split('.')[0]}.1.{int(Process(1).create_time())}"
+        left.mkdir()
+        with hidden_folder(tmp_path / name, "merging"):
+            pass
+
+
+def test_a_name_that_is_too_long_is_said(tmp_path):
+    with (
+        pytest.raises(OutputError, match="cannot be written: File name too long"),
+        finished_folder(tmp_path / ("n" * 256), mark="mark", overwrite=False),
+    ):
+        pass
+    assert os.listdir(tmp_path) == []

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from merging import ALL, largest, live_logprobs, load_strictly, logprobs, save_peft_adapter, tokens, vouch
+from merging import ALL, load_strictly, save_peft_adapter, vouch
 from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import edit_config, save_tiny_model
@@ -15,8 +15,6 @@ from qpsft.errors import BaseModelError, ExportError, NotTheSameModelError, Qpsf
 from qpsft.merge import merge_adapter
 from qpsft.merge.options import parse_size
 from qpsft.model.base import load_base
-
-MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
 @pytest.fixture
@@ -209,26 +207,6 @@ def test_dora_on_an_embedding(tmp_path, base):
 def test_a_bias_for_a_layer_without_one(tmp_path, base):
     adapter = save_peft_adapter(tmp_path / "adapter", base, lora_bias=True)
     refused(ExportError, r"adds a bias to model.layers.0.self_attn.q_proj \(lora_bias\), which has none", adapter)
-
-
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
-def test_experts_in_one_matrix(tmp_path, model_type):
-    """They are stored one by one and fused while loading: copied if the adapter leaves them, else refused by name."""
-    config = (
-        MIXTURE
-        if model_type == "mixtral"
-        else {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-    )
-    base = save_tiny_model(tmp_path / "base", model_type, **config)
-    ids = tokens()
-    adapter = save_peft_adapter(tmp_path / "adapter", base, target_modules=ALL[:4])
-    live, alone = live_logprobs(adapter, base, ids)
-    merge_adapter(adapter, dtype="float32", no_verify=True)
-    assert largest(logprobs(load_strictly(tmp_path / "adapter-merged"), ids), live) < 1e-5 < 0.01 < largest(live, alone)
-    experts = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}
-    (tmp_path / "other").mkdir()
-    adapter = save_peft_adapter(tmp_path / "other" / "adapter", base, load={"quantization": "none"}, **experts)
-    refused(ExportError, r"changes model.layers.0.mlp.experts.gate_up_proj as a bare parameter", adapter)
 
 
 def test_the_original_weights_of_a_base_quantized_on_disk(tmp_path, base):

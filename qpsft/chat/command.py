@@ -20,7 +20,7 @@ def chat(argv: Sequence[str]) -> int:
     options = parse(Parser("qpsft chat", "MODEL [options]", DESCRIPTION), argv, ChatOptions)
     quiet_libraries()
     from qpsft.chat.session import chat as talk
-    from qpsft.model.base_record import state_quantized_on
+    from qpsft.model.stated_record import state_record
 
-    state_quantized_on(options.model, options.quantized_on)
+    state_record(options.model, options)
     return talk(options)

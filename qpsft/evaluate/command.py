@@ -27,9 +27,9 @@ def evaluate(argv: Sequence[str]) -> int:
     options = parse(Parser("qpsft evaluate", "MODEL [options]", DESCRIPTION), argv, EvaluationOptions)
     quiet_libraries()
     from qpsft.evaluate.run import run_evaluation
-    from qpsft.model.base_record import state_quantized_on
+    from qpsft.model.stated_record import state_record
 
-    state_quantized_on(options.model, options.quantized_on)
+    state_record(options.model, options)
     report = run_evaluation(options)
     print(f"\n{report.table()}")
     if options.json is not None:

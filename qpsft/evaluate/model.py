@@ -55,13 +55,14 @@ def load_evaluated(
             raise BaseModelError(f"--base is given, but {folder} is not an adapter's folder.", "Leave --base out.")
         quantization = quantization or usual_quantization(folder)
         return load_base(name, quantization=quantization, dtype=dtype, device=device, verbose=False)
-    if quantization is not None:
-        raise BaseModelError(
-            f"--quantization is given, but {folder} is an adapter: its base is rounded as it was in training.",
-            "Leave --quantization out.",
-        )
     adapter = AdapterFolder(folder)
     base_folder = adapter.base_folder(base)
+    if quantization not in (None, adapter.record.quantization):
+        raise BaseModelError(
+            f"--quantization is {quantization}, and the base of {folder} is rounded as it was in training: "
+            f"{adapter.record.quantization}.",
+            "Leave --quantization out.",
+        )
     model = adapter.load_base(base_folder, device=device)
     trained_in = adapter.record.compute_dtype
     here = dtype_here(trained_in, model.config.to_dict(), model.device)

@@ -20,9 +20,7 @@ def export(argv: Sequence[str]) -> int:
     """`qpsft export`."""
     options = parse(Parser("qpsft export", "SOURCE --to FORMAT [options]", EXPORT), argv, ExportOptions)
     quiet_libraries()
-    from qpsft.model.base_record import state_quantized_on
 
-    state_quantized_on(options.source, options.quantized_on)
     print(write_export(options).summary())
     return 0
 
@@ -33,7 +31,9 @@ def write_export(options: ExportOptions) -> Any:
     from qpsft.export.gguf_lora import export_gguf_lora
     from qpsft.export.ollama import export_ollama
     from qpsft.export.vllm import export_vllm
+    from qpsft.model.stated_record import state_record
 
+    state_record(options.source, options)
     formats = {"gguf": export_gguf, "gguf-lora": export_gguf_lora, "ollama": export_ollama, "vllm": export_vllm}
     return formats[options.to](options)
 

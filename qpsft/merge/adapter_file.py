@@ -8,6 +8,7 @@ holds exactly the tensors of these layers.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,9 +19,20 @@ from qpsft.merge.base_tensors import same_values
 from qpsft.merge.safetensors_stream import StoredTensor, TensorFile
 from qpsft.model.adapter import POLICY
 from qpsft.model.adapter_folder import PREFIX, AdapterFolder
+from qpsft.model.adapter_tensors import as_peft_loads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A tensor that is made of several stored ones, in memory."""
+
+    values: Tensor
+
+    def read(self) -> Tensor:
+        return self.values
 
 
 @dataclass(frozen=True)
@@ -32,17 +44,26 @@ class LowRank:
         scale: alpha / r, or alpha / √r for rsLoRA.
         transposed: the factors are stored as (r, rows) and (columns, r), as PEFT does for embeddings.
         magnitude: DoRA's, or None.
+        experts: W is (experts, rows, columns), and PEFT stores the factors of all experts in two matrices:
+            (rows, r · experts), an expert's columns being `experts` apart, and (experts · r, columns). `transposed`,
+            they are (experts · r, rows) and (columns, r · experts).
     """
 
-    left: StoredTensor
-    right: StoredTensor
+    left: StoredTensor | _Loaded
+    right: StoredTensor | _Loaded
     scale: float
     transposed: bool = False
     magnitude: StoredTensor | None = None
+    experts: int = 1
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """(left (rows, r), right (r, columns) times the scale), float32, on the CPU."""
+    def factors(self, expert: int = 0) -> tuple[Tensor, Tensor]:
+        """(left (rows, r), right (r, columns) times the scale) of one expert, float32, on the CPU."""
         left, right = self.left.read().float(), self.right.read().float()
+        if self.experts > 1:
+            a, b = (left, right) if self.transposed else (right, left)
+            a = a.view(self.experts, -1, a.shape[1])[expert]
+            b = b.view(b.shape[0], -1, self.experts)[:, :, expert]
+            left, right = (a, b) if self.transposed else (b, a)
         if self.transposed:
             left, right = left.T.contiguous(), right.T.contiguous()
         return left, right * self.scale
@@ -86,12 +107,13 @@ class _Reading:
     """Collects the changes, layer by layer, then the parameters that are stored whole."""
 
     def __init__(self, adapter: AdapterFolder, file: TensorFile, skeleton: PreTrainedModel, tied: dict[str, str]):
-        self.file = file
+        self.file, self.adapter = file, adapter
         self.parameters = set(skeleton.state_dict())
         self.changes: dict[str, Change] = {}
         self.tied_rows: set[str] = set()
         self._check_finite()
-        for name, module in adapter.put_layers(skeleton).named_modules():
+        self.model = adapter.put_layers(skeleton)
+        for name, module in self.model.named_modules():
             self._layer(name.removeprefix(PREFIX), module)
         self._whole_parameters()
         self._keep_tied(tied)
@@ -113,12 +135,7 @@ class _Reading:
         elif isinstance(module, Embedding):
             self._embedding(name, module)
         elif isinstance(module, ParamWrapper):
-            parameter = f"{name.replace('.base_layer', '')}.{module.parameter_name}"
-            raise ExportError(
-                f"The adapter changes {parameter} as a bare parameter (target_parameters), such as the experts of a "
-                "mixture; qpsft does not merge those.",
-                "Serve the adapter beside its base, or train without target_parameters.",
-            )
+            self._parameter(name, module)
         elif isinstance(module, LoraLayer):
             raise ExportError(
                 f"The adapter changes {name}, a {type(module.get_base_layer()).__name__}, which qpsft does not merge.",
@@ -144,6 +161,20 @@ class _Reading:
                 )
             self._change(f"{name}.bias", shift=(self._stored(f"{name}.lora_B.bias"), scale))
 
+    def _parameter(self, name: str, module: nn.Module) -> None:
+        """A bare parameter (`target_parameters`): the experts of a mixture, or its router."""
+        from transformers.pytorch_utils import Conv1D
+
+        a, b = self._stored(f"{name}.lora_A.weight"), self._stored(f"{name}.lora_B.weight")
+        base_layer = module.get_base_layer()
+        stored_as_in_out = len(getattr(base_layer, module.parameter_name).shape) == 3 and getattr(
+            base_layer, "is_transposed", False
+        )
+        transposed = stored_as_in_out or isinstance(base_layer, Conv1D)
+        left, right = (a, b) if transposed else (b, a)
+        low_rank = LowRank(left, right, module.scaling[POLICY], transposed, experts=module.num_experts)
+        self._change(f"{name.replace('.base_layer', '')}.{module.parameter_name}", low_rank=low_rank)
+
     def _embedding(self, name: str, module: nn.Module) -> None:
         if module.lora_magnitude_vector:
             raise ExportError(
@@ -161,14 +192,15 @@ class _Reading:
             if parameter in self.parameters:
                 self._change(parameter, replacement=tensor)
 
-    def _stored(self, name: str) -> StoredTensor:
+    def _stored(self, name: str) -> StoredTensor | _Loaded:
         key = PREFIX + name
-        if key not in self.file.tensors:
-            raise ExportError(
-                f"{self.file.path} holds {key} in parts or under another name, as an older transformers had it.",
-                "Load the adapter once with PEFT, save it again, and merge that.",
-            )
-        return self.file.tensors[key]
+        return self.file.tensors[key] if key in self.file.tensors else _Loaded(self._as_loaded[key])
+
+    @cached_property
+    def _as_loaded(self) -> dict[str, Tensor]:
+        """The adapter's tensors as PEFT loads them, in memory: an older transformers had each expert by itself."""
+        values = {name: tensor.read() for name, tensor in self.file.tensors.items()}
+        return as_peft_loads(values, self.model, self.file.path, self.adapter.path)
 
     def _change(self, parameter: str, **what) -> None:
         self.changes[parameter] = replace(self.changes.get(parameter, Change()), **what)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +18,7 @@ from qpsft.merge.rounding import quant_state
 from qpsft.merge.safetensors_stream import StoredTensor, TensorFile
 from qpsft.model.base_record import BaseRecord
 from qpsft.model.folder import weight_files
-from qpsft.model.skeleton import LoadingRules, build_skeleton, is_part
+from qpsft.model.skeleton import LoadingRules, Part, build_skeleton, is_part, predicts_ahead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,14 +31,14 @@ class BaseTensor:
     Attributes:
         name: in the merged checkpoint, and in the base's (but see `open_base` on tied embeddings).
         stored: the tensor in the base's file.
-        parameter: the parameter of the trained model that it is; None where transformers fuses or splits it while
-            loading.
-        fused_into: the parameter it then goes into. A tensor with neither belongs to a part of the model that was not
-            trained, and is copied.
+        parameter: the parameter of the trained model that it is, or is a `part` of; None where transformers fuses or
+            splits it otherwise while loading.
+        fused_into: the parameter it then goes into. A tensor with neither is `carried`.
         shape: of the values; a quantized tensor is stored in another.
         rounded: the trained model holds it in 4 bits.
         transposed: stored as (in, out), the layer being a Conv1D; the trained model quantizes the transpose.
         state: what is stored beside a weight that is quantized on disk, by the ends of the names.
+        part: where it lies in a parameter of three dimensions; None for any other.
     """
 
     name: str
@@ -47,10 +49,12 @@ class BaseTensor:
     rounded: bool
     transposed: bool
     state: dict[str, StoredTensor] = field(default_factory=dict)
+    part: Part | None = None
 
     @property
     def carried(self) -> bool:
-        """Whether training did not load it: a vision tower's, beside a language model that was trained alone."""
+        """Whether training did not load it, and it is copied: a vision tower's beside a language model that was trained
+        alone, or that of a layer for multi-token prediction."""
         return self.parameter is None and self.fused_into is None
 
 
@@ -70,6 +74,11 @@ class BaseTensors:
     tensors: list[BaseTensor]
     left_out: list[str]
     tied: dict[str, str]
+
+    @property
+    def predicts_ahead(self) -> bool:
+        """Whether layers for multi-token prediction are among the tensors."""
+        return any(t.carried and predicts_ahead(t.name, self.skeleton.config) for t in self.tensors)
 
     def dtype_of(self, parameter: str, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which a model loaded in `dtype` holds a parameter: some architectures keep some in float32."""
@@ -133,8 +142,10 @@ class _Mapping:
             if name in beside:
                 continue
             tensor = self._tensor(stored, states.get(name, {}))
-            if tensor is None and part:
-                tensors.append(BaseTensor(name, stored, None, None, stored.shape, False, False))
+            if tensor is None and (part or predicts_ahead(name, self.skeleton.config)):
+                state = states.get(name, {})
+                shape = tuple(quant_state(state).shape) if state else stored.shape
+                tensors.append(BaseTensor(name, stored, None, None, shape, bool(state), False, state))
             elif tensor is None:
                 left_out.append(name)
             else:
@@ -161,6 +172,9 @@ class _Mapping:
         parameter, conversion = place
         module, _, kind = parameter.rpartition(".")
         rounded = bool(state) or (module in self.rounded and kind == "weight")
+        part = self.rules.part_of(stored.name, stored.shape, parameter, conversion)
+        if part is not None and not rounded:
+            return BaseTensor(stored.name, stored, parameter, None, stored.shape, False, False, part=part)
         if conversion is not None:
             if rounded:
                 raise self._rounded_after_conversion(stored, parameter)
@@ -210,7 +224,10 @@ class _Mapping:
     def _check_complete(self, tensors: list[BaseTensor], tied: dict[str, str]) -> None:
         if any(tensor.fused_into for tensor in tensors):
             return  # one stored tensor can become several parameters, and only loading tells which
-        missing = set(self.parameters) - {tensor.parameter for tensor in tensors} - set(tied)
+        there = Counter()
+        for tensor in tensors:
+            there[tensor.parameter] += math.prod(tensor.shape)
+        missing = {name for name, values in self.parameters.items() if there[name] < values.numel()} - set(tied)
         if missing:
             raise BaseModelError(
                 f"{self.folder} lacks {len(missing)} of the model's {len(self.parameters)} tensors, such as "

@@ -19,8 +19,6 @@ def merge(argv: Sequence[str]) -> int:
     options = parse(Parser("qpsft merge", "ADAPTER [options]", DESCRIPTION), argv, MergeOptions)
     quiet_libraries()
     from qpsft.merge.merging import merge_with
-    from qpsft.model.base_record import state_quantized_on
 
-    state_quantized_on(options.adapter, options.quantized_on)
     print(merge_with(options).summary())
     return 0

@@ -23,13 +23,14 @@ from qpsft.merge.adapter_file import read_changes
 from qpsft.merge.base_tensors import open_base
 from qpsft.merge.model_files import copy_tokenizer, write_config
 from qpsft.merge.options import MergeOptions, Onto
-from qpsft.merge.report import MergeReport, rounding_in_words
+from qpsft.merge.report import MergeReport
 from qpsft.merge.safetensors_stream import TensorFile
 from qpsft.merge.weights import MergedWeights
 from qpsft.model.adapter_folder import AdapterFolder
-from qpsft.model.base_record import BaseRecord, BaseSource, source_of
+from qpsft.model.base_record import BaseRecord, BaseSource, rounding_in_words
 from qpsft.model.folder import MERGE_REPORT, check_folder
 from qpsft.model.hardware import DTYPES
+from qpsft.model.stated_record import state_record
 
 
 def merge_adapter(adapter: str | os.PathLike, output: str | os.PathLike | None = None, **options: Any) -> MergeReport:
@@ -57,11 +58,12 @@ def merge_with(options: MergeOptions) -> MergeReport:
     started = time.perf_counter()
     adapter = AdapterFolder(options.adapter)
     adapter.mergeable_config()
+    state_record(options.adapter, options)
     onto_trained = options.onto == "trained"
     # onto the original weights, an adapter that another tool trained needs no record of the rounding
     record = adapter.record if onto_trained or adapter.has_record else None
     base = adapter.base_folder(options.base, same_rounding=onto_trained)
-    source = source_of(base)
+    source = adapter.source_of(base)
     _check_weights(base, options.onto)
     rounded_as = record if onto_trained else None
     with (
@@ -74,9 +76,9 @@ def merge_with(options: MergeOptions) -> MergeReport:
         changes = read_changes(adapter, file, tensors.skeleton, tensors.tied)
         weights = MergedWeights(tensors, changes, rounded_as, DTYPES[options.dtype])
         weights.write(folder, options.max_shard_size)
-        write_config(base, folder, options.dtype)
+        write_config(base, folder, options.dtype, predicts_ahead=tensors.predicts_ahead)
         copy_tokenizer(options.adapter, base, folder)
-        low_rank = sum(change.low_rank is not None for change in changes.values())
+        low_rank = [change.low_rank.experts for change in changes.values() if change.low_rank is not None]
         report = MergeReport(
             qpsft_version=__version__,
             adapter=str(options.adapter),
@@ -91,24 +93,25 @@ def merge_with(options: MergeOptions) -> MergeReport:
             rounding=rounding_in_words(record),
             bytes=weights.nbytes,
             tensors=len(weights.specs),
-            low_rank=low_rank,
-            replaced=len(changes) - low_rank,
+            low_rank=sum(low_rank),
+            replaced=len(changes) - len(low_rank),
             peak_rss=_peak_rss(),
             left_out=tensors.left_out,
             merge_seconds=time.perf_counter() - started,
         )
         if record and not options.no_verify:
-            report.verification = _verify(folder, base, options)
+            report.verification = _verify(folder, base, options, adapter)
         report.seconds = time.perf_counter() - started
         report.write(folder)
     return report
 
 
-def _verify(folder: Path, base: Path, options: MergeOptions) -> dict[str, Any]:
+def _verify(folder: Path, base: Path, options: MergeOptions, adapter: AdapterFolder) -> dict[str, Any]:
     """Compares the merged model with the live one. Raises NotTheSameModelError where it may not differ and does."""
-    from qpsft.verify.verification import verify_export
+    from qpsft.verify.options import VerifyOptions
+    from qpsft.verify.verification import compare_with_live
 
-    result = verify_export(options.adapter, folder, base=base)
+    result = compare_with_live(VerifyOptions(options.adapter, folder, base=base), adapter)
     if options.onto == "trained" and not result.same_model:
         raise NotTheSameModelError(
             f"The merged model is not the model that was trained, and was removed.\n{result.summary()}",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from qpsft.files import write_atomically
 from qpsft.model.folder import read_config
+from qpsft.model.remote_code import names_code
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -18,12 +20,22 @@ TOKENIZER_FILES = (
 _SOURCES_OF_TOKENIZERS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
-def write_config(base: Path, folder: Path, dtype: str) -> None:
-    """config.json: the base's, without quantization, with the merged dtype under transformers 5's key, `dtype`."""
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""What turns pictures, video and sound into a multimodal model's input."""
+
+
+def write_config(base: Path, folder: Path, dtype: str, *, predicts_ahead: bool) -> None:
+    """config.json: the base's, without quantization, with the merged dtype under transformers 5's key, `dtype`.
+
+    Args:
+        predicts_ahead: the merged weights have the layers for multi-token prediction; else config.json names none.
+    """
     config = read_config(base)
     config.pop("quantization_config", None)
     config.pop("_name_or_path", None)
     _set_dtype(config, dtype)
+    if not predicts_ahead:
+        _name_no_layers_ahead(config)
     config["dtype"] = dtype
     write_json(folder / "config.json", config)
 
@@ -37,13 +49,22 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> None:
             _set_dtype(value, dtype)
 
 
+def _name_no_layers_ahead(config: dict[str, Any]) -> None:
+    """Sets their number to 0, under whatever name: num_nextn_predict_layers, mtp_num_hidden_layers, num_mtp_layers."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _name_no_layers_ahead(value)
+        elif re.search("mtp|nextn", key) and key.endswith("layers") and isinstance(value, int):
+            config[key] = 0
+
+
 def copy_tokenizer(adapter: Path, base: Path, folder: Path) -> list[str]:
     """Copies tokenizer and chat template from the adapter's folder, if it has a tokenizer, else from the base's; and
-    the base's generation config. Returns the names."""
+    the base's generation config and its processors, unless they name Python code. Returns the names."""
     source = adapter if (adapter / "tokenizer_config.json").is_file() else base
     chosen = {name: source / name for name in TOKENIZER_FILES if (source / name).is_file()}
-    for name in (*_SOURCES_OF_TOKENIZERS, "generation_config.json"):
-        if (base / name).is_file():
+    for name in (*_SOURCES_OF_TOKENIZERS, "generation_config.json", *PROCESSOR_FILES):
+        if (base / name).is_file() and not (name in PROCESSOR_FILES and names_code(base / name)):
             chosen.setdefault(name, base / name)
     for name, path in chosen.items():
         write_atomically(folder / name, path.read_bytes())

@@ -10,7 +10,6 @@ import yaml
 
 from qpsft.files import write_atomically
 from qpsft.merge.model_files import write_json
-from qpsft.model.base_record import BaseRecord
 from qpsft.model.folder import CARD, MERGE_REPORT
 from qpsft.recipe.markdown import as_text
 from qpsft.terminal import wrap
@@ -121,14 +120,3 @@ A LoRA adapter merged into its base model by qpsft {self.qpsft_version}.
         self.files = sorted([*(path.name for path in folder.iterdir()), CARD, MERGE_REPORT])
         write_atomically(folder / CARD, self.card())
         write_json(folder / MERGE_REPORT, asdict(self))
-
-
-def rounding_in_words(record: BaseRecord | None) -> str:
-    """How a base was rounded in training, such as "nf4 in blocks of 64, double quantization, computed in bfloat16"."""
-    if record is None:
-        return "no record of the rounding in training"
-    if record.quantization == "none":
-        return f"not quantized, {record.compute_dtype}"
-    blocks = f" in blocks of {record.block_size}" if record.block_size else ""
-    double = ", double quantization" if record.double_quant else ""
-    return f"{record.quantization}{blocks}{double}, computed in {record.compute_dtype}"

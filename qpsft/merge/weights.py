@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from qpsft.merge.model_files import write_json
 from qpsft.merge.rounding import PIECE, PlainWeight, RoundedWeight, Rounding, StoredRoundedWeight, Weight
 from qpsft.merge.safetensors_stream import ShardWriter, StoredTensor, TensorSpec, plan_shards, shard_index
 from qpsft.model.base_record import BaseRecord
-from qpsft.model.skeleton import dtype_named
+from qpsft.model.skeleton import Part, dtype_named
 
 _SMALL_FILES = 50_000_000  # tokenizer, card, report: what the disk must have room for beside the weights
 
@@ -84,8 +84,10 @@ class MergedWeights:
         return MergedTensor(tensor, change, rounding=self._rounding, plain_dtype=plain_dtype, dtype=spec.dtype).pieces()
 
     def _output_dtype(self, tensor: BaseTensor, dtype: torch.dtype) -> torch.dtype:
-        if tensor.carried or (not tensor.stored.dtype.is_floating_point and not tensor.state):
+        if not tensor.state and (tensor.carried or not tensor.stored.dtype.is_floating_point):
             return tensor.stored.dtype
+        if tensor.carried:
+            return dtype
         return self._base.dtype_of(tensor.parameter or tensor.fused_into, dtype)
 
     def _check_no_change_is_lost(self) -> None:
@@ -137,6 +139,10 @@ class MergedTensor:
         self._rounding, self._plain_dtype = rounding, plain_dtype
         shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
         self.rows, self.columns = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
+        self.experts: Iterable[int] = (0,)  # whose matrices lie in it, one after the other
+        if tensor.part is not None:
+            self.rows, self.columns = shape[-2:]
+            self.experts = range(shape[0]) if tensor.part.expert is None else (tensor.part.expert,)
 
     def pieces(self) -> Iterator[Tensor]:
         """The values in `dtype`, flattened, in order.
@@ -162,25 +168,36 @@ class MergedTensor:
     def _computed(self) -> Iterator[Tensor]:
         weight = self._weight()
         low_rank = self.change.low_rank
-        factors = low_rank.factors() if low_rank else None
         magnitude = low_rank.magnitude.read().float().view(-1) if low_rank and low_rank.magnitude else None
         rows = self._rows_per_piece()
-        for first in range(0, self.rows, rows):
-            last = min(first + rows, self.rows)
-            start, stop = first * self.columns, last * self.columns
-            values = weight.values(start, stop)
-            if factors is not None:
-                values = values + (factors[0][first:last] @ factors[1]).view(-1)
-            if magnitude is not None:
-                matrix = values.view(last - first, self.columns)
-                matrix *= (magnitude[first:last] / torch.linalg.vector_norm(matrix, dim=1)).unsqueeze(1)
-            self._change_values(values.view(last - first, self.columns), first)
-            yield self._to_dtype(values)
+        for place, expert in enumerate(self.experts):
+            factors = self._factors(expert)
+            for first in range(0, self.rows, rows):
+                last = min(first + rows, self.rows)
+                start, stop = ((place * self.rows + row) * self.columns for row in (first, last))
+                values = weight.values(start, stop)
+                if factors is not None:
+                    values = values + (factors[0][first:last] @ factors[1]).view(-1)
+                if magnitude is not None:
+                    matrix = values.view(last - first, self.columns)
+                    matrix *= (magnitude[first:last] / torch.linalg.vector_norm(matrix, dim=1)).unsqueeze(1)
+                self._change_values(values.view(last - first, self.columns), first)
+                yield self._to_dtype(values)
+
+    def _factors(self, expert: int) -> tuple[Tensor, Tensor] | None:
+        """The low-rank update (rows, r) @ (r, columns) of an expert's matrix, or of the only one."""
+        if self.change.low_rank is None:
+            return None
+        left, right = self.change.low_rank.factors(expert)
+        part = self.tensor.part or Part()
+        if part.turned:
+            left, right = right.T, left.T
+        return left[part.first_row : part.first_row + self.rows], right
 
     def _weight(self) -> Weight:
         tensor, rounding, replacement = self.tensor, self._rounding, self.change.replacement
         if replacement is not None:
-            return PlainWeight(self._flat(replacement), None)
+            return PlainWeight(self._own_part(replacement), None)
         if rounding is None or not tensor.rounded:
             return PlainWeight(self._flat(tensor.stored), self._plain_dtype)
         if tensor.state:
@@ -192,6 +209,17 @@ class MergedTensor:
         if not self.tensor.transposed:
             return stored.read
         values = stored.read().T.contiguous().view(-1)
+        return lambda start, stop: values[start:stop]
+
+    def _own_part(self, parameter: StoredTensor) -> Callable[[int, int], Tensor]:
+        """A function that reads by flat position what this tensor holds of a whole parameter."""
+        part = self.tensor.part
+        if part in (None, Part()):
+            return self._flat(parameter)
+        size = math.prod(parameter.shape[1:])
+        matrices = [parameter.read(n * size, (n + 1) * size).view(parameter.shape[1:]) for n in self.experts]
+        matrices = [matrix.T if part.turned else matrix for matrix in matrices]
+        values = torch.cat([matrix[part.first_row : part.first_row + self.rows].reshape(-1) for matrix in matrices])
         return lambda start, stop: values[start:stop]
 
     def _rows_per_piece(self) -> int:

@@ -15,6 +15,7 @@ import contextlib
 import copy
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -52,16 +53,36 @@ def add_adapter(model: PreTrainedModel, lora: LoraArguments) -> PeftModel:
     from peft import get_peft_model
 
     config = lora_config(model, lora)
-    kinds = sorted({name.rpartition(".")[2] for name in linear_names(model)})  # before PEFT adds its own
+    kinds = _suffixes(linear_names(model))  # before PEFT adds its own
+    targeted = targeted_layers(model, lora.lora_target_modules)
     try:
-        peft_model = get_peft_model(model, config)
+        with warnings.catch_warnings():
+            # PEFT sets patterns for a mixture's experts, follows them, and says that it did not
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
+            peft_model = get_peft_model(model, config)
     except ValueError as error:
         raise RecipeError(
             f"PEFT puts no adapter with these options on a {model.config.model_type} model: {one_line(error)}",
             f"Give other lora_target_modules; its linear layers are {', '.join(kinds)}.",
         ) from error
     train_copies_in_float32(peft_model)
+    _say_what_a_mixture_trains(peft_model, targeted)
     return peft_model
+
+
+def _say_what_a_mixture_trains(peft_model: PeftModel, targeted: list[str]) -> None:
+    """Of some mixtures PEFT adapts the experts and the router, which are no linear layers, and no other MLP."""
+    parameters = peft_model.peft_config[POLICY].target_parameters
+    if not parameters:
+        return
+    left_out = sorted(set(targeted) - adapted_layers(peft_model))
+    others = f" {len(left_out)} linear layers are left out, such as {left_out[0]}." if left_out else ""
+    warnings.warn(
+        f"PEFT adapts the experts of this {peft_model.config.model_type} as whole parameters "
+        f"({', '.join(sorted(parameters))}).{others} qpsft merge takes such an adapter; vLLM and llama.cpp do not "
+        "serve it beside its base. To leave the experts out, name other layers in lora_target_modules, such as q_proj.",
+        stacklevel=3,
+    )
 
 
 def lora_config(model: PreTrainedModel, lora: LoraArguments) -> LoraConfig:

@@ -8,6 +8,7 @@ that the record of the base was written for?
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import warnings
@@ -82,6 +83,7 @@ class AdapterFolder:
         self.settings = _read_settings(self.path)
         _check_weights(self.path)
         self.shapes = tensor_shapes(self.weights_file)
+        self._sources: dict[Path, BaseSource] = {}
 
     @classmethod
     def find(cls, name_or_path: str | os.PathLike) -> AdapterFolder:
@@ -104,13 +106,19 @@ class AdapterFolder:
 
     @cached_property
     def config(self) -> PeftConfig:
-        """`settings` as PEFT's config, without the keys that this version of PEFT does not know.
+        """`settings` as PEFT's config, without the keys that this version of PEFT does not know; warns of those.
 
         Raises:
             BaseModelError: PEFT cannot read them.
         """
         from peft import PeftConfig
 
+        if self.unknown_options:
+            warnings.warn(
+                f"{self.path / ADAPTER_CONFIG} sets {', '.join(self.unknown_options)}, which this version of PEFT does "
+                "not know and passes over: the model may not be the one that was trained. Upgrade peft.",
+                stacklevel=2,
+            )
         with warnings.catch_warnings(), code_is_off():
             warnings.simplefilter("ignore")
             try:
@@ -120,6 +128,15 @@ class AdapterFolder:
                     f"{self.path / ADAPTER_CONFIG} cannot be read by PEFT: {one_line(error)}",
                     "Upgrade peft, or copy it again.",
                 ) from error
+
+    @property
+    def unknown_options(self) -> list[str]:
+        """Keys of adapter_config.json that have a value and that this version of PEFT does not know."""
+        from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+        config = PEFT_TYPE_TO_CONFIG_MAPPING.get(self.settings["peft_type"])
+        known = {field.name for field in dataclasses.fields(config)} if config else self.settings
+        return sorted(name for name, value in self.settings.items() if value and name not in known)
 
     @property
     def has_record(self) -> bool:
@@ -156,12 +173,13 @@ class AdapterFolder:
         self.check_base(folder, same_rounding=same_rounding, weights=weights)
         return folder
 
+    @property
+    def base_name(self) -> str | None:
+        """The base as the record names it, or the config where there is no record."""
+        return self.record.base_model_name_or_path if self.has_record else self.config.base_model_name_or_path
+
     def _recorded_base(self, weights: bool) -> Path:
-        """The base's folder as the record names it, or the config where there is no record."""
-        if self.has_record:
-            name, revision = self.record.base_model_name_or_path, self.record.revision
-        else:
-            name, revision = self.config.base_model_name_or_path, self.config.revision
+        name, revision = self.base_name, self.record.revision if self.has_record else self.config.revision
         if not name:
             raise BaseModelError(f"The adapter in {self.path} does not name its base.", "Give it with --base.")
         try:
@@ -205,7 +223,7 @@ class AdapterFolder:
             return
         if weights:
             check_weights(folder)
-        record, source = self.record, source_of(folder)
+        record, source = self.record, self.source_of(folder)
         if source.config_sha256 != record.config_sha256:
             raise BaseModelError(
                 f"The adapter in {self.path} was trained on {record.base_model_name_or_path} (config hash "
@@ -247,6 +265,12 @@ class AdapterFolder:
                 _GIVE_ITS_BASE,
             )
 
+    def source_of(self, folder: Path) -> BaseSource:
+        """What a base's folder says of itself, its weights read once for all who ask. Raises BaseModelError."""
+        if folder not in self._sources:
+            self._sources[folder] = source_of(folder)
+        return self._sources[folder]
+
     def base_in_words(self, folder: Path, source: BaseSource) -> str:
         """Which base was used, such as "owner/name at 0123abc, weights 12ab… as in training".
 
@@ -255,7 +279,7 @@ class AdapterFolder:
             source: `source_of` it.
         """
         place = str(folder.resolve())
-        name = self.record.base_model_name_or_path if self.has_record else self.config.base_model_name_or_path or place
+        name = self.base_name or place
         words = name
         if source.revision:
             words += f" at {source.revision[:12]}"
@@ -264,7 +288,9 @@ class AdapterFolder:
         if source.weights_sha256:
             words += f", weights {source.weights_sha256[:12]}…"
         unknown = self.why_not_compared(source)
-        return f"{words}, weights not compared: {unknown}" if unknown else f"{words} as in training"
+        if unknown:
+            return f"{words}, weights not compared: {unknown}"
+        return f"{words} as in training" if self.record.assumed is None else f"{words} as stated in {RECORD_FILE}"
 
     def why_not_compared(self, source: BaseSource) -> str | None:
         """Why nobody can say whether a base has the weights in the record, in words; None where that is known."""
@@ -337,10 +363,10 @@ class AdapterFolder:
             dtype=record.compute_dtype if record.prequantized else record.weights_dtype,
             device=device,
             quantized_on=record.quantized_on,
+            # A Hub id says more than the snapshot's folder that it is loaded from.
+            source=replace(self.source_of(folder), name=record.base_model_name_or_path),
             verbose=False,
         )
-        # A Hub id says more than the snapshot's folder that it was loaded from.
-        model.qpsft_source = replace(model.qpsft_source, name=record.base_model_name_or_path)
         return model
 
     def put_on(self, model: nn.Module) -> PeftModel:
@@ -388,6 +414,13 @@ class AdapterFolder:
                     f"{file} uses {feature}, which cannot be merged into the base's weights.",
                     "Serve the adapter beside its base, or train without it.",
                 )
+        if self.unknown_options:
+            raise ExportError(
+                f"{file} sets {', '.join(self.unknown_options)}, which this version of PEFT does not know, so nobody "
+                "can say here what the trained weights are.",
+                "Upgrade peft. If the option does not change what the model computes, remove it from a copy of the "
+                "adapter.",
+            )
         init = settings.get("init_lora_weights")
         if init not in _INITS_THAT_LEAVE_THE_BASE:
             raise ExportError(

@@ -108,19 +108,32 @@ def _base_weights(model: PeftModel) -> Shapes:
 
 
 def _loaded(file: Path, stored: Shapes, model: PeftModel, base: Any) -> dict[str, _Tensor]:
-    """The stored tensors by the names under which PEFT loads them.
+    """The stored tensors by the names under which PEFT loads them."""
+    empty = {name: torch.empty(shape, device="meta") for name, shape in stored.items()}
+    names = {id(tensor): name for name, tensor in empty.items()}
+    loaded = as_peft_loads(empty, model, file, base)
+    return {name: _Tensor(names.get(id(tensor), name), tuple(tensor.shape)) for name, tensor in loaded.items()}
 
-    Those are the names in the file, except where transformers has renamed or fused modules since it was written.
+
+def as_peft_loads(tensors: dict[str, torch.Tensor], model: PeftModel, file: Path, base: Any) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter's file as PEFT loads them, by name.
+
+    They are those in the file, except where transformers has renamed or fused modules since it was written.
+
+    Args:
+        tensors: of the file by name, with values or on the meta device.
+        model: with the adapter's layers on it.
+        file, base: for messages.
+
+    Raises:
+        BaseModelError: they cannot be converted.
     """
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 
-    empty = {name: torch.empty(shape, device="meta") for name, shape in stored.items()}
-    names = {id(tensor): name for name, tensor in empty.items()}
     try:
-        loaded = convert_peft_adapter_state_dict_for_transformers(model, model.peft_config[POLICY], empty, POLICY)
+        return convert_peft_adapter_state_dict_for_transformers(model, model.peft_config[POLICY], tensors, POLICY)
     except (ValueError, RuntimeError, KeyError, IndexError, TypeError) as error:
         raise BaseModelError(
             f"The tensors in {file} cannot be converted for {base}: {one_line(error)}",
             "Copy the adapter's files again, or save it with the versions of peft and transformers in use here.",
         ) from error
-    return {name: _Tensor(names.get(id(tensor), name), tuple(tensor.shape)) for name, tensor in loaded.items()}

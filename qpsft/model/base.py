@@ -19,6 +19,7 @@ from torch import nn
 from qpsft.errors import BaseModelError
 from qpsft.model.base_record import (
     BaseRecord,
+    BaseSource,
     base_record,
     check_read_back,
     parameter_count,
@@ -81,6 +82,7 @@ def load_base(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     quantized_on: str | None = None,
+    source: BaseSource | None = None,
     verbose: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a causal LM, quantized and frozen, and its tokenizer with a pad token.
@@ -97,6 +99,7 @@ def load_base(
         trust_remote_code: run Python code that comes with the model.
         quantized_on: round block maxima as this type of torch device does, "cpu" or "cuda", as an adapter's record
             names it; None: as `device` does (`qpsft.model.block_maxima`).
+        source: what `qpsft.model.base_record.source_of` said of this base, which reads its weights; None asks it.
         verbose: print what was loaded.
 
     Returns:
@@ -145,7 +148,7 @@ def load_base(
     # PEFT writes this name into adapter_config.json: a Hub id there works on any machine, a cache path does not.
     if name != DEMO:
         model.name_or_path = model.config._name_or_path = name
-    source = source_of(folder, name)
+    source = source or source_of(folder, name)
     # A commit says more than a branch's name.
     model.qpsft_source = replace(source, revision=source.revision or revision, quantized_on=quantized_on or device.type)
     if verbose:

@@ -68,6 +68,8 @@ class BaseRecord:
             weights that were not in safetensors files.
         eos_token_ids: `qpsft.model.fingerprint.eos_token_ids` of the base; None in older records.
         adapter_sha256: SHA-256 of the adapter_model.safetensors that the record lies beside; None in older records.
+        assumed: None in a record that the training wrote. Else the adapter's owner stated it, but for these entries
+            (`qpsft.model.stated_record`).
     """
 
     qpsft_version: str
@@ -86,6 +88,22 @@ class BaseRecord:
     weights_sha256: str | None = None
     eos_token_ids: list[int] | None = None
     adapter_sha256: str | None = None
+    assumed: list[str] | None = None
+
+
+def rounding_in_words(record: BaseRecord | None) -> str:
+    """How a base was rounded in training, such as "nf4 in blocks of 64, double quantization, computed in bfloat16"."""
+    if record is None:
+        return "no record of the rounding in training"
+    stated = ""
+    if record.assumed is not None:
+        assumed = ", ".join(f"{name} {getattr(record, name)}" for name in record.assumed)
+        stated = f" (stated by its owner{f'; assumed: {assumed}' if assumed else ''})"
+    if record.quantization == "none":
+        return f"not quantized, {record.compute_dtype}{stated}"
+    blocks = f" in blocks of {record.block_size}" if record.block_size else ""
+    double = ", double quantization" if record.double_quant else ""
+    return f"{record.quantization}{blocks}{double}, computed in {record.compute_dtype}{stated}"
 
 
 def quantized_linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -305,8 +323,9 @@ def read_base_record(folder: str | os.PathLike, name: str = RECORD_FILE) -> Base
     """
     path = Path(folder) / name
     advice = (
-        "It says how the base was rounded in training. Copy it from the folder the training wrote, or merge onto the "
-        "original weights instead."
+        "It says how the base was rounded in training. Copy it from the folder the training wrote. Of an adapter that "
+        "another tool trained, say it: --quantization nf4 --double_quant true --compute_dtype bfloat16, or whatever "
+        "its BitsAndBytesConfig had. Or merge onto the original weights instead."
     )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -317,7 +336,7 @@ def read_base_record(folder: str | os.PathLike, name: str = RECORD_FILE) -> Base
     if not isinstance(content, dict):
         raise BaseModelError(f"{path} is not a JSON object.", advice)
     names = [field.name for field in dataclasses.fields(BaseRecord)]
-    later = {"quantized_on", "adapter_sha256", *IDENTITY}
+    later = {"quantized_on", "adapter_sha256", "assumed", *IDENTITY}
     missing = [name for name in names if name not in content and name not in later]
     if missing:
         raise BaseModelError(f"{path} lacks {', '.join(missing)}.", advice)
@@ -325,7 +344,7 @@ def read_base_record(folder: str | os.PathLike, name: str = RECORD_FILE) -> Base
         value = content.setdefault(key, None)
         if value is not None and not (isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)):
             raise BaseModelError(f"{path} has {value!r} for {key}, which is no SHA-256.", advice)
-    content.setdefault("eos_token_ids", None)
+    content = {"eos_token_ids": None, "assumed": None} | content
     if content["quantization"] == "int8":
         raise BaseModelError(
             f"{path} says that the base was in int8, and qpsft works with bases in 4 bits or unquantized ones.",

@@ -99,7 +99,7 @@ def near_folders(path: Path) -> str:
     if not parent.is_dir():
         return f"Its parent {parent} does not exist either; check the path."
     try:
-        folders = sorted(child.name for child in parent.iterdir() if child.is_dir())
+        folders = sorted(child.name for child in parent.iterdir() if child.is_dir() and child.name[0] != ".")
     except PermissionError:
         return f"{parent} cannot be read; check its permissions."
     near = difflib.get_close_matches(path.name, folders, n=3, cutoff=0.5)

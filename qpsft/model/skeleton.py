@@ -15,6 +15,8 @@ So what is said here about a tensor is what loading it would do.
 from __future__ import annotations
 
 import copy
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +76,34 @@ def is_part(skeleton: PreTrainedModel, folder: Path) -> bool:
     return skeleton.config.model_type != read_config(folder).get("model_type")
 
 
+def predicts_ahead(stored: str, config: PretrainedConfig) -> bool:
+    """Whether a stored tensor belongs to the layers for multi-token prediction (MTP), which transformers does not load.
+
+    They draft tokens in vLLM and llama.cpp. They are called `mtp`, or are numbered as further layers of the model.
+    """
+    if re.search(r"(^|\.)mtp", stored):
+        return True
+    text = config.get_text_config().to_dict()
+    layer = re.search(r"(^|\.)layers\.(\d+)\.", stored)
+    first = text.get("num_hidden_layers")
+    return bool(layer and first and first <= int(layer[2]) < first + (text.get("num_nextn_predict_layers") or 0))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where in a parameter that holds a matrix for each expert a stored tensor lies.
+
+    Attributes:
+        expert: whose matrix it is in; None: it is in those of all experts, which lie in one tensor.
+        first_row: of the matrix's rows.
+        turned: the parameter's matrices are the transposes of those that are stored.
+    """
+
+    expert: int | None = None
+    first_row: int = 0
+    turned: bool = False
+
+
 class LoadingRules:
     """transformers' rules for loading a checkpoint: which parameter each stored tensor becomes.
 
@@ -106,6 +136,47 @@ class LoadingRules:
         if name not in self.parameters and stored in self.parameters:  # a folder that already has the new names
             name, pattern = rename_source_key(stored, [], [], self._prefix, self.parameters)
         return (name, pattern) if name in self.parameters else None
+
+    def part_of(self, stored: str, shape: tuple[int, ...], parameter: str, pattern: str | None) -> Part | None:
+        """Where in a parameter of three dimensions (experts, rows, columns) a stored tensor lies.
+
+        Args:
+            stored: its name.
+            shape: its shape.
+            parameter, pattern: what `parameter_of` returned for it.
+
+        Returns:
+            None where the parameter has other dimensions, or is made by other steps than stacking the experts, joining
+            their rows and transposing all.
+        """
+        from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose
+
+        expected = tuple(self.parameters[parameter].shape)
+        if len(expected) != 3:
+            return None
+        if pattern is None:
+            return Part() if shape == expected else None
+        converter = self._by_pattern[pattern]
+        steps, expert, first_row, turned = list(converter.operations), None, 0, False
+        if steps and type(steps[0]) is MergeModulelist and steps[0].dim == 0:
+            expert = self._expert(stored, pattern)
+            del steps[0]
+        if steps and type(steps[0]) is Concatenate and steps[0].dim == 1:
+            first_row = converter.source_patterns.index(pattern) * shape[-2]
+            del steps[0]
+        if steps and type(steps[0]) is Transpose and {steps[0].dim0, steps[0].dim1} == {1, 2}:
+            turned = not steps.pop(0).check_dims or shape != expected
+        experts, rows, columns = expected if not turned else (expected[0], expected[2], expected[1])
+        own = (shape[0] if expert is None else experts, *shape[-2:])
+        fits = own[0] == experts and first_row + own[1] <= rows and own[2] == columns
+        return Part(expert, first_row, turned) if fits and not steps and len(converter.target_patterns) == 1 else None
+
+    def _expert(self, stored: str, pattern: str) -> int:
+        """The number that stands for the pattern's `*` in a stored tensor's name."""
+        from transformers.core_model_loading import apply_renamings
+
+        before, after = pattern.split("*.")
+        return int(re.search(rf"{before}(\d+)\.{after}", apply_renamings(stored, self._renamings))[1])
 
     def converter(self, pattern: str) -> Any:
         """A new transformers `WeightConverter` for a pattern that `parameter_of` gave; it collects tensors."""

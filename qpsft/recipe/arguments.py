@@ -20,21 +20,32 @@ Quantization = Literal["nf4", "fp4", "none"]
 
 @dataclass(kw_only=True)
 class BaseOptions:
-    """Where an adapter's base is: for every verb that uses an adapter."""
+    """Where an adapter's base is, and how it was rounded if its record does not say: for verbs that use an adapter."""
 
     base: str | None = option(
         None, "the base's folder or Hub id, if it is no longer where the adapter says", metavar="MODEL"
     )
-    quantized_on: Literal["cpu", "cuda"] | None = option(
-        None, "where the adapter's base was quantized in training; for an adapter whose record does not say"
+    quantization: Quantization | None = option(
+        None, "how the base was loaded in training, for an adapter that PEFT, TRL, Unsloth or another tool trained"
     )
+    double_quant: bool | None = option(
+        None, "the same, bnb_4bit_use_double_quant (if unset: true)", metavar="{true,false}"
+    )
+    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = option(
+        None, "the same, bnb_4bit_compute_dtype (if unset: the base's 16-bit dtype)"
+    )
+    quantized_on: Literal["cpu", "cuda"] | None = option(None, "the same, where it was quantized (if unset: cuda)")
 
 
 @dataclass(kw_only=True)
 class LoadOptions(BaseOptions):
     """How a model, or an adapter on its base, is loaded and its prompts are written: for verbs that ask it."""
 
-    quantization: Quantization | None = option(None, "of a model without adapter (default: nf4; none for a merged one)")
+    quantization: Quantization | None = option(
+        None,
+        "of a model without adapter (default: nf4; none for a merged one), or how the base of an adapter that another "
+        "tool trained was loaded in training",
+    )
     device: str = option("auto", "cpu, cuda, …", metavar="NAME")
     use_chat_template: Literal["auto", "always", "never"] | None = option(
         None, "put plain-string prompts through the chat template (default: as in training)"
@@ -82,7 +93,9 @@ class LoraArguments:
         0.0, "Dropout on the adapter's input. 0, because dropout makes the ratio differ from 1 right after a snapshot."
     )
     lora_target_modules: str | list[str] = option(
-        "all-linear", "Module names to adapt. all-linear: every linear layer of the language model but its LM head."
+        "all-linear",
+        "Module names to adapt. all-linear: every linear layer of the language model but its LM head; of most mixtures "
+        "the experts and the router in place of the other MLPs.",
     )
     lora_modules_to_save: list[str] | None = option(None, "Modules trained in full and saved with the adapter.")
     use_rslora: bool = option(False, "Rank-stabilised scaling: alpha / sqrt(r).")

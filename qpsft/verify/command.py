@@ -18,10 +18,8 @@ def verify(argv: Sequence[str]) -> int:
     """`qpsft verify`. Returns 1 when the exported model is another one."""
     options = parse(Parser("qpsft verify", "ADAPTER EXPORTED [options]", DESCRIPTION), argv, VerifyOptions)
     quiet_libraries()
-    from qpsft.model.base_record import state_quantized_on
     from qpsft.verify.verification import verify_with
 
-    state_quantized_on(options.adapter, options.quantized_on)
     report = verify_with(options)
     print(report.summary())
     return 0 if report.same_model else 1

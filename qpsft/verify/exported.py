@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qpsft.errors import BaseModelError
+from qpsft.model.skeleton import predicts_ahead
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -156,10 +157,12 @@ def load_whole(weights: ExportedWeights, device: torch.device, fetch: Callable[[
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BaseModelError(f"The export in {folder} cannot be loaded: {first}", "Export again.") from error
     for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[key]:
+        names = sorted(map(str, info[key]))
+        if key == "unexpected_keys":
+            names = [name for name in names if not predicts_ahead(name, model.config)]
+        if names:
             raise BaseModelError(
-                f"The export in {folder} has {len(info[key])} {key.removesuffix('_keys')} tensors, such as "
-                f"{min(map(str, info[key]))}.",
+                f"The export in {folder} has {len(names)} {key.removesuffix('_keys')} tensors, such as {names[0]}.",
                 "Export again.",
             )
     for name, parameter in model.named_parameters():

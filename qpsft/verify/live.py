@@ -56,18 +56,20 @@ class TrainedWeight:
     trained: Tensor
 
 
-def load_live(adapter: str | Path, base: str | Path | None = None, *, device: str = "auto") -> LiveModel:
+def load_live(
+    adapter: str | Path | AdapterFolder, base: str | Path | None = None, *, device: str = "auto"
+) -> LiveModel:
     """Loads the adapter on its base, rounded as its record says.
 
     Args:
-        adapter: the folder of a PEFT adapter with `base_quantization.json`.
+        adapter: the folder of a PEFT adapter with `base_quantization.json`, or that folder opened.
         base: where the base is now; None is the place in the record.
         device: as in `load_base`.
 
     Raises:
         BaseModelError: not an adapter's folder, no record, another base, or tensors that do not fit it.
     """
-    opened = AdapterFolder(adapter)
+    opened = adapter if isinstance(adapter, AdapterFolder) else AdapterFolder(adapter)
     folder = opened.base_folder(base)
     model = opened.load_base(folder, device=device)
     _compute_in_float32(model, dtype_named(opened.record.compute_dtype))
@@ -122,12 +124,14 @@ def trained_weights(model: PeftModel) -> Iterator[TrainedWeight]:
     Raises:
         ExportError: a kind of adapter layer whose trained weight cannot be computed (named).
     """
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
     from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 
     shared: set[int] = set()
     for name, module in _modules(model, (LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper)):
-        if isinstance(module, LoraLayer):
+        if isinstance(module, ParamWrapper):
+            yield from _with_adapted_parameters(name, module, shared)
+        elif isinstance(module, LoraLayer):
             yield from _adapted(name, module)
         elif isinstance(module, ModulesToSaveWrapper):
             yield from _trained_in_full(name, module)
@@ -154,6 +158,27 @@ def _adapted(name: str, module: Any) -> Iterator[TrainedWeight]:
     yield _as_stored(layer, f"{name}.weight", *lora_weight(name, module))
     if getattr(layer, "bias", None) is not None:
         yield TrainedWeight(f"{name}.bias", layer.bias.data.float(), _lora_bias(module))
+
+
+def _with_adapted_parameters(name: str, module: Any, shared: set[int]) -> Iterator[TrainedWeight]:
+    """The parameters of a module, such as a mixture's experts, of which some are adapted (`target_parameters`)."""
+    wrappers = {wrapper.parameter_name: wrapper for wrapper in _wrappers(module)}
+    for own, parameter in _not_yet(module.get_base_layer().named_parameters(), shared):
+        base = parameter.data.float()
+        yield TrainedWeight(f"{name}.{own}", base, _adapted_parameter(wrappers[own]) if own in wrappers else base)
+
+
+def _wrappers(module: Any) -> list[Any]:
+    """PEFT's `ParamWrapper`s around a module, one for each adapted parameter, the outermost first."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    return [module, *_wrappers(module.base_layer)] if isinstance(module, ParamWrapper) else []
+
+
+def _adapted_parameter(wrapper: Any) -> Tensor:
+    """The trained values of a wrapper's parameter, float32."""
+    deltas = [wrapper.get_delta_weight(adapter) for adapter in wrapper.active_adapters if adapter in wrapper.lora_A]
+    return sum(deltas, wrapper.get_param().data.float())
 
 
 def _trained_in_full(name: str, module: Any) -> Iterator[TrainedWeight]:
@@ -251,6 +276,13 @@ def round_weights(model: PeftModel, dtype_of: Callable[[str], torch.dtype]) -> N
 
     quantized = {id(layer) for layer in quantized_linears(model).values()}
     for name, module in _modules(model, (LoraLayer,)):
+        for wrapper in _wrappers(module):
+            wrapper.get_param().data = _adapted_parameter(wrapper)
+            wrapper.merged_adapters.extend(wrapper.active_adapters)
+        if _wrappers(module):
+            for own, parameter in module.get_base_layer().named_parameters():
+                parameter.data = parameter.data.to(dtype_of(f"{name}.{own}")).float()
+            continue
         layer = module.get_base_layer() if isinstance(module, LoraLayer) else module
         if id(layer) in quantized:
             module.forward = partial(_rounded_forward, name, module, dtype_of(f"{name}.weight"))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qpsft.model.skeleton import LoadingRules, build_skeleton, is_part
+from qpsft.model.skeleton import LoadingRules, build_skeleton, is_part, predicts_ahead
 from qpsft.verify.exported import ExportedWeights
 
 _CONVERSION_ERRORS = (RuntimeError, ValueError, IndexError, KeyError, AttributeError, TypeError)
@@ -80,7 +80,7 @@ class ExportedParameters:
             if place is not None:
                 name, pattern = place
                 groups.setdefault(name, _Source([], name, pattern)).tensors.append((stored, pattern or stored))
-            elif not part:
+            elif not part and not predicts_ahead(stored, self._skeleton.config):
                 self.left_over.append(stored)
         return list(groups.values())
 

@@ -23,8 +23,10 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from qpsft.model.adapter_folder import AdapterFolder
 from qpsft.model.base import load_tokenizer
 from qpsft.model.folder import MERGE_REPORT, VOLATILE_KEYS, check_folder, read_config
+from qpsft.model.stated_record import state_record
 from qpsft.verify.exported import ExportedWeights, load_exported, read_text_config
 from qpsft.verify.live import load_live, round_weights
 from qpsft.verify.measure import Measurement, Sequence, continue_greedily, distance, measure
@@ -56,25 +58,31 @@ def verify_export(adapter: str | Path, exported: str | Path, **options: Any) -> 
 
 def verify_with(options: VerifyOptions) -> VerifyReport:
     """`verify_export`, its options made."""
+    state_record(options.adapter, options)
+    return compare_with_live(options, AdapterFolder(options.adapter))
+
+
+def compare_with_live(options: VerifyOptions, adapter: AdapterFolder) -> VerifyReport:
+    """`verify_export` of an adapter that is opened already."""
     check_folder(options.exported)
     try:
-        return _Comparison(options, "auto").run()
+        return _Comparison(options, adapter, "auto").run()
     except torch.OutOfMemoryError:
         _free_memory()
         print("verify: the card's memory is too small for float32 arithmetic; using the CPU.", flush=True)
-    return _Comparison(options, "cpu").run()
+    return _Comparison(options, adapter, "cpu").run()
 
 
 class _Comparison:
     """One live model and one export, and the report that each step adds to."""
 
-    def __init__(self, options: VerifyOptions, device: str):
+    def __init__(self, options: VerifyOptions, adapter: AdapterFolder, device: str):
         self.options = options
         exported = options.exported
         self.weights = ExportedWeights(exported)
         self.parameters = ExportedParameters(self.weights)
         self.exported_tokenizer = load_tokenizer(exported)
-        self.live = load_live(options.adapter, options.base, device=device)
+        self.live = load_live(adapter, options.base, device=device)
         self.device = self.live.model.device
         config = self.live.model.config.get_text_config()
         self.vocabulary = config.vocab_size

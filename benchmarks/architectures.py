@@ -1,0 +1,170 @@
+"""Which architectures train, merge, verify, become a GGUF that runs, and are served: docs/architectures.md.
+
+    OMP_NUM_THREADS=1 python benchmarks/architectures.py             # all, then the page
+    OMP_NUM_THREADS=1 python benchmarks/architectures.py llama gpt2  # these, then the page
+
+Each is a random model of two layers (`tiny_architectures.py`) with SmolLM2's tokenizer and chat template, which
+llama.cpp's converter knows. It goes the whole way as a user's model does: one optimizer step of PSFT on NF4 with
+`all-linear`, merge to float32, verify, export to GGUF in f32 with every check, the run in llama.cpp where its wheel is
+installed, and the gate before vLLM. What is found is kept in `results/architectures.json`, by architecture; the page is
+written from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tiny_architectures import ARCHITECTURES, MIXTURES, MULTIMODAL, save_architecture
+
+from qpsft import cli
+from qpsft.errors import QpsftError
+from qpsft.export.command import write_export
+from qpsft.export.options import ExportOptions
+from qpsft.merge import merge_adapter
+from qpsft.verify import verify_export
+
+ROOT = Path(__file__).resolve().parents[1]
+TOKENIZER = Path.home() / ".cache" / "qpsft-models" / "SmolLM2-135M-Instruct"
+RECORD, PAGE = ROOT / "benchmarks" / "results" / "architectures.json", ROOT / "docs" / "architectures.md"
+COLUMNS = ("train", "merge", "verify", "GGUF", "run", "vLLM")
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="model types (default: all)")
+    arguments = parser.parse_args()
+    record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {"found": {}}
+    found, versions = record["found"], {name: version(name) for name in LIBRARIES}
+    for name in arguments.names or ARCHITECTURES:
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            found[name] = go_the_whole_way(Path(folder), name)
+        print(f"{name}: {found[name]} ({time.perf_counter() - started:.0f} s)", flush=True)
+        ordered = {known: found[known] for known in ARCHITECTURES if known in found}
+        record = {"versions": versions, "found": ordered}
+        RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        PAGE.write_text(page(record), encoding="utf-8")
+
+
+def go_the_whole_way(folder: Path, name: str) -> dict[str, str]:
+    """What each step came to, by column; where one is refused, why, and the later ones that need it are left out."""
+    base, adapter, merged = (folder / part for part in ("base", "adapter", "merged"))
+    results: dict[str, str] = {}
+
+    def step(column: str, what) -> bool:
+        try:
+            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+                warnings.simplefilter("ignore")
+                results[column] = what()
+        except QpsftError as error:
+            results[column] = f"no: {_in_short(' '.join(error.what.replace(f'{folder}/', '').split()))}"
+        return not results[column].startswith("no")
+
+    save_base(base, name)
+    if not step("train", lambda: train(base, adapter)):
+        return results
+    step("vLLM", lambda: gate(adapter))
+    if not step("merge", lambda: merge(adapter, merged)):
+        return results
+    step("verify", lambda: verify(adapter, merged))
+    if not step("GGUF", lambda: gguf(merged, folder / "run.gguf", results)):
+        why = results["GGUF"]
+        if step("GGUF", lambda: gguf(merged, folder / "read.gguf", results, no_run=True)):
+            results["run"] = why
+    return results
+
+
+def _in_short(reason: str, length: int = 240) -> str:
+    """The end of a converter's traceback says what it is about; of anything else the beginning."""
+    if len(reason) <= length:
+        return reason
+    return f"… {reason[-length:]}" if "Error" in reason[-length:] else f"{reason[:length]} …"
+
+
+def save_base(folder: Path, name: str) -> None:
+    """A random model with SmolLM2's tokenizer and chat template."""
+    vocabulary = json.loads((TOKENIZER / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    save_architecture(folder, name, vocabulary)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(TOKENIZER / file, folder)
+
+
+def train(base: Path, adapter: Path) -> str:
+    flags = ["--dataset_name=demo-clean", "--dataset_limit=8", "--max_steps=1", "--lora_r=4", "--held_out_rows=2"]
+    flags += ["--use_cpu", "--learning_rate=1e-2", "--per_device_train_batch_size=4", "--report_to=none"]
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = cli.main(["train", f"--model_name_or_path={base}", f"--output_dir={adapter}", *flags])
+    if code != 0:
+        raise QpsftError(said.getvalue().partition("error: ")[2].split("\n\n")[0])
+    return "yes"
+
+
+def merge(adapter: Path, merged: Path) -> str:
+    merge_adapter(adapter, merged, dtype="float32", no_verify=True)
+    return "yes"
+
+
+def verify(adapter: Path, merged: Path) -> str:
+    report = verify_export(adapter, merged, max_prompts=2, max_new_tokens=8)
+    report.require_same()
+    return f"{report.numbers['distance']['max_abs']:.0e}"
+
+
+def gguf(merged: Path, file: Path, results: dict[str, str], **options: Any) -> str:
+    report = write_export(ExportOptions(merged, to="gguf", output=str(file), outtype="f32", **options))
+    if report.run.ran:
+        results["run"] = "yes"
+    return "yes"
+
+
+def gate(adapter: Path) -> str:
+    return "adapter" if write_export(ExportOptions(adapter, to="vllm")).servable else "merged"
+
+
+def page(record: dict[str, Any]) -> str:
+    """docs/architectures.md, from the record: the versions of the last run, and what was found."""
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    reasons: dict[str, int] = {}
+    lines = []
+    for name, results in record["found"].items():
+        cells = []
+        for column in COLUMNS:
+            result = results.get(column, "–")
+            if result.startswith("no: "):
+                result = f"no ({reasons.setdefault(result.removeprefix('no: '), len(reasons) + 1)})"
+            cells.append(result)
+        kind = " (experts)" if name in MIXTURES else " (multimodal)" if name in MULTIMODAL else ""
+        lines.append(f"| `{name}`{kind} | {' | '.join(cells)} |")
+    why = "".join(f"{number}. {reason}\n" for reason, number in reasons.items())
+    why = f"\nWhere it says no:\n\n{why}" if why else ""
+    return f"""# Architectures
+
+Written by `benchmarks/architectures.py` ({versions}).
+Each line is a random model of two layers that goes the whole way: one step of PSFT on NF4 with `all-linear`, merge to
+float32, verify, GGUF in f32 with every check, the run in llama.cpp, and the gate before vLLM.
+
+| architecture | {" | ".join(COLUMNS)} |
+| --- |{" --- |" * len(COLUMNS)}
+{chr(10).join(lines)}
+
+*verify*: the largest difference of a log-probability between the live model and the merged one, in nats. *run*: tokens
+and log-probabilities in llama.cpp equal the merged model's; – is not tried, which needs llama.cpp's wheel. *vLLM*: what
+can be served there, the adapter on its base or the merged model; that is decided from the files, nothing is started.
+{why}"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
