@@ -326,7 +326,7 @@ def _remove_left_overs(output: Path, own: Path) -> None:
         if purpose == "replaced" and not output.exists():
             os.rename(sibling, output)
         else:
-            shutil.rmtree(sibling)
+            shutil.rmtree(sibling, ignore_errors=True)  # a converter that its parent left may still write there
 
 
 def _is_alive(number: int, created: int) -> bool:

@@ -1,4 +1,4 @@
-"""Two processes in one folder, and signals: nobody is let into a folder in use, and what is asked to end saves first."""
+"""Two processes in one folder, and signals: a folder in use is closed, and what is asked to end saves first."""
 
 import os
 import shutil
@@ -69,7 +69,8 @@ def test_another_machines_lock_says_nothing_here(tmp_path):
 
 def test_of_many_at_the_same_moment_never_two_are_let_in(tmp_path):
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom qpsft.errors import OutputError\nfrom qpsft.files import locked\n"
+        "import sys, time\nfrom pathlib import Path\n"
+        "from qpsft.errors import OutputError\nfrom qpsft.files import locked\n"
         "folder, start, inside = Path(sys.argv[1]), float(sys.argv[2]), Path(sys.argv[1]) / 'inside'\n"
         "time.sleep(max(0, start - time.time()))\n"
         "for _ in range(40):\n"
