@@ -62,8 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # in a file too, lines of a run that is killed are there
     try:
-        # of several processes, the launcher's signals must end those that wait for one that has failed
-        with taken_signals(_interrupt, SIGNALS[1:]) if world_size() == 1 else contextlib.nullcontext():
+        # A chat has nothing to clear away. Of several processes, the launcher's signals must end those that wait for
+        # one that has failed.
+        takes_signals = world_size() == 1 and argv[0] not in READ_INPUT
+        with taken_signals(_interrupt, SIGNALS[1:]) if takes_signals else contextlib.nullcontext():
             return _run(argv[0], argv[1:])
     except SystemExit as stop:  # argparse has printed --help
         return stop.code

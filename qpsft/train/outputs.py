@@ -190,21 +190,22 @@ def files_at_end(recipe: Recipe, folder: Path, tokenizer) -> set[str]:
     return names | own
 
 
-def begin_run(recipe: Recipe, folder: Path, record: dict[str, Any]) -> None:
+def begin_run(recipe: Recipe, folder: Path, record: dict[str, Any], *, beside: bool) -> None:
     """Writes what a run begins with into its own folder: the list of its files, its base, the day it renders with.
-
-    What a run of the same folder left that was cut off goes first, but for the base's answers, which can be used again.
 
     Args:
         record: `base_record` of the model.
+        beside: `folder` is `NEW_RUN` in another run's. What a run left there that was cut off goes first, but for the
+            base's answers, which can be used again.
 
     Raises:
         OutputError: the folder cannot be written.
     """
-    for checkpoint in checkpoints(folder):
-        remove_folder(checkpoint)
-    for name in files_of_runs(folder) - {ROWS, MADE}:
-        (folder / name).unlink(missing_ok=True)
+    if beside:
+        for checkpoint in checkpoints(folder):
+            remove_folder(checkpoint)
+        for name in files_of_runs(folder) - {ROWS, MADE}:
+            (folder / name).unlink(missing_ok=True)
     record_files(folder, files_at_start(recipe))
     write_record(record, folder / RECORD_FILE)
     keep_chat_date(recipe.data.chat_date, folder)

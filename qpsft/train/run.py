@@ -134,7 +134,8 @@ def _train(
         guard = Guard(inputs.guarded, inputs.tokenizer, trained_before=bool(recipe.lora.adapter_name_or_path))
         guard.watch(trainer, resumed=recipe.run.resume)
     if not recipe.run.resume:
-        from_main(lambda: begin_run(recipe, inputs.folder, base_record(model)))
+        beside = inputs.folder != inputs.output
+        from_main(lambda: begin_run(recipe, inputs.folder, base_record(model), beside=beside))
     elif run_record(inputs.folder) is None:
         from_main(lambda: write_record(base_record(model), inputs.folder / RECORD_FILE))
     progress.begun = True
