@@ -48,7 +48,7 @@ PLOT = "training.png"
 NEW_RUN = f"{RUN_FOLDER}/new"
 """The folder, in that of an earlier run, of the run that is to replace it, until it is whole."""
 WHOLE = f"{RUN_FOLDER}/whole"
-"""In a new run's folder: it is whole, and its files are taking their places."""
+"""In a new run's folder: it is whole, and these files of it are taking their places."""
 
 
 def numbers_at(folder: Path, step: int) -> dict[str, float]:
@@ -153,16 +153,26 @@ def files_of_runs(folder: Path) -> set[str]:
     path = folder / WRITTEN_FILES
     if not path.is_file():
         return set()
+    return {*_names_in(path), *(path.name for path in checkpoints(folder))}
+
+
+def _names_in(path: Path) -> set[str]:
+    """The names in a list of what runs wrote. Raises OutputError where it cannot be read."""
     try:
         names = json.loads(path.read_text(encoding="utf-8"))["files"]
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        if not isinstance(names, list) or not all(map(_is_name, names)):
             raise TypeError
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OutputError(
             f"{path}, the record of what runs wrote there, cannot be read.",
             "Move what you want to keep out of the folder and remove it, or choose another --output_dir.",
         ) from error
-    return {*names, *(path.name for path in checkpoints(folder))}
+    return set(names)
+
+
+def _is_name(name: Any) -> bool:
+    """Whether it names something in the folder itself: a folder from somebody else must not name what lies outside."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\\"} & set(name)
 
 
 def record_files(folder: Path, names: Iterable[str]) -> None:
@@ -244,7 +254,8 @@ def write_outputs(
             check_own_files(output, names)  # what the user put there meanwhile
             record_files(folder, names)
         if folder != output:
-            write_atomically(folder / WHOLE, "")
+            there = sorted(name for name in files_of_runs(folder) if os.path.lexists(folder / name))
+            write_atomically(folder / WHOLE, json.dumps({"files": there}))
             take_place(folder, output)
     except OSError as error:
         raise OutputError(
@@ -265,31 +276,36 @@ def take_place(new: Path, folder: Path) -> None:
     Raises:
         OutputError: the folder cannot be written.
     """
-    names, before = files_of_runs(new), files_of_runs(folder)
+    names, before = _names_in(new / WHOLE), files_of_runs(folder)
     record_files(folder, names)
     try:
         for name in sorted(names - {RECORD_FILE}, key=lambda name: (name != ADAPTER_WEIGHTS, name)):
             if os.path.lexists(new / name):
                 if (folder / name).is_dir():
-                    remove_folder(folder / name)
+                    _remove(folder / name)
                 move(new / name, folder / name)
         for name in before - names - {RESOLVED}:
-            if (folder / name).is_dir():
-                remove_folder(folder / name)
-            else:
-                (folder / name).unlink(missing_ok=True)
+            _remove(folder / name)
         if (new / RECORD_FILE).is_file():
             move(new / RECORD_FILE, folder / RECORD_FILE)
         for path in list(new.iterdir()):  # what loggers wrote
             if path.name != RUN_FOLDER and not os.path.lexists(folder / path.name):
                 move(path, folder / path.name)
-        (new / WHOLE).unlink(missing_ok=True)  # first: what is left without its list would say that it has no files
+        (new / WHOLE).unlink(missing_ok=True)
         remove_folder(new)
     except OSError as error:
         raise OutputError(
             f"The run in {new} is whole, and its files could not be moved to {folder}: {error.strerror or error}.",
             "Check the disk and its permissions, then give --resume: it moves the rest.",
         ) from error
+
+
+def _remove(path: Path) -> None:
+    """A file, a folder, or a link and not what it leads to. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        remove_folder(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def run_record(folder: Path) -> BaseRecord | None:

@@ -125,6 +125,7 @@ def test_killed_at_every_move_it_goes_on_where_it_was(run, tmp_path, monkeypatch
     (run / "added_tokens.json").write_text("of the earlier run")
     content = json.loads((run / WRITTEN_FILES).read_text())
     (run / WRITTEN_FILES).write_text(json.dumps({"files": [*content["files"], "added_tokens.json"]}))
+    (run / "chat_date").write_text("2020-02-02\n")  # a name that every run has in its list, whether it writes it or not
     (run / "notes.txt").write_text("mine")
     (run / "recipe.yaml").write_text("# mine now\nseed: 3\n")
     earlier = contents(run)
@@ -138,7 +139,7 @@ def test_killed_at_every_move_it_goes_on_where_it_was(run, tmp_path, monkeypatch
     wanted = contents(whole)
     AdapterFolder(whole).base_folder()
     assert "checkpoint-2/optimizer.pt" in wanted and "checkpoint-1/optimizer.pt" not in wanted
-    assert wanted["notes.txt"] == b"mine" and "added_tokens.json" not in wanted
+    assert wanted["notes.txt"] == b"mine" and not {"added_tokens.json", "chat_date"} & wanted.keys()
     assert wanted["recipe.yaml"] == earlier["recipe.yaml"] and "recipe.resolved.yaml" in wanted
     real, moves = outputs.move, len([path for path in (run / NEW_RUN).iterdir() if path.name != RUN_FOLDER])
     for stop in range(moves):
