@@ -24,10 +24,10 @@ from qpsft.terminal import fill, no_standard_input
 
 INTERRUPTED = 128  # and the signal's number: 130 for Ctrl-C, as in shells
 AFTER_INTERRUPT = {
+    "train": "Nothing was begun; an earlier run goes on with --resume.",  # a run that was begun says it itself
     "demo": "Begin it again with --overwrite.",
     "compare": "Finished runs are kept: the same command goes on from here.",
 }
-"""What to do then; an `Interrupted` of other verbs says it itself."""
 READ_INPUT = ("chat",)
 """Verbs that read standard input, themselves; all others work without it, and so do their libraries."""
 
@@ -82,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return problem.exit_code
     except KeyboardInterrupt as stop:
         if is_main():
-            print(fill(f"\nInterrupted. {AFTER_INTERRUPT.get(argv[0]) or stop}".rstrip()), file=sys.stderr)
+            todo = (argv[0] == "train" and str(stop)) or AFTER_INTERRUPT.get(argv[0], "")
+            print(fill(f"\nInterrupted. {todo}".rstrip()), file=sys.stderr)
         return INTERRUPTED + getattr(stop, "number", signal.SIGINT)
 
 
