@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
+import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from qpsft import __version__
-from qpsft.errors import QpsftError, did_you_mean
-from qpsft.processes import is_main, let_memory_segments_grow, print_error, world_size
+from qpsft.errors import Interrupted, QpsftError, did_you_mean
+from qpsft.processes import (
+    SIGNALS,
+    is_main,
+    let_memory_segments_grow,
+    print_error,
+    taken_signals,
+    world_size,
+)
 from qpsft.terminal import fill, no_standard_input
 
-INTERRUPTED = 130  # what shells use for Ctrl-C
+INTERRUPTED = 128  # and the signal's number: 130 for Ctrl-C, as in shells
 AFTER_INTERRUPT = {
-    "train": "The run continues from its last checkpoint with --resume.",
+    "train": "Nothing was begun; an earlier run goes on with --resume.",  # a run that was begun says it itself
+    "demo": "Begin it again with --overwrite.",
     "compare": "Finished runs are kept: the same command goes on from here.",
 }
 READ_INPUT = ("chat",)
@@ -39,7 +50,7 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb. Returns the exit code: 0, 2 for a mistake the user can mend, 130 for Ctrl-C."""
+    """Runs one verb. Returns the exit code: 0, 2 for a mistake the user can mend, 128 + its number for a signal."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_help(), file=sys.stdout if argv else sys.stderr)
@@ -48,8 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"qpsft {__version__}")
         return 0
     let_memory_segments_grow()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # in a file too, lines of a run that is killed are there
     try:
-        return _run(argv[0], argv[1:])
+        # A chat has nothing to clear away. Of several processes, the launcher's signals must end those that wait for
+        # one that has failed.
+        takes_signals = world_size() == 1 and argv[0] not in READ_INPUT
+        with taken_signals(_interrupt, SIGNALS[1:]) if takes_signals else contextlib.nullcontext():
+            return _run(argv[0], argv[1:])
     except SystemExit as stop:  # argparse has printed --help
         return stop.code
     except QpsftError as error:
@@ -63,10 +80,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print_error(fill(f"error: {problem}"))
         return problem.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if is_main():
-            print(f"\nInterrupted. {AFTER_INTERRUPT.get(argv[0], '')}".rstrip(), file=sys.stderr)
-        return INTERRUPTED
+            todo = (argv[0] == "train" and str(stop)) or AFTER_INTERRUPT.get(argv[0], "")
+            print(fill(f"\nInterrupted. {todo}".rstrip()), file=sys.stderr)
+        return INTERRUPTED + getattr(stop, "number", signal.SIGINT)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    """As Ctrl-C does: what was begun is cleared away."""
+    raise Interrupted(number=number)
 
 
 def _run(verb: str, argv: Sequence[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -60,6 +61,18 @@ class DivergedError(TrainingError):
 
 class ExportError(QpsftError):
     """A merge, a conversion or an upload cannot be done, or what it wrote is not right."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or another signal has ended what was done. Its text, which may be empty, says how to go on.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, text: str = "", number: int = signal.SIGINT):
+        super().__init__(text)
+        self.number = number
 
 
 class NotTheSameModelError(QpsftError):

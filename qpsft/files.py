@@ -15,10 +15,10 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from qpsft.errors import OutputError
 
@@ -53,6 +53,11 @@ def put_in_place(finished: Path, place: Path) -> None:
     os.replace(finished, place)
 
 
+def move(path: Path, place: Path) -> None:
+    """Gives a file, over what was there, or a folder another name on the same disk. Raises OSError."""
+    os.replace(path, place)
+
+
 def sync(file: IO[bytes]) -> None:
     """Brings what was written to an open file to the disk."""
     file.flush()
@@ -65,6 +70,20 @@ def _fsync(descriptor: int) -> None:
     except OSError as error:
         if error.errno not in _CANNOT_SYNC:
             raise
+
+
+def sync_and_digest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Brings every file under a folder to the disk.
+
+    Returns: name -> its `size` in bytes and its `sha256`. Raises: OSError.
+    """
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("r+b") as file:
+            sync(file)
+        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
+    _sync_folder(folder)
+    return files
 
 
 # --- several files in a folder that stays ---
@@ -96,11 +115,68 @@ def finished_files(folder: Path, *, first: str = "", last: str = "") -> Iterator
         shutil.rmtree(partial, ignore_errors=True)
 
 
+# --- a folder that one process at a time may write into ---
+
+LOCKS = ".qpsft"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of a folder meanwhile; this process may ask for it again inside.
+
+    Each has a file of its own there, `.qpsft/lock.<machine>.<process>.<start>`; those of dead processes of this machine
+    are removed. Of two that come at the same moment both may be refused, but they are never both let in.
+
+    Raises:
+        OutputError: another process works there; or it cannot be written.
+    """
+    own = folder / LOCKS / f"lock.{process_mark()}"
+    if own.exists():
+        yield
+        return
+    try:
+        own.parent.mkdir(parents=True, exist_ok=True)
+        own.touch()
+    except OSError as error:
+        raise OutputError(
+            f"{folder} cannot be written: {error.strerror or error}.", "Check the disk and its permissions."
+        ) from error
+    try:
+        _refuse_company(own, folder)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            own.unlink(missing_ok=True)
+            own.parent.rmdir()  # where it holds nothing else
+
+
+def _refuse_company(own: Path, folder: Path) -> None:
+    """Raises OutputError where another lock is that of a process that is alive; removes those of dead ones."""
+    for path in own.parent.glob("lock.*"):
+        marked = re.fullmatch(rf"lock\.{re.escape(_machine())}\.(\d+)\.(\d+)", path.name)
+        if marked is None or path == own:
+            continue
+        process = int(marked[1])
+        if _is_alive(process, int(marked[2])):
+            raise OutputError(
+                f"Process {process} is writing into {folder} right now.",
+                "Wait until it has ended, or choose another folder.",
+            )
+        path.unlink(missing_ok=True)
+
+
 # --- a whole folder ---
 
 
 @contextmanager
-def finished_folder(output: Path, *, mark: str, overwrite: bool, sources: tuple[Path, ...] = ()) -> Iterator[Path]:
+def finished_folder(
+    output: Path,
+    *,
+    mark: str,
+    overwrite: bool,
+    sources: tuple[Path, ...] = (),
+    written: Callable[[Path], Collection[str]] = os.listdir,
+) -> Iterator[Path]:
     """Yields a new folder to write into; when the block ends without an exception it becomes `output`.
 
     Otherwise it is removed (also on Ctrl-C). An existing `output` stays as it is until then. Files must be synced.
@@ -109,33 +185,45 @@ def finished_folder(output: Path, *, mark: str, overwrite: bool, sources: tuple[
         mark: a file by which qpsft knows a folder that it wrote.
         overwrite: replace an `output` that holds a `mark`.
         sources: folders that must not be replaced.
+        written: names of the files in such an `output` that qpsft wrote; it is not replaced where it holds others.
 
     Raises:
-        OutputError: `output` exists, is one of `sources`, is being written by another process, or its parent cannot be
-            written; and for any OSError inside the block, such as a full disk.
+        OutputError: `output` exists, holds other files than qpsft's, is one of `sources`, is being written by another
+            process, or its parent cannot be written; and for any OSError inside the block, such as a full disk.
     """
     output = Path(os.path.abspath(output.expanduser()))
-    _check_output(output, mark, overwrite, sources)
+    _check_output(output, mark, overwrite, sources, written)
     with hidden_folder(output, "merging") as temporary:
         yield temporary
         _sync_folder(temporary)
+        _check_output(output, mark, overwrite, sources, written)  # what was put there meanwhile
         replace_folder(temporary, output)
 
 
 @contextmanager
 def work_folder(output: Path, *, overwrite: bool, source: Path) -> Iterator[Path]:
-    """Yields a new folder, on the disk of the file `output`, for what is made on the way to it; removed at the end.
+    """Yields a new folder, on the disk of the GGUF `output`, for what is made on the way to it; removed at the end.
 
     Raises:
-        OutputError: `output` exists and `overwrite` is False, holds `source`, is being written by another process,
-            or its parent cannot be written; and for any OSError inside the block, such as a full disk.
+        OutputError: `output` exists and `overwrite` is False or it is no GGUF, holds `source`, is being written by
+            another process, or its parent cannot be written; and for any OSError inside the block, such as a full disk.
     """
     if _exists(output) and not overwrite:
         raise OutputError(f"{output} exists.", "Give --overwrite to replace it, or choose another with -o.")
+    if output.is_file() and _first_bytes(output, 4) != b"GGUF":
+        raise OutputError(
+            f"{output} is not a GGUF, so qpsft did not write it, and --overwrite does not replace it.",
+            "Choose another output with -o, or remove it yourself.",
+        )
     if output.resolve() == source.resolve() or output.resolve() in source.resolve().parents:
         raise OutputError(f"{output} is, or holds, what is to be exported.", "Choose another output with -o.")
     with hidden_folder(output, "exporting") as folder:
         yield folder
+
+
+def _first_bytes(path: Path, count: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(count)
 
 
 @contextmanager
@@ -151,9 +239,9 @@ def hidden_folder(output: Path, purpose: str) -> Iterator[Path]:
     folder = output.with_name(f".{_short(output.name)}.{purpose}.{process_mark()}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        _remove_left_overs(output)
         folder.mkdir()
         try:
+            _remove_left_overs(output, folder)
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -221,7 +309,13 @@ def _exists(output: Path) -> bool:
         ) from error
 
 
-def _check_output(output: Path, mark: str, overwrite: bool, sources: tuple[Path, ...]) -> None:
+def _check_output(
+    output: Path,
+    mark: str,
+    overwrite: bool,
+    sources: tuple[Path, ...],
+    written: Callable[[Path], Collection[str]],
+) -> None:
     if not _exists(output):
         return
     for source in sources:
@@ -236,10 +330,17 @@ def _check_output(output: Path, mark: str, overwrite: bool, sources: tuple[Path,
             f"{output} holds no {mark}, so qpsft did not write it, and --overwrite does not replace it.",
             "Choose another folder with -o, or remove it yourself.",
         )
+    if strangers := sorted(set(os.listdir(output)) - set(written(output))):
+        raise OutputError(
+            f"{output} holds {', '.join(strangers[:8])}{', …' if len(strangers) > 8 else ''}, which qpsft did not "
+            "write there and --overwrite would remove.",
+            "Move what you want to keep and remove the rest, or choose another folder with -o.",
+        )
 
 
-def _remove_left_overs(output: Path) -> None:
-    """Removes what dead processes of this machine left beside `output`; brings back what one had moved aside.
+def _remove_left_overs(output: Path, own: Path) -> None:
+    """Removes what dead processes of this machine left beside `output`, and `own` is not; brings back what one had
+    moved aside.
 
     Raises:
         OutputError: a process that is alive is writing `output`.
@@ -247,7 +348,7 @@ def _remove_left_overs(output: Path) -> None:
     hidden = re.compile(rf"\.{re.escape(_short(output.name))}\.([a-z]+)\.{re.escape(_machine())}\.(\d+)\.(\d+)")
     for sibling in sorted(output.parent.iterdir()):
         match = hidden.fullmatch(sibling.name)
-        if match is None:
+        if match is None or sibling == own:
             continue
         purpose, process, created = match[1], int(match[2]), int(match[3])
         if _is_alive(process, created) and process != os.getpid():
@@ -258,7 +359,7 @@ def _remove_left_overs(output: Path) -> None:
         if purpose == "replaced" and not output.exists():
             os.rename(sibling, output)
         else:
-            shutil.rmtree(sibling, ignore_errors=True)
+            shutil.rmtree(sibling, ignore_errors=True)  # a converter that its parent left may still write there
 
 
 def _is_alive(number: int, created: int) -> bool:

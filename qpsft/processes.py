@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from qpsft.errors import QpsftError
 
@@ -25,6 +28,29 @@ def let_memory_segments_grow() -> None:
     names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
     if sys.platform == "linux" and not any(name in os.environ for name in names):
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Those that ask a process to end."""
+
+
+@contextmanager
+def taken_signals(handler: Callable[[int, Any], None], which: Iterable[int] = SIGNALS) -> Iterator[None]:
+    """Has `handler` called at these signals inside. Those that are ignored (nohup, a shell's background) stay so.
+
+    Does nothing in another thread than the main one, which gets no signals.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {one: signal.getsignal(one) for one in which}
+        before = {one: was for one, was in before.items() if was not in (signal.SIG_IGN, None)}
+    for one in before:
+        signal.signal(one, handler)
+    try:
+        yield
+    finally:
+        for one, was in before.items():
+            signal.signal(one, was)
 
 
 def world_size() -> int:

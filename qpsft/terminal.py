@@ -2,12 +2,14 @@
 
 import contextlib
 import logging
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import sys
 import textwrap
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import TextIO
@@ -93,11 +95,18 @@ def terminal_width() -> int:
 
 
 def quiet_worker() -> None:
-    """`quiet_libraries` in a worker process, which has one thread and ends silently at Ctrl-C."""
+    """`quiet_libraries` in a worker process, which has one thread and ends silently at Ctrl-C, and with its parent."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = "1"
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of a process in the background
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     quiet_libraries()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent is killed would wait for work for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def short_number(number: float) -> str:

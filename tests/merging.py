@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qpsft.model.base import load_base
-from qpsft.model.base_record import read_base_record, source_of, write_base_record, write_for_adapter
+from qpsft.model.base_record import BaseRecord, read_base_record, source_of, write_base_record, write_for_adapter
 from qpsft.model.folder import resolve_folder
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -37,6 +38,14 @@ def save_peft_adapter(folder: Path, base: Path, *, load: dict[str, Any] | None =
     peft_model.save_pretrained(folder)
     write_base_record(peft_model, folder)
     return folder
+
+
+def whole_adapter(folder: Path) -> None:
+    """The smallest files that are an adapter's, with a record that vouches for them."""
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    save_file({"x": torch.zeros(1)}, folder / "adapter_model.safetensors")
+    rounding = ("none", False, None, None, "float32", "float32", False, [], None)
+    write_for_adapter(dataclasses.asdict(BaseRecord("0", "demo", None, "0" * 64, *rounding)), folder)
 
 
 def vouch(folder: Path) -> None:

@@ -370,25 +370,24 @@ def test_an_overwrite_that_is_cut_off_certifies_no_old_adapter(tmp_path, monkeyp
         with pytest.raises(Killed):
             train(out, "--overwrite", "--quantization=fp4")
         assert ((out / "adapter_model.safetensors").read_bytes(), (out / RECORD_FILE).read_bytes()) == old
-        assert read_base_record(out, outputs.RUN_RECORD).quantization == "fp4"
+        assert read_base_record(out / outputs.NEW_RUN).quantization == "fp4"
         AdapterFolder(out).base_folder()
         monkeypatch.undo()
         assert train(out, "--overwrite", "--quantization=fp4") == 0
         assert AdapterFolder(out).record.quantization == "fp4"
         AdapterFolder(out).base_folder()
         return
-    real, left = files.put_in_place, 0
+    real, left = files.move, 0
 
     def stopping(finished, place):
         nonlocal left
-        if finished.parent == place.parent / ".partial":
-            if not left:
-                raise Killed
-            left -= 1
+        if not left:
+            raise Killed
+        left -= 1
         real(finished, place)
 
-    monkeypatch.setattr(files, "put_in_place", stopping)
-    for stop in (1, sum(path.is_file() for path in out.iterdir()) - 2):  # metrics.jsonl is there already
+    monkeypatch.setattr(outputs, "move", stopping)
+    for stop in (1, sum(path.is_file() for path in out.iterdir()) - 1):
         folder = Path(shutil.copytree(out, tmp_path / f"cut-{stop}"))
         left = stop
         with pytest.raises(Killed):
@@ -410,7 +409,7 @@ def test_first_and_last_files_take_their_places_so(tmp_path, monkeypatch):
 
 def test_what_a_finished_run_leaves(finished):
     left = {path.name for path in finished.iterdir()}
-    assert RECORD_FILE in left and outputs.RUN_RECORD not in left
+    assert RECORD_FILE in left and not (finished / outputs.NEW_RUN).exists()
     record = read_base_record(finished)
     content = (finished / "adapter_model.safetensors").read_bytes()
     assert record.adapter_sha256 == hashlib.sha256(content).hexdigest()

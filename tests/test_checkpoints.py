@@ -1,9 +1,9 @@
 """Checkpoints are whole or not used; a loss that is not finite stops the run and leaves the last good one."""
 
 import errno
+import hashlib
 import json
 import os
-import re
 import resource
 import shutil
 import warnings
@@ -86,7 +86,7 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_resume_from(base, saved,
 
 def test_a_checkpoint_of_plain_sft_trainer_is_refused_by_name(base, saved, tmp_path):
     out = shutil.copytree(saved[0], tmp_path / "run")
-    for name in ("psft_run.json", "psft_scores_0.safetensors", "psft_reference.safetensors"):
+    for name in ("psft_run.json", "psft_scores_0.safetensors", "psft_reference.safetensors", "complete.json"):
         (out / "checkpoint-4" / name).unlink()
     trainer = trainer_of(base, out, max_steps=6)
     with pytest.raises(TrainingError, match="holds no old log-probabilities.*Resume from a checkpoint that qpsft made"):
@@ -222,8 +222,12 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weigh
     assert len(kept) == 2 and same(policy(trainer.model), kept[-1])
 
 
-def test_a_mark_records_every_file_with_its_size(saved):
+def test_a_mark_records_every_file_with_its_size_and_digest(saved):
     folder = saved[0] / "checkpoint-4"
     files = json.loads((folder / "complete.json").read_text())["files"]
-    there = {p.name: p.stat().st_size for p in folder.iterdir() if p.name != "complete.json"}
-    assert files == there and re.fullmatch(r"\d+", str(files["optimizer.pt"]))
+    there = {
+        p.name: {"size": p.stat().st_size, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()}
+        for p in folder.iterdir()
+        if p.name != "complete.json"
+    }
+    assert files == there and "optimizer.pt" in there

@@ -138,7 +138,7 @@ def test_the_demo_runs_on_the_cpu_and_says_why(nvidia, monkeypatch, tmp_path):
     from qpsft.demo import walkthrough
 
     asked = []
-    monkeypatch.setattr(walkthrough.runs, "check_output", lambda *args, **kwargs: sys.exit("enough"))
+    monkeypatch.setattr(walkthrough.outputs, "locked_output", lambda folder: sys.exit("enough"))
     monkeypatch.setattr(walkthrough, "load_recipe", lambda path, flags, kind: asked.append(flags))
     with warnings.catch_warnings(), pytest.raises(SystemExit):
         warnings.simplefilter("error")

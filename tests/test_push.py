@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from merging import whole_adapter
 
 from qpsft.errors import ExportError
 from qpsft.export.push import push
@@ -27,6 +28,7 @@ def folder(tmp_path):
     for name in WANTED | UNWANTED:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"x" * 10)
+    whole_adapter(folder)
     for name in ("checkpoint-8", ".git", "runs"):
         (folder / name).mkdir()
         (folder / name / "adapter_model.safetensors").write_bytes(b"x")
@@ -52,7 +54,7 @@ class FakeHub:
 def test_a_dry_run_lists_files_and_sizes_without_a_token(folder, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     report = push(folder, "owner/name", dry_run=True)
-    assert {name for name, _ in report.files} == WANTED and all(size == 10 for _, size in report.files)
+    assert report.files == [(name, (folder / name).stat().st_size) for name in sorted(WANTED)]
     assert UNWANTED < set(report.left_out) and {"checkpoint-8/", ".git/", "runs/"} < set(report.left_out)
     assert "dry run: would upload to owner/name: 13 files" in report.summary()
 

@@ -187,8 +187,8 @@ def test_output_that_is_not_writable(tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "touch", denied)  # root may write everywhere, so permissions alone test nothing
-    with pytest.raises(OutputError, match="Permission denied"):
-        run.check_output(tmp_path, resume=False, overwrite=False)
+    with pytest.raises(OutputError, match="Permission denied"), outputs.locked_output(tmp_path):
+        pass
 
 
 def test_nothing_to_resume(tmp_path, capsys):

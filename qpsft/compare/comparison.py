@@ -24,25 +24,30 @@ from qpsft.compare.arms import DEFAULT_ARMS, Arm, find_arms, pairs, rate_source
 from qpsft.compare.budget import fit
 from qpsft.compare.coverage import coverage_notes, unseen_share
 from qpsft.compare.data import BASE_ANSWERS, BASE_SAMPLES, REPLAYED, base_written, kept_by_default, load_data
+from qpsft.compare.figures import FIGURES
 from qpsft.compare.measure import Measurement
 from qpsft.compare.options import CompareOptions, load_comparison, rate_grid
 from qpsft.compare.queue import RunQueue
+from qpsft.compare.report import REPORT
 from qpsft.compare.results import ArmResult, Comparison, is_accuracy, validation_score
 from qpsft.compare.run import RunSpec, Setting, base_key, decisive_options, load_setting
 from qpsft.data.chat_date import find_chat_date, keep_chat_date
 from qpsft.data.tokenize import load_dataset
 from qpsft.errors import DivergedError, OutputError, RecipeError
 from qpsft.evaluate.rows import INSTRUCTION_CHECKS
-from qpsft.files import finished_files
+from qpsft.files import finished_files, locked
 from qpsft.model.base import load_tokenizer
 from qpsft.model.environment import check_machine
 from qpsft.recipe.file import Recipe
 from qpsft.recipe.methods import REPLAY_SHARE
 from qpsft.recipe.sources import replay_source
 from qpsft.terminal import fill
+from qpsft.train.outputs import check_own_files, record_files
 from qpsft.train.replay import read_replay, replay_rows
 
 RECORD = "comparison.json"
+WRITTEN = (RECORD, REPORT, *(f"{name}.png" for name in FIGURES))
+"""Files that a comparison replaces where an earlier one wrote them, and never where somebody else did."""
 Specs = dict[float, dict[int, RunSpec]]
 """Learning rate -> seed -> run, of one arm."""
 
@@ -79,6 +84,17 @@ def compare_loaded(
     folder = prepare(recipe, folder)
     _make_folder(results_folder(options, folder), "results_dir")
     started = time.perf_counter()
+    with locked(folder), locked(results_folder(options, folder)):
+        check_own_files(folder, WRITTEN)
+        comparison = _compare(recipe, options, arms, folder, noise, started)
+        write(comparison, folder)
+    return comparison
+
+
+def _compare(
+    recipe: Recipe, options: CompareOptions, arms: list[Arm], folder: Path, noise: float | None, started: float
+) -> Comparison:
+    """The runs and what comes out. `started`: of `time.perf_counter()`, where the budget begins."""
     setting = make_setting(recipe, options, folder, noise)
     left_out: list[str] = []
     if options.budget is not None:
@@ -89,7 +105,6 @@ def compare_loaded(
         results = run_arms(arms, recipe, options, runs)
     comparison = gather(results, arms, recipe, options, runs)
     comparison.left_out = left_out
-    write(comparison, folder)
     return comparison
 
 
@@ -364,6 +379,7 @@ def write(comparison: Comparison, folder: Path) -> None:
 
     said = {"answer": answer(comparison), "verdict": verdict(comparison), "limits": limits(comparison)}
     try:
+        record_files(folder, WRITTEN)
         with finished_files(folder) as partial:
             text = json.dumps(said | comparison.to_dict(), indent=1, ensure_ascii=False)
             (partial / RECORD).write_text(text + "\n", encoding="utf-8")

@@ -32,15 +32,17 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 """Colours that differ in hue and in lightness, a dash and a marker for each arm."""
 BASE = {"color": "0.45", "linestyle": (0, (1, 1.5)), "linewidth": 1.2}
+FIGURES = ("curves", "frontier")
 PANEL = (4.6, 3.3)
 """Inches."""
 
 
 def figures(comparison: Comparison) -> dict[str, tuple[str, Figure]]:
     """File name without ending -> (caption, figure), for what was measured."""
-    drawn = {"curves": ("Mean and standard deviation over seeds.", _curves(comparison))}
+    curves, frontier = FIGURES
+    drawn = {curves: ("Mean and standard deviation over seeds.", _curves(comparison))}
     if comparison.has_out_of_domain:
-        drawn["frontier"] = (
+        drawn[frontier] = (
             "Kept against learnt: a small mark per seed and epoch, the mean over seeds as a line from the base (cross) "
             "to the last epoch (large mark). Further up and to the right is better.",
             _frontier(comparison),

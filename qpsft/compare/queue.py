@@ -57,6 +57,9 @@ class RunQueue:
 
     def __exit__(self, *error: object) -> None:
         if self._pool is not None:
+            if isinstance(error[1], KeyboardInterrupt):  # also of a signal that the workers have not had
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
             self._pool.shutdown(wait=True, cancel_futures=True)
         self._bar.close()
 

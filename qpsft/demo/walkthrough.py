@@ -16,13 +16,14 @@ from qpsft.data.tokenize import load_rows, tokenize_rows
 from qpsft.demo.picture import bars, draw
 from qpsft.errors import OutputError
 from qpsft.evaluate.likelihood import text_statistics
+from qpsft.files import finished_files
 from qpsft.merge.merging import merge_adapter
 from qpsft.model.base import load_base, load_tokenizer
 from qpsft.model.environment import unusable_gpu
 from qpsft.model.generation import greedy_completions
 from qpsft.model.remote_code import code_is_off
 from qpsft.psft.config import PSFTConfig
-from qpsft.recipe.file import load_recipe
+from qpsft.recipe.file import Recipe, load_recipe
 from qpsft.terminal import fill, text_table, wrap
 from qpsft.train import outputs
 from qpsft.train import run as runs
@@ -82,11 +83,23 @@ def run(output_dir: str, *, overwrite: bool = False, limit: int | None = None) -
         name: load_recipe(RECIPE, [f"--output_dir={folders[name]}", *flags, *more], PSFTConfig)
         for name, flags in ARMS.items()
     }
-    for folder in folders.values():
-        runs.check_output(folder, resume=False, overwrite=overwrite)
-    outputs.check_own_files(kept, {PICTURE})
-    if merged.exists() and not overwrite:
-        raise OutputError(f"{merged} exists already.", "Give --overwrite to replace it, or another --output_dir.")
+    with contextlib.ExitStack() as held:
+        for folder in folders.values():
+            held.enter_context(outputs.locked_output(folder))
+        for place in (*folders.values(), merged):
+            if not overwrite and (place.exists() if place == merged else outputs.holds_run(place)):
+                raise OutputError(
+                    f"{place} holds what an earlier demo wrote.",
+                    "Give --overwrite to begin the demo anew, or another --output_dir.",
+                )
+        outputs.check_own_files(kept, {PICTURE})
+        return _run(recipes, folders, merged, overwrite, limit)
+
+
+def _run(
+    recipes: dict[str, Recipe], folders: dict[str, Path], merged: Path, overwrite: bool, limit: int | None
+) -> dict[str, Measured]:
+    kept = folders[KEEPING]
     intro = (
         "The embedded base model knows nine operations on digit strings. It is about to learn longer chains of them "
         "from 1,024 noisy demonstrations (30 % contain a wrong step), on its 4-bit weights, twice: by plain SFT, and "
@@ -105,9 +118,10 @@ def run(output_dir: str, *, overwrite: bool = False, limit: int | None = None) -
             measured[name] = measure(load_adapter(folders[name]), load_tokenizer("demo"), limit)
     scores = {name: (one.accuracy["in_domain"], one.out_of_domain) for name, one in measured.items()}
     outputs.record_files(kept, {PICTURE})
-    draw(scores, kept / PICTURE)
+    with finished_files(kept) as partial:
+        draw(scores, partial / PICTURE)
     print(f"\n{bars(scores)}\n\n{_table(measured)}\n\n{_samples(measured)}\n\n{summary}\n  {PICTURE}\n", flush=True)
-    report = merge_adapter(output_dir, overwrite=overwrite)
+    report = merge_adapter(kept, merged, overwrite=overwrite)
     print(f"{report.summary()}\n\n{_next(folders, merged)}")
     return measured
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qpsft.errors import OutputError
 from qpsft.export.gguf import ExportReport, export_gguf
 from qpsft.export.options import ExportOptions
-from qpsft.files import write_atomically
+from qpsft.files import finished_folder, write_atomically
 from qpsft.model.adapter_folder import AdapterFolder
 from qpsft.model.base import load_tokenizer
 from qpsft.model.folder import is_adapter, resolve_folder
@@ -28,7 +28,9 @@ from qpsft.verify.text import render
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MODEL_FILE = "model.gguf"
+MODEL_FILE, MODELFILE = "model.gguf", "Modelfile"
+WRITTEN = "# Written by qpsft export."
+"""The first line of a Modelfile, by which an earlier export is known."""
 LARGE_CACHE = 4e9
 SYSTEM, USER, ANSWER = "qpsftSystem", "qpsftUser", "qpsftAnswer"
 
@@ -101,10 +103,10 @@ class OllamaReport:
         return "\n".join(
             [
                 self.gguf.summary(),
-                f"wrote {self.folder / 'Modelfile'}: template {template}, "
+                f"wrote {self.folder / MODELFILE}: template {template}, "
                 f"stop {', '.join(map(repr, self.stops)) or 'none'}, num_ctx {self.num_ctx}",
                 *(wrap(f"note: {note}") for note in self.notes),
-                f"next: ollama create NAME -f {self.folder / 'Modelfile'}",
+                f"next: ollama create NAME -f {self.folder / MODELFILE}",
             ]
         )
 
@@ -113,15 +115,12 @@ def export_ollama(options: ExportOptions) -> OllamaReport:
     """Writes a folder with `model.gguf` and `Modelfile`.
 
     Raises:
-        OutputError: the folder holds something and `overwrite` is False.
+        OutputError: the folder holds something and `overwrite` is False, or what no export wrote.
         As `export_gguf`.
     """
     source, output = options.source, options.output
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file; an Ollama export is a folder.", "Choose another with -o.")
-    if output.is_dir() and any(output.iterdir()) and not options.overwrite:
-        raise OutputError(f"{output} exists.", "Give --overwrite to replace it, or choose another with -o.")
-    new = not output.exists()
     if is_adapter(source):
         adapter = AdapterFolder(source)
         config_folder = adapter.base_folder(options.base, same_rounding=False)
@@ -129,17 +128,25 @@ def export_ollama(options: ExportOptions) -> OllamaReport:
     else:
         config_folder, tokenizer = resolve_folder(source), load_tokenizer(source)
     config = read_text_config(config_folder)
-    try:
-        gguf = export_gguf(replace(options, to="gguf", output=output / MODEL_FILE))
-    except BaseException:
-        if new and output.is_dir() and not any(output.iterdir()):
-            output.rmdir()
-        raise
-    template, reason = derive_template(tokenizer, adds_bos=gguf.check.adds_bos)
     length = options.num_ctx or config.get("max_position_embeddings")
-    write_atomically(output / "Modelfile", modelfile(gguf.path.name, template, gguf.stops, length))
+    with finished_folder(
+        output, mark=MODELFILE, overwrite=options.overwrite, sources=(source, config_folder), written=_files_of_export
+    ) as folder:
+        made = export_gguf(replace(options, to="gguf", output=folder / MODEL_FILE))
+        gguf = replace(made, path=output / made.path.name)
+        template, reason = derive_template(tokenizer, adds_bos=gguf.check.adds_bos)
+        text = f"{WRITTEN}\n{modelfile(gguf.path.name, template, gguf.stops, length)}"
+        write_atomically(folder / MODELFILE, text)
     notes = _notes(tokenizer, template, reason, config, length)
     return OllamaReport(output, gguf, template is not None, gguf.stops, length, notes)
+
+
+def _files_of_export(folder: Path) -> list[str]:
+    """Names of the files that an export wrote into a folder, by its Modelfile; none where that is another's."""
+    lines = (folder / MODELFILE).read_text(encoding="utf-8", errors="replace").splitlines()
+    if lines[:1] != [WRITTEN]:
+        return []
+    return [MODELFILE, *(line.removeprefix("FROM ./") for line in lines if line.startswith("FROM ./"))]
 
 
 def _notes(

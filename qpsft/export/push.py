@@ -11,9 +11,9 @@ import yaml
 
 from qpsft.errors import ExportError
 from qpsft.merge.model_files import TOKENIZER_FILES
-from qpsft.model.adapter_folder import ADAPTER_WEIGHTS
+from qpsft.model.adapter_folder import ADAPTER_WEIGHTS, AdapterFolder
 from qpsft.model.base_record import RECORD_FILE
-from qpsft.model.folder import ADAPTER_CONFIG, CARD, CONFIG, MERGE_REPORT, WEIGHTS, WEIGHTS_INDEX
+from qpsft.model.folder import ADAPTER_CONFIG, CARD, CONFIG, MERGE_REPORT, WEIGHTS, WEIGHTS_INDEX, check_weights
 from qpsft.recipe.secret import holds_secret, line_with_secret
 
 RECIPES = ("recipe.yaml", "recipe.resolved.yaml")
@@ -71,6 +71,7 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False, dry_run: bo
     Raises:
         ExportError: nothing to upload, a secret in what would be, a bad name, no token, or the Hub refuses (with its
             words).
+        BaseModelError: weights are damaged.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
@@ -120,6 +121,7 @@ def files_to_upload(folder: Path) -> tuple[list[tuple[str, int]], list[str]]:
 
     Raises:
         ExportError: it is not a folder, or holds no weights; weights are a link; a file holds what looks like a secret.
+        BaseModelError: an adapter's file is not the one in its record, or weights are cut off.
     """
     if not folder.is_dir():
         raise ExportError(f"There is no folder {folder}.", "Give the folder that qpsft train, merge or export wrote.")
@@ -145,7 +147,16 @@ def files_to_upload(folder: Path) -> tuple[list[tuple[str, int]], list[str]]:
     for name, _ in files:
         if name in TEXTS:
             _refuse_secret(folder / name)
+    _check_whole(folder)
     return files, left_out
+
+
+def _check_whole(folder: Path) -> None:
+    """An adapter's file is the one in its record, and a model's files are whole. Raises BaseModelError naming it."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        AdapterFolder(folder).check_own_file()
+    elif (folder / CONFIG).is_file():
+        check_weights(folder)
 
 
 def _refuse_secret(path: Path) -> None:

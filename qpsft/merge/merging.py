@@ -23,7 +23,7 @@ from qpsft.merge.adapter_file import read_changes
 from qpsft.merge.base_tensors import open_base
 from qpsft.merge.model_files import copy_tokenizer, write_config
 from qpsft.merge.options import MergeOptions, Onto
-from qpsft.merge.report import MergeReport
+from qpsft.merge.report import MergeReport, files_of_merge
 from qpsft.merge.safetensors_stream import TensorFile
 from qpsft.merge.weights import MergedWeights
 from qpsft.model.adapter_folder import AdapterFolder
@@ -70,7 +70,11 @@ def merge_with(options: MergeOptions) -> MergeReport:
         TensorFile(adapter.weights_file) as file,
         open_base(base, rounded_as) as tensors,
         finished_folder(
-            options.output, mark=MERGE_REPORT, overwrite=options.overwrite, sources=(options.adapter, base)
+            options.output,
+            mark=MERGE_REPORT,
+            overwrite=options.overwrite,
+            sources=(options.adapter, base),
+            written=files_of_merge,
         ) as folder,
     ):
         changes = read_changes(adapter, file, tensors.skeleton, tensors.tied)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,3 +121,13 @@ A LoRA adapter merged into its base model by qpsft {self.qpsft_version}.
         self.files = sorted([*(path.name for path in folder.iterdir()), CARD, MERGE_REPORT])
         write_atomically(folder / CARD, self.card())
         write_json(folder / MERGE_REPORT, asdict(self))
+
+
+def files_of_merge(folder: Path) -> list[str]:
+    """Names of the files that a merge wrote into a folder, by its report there; none where that cannot be read."""
+    try:
+        content = json.loads((folder / MERGE_REPORT).read_text(encoding="utf-8"))
+        names = content["files"] if content["qpsft_version"] else []
+        return [name for name in names if isinstance(name, str)]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []

@@ -211,7 +211,7 @@ class AdapterFolder:
         self.check_identity(folder, same_rounding=same_rounding, weights=weights)
         model = self.put_layers(build_skeleton(folder, trust_remote_code=trust_remote_code))
         check_tensors(self.weights_file, self.shapes, model, folder)
-        self._check_own_file()
+        self.check_own_file()
 
     def check_identity(self, folder: Path, *, same_rounding: bool = True, weights: bool = True) -> None:
         """The first third of `check_base`: is it the model in the record? Without a record nothing can be said.
@@ -308,8 +308,8 @@ class AdapterFolder:
         record = self.record
         return record.base_model_name_or_path + (f" at {record.revision}" if record.revision else "")
 
-    def _check_own_file(self) -> None:
-        """Raises BaseModelError where the weights file is not the one that the record was written for."""
+    def check_own_file(self) -> None:
+        """The last third of `check_base`. Raises BaseModelError where the weights file is not the record's."""
         if not self.has_record or self.record.adapter_sha256 is None:
             return
         try:

@@ -30,6 +30,7 @@ from qpsft.model.base_record import (
     write_base_record,
 )
 from qpsft.model.block_maxima import rounding_of
+from qpsft.model.fingerprint import check_finite
 from qpsft.model.folder import DEMO, check_folder, one_line, resolve_folder
 from qpsft.model.hardware import (
     base_dtype,
@@ -109,8 +110,8 @@ def load_base(
 
     Raises:
         BaseModelError: no such model; its folder is incomplete, truncated, pickle only, not a causal LM, or stored
-            quantized in another format than bitsandbytes' 4 bits; its tokenizer has ids the embedding lacks; the
-            hardware cannot do what is asked, or a layer's width on it.
+            quantized in another format than bitsandbytes' 4 bits; a weight is NaN or infinite; its tokenizer has ids
+            the embedding lacks; the hardware cannot do what is asked, or a layer's width on it.
     """
     from qpsft.model.attention import repeat_keys_where_no_kernel_groups
 
@@ -141,6 +142,7 @@ def load_base(
     if device.type == "cpu":
         check_read_back(model)
     _check_unquantized(model, folder)
+    check_finite(folder)
     set_pad_token(model, tokenizer)
     model.requires_grad_(False)
 

@@ -1,11 +1,17 @@
-"""Which weights a base model's folder holds, as one number that tells two models of the same configuration apart."""
+"""Which weights a base model's folder holds, as one number that tells two models apart; and whether all are finite."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
 
 from qpsft.errors import BaseModelError
 from qpsft.files import digest
@@ -14,6 +20,8 @@ from qpsft.model.folder import CONFIG, check_weights, read_json, weight_files
 PIECE, EVERY = 2**12, 2**20
 """Bytes: of tensors of more than `EVERY` bytes, so many are read at the start of every `EVERY`, and the last ones."""
 GENERATION_CONFIG = "generation_config.json"
+VALUES = 2**24
+"""Of a tensor that are in memory at once, or a row of it if that has more."""
 
 
 def weights_sha256(folder: Path) -> str:
@@ -59,6 +67,43 @@ def _pieces(first: int, end: int) -> list[tuple[int, int]]:
     if end - first <= EVERY:
         return [(first, end - first)]
     return [*((start, min(PIECE, end - start)) for start in range(first, end, EVERY)), (end - PIECE, PIECE)]
+
+
+def check_finite(folder: Path) -> None:
+    """Makes sure that all weights of a model are numbers; reads its files once, in pieces, some GB a second.
+
+    They are read from the disk, because rounding to 4 bits on a GPU may turn a NaN into a number.
+
+    Raises:
+        BaseModelError: a value is NaN or infinite; names tensor and file. Or as `check_weights`.
+    """
+    for path in [folder / name for name in weight_files(folder)]:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if not all(_is_finite(piece) for piece in _values(file, name)):
+                    raise BaseModelError(
+                        f"{name} in {path} has values that are not finite (NaN or infinity).",
+                        "The file is damaged, or its training went wrong: copy or download it again, or use another "
+                        "model.",
+                    )
+
+
+def _is_finite(values: Tensor) -> bool:
+    if values.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16) or not values.numel():
+        return True
+    low, high = values.aminmax()  # NaN wins in both
+    return math.isfinite(low) and math.isfinite(high)
+
+
+def _values(file: Any, name: str) -> Iterator[Tensor]:
+    """A tensor of an opened safetensors file, some rows at a time."""
+    shape = file.get_slice(name).get_shape()
+    if not shape:
+        yield file.get_tensor(name)
+        return
+    rows = max(1, VALUES * shape[0] // max(1, math.prod(shape)))
+    for start in range(0, shape[0], rows):
+        yield file.get_slice(name)[start : start + rows]
 
 
 def eos_token_ids(folder: Path) -> list[int]:

@@ -1,4 +1,4 @@
-"""Checkpoints that are either whole or not used: a list of files and sizes, written last."""
+"""Checkpoints that are either whole or not used: a list of files with sizes and digests, written last."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transformers.trainer_utils import has_length
 
 from qpsft.data.mix import MixedDataset
 from qpsft.errors import OutputError, TrainingError
-from qpsft.files import digest, write_atomically
+from qpsft.files import digest, file_sha256, sync_and_digest, write_atomically
 
 COMPLETE = "complete.json"
 RUN = "psft_run.json"
@@ -44,18 +44,64 @@ class CheckpointedCallback(TrainerCallback):
 
 
 def mark_complete(folder: Path) -> None:
-    """Declares a checkpoint whole: records every file with its size. Call when all files are written."""
-    files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-    write_atomically(folder / COMPLETE, json.dumps({"files": files}, indent=1))
+    """Declares a checkpoint whole: records every file with its size and SHA-256. Call when all files are written.
+
+    All of them are on the disk before the mark is, so a mark vouches for them after a power cut too.
+    """
+    write_atomically(folder / COMPLETE, json.dumps({"files": sync_and_digest(folder)}, indent=1))
 
 
 def is_complete(folder: Path) -> bool:
     """Whether every file that `mark_complete` recorded is there with its size."""
+    return _what_lacks(folder) is None
+
+
+def _what_lacks(folder: Path) -> str | None:
+    """Why a checkpoint is not whole, in words; None where it is. Nothing but the mark is read."""
     try:
-        files = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["files"]
-        return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        files = _marked(folder)
+        lacking = [name for name, file in files.items() if not _has_size(folder / name, file["size"])]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{COMPLETE} is missing or damaged"
+    return f"{lacking[0]} is missing or has another size" if lacking else None
+
+
+def _marked(folder: Path) -> dict[str, dict[str, Any]]:
+    return json.loads((folder / COMPLETE).read_text(encoding="utf-8"))["files"]
+
+
+def _has_size(path: Path, size: int) -> bool:
+    try:
+        return path.stat().st_size == size
+    except OSError:
         return False
+
+
+def check_bytes(folder: Path) -> None:
+    """Makes sure that a checkpoint's files are, byte for byte, those that were saved. Reads each once, in pieces.
+
+    A checkpoint without a mark, of another trainer, passes.
+
+    Raises:
+        TrainingError: a file is missing or damaged; names it.
+    """
+    if not (folder / COMPLETE).is_file():
+        return
+    why = _what_lacks(folder)
+    for name, file in {} if why else _marked(folder).items():
+        try:
+            found = file_sha256(folder / name)
+        except OSError as error:
+            why = f"{name} cannot be read: {error.strerror or error}"
+            break
+        if found != file.get("sha256"):
+            why = f"{name} has SHA-256 {found[:12]}…, and had another when it was saved"
+            break
+    if why:
+        raise TrainingError(
+            f"The checkpoint {folder} is damaged: {why}.",
+            "Copy it again from where it is whole, or remove that folder, to resume from the one before it.",
+        )
 
 
 def checkpoints(output_dir: str | os.PathLike) -> list[Path]:
@@ -70,9 +116,10 @@ def checkpoints(output_dir: str | os.PathLike) -> list[Path]:
 def newest_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
     """The newest whole checkpoint; warns about each newer one that is not."""
     for path in checkpoints(output_dir):
-        if is_complete(path):
+        why = _what_lacks(path)
+        if why is None:
             return path
-        warnings.warn(f"{path} is half-written (the run was cut off while saving); it is skipped.", stacklevel=2)
+        warnings.warn(f"{path} is half-written ({why}); it is skipped.", stacklevel=2)
     return None
 
 

@@ -26,6 +26,7 @@ from qpsft.model.hardware import INSTEAD_OF_FLOAT16, settle_precision
 from qpsft.model.lora_linear import fused_lora_linears
 from qpsft.model.tiled_mlp import TileMlpsAgain, tile_mlps
 from qpsft.model.undisturbed import undisturbed
+from qpsft.processes import from_main
 from qpsft.psft import checkpoint
 from qpsft.psft.base_kl import BASE_HIDDEN, BaseKL, is_measured
 from qpsft.psft.base_logprobs import BaseLogprobs
@@ -424,12 +425,17 @@ class PSFTTrainer(SFTTrainer):
     # ---- saving and resuming ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
-        """As in transformers; `True` resumes from the newest whole checkpoint, skipping half-written ones."""
+        """As in transformers; `True` resumes from the newest whole checkpoint, skipping half-written ones.
+
+        Raises TrainingError where a file of the checkpoint is damaged, before anything of it is loaded.
+        """
         if resume_from_checkpoint is True:
             newest = checkpoint.newest_complete_checkpoint(self.args.output_dir)
             if newest is None:
                 raise TrainingError(f"{self.args.output_dir} holds no whole checkpoint to resume from.")
             resume_from_checkpoint = str(newest)
+        if resume_from_checkpoint:
+            from_main(lambda: checkpoint.check_bytes(Path(resume_from_checkpoint)))
         self._start_over()
         with self._attention(), self._lora_linears():
             if self.args.packing and self.model.device.type == self.args.device.type:  # FSDP moves others later

@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from qpsft.errors import OutputError
 from qpsft.files import write_atomically
 from qpsft.terminal import short_number
 
@@ -80,8 +81,14 @@ class MetricsCallback(TrainerCallback):
 
     def on_log(self, args, state, control, logs: dict | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            except OSError as error:
+                raise OutputError(
+                    f"{self.path} cannot be written: {error.strerror or error}.",
+                    "Free some space, then give --resume to go on from the last checkpoint.",
+                ) from error
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import textwrap
 from collections import Counter
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ import numpy as np
 
 from qpsft.data.prompts import Prompts, read_prompts
 from qpsft.data.tokenize import IGNORED, TokenizedRows, tokenized_rows
-from qpsft.errors import DataError
+from qpsft.errors import DataError, OutputError
 from qpsft.files import digest, write_atomically
 from qpsft.model.base_record import base_record
 from qpsft.model.folder import DEMO
@@ -105,6 +106,17 @@ def replay_rows(replay: Replay, model: Any, tokenizer: Any, folder: Path) -> Tok
             "Raise replay_max_new_tokens or max_length, or give prompts with short answers.",
         )
     return _tokenized(replay, answers, dropped)
+
+
+def share_answers(earlier: Path, folder: Path) -> None:
+    """Copies the answers that an earlier run kept into the folder of one that may use them too. Raises OutputError."""
+    if earlier == folder or (folder / MADE).is_file() or not (earlier / MADE).is_file():
+        return
+    try:
+        for name in (ROWS, MADE):
+            shutil.copyfile(earlier / name, folder / name)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be written: {error.strerror or error}.", "Free some space.") from error
 
 
 def _sampled(

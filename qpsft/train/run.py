@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import signal
 import textwrap
 import time
 from collections.abc import Sequence
@@ -13,19 +15,19 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
-from qpsft.data.chat_date import find_chat_date, keep_chat_date
+from qpsft.data.chat_date import find_chat_date
 from qpsft.data.tokenize import TokenizedRows
-from qpsft.errors import QpsftError, RecipeError
+from qpsft.errors import Interrupted, QpsftError, RecipeError
 from qpsft.model.adapter import add_adapter
 from qpsft.model.adapter_folder import AdapterFolder
 from qpsft.model.base import load_base, set_pad_token
-from qpsft.model.base_record import IDENTITY, base_record
+from qpsft.model.base_record import IDENTITY, RECORD_FILE, base_record, write_record
 from qpsft.model.continue_adapter import check_start, continue_adapter, recipe_tokenizer, warn_past_context
 from qpsft.model.environment import check_machine, use_triton_where_it_runs
 from qpsft.plan.memory_plan import plan_run
 from qpsft.plan.result import MemoryPlan
 from qpsft.processes import from_main, is_main
-from qpsft.psft.checkpoint import batch_sizes, newest_complete_checkpoint
+from qpsft.psft.checkpoint import batch_sizes, checkpoints, newest_complete_checkpoint
 from qpsft.psft.config import PSFTConfig
 from qpsft.psft.sharding import whole_policy
 from qpsft.psft.trainer import PSFTTrainer
@@ -36,22 +38,23 @@ from qpsft.train.data import StreamedData, TrainingData, mix_facts, mix_table, m
 from qpsft.train.evaluation import best_step, evaluation_set_line, evaluation_summary, load_evaluation_set, stop_early
 from qpsft.train.guard import Guard
 from qpsft.train.guard_set import GuardSet, load_guard_set
+from qpsft.train.interruption import SaveAtSignal, how_to_go_on
 from qpsft.train.out_of_memory import is_out_of_memory, out_of_memory
 from qpsft.train.outputs import (
     METRICS,
+    begin_run,
     check_output,
     check_own_files,
-    clear_output,
     files_at_end,
     files_at_start,
-    keep_run_record,
+    locked_output,
     numbers_at,
     record_files,
     run_record,
     write_outputs,
 )
 from qpsft.train.progress import ConsoleCallback, MetricsCallback
-from qpsft.train.replay import Replay, read_replay, replay_rows
+from qpsft.train.replay import MADE, ROWS, Replay, read_replay, replay_rows, share_answers
 from qpsft.train.summary import RunSummary, forget_earlier_peak, peak_bytes
 
 
@@ -60,12 +63,15 @@ class Inputs:
     """What a run is made from, read and checked: nothing of it needs the model.
 
     Attributes:
+        output: where the results go.
+        folder: the run's own, as of `check_output`.
         replay: the base's own answers that are to be trained on too; None without.
         evaluated: rows to evaluate on while training; None without.
         guarded: the guard's rows; None without a guard.
         plan: of the memory the run will take; None in other processes than the first, or where there is none.
     """
 
+    output: Path
     folder: Path
     tokenizer: Any
     data: TrainingData | StreamedData
@@ -84,9 +90,31 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
     Raises:
         QpsftError: every mistake a user can make, before training starts wherever it can be seen before.
     """
-    inputs = read_inputs(recipe)
+    arguments, output = recipe.trainer, recipe.trainer.output_dir
+    with contextlib.ExitStack() as held:
+        progress = Progress()
+        try:
+            return _train(recipe, callbacks, held, progress)
+        except KeyboardInterrupt as stop:
+            text = how_to_go_on(recipe, Path(output), Path(arguments.output_dir), begun=progress.begun)
+            raise Interrupted(text, getattr(stop, "number", signal.SIGINT)) from None
+        finally:
+            arguments.output_dir = output
+
+
+@dataclass
+class Progress:
+    """Whether a run has come so far that its folder holds something of it."""
+
+    begun: bool = False
+
+
+def _train(
+    recipe: Recipe, callbacks: Sequence[TrainerCallback], held: contextlib.ExitStack, progress: Progress
+) -> RunSummary:
+    inputs = read_inputs(recipe, held)
+    recipe.trainer.output_dir = str(inputs.folder)
     forget_earlier_peak()
-    from_main(lambda: record_files(inputs.folder, files_at_start(recipe)))
     model = load_policy(recipe, inputs)
     trainer = make_trainer(
         model,
@@ -106,21 +134,31 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> RunSumma
         guard = Guard(inputs.guarded, inputs.tokenizer, trained_before=bool(recipe.lora.adapter_name_or_path))
         guard.watch(trainer, resumed=recipe.run.resume)
     if not recipe.run.resume:
-        from_main(lambda: clear_output(inputs.folder))
-    from_main(lambda: keep_run_record(base_record(model), inputs.folder))
-    from_main(lambda: keep_chat_date(recipe.data.chat_date, inputs.folder))
-    seconds = run_trainer(trainer, recipe, inputs)
+        beside = inputs.folder != inputs.output
+        from_main(lambda: begin_run(recipe, inputs.folder, base_record(model), beside=beside))
+    elif run_record(inputs.folder) is None:
+        from_main(lambda: write_record(base_record(model), inputs.folder / RECORD_FILE))
+    progress.begun = True
+    interruption = SaveAtSignal()
+    trainer.add_callback(interruption)
+    with interruption:
+        seconds = run_trainer(trainer, recipe, inputs)
     if guard is not None:
         guard.finish()
     summary = summarize(trainer, recipe, inputs, guard, seconds, mix_facts(uses))
     tensors = whole_policy(trainer.model)
     held_out = inputs.data.held_out
-    summary.files = from_main(lambda: write_outputs(recipe, trainer, inputs.tokenizer, held_out, summary, tensors))
+    summary.files = from_main(
+        lambda: write_outputs(recipe, trainer, inputs.tokenizer, held_out, summary, inputs.folder, tensors)
+    )
     return summary
 
 
-def read_inputs(recipe: Recipe) -> Inputs:
+def read_inputs(recipe: Recipe, held: contextlib.ExitStack) -> Inputs:
     """Checks the recipe against the machine and its folder, reads all rows, and prints what they are.
+
+    Args:
+        held: gets the lock on the folder.
 
     Raises:
         QpsftError: what can be refused before the model is loaded.
@@ -133,15 +171,23 @@ def read_inputs(recipe: Recipe) -> Inputs:
         if not value:
             raise RecipeError(f"{name} is missing.", f"Write `{name}: …` in the recipe or give --{name}.")
     check_machine(on_cpu=arguments.cpu_is_asked_for)
-    folder = Path(arguments.output_dir)
+    output = Path(arguments.output_dir)
     check_start(recipe)
-    from_main(lambda: check_output(folder, resume=recipe.run.resume, overwrite=recipe.run.overwrite))
+    from_main(lambda: held.enter_context(locked_output(output)) and None)
+    folder = from_main(lambda: check_output(output, resume=recipe.run.resume, overwrite=recipe.run.overwrite))
 
     tokenizer = recipe_tokenizer(recipe)
     recipe.data.chat_date = from_main(
         lambda: find_chat_date(recipe.data.chat_date, tokenizer, folder, anew=not recipe.run.resume)
     )
-    from_main(lambda: check_own_files(folder, files_at_start(recipe) | files_at_end(recipe, folder, tokenizer)))
+    from_main(
+        lambda: check_own_files(
+            output,
+            {path.name for path in checkpoints(output)}
+            | files_at_start(recipe)
+            | files_at_end(recipe, output, tokenizer),
+        )
+    )
     use_triton_where_it_runs(arguments.device)
     data = read_training_data(recipe, tokenizer)
     replay = from_main(lambda: read_replay(recipe, tokenizer))
@@ -153,7 +199,7 @@ def read_inputs(recipe: Recipe) -> Inputs:
             print(evaluation_set_line(evaluated), flush=True)
         warn_past_context(recipe, data.longest)
     plan = settle_batch(recipe, data.rows, folder)
-    return Inputs(folder, tokenizer, data, replay, evaluated, guarded, plan)
+    return Inputs(output, folder, tokenizer, data, replay, evaluated, guarded, plan)
 
 
 def settle_batch(recipe: Recipe, rows: Any, folder: Path) -> MemoryPlan | None:
@@ -200,6 +246,8 @@ def load_policy(recipe: Recipe, inputs: Inputs) -> Any:
     )
     set_pad_token(model, inputs.tokenizer)
     if (replay := inputs.replay) is not None:
+        from_main(lambda: record_files(inputs.folder, {ROWS, MADE}))
+        from_main(lambda: share_answers(inputs.output, inputs.folder))
         answers = from_main(lambda: replay_rows(replay, model, inputs.tokenizer, inputs.folder))
         inputs.data = inputs.data.with_replay(answers, replay.share)
         if is_main():
@@ -310,7 +358,7 @@ def summarize(
     written = next(step for step in chosen if step is not None)
     numbers = from_main(lambda: numbers_at(inputs.folder, written))
     data = [*facts, *inputs.data.facts()]
-    summary = RunSummary(inputs.folder, numbers, steps, written, seconds, peak_bytes(), data=data)
+    summary = RunSummary(inputs.output, numbers, steps, written, seconds, peak_bytes(), data=data)
     summary.notes = evaluation_summary(trainer, recipe.run.early_stopping_patience)
     summary.notes += guard.summary() if guard is not None else []
     return summary

@@ -117,7 +117,11 @@ def test_a_file_of_the_users_beside_a_run_stays_at_overwrite(run, capsys):
     assert "holds training.png, which no run" in refused(run, capsys, "--overwrite")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"files": 3}', b'{"files": [1]}', b"\xff\xfe", b"null"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b'{"files": 3}', b'{"files": [1]}', b"\xff\xfe", b"null", b'{"files": ["../notes.txt"]}',
+     b'{"files": [".."]}', b'{"files": ["/etc/hostname"]}', b'{"files": ["a/../../x"]}'],
+)  # fmt: skip
 def test_a_damaged_record_makes_nothing_ours(run, capsys, content):
     (run / WRITTEN_FILES).write_bytes(content)
     assert "cannot be read" in refused(run, capsys, "--overwrite")

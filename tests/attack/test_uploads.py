@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from merging import whole_adapter
 from small_runs import make_trainer
 
 from qpsft import cli
@@ -93,8 +94,9 @@ def test_checkpoints_and_saved_arguments_hold_no_token(base, tmp_path):
 def folder(tmp_path) -> Path:
     folder = tmp_path / "adapter"
     folder.mkdir()
-    for name in ("adapter_model.safetensors", "adapter_config.json", "README.md", "tokenizer.json", "recipe.yaml"):
+    for name in ("README.md", "tokenizer.json", "recipe.yaml"):
         (folder / name).write_text("{}")
+    whole_adapter(folder)
     return folder
 
 
