@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
 from qpsft import __version__
-from qpsft.errors import QpsftError, did_you_mean
+from qpsft.errors import QpsftError, did_you_mean, shown
 from qpsft.processes import is_main, let_memory_segments_grow, print_error, world_size
 from qpsft.terminal import fill, no_standard_input
 
@@ -55,6 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QpsftError as error:
         print_error(fill(f"error: {error}"))
         return error.exit_code
+    except OSError as error:  # a path too long, a file without permission, a full disk
+        name = f"{shown(os.fspath(error.filename))}: " if error.filename else ""
+        print_error(fill(f"error: {name}{error.strerror or error}."))
+        return 2
     except ImportError:  # transformers', where a package it uses does not import
         from qpsft.model.environment import broken_torchvision
 

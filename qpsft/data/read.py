@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qpsft.data.bad_rows import BadRow, RowError, refuse
-from qpsft.errors import DataError
+from qpsft.errors import DataError, boundary, shown
 from qpsft.recipe.arguments import DataArguments
 
 TEXT_KINDS = (".jsonl", ".json", ".csv")
@@ -143,16 +143,24 @@ def _stream_jsonl(name: str, path: Path) -> Iterator[tuple[int, dict | RowError]
 
 
 def _stream_parquet(name: str, path: Path) -> Iterator[dict]:
-    import pyarrow
     import pyarrow.parquet
 
-    try:
+    with boundary(f"{name} is not a readable Parquet file", DataError, "Write it again."):
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=STREAMED_AT_ONCE):
-            yield from batch.to_pylist(maps_as_pydicts="strict")
-    except KeyError as error:
-        raise DataError(f"{name}: a map names a key twice ({error}).", "Write it again.") from None
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{name} is not a readable Parquet file: {error}.", "Write it again.") from None
+            yield from _arrow_rows(name, batch)
+
+
+def _arrow_rows(name: str, table: Any) -> list[dict]:
+    """The rows of an Arrow table or batch. Raises DataError naming a column that Python has no values for."""
+    columns = []
+    for column, values in zip(table.schema.names, table.columns, strict=True):
+        where = f"{name}, column {shown(column)}: its values cannot be read"
+        with boundary(where, DataError, "Write the column as text, or leave it out."):
+            try:
+                columns.append(values.to_pylist(maps_as_pydicts="strict"))
+            except KeyError as error:
+                raise DataError(f"{name}: a map names a key twice ({error}).", "Write it again.") from None
+    return [dict(zip(table.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _stream_hub(name: str, arguments: DataArguments) -> Iterator[dict]:
@@ -363,15 +371,10 @@ def _check_commas(header: list[str], where: str) -> None:
 
 
 def _parquet_rows(name: str, path: Path) -> list[dict]:
-    import pyarrow
     import pyarrow.parquet
 
-    try:
-        return pyarrow.parquet.read_table(path).to_pylist(maps_as_pydicts="strict")
-    except KeyError as error:
-        raise DataError(f"{name}: a map names a key twice ({error}).", "Write it again.") from None
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{name} is not a readable Parquet file: {error}.", "Write it again.") from None
+    with boundary(f"{name} is not a readable Parquet file", DataError, "Write it again."):
+        return _arrow_rows(name, pyarrow.parquet.read_table(path))
 
 
 def _read_hub(name: str, arguments: DataArguments, split: str) -> Records:

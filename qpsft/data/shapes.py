@@ -13,7 +13,7 @@ import numpy as np
 from qpsft.data.bad_rows import BadRow, RowError, refuse
 from qpsft.data.messages import parsed_json, read_messages, read_text, read_tools, trained_turns
 from qpsft.data.read import Records
-from qpsft.errors import DataError
+from qpsft.errors import DataError, boundary
 from qpsft.recipe.arguments import DataArguments
 
 SHAPES = {
@@ -139,10 +139,11 @@ class RowReader:
 
     def read(self, record: dict, where: str) -> dict:
         """One of `Rows.rows`. Raises RowError if the row, which is at `where`, cannot be used."""
-        try:
-            return _read_row(self.shape, record, self._source, self._prompt_format, where)
-        except RecursionError:
-            raise RowError(f"{where}: its values are nested too deeply.", "Mend or delete the row.") from None
+        with boundary(f"{where}: the row cannot be read", RowError, "Mend or delete the row."):
+            try:
+                return _read_row(self.shape, record, self._source, self._prompt_format, where)
+            except RecursionError:
+                raise RowError(f"{where}: its values are nested too deeply.", "Mend or delete the row.") from None
 
 
 def split_answers(rows: Rows) -> Rows:

@@ -27,11 +27,11 @@ from qpsft.data.counts import DataCounts, counted
 from qpsft.data.dialect import Dialect
 from qpsft.data.messages import READ
 from qpsft.data.read import Records, read_records
-from qpsft.data.render import refused
+from qpsft.data.render import limited, refused
 from qpsft.data.shapes import Rows, read_rows, split_answers, to_rows
 from qpsft.data.special_tokens import SpecialTokenFinder
 from qpsft.data.template import ChatRenderer, Rendered
-from qpsft.errors import DataError
+from qpsft.errors import DataError, boundary
 from qpsft.recipe.arguments import DataArguments
 
 __all__ = [
@@ -292,12 +292,15 @@ def encode_prompt(messages: list[dict], tokenizer: Any, arguments: DataArguments
 
 def _generation_prompt(messages: list[dict], tokenizer: Any, arguments: DataArguments) -> str:
     try:
-        return tokenizer.apply_chat_template(
-            messages,
-            chat_template=dated_template(tokenizer, None, arguments.chat_date),
-            tokenize=False,
-            add_generation_prompt=True,
-        )
+        with limited():
+            return tokenizer.apply_chat_template(
+                messages,
+                chat_template=dated_template(tokenizer, None, arguments.chat_date),
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+    except DataError:
+        raise
     except Exception as error:  # a template is a program, and may fail in any way
         raise refused("The prompt", error) from None
 
@@ -336,6 +339,10 @@ class RowEncoder:
         Raises:
             RowError: the row cannot be used. DataError: no row can be.
         """
+        with boundary(f"{place}: the row cannot be used", RowError, "Mend or delete the row."):
+            return self._encoded(row, place)
+
+    def _encoded(self, row: dict, place: str) -> tuple[np.ndarray, np.ndarray, bool]:
         if special := self._special_tokens.first(row):
             if self.arguments.refuse_special_tokens:
                 raise RowError(

@@ -17,8 +17,8 @@ import psutil
 import torch
 from transformers.trainer_utils import has_length
 
-from qpsft.errors import RecipeError
-from qpsft.model.folder import DEMO, one_line, resolve_folder
+from qpsft.errors import RecipeError, one_line
+from qpsft.model.folder import DEMO, resolve_folder
 from qpsft.model.hardware import pick_device
 from qpsft.plan.after import after_training
 from qpsft.plan.batch_sizes import RowLengths, fastest_that_fits
