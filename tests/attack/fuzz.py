@@ -612,7 +612,7 @@ def outcome(argv: list[str]) -> str:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
         sys.stdin = own
-    if code not in (0, 1, 2) or (code == 2 and "error: " not in said.getvalue()) or "Traceback" in said.getvalue():
+    if code not in (0, 1, 2) or (code == 2 and "error:" not in said.getvalue()) or "Traceback" in said.getvalue():
         return f"exit code {code}: {said.getvalue()}"
     return ""
 

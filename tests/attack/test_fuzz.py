@@ -52,7 +52,7 @@ def refused(argv, capsys) -> str:
         ('run_name: "a\\0b"', "recipe.yaml: 'run_name' cannot be read: it holds a character"),
         ("guard: &a [*a]", "recipe.yaml: 'guard' cannot be read: its values are nested too deeply"),
         ("guard: " + "[" * 5000, "not valid YAML (it is nested too deeply)"),
-        ("seed: 1e300", "recipe.yaml: seed is 1e+300; it must be a whole number"),
+        ("seed: 1e300", "recipe.yaml: seed is '1e300'; it must be a whole number"),
         ("extends: " + "x" * 300, "recipe.yaml: extends cannot be followed: [Errno 36] File name too long"),
     ],
 )
