@@ -116,7 +116,7 @@ def open_rows(name: str, arguments: DataArguments, split: str = "train") -> RowS
         return _open_file(name, path, limit)
     if HUB_ID.fullmatch(name) and name[0] != "." and _kind(path) is None:
         return _open_hub(name, arguments, split)
-    raise DataError(f"There is no file {shown(name)}.", _near_files(path) or "Check dataset_name.")
+    raise DataError(f"There is no file {name}.", _near_files(path) or "Check dataset_name.")
 
 
 def read_records(name: str, arguments: DataArguments, split: str = "train") -> Records:

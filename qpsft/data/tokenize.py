@@ -226,8 +226,8 @@ def _tokenize(
     read = made = 0
     items = iter(items)
     while batch := list(islice(items, BATCH)):
-        if read == BATCH and first is not None and kept.places:
-            first(TokenizedRows(name, shape, kept.dataset(), kept.counts, kept.places))
+        if read == BATCH and first is not None and kept.places:  # there are more
+            first(TokenizedRows(name, shape, kept.first_rows(), kept.counts, kept.places))
         read += len(batch)
         rows = []
         for row, place, number in batch:
@@ -316,8 +316,13 @@ class _Kept:
         self.counts.bad_rows = first_lines(bad, name)
         return self.counts
 
+    def first_rows(self) -> datasets.Dataset:
+        """A few, while others are to come."""
+        self._put_away()
+        return self._table.first_rows()
+
     def dataset(self) -> datasets.Dataset:
-        """The rows so far."""
+        """All rows; none can be added any more."""
         self._put_away()
         return self._table.dataset()
 
@@ -349,11 +354,14 @@ class _GrowingTable:
 
     def __init__(self) -> None:
         self._batches: list[pyarrow.RecordBatch] = []
+        self._start: pyarrow.RecordBatch | None = None
         self._bytes = 0
         self._file: IO[bytes] | None = None
         self._writer: pyarrow.ipc.RecordBatchFileWriter | None = None
 
     def add(self, batch: pyarrow.RecordBatch) -> None:
+        if self._start is None:
+            self._start = batch.slice(0, 10)
         self._batches.append(batch)
         self._bytes += batch.nbytes
         if self._bytes < IN_MEMORY:
@@ -370,6 +378,9 @@ class _GrowingTable:
                 "Free some space there, or set TMPDIR to a folder on another disk.",
             ) from error
         self._batches = []
+
+    def first_rows(self) -> datasets.Dataset:
+        return datasets.Dataset(pyarrow.Table.from_batches([self._start]))
 
     def dataset(self) -> datasets.Dataset:
         if self._writer is None:
