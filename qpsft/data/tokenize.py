@@ -13,9 +13,9 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import chain
 from typing import IO, Any
 
 import datasets
@@ -30,7 +30,7 @@ from qpsft.data.contents import Span
 from qpsft.data.counts import DataCounts, counted
 from qpsft.data.dialect import Dialect
 from qpsft.data.messages import READ
-from qpsft.data.read import Records, RowSource, collected, no_rows, open_rows, read_records
+from qpsft.data.read import Records, RowSource, no_rows, open_rows, read_records
 from qpsft.data.render import limited, refused
 from qpsft.data.shapes import RowReader, Rows, read_rows, split_answers, to_rows
 from qpsft.data.special_tokens import SpecialTokenFinder
@@ -59,8 +59,11 @@ BAD = "cannot be used"
 """Why rows are dropped with `skip_bad_rows`."""
 PERCENTILES = (50, 90, 99, 100)
 ROWS_WORTH_A_BAR = 3000
+LINE = 200
+"""Bytes that a line of a text has, about."""
 BATCH = 1000
-"""Rows that are read, tokenized and put away together."""
+"""Rows that are read, tokenized and put away together; fewer where they have more than `MOST_CHARACTERS`."""
+MOST_CHARACTERS = 2**24
 IN_MEMORY = 2**26
 """Bytes of tokens and labels beyond which they go to a file."""
 LONG = 50_000
@@ -123,10 +126,10 @@ def load_dataset(
             "dataset_name is missing: there is nothing to train on.", "Name a file, a Hub id or demo-noisy."
         )
     source = open_rows(arguments.dataset_name, arguments, split or arguments.dataset_train_split)
-    start = collected(source, BATCH)
-    reader = RowReader(start if start.records else _with_a_record(source), arguments, lambda: _columns(source))
+    reader = RowReader(_with_a_record(source), arguments, lambda: _columns(source))
     seen: dict[str, None] = {}
-    with _bar(source, show_progress and len(start.records) == BATCH) as bar:
+    worth_a_bar = source.size >= ROWS_WORTH_A_BAR * (1 if source.unit == "row" else LINE)
+    with _bar(source, show_progress and worth_a_bar) as bar:
         items = _shaped(source, reader, seen, bar)
         made = _tokenize(source.name, reader.shape, items, tokenizer, arguments, max_length, first)
     made.counts.unused_columns[:0] = [column for column in seen if column not in reader.columns]
@@ -224,9 +227,8 @@ def _tokenize(
     kept = _Kept(DataCounts(max_length=max_length))
     bad: list[BadRow] = []
     read = made = 0
-    items = iter(items)
-    while batch := list(islice(items, BATCH)):
-        if read == BATCH and first is not None and kept.places:  # there are more
+    for count, batch in enumerate(_batches(items)):
+        if count == 1 and first is not None and kept.places:  # there are more than one
             first(TokenizedRows(name, shape, kept.first_rows(), kept.counts, kept.places))
         read += len(batch)
         rows = []
@@ -254,6 +256,27 @@ def _tokenize(
         raise _nothing_supervised(name, counts)
     encode.warn(name)
     return TokenizedRows(name, shape, kept.dataset(), counts, kept.places)
+
+
+def _batches(items: Items) -> Iterator[list[tuple[dict | RowError, str, int]]]:
+    batch, characters = [], 0
+    for item in items:
+        batch.append(item)
+        characters += 0 if isinstance(item[0], RowError) else _characters(item[0])
+        if len(batch) == BATCH or characters > MOST_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _characters(row: dict) -> int:
+    """Characters of a row's texts, about."""
+    texts = [row[column] for column in ("text", "prompt", "completion", "messages") if column in row]
+    return sum(
+        len(text) if isinstance(text, str) else sum(len(message.get("content") or "") for message in text)
+        for text in texts
+    )
 
 
 def _bare(error: RowError) -> RowError:
