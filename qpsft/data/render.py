@@ -29,7 +29,6 @@ if Path("/proc/self/statm").exists():
 SECONDS = 10
 """What a chat template may take of the processor for one conversation; usual ones take a thousandth of a second."""
 ROOM = 2**31
-_is_limited = False
 PAGE = 4096 if resource is None else resource.getpagesize()
 
 
@@ -84,13 +83,12 @@ def limited() -> Iterator[None]:
     """Around what a chat template computes: it may take `SECONDS` of the processor and `ROOM` more memory.
 
     A template is a program. One that never ends, or writes texts that no memory holds, ends here; where the system
-    cannot count (Windows), or in another thread than the first, it runs without limits. Inside, this does nothing.
+    cannot count (Windows), or in another thread than the first, it runs without limits.
 
     Raises:
         DataError: it took too long. MemoryError: it took too much.
     """
-    global _is_limited
-    if _is_limited or resource is None or threading.current_thread() is not threading.main_thread():
+    if resource is None or threading.current_thread() is not threading.main_thread():
         yield
         return
     memory = resource.getrlimit(resource.RLIMIT_AS)
@@ -99,7 +97,6 @@ def limited() -> Iterator[None]:
     handler = signal.signal(signal.SIGVTALRM, _too_long)
     resource.setrlimit(resource.RLIMIT_AS, (most if memory[0] < 0 else min(most, memory[0]), memory[1]))
     signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
-    _is_limited = True
     try:
         yield
     except _TooLongError:
@@ -108,7 +105,6 @@ def limited() -> Iterator[None]:
             "Look for a loop in the base model's chat_template.jinja, or take another base model.",
         ) from None
     finally:
-        _is_limited = False
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, handler)
         resource.setrlimit(resource.RLIMIT_AS, memory)

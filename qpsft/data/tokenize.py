@@ -574,7 +574,7 @@ class RowEncoder:
         results: list[Any] = []
         for row, place in rows:
             try:
-                with limited(), boundary(f"{place}: the row cannot be used", RowError, "Mend or delete the row."):
+                with boundary(f"{place}: the row cannot be used", RowError, "Mend or delete the row."):
                     self._note(row, place)
                     results.append(self._shortened(self._text(row, place)))
             except RowError as error:
