@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from qpsft import __version__
-from qpsft.errors import Interrupted, QpsftError, did_you_mean
+from qpsft.errors import Interrupted, QpsftError, did_you_mean, shown
 from qpsft.processes import (
     SIGNALS,
     is_main,
@@ -72,6 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QpsftError as error:
         print_error(fill(f"error: {error}"))
         return error.exit_code
+    except OSError as error:  # a path too long, a file without permission, a full disk
+        name = f"{shown(os.fspath(error.filename))}: " if error.filename else ""
+        print_error(fill(f"error: {name}{error.strerror or error}."))
+        return 2
     except ImportError:  # transformers', where a package it uses does not import
         from qpsft.model.environment import broken_torchvision
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import reprlib
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 
 class QpsftError(Exception):
@@ -85,3 +88,41 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """ "Did you mean NAME? " with the nearest known name, for an error's advice; "" where none is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"Did you mean {near[0]}? " if near else ""
+
+
+def one_line(error: BaseException, length: int = 300) -> str:
+    """An error's message on one line, shortened to `length` characters; its type if it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= length else text[:length].rstrip() + " …"
+
+
+def shown(value: Any, length: int = 80) -> str:
+    """A value as Python writes it, for an error: of any size and depth, in `length` characters at most."""
+    writer = reprlib.Repr()
+    writer.maxstring = writer.maxother = writer.maxlong = length
+    try:
+        text = writer.repr(value)
+    except ValueError:  # an integer of 5,000 digits has no text
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= length else text[:length] + "…"
+
+
+@contextlib.contextmanager
+def boundary(what: str, kind: type[QpsftError], todo: str = "") -> Iterator[None]:
+    """Around all that reads one thing from outside: whatever goes wrong inside is that thing's fault, and says so.
+
+    Libraries fail on a broken file in any way they like; nobody can list them all. Our own errors pass as they are.
+
+    Args:
+        what: what cannot be done and with which file, such as "config.json cannot be read".
+        kind, todo: of the error that is raised.
+    """
+    try:
+        yield
+    except QpsftError:
+        raise
+    except Exception as error:
+        said = one_line(error)
+        if not isinstance(error, OSError | ValueError) and type(error).__name__ not in said:
+            said = f"{type(error).__name__}: {said}"
+        raise kind(f"{what}: {said}", todo) from error

@@ -11,16 +11,17 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from qpsft.errors import OutputError
+from qpsft.errors import OutputError, QpsftError, one_line, shown
 
 _CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM}
 """What network drives and FUSE answer that sync nothing, or no folders: it says nothing of what was written."""
@@ -392,6 +393,38 @@ def _sync_folder(folder: Path) -> None:
         _fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# --- JSON files of others ---
+
+
+def read_json(path: Path, kind: type[QpsftError], todo: str) -> Any:
+    """What a JSON file holds. Raises `kind`, with its place and `todo`: it cannot be read, or is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise kind(f"{path} cannot be read: {error.strerror or error}.", todo) from error
+    except (ValueError, RecursionError) as error:  # also not UTF-8, or an integer of 5,000 digits
+        raise kind(f"{path} is not valid JSON: {one_line(error)}.", todo) from error
+
+
+def read_object(
+    path: Path, kind: type[QpsftError], todo: str, types: Mapping[str, type | tuple[type, ...]] | None = None
+) -> dict[str, Any]:
+    """The object that a JSON file holds; the keys in `types` are of these types where they are there and not null.
+
+    Raises:
+        `kind`, with the file and `todo`: it cannot be read, is no JSON object, or holds a value of another type.
+    """
+    content = read_json(path, kind, todo)
+    if not isinstance(content, dict):
+        raise kind(f"{path} is not a JSON object.", todo)
+    for key, wanted in (types or {}).items():
+        value = content.get(key)
+        # true is an int to Python
+        if value is not None and (not isinstance(value, wanted) or isinstance(value, bool) and wanted is not bool):
+            raise kind(f"{path} has {shown(value)} for {key}, which is of the wrong type.", todo)
+    return content
 
 
 # --- digests ---

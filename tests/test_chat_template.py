@@ -90,7 +90,7 @@ def test_what_a_template_writes_at_the_end_only_follows_the_generation_prompt(fa
 def test_a_turn_without_tokens_is_an_error():
     encoder = RowEncoder(byte_tokenizer(CHATML), DataArguments())
     with pytest.raises(RowError, match="row 1: an assistant turn that is to be trained on gives no token"):
-        encoder._label_rendered(Rendered("ab", [(0, 1), (1, 1)], []), "row 1")
+        encoder._labelled(encoder._rendered(Rendered("ab", [(0, 1), (1, 1)], []), "row 1"), [1, 2], [(0, 1), (1, 2)])
 
 
 def test_a_template_that_is_no_jinja_is_refused_once():

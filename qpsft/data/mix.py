@@ -21,7 +21,7 @@ import datasets
 import pyarrow
 import torch
 
-from qpsft.data.tokenize import TokenizedRows, load_dataset
+from qpsft.data.tokenize import First, TokenizedRows, load_dataset
 from qpsft.recipe.arguments import DataArguments
 from qpsft.recipe.sources import mix_sources, replay_source, whole_shares
 
@@ -217,13 +217,18 @@ def mixed(sources: Sequence[tuple[Any, float | None]]) -> MixedDataset:
 
 
 def load_sources(
-    arguments: DataArguments, tokenizer: Any, max_length: int | None, show_progress: bool = True
+    arguments: DataArguments,
+    tokenizer: Any,
+    max_length: int | None,
+    show_progress: bool = True,
+    first: First | None = None,
 ) -> list[tuple[TokenizedRows, Fraction]]:
     """Reads and tokenizes every source that a recipe names: of `dataset_mix` or `dataset_name`, and `replay_dataset`.
 
     Args:
         arguments: of the recipe.
         tokenizer, max_length, show_progress: as in `qpsft.data.tokenize.tokenize_rows`.
+        first: as in `load_dataset`, where there is one source.
 
     Returns:
         The rows and the share of each source, in the recipe's order, replay last. Where answers to prompts are to be
@@ -236,7 +241,8 @@ def load_sources(
     data, shares = [source.data for source in sources], [source.share for source in sources]
     if (replayed := replay_source(arguments)) is not None:
         data, shares = [*data, replayed], with_replay(shares, arguments.replay_share)
-    rows = [load_dataset(one, tokenizer, max_length, show_progress=show_progress) for one in data]
+    first = first if len(data) == 1 else None
+    rows = [load_dataset(one, tokenizer, max_length, show_progress=show_progress, first=first) for one in data]
     return list(zip(rows, shares, strict=True))
 
 

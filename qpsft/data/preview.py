@@ -18,10 +18,26 @@ MARKS = ("⟦", "⟧")
 def render_preview(
     tokenized: TokenizedRows, tokenizer: Any, n: int = 3, color: bool | None = None, width: int | None = None
 ) -> str:
-    """The first `n` rows decoded token by token, special tokens included, and the table of counts.
+    """The first `n` rows, as `render_rows` shows them, and the table of counts."""
+    return f"{render_rows(tokenized, tokenizer, n, color, width)}\n\n{render_counts(tokenized, width)}"
+
+
+def render_counts(tokenized: TokenizedRows, width: int | None = None) -> str:
+    """The table of counts, below a rule; `width` as in `render_rows`."""
+    return "─" * (width or _width()) + f"\n{_table(tokenized)}\n"
+
+
+def _width() -> int:
+    return min(shutil.get_terminal_size().columns, 120)
+
+
+def render_rows(
+    tokenized: TokenizedRows, tokenizer: Any, n: int = 3, color: bool | None = None, width: int | None = None
+) -> str:
+    """The first `n` rows decoded token by token, special tokens included.
 
     Args:
-        tokenized: what `qpsft.data.tokenize.tokenize_rows` returned.
+        tokenized: what `qpsft.data.tokenize.tokenize_rows` returned, or its first rows.
         tokenizer: the tokenizer that was used for it.
         n: how many rows to show.
         color: True shows supervised tokens in green, False between ⟦ and ⟧. None: colour on a terminal, unless the
@@ -30,7 +46,7 @@ def render_preview(
     """
     if color is None:
         color = takes_color(sys.stdout)
-    width = width or min(shutil.get_terminal_size().columns, 120)
+    width = width or _width()
     before, after = (GREEN, RESET) if color else MARKS
     blocks = [f"{before}Supervised tokens{after} look like this; all others are context."]
     for index in range(min(n, len(tokenized.dataset))):
@@ -40,8 +56,7 @@ def render_preview(
         runs = _runs(tokenizer, row["input_ids"], row["labels"])
         body = "".join(f"{before}{text}{after}" if learned else text for learned, text in runs)
         blocks.append(f"{title.ljust(width, '─')}\n{body}")
-    blocks.append("─" * width + "\n" + _table(tokenized))
-    return "\n\n".join(blocks) + "\n"
+    return "\n\n".join(blocks)
 
 
 def _runs(tokenizer: Any, ids: list[int], labels: list[int]) -> list[tuple[bool, str]]:

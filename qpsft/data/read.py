@@ -10,26 +10,28 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from qpsft.data.bad_rows import BadRow, RowError, refuse
-from qpsft.errors import DataError
+from qpsft.errors import DataError, boundary, one_line, shown
 from qpsft.recipe.arguments import DataArguments
 
 TEXT_KINDS = (".jsonl", ".json", ".csv")
 KINDS = (*TEXT_KINDS, ".parquet")
 BUILT_IN = {"demo-noisy": "noisy", "demo-clean": "clean"}
-STREAMED_AT_ONCE = 256
-"""Rows of a Parquet file that are decoded together."""
+AT_ONCE = 256
+"""Rows of a Parquet file or of the Hub that are decoded together."""
 HUB_TIMEOUT = 10
 """Seconds in which the Hub must answer, or be taken for out of reach."""
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+Rows = Iterator[tuple[int, dict | RowError]]
+"""Line or row number, and the row or why it is none."""
 
 
 @dataclass
@@ -62,11 +64,40 @@ class Records:
 
 def as_records(rows: Sequence[dict], name: str) -> Records:
     """Rows in memory as if they had been read from a file called `name`."""
-    return _numbered(name, list(rows), None)
+    return collected(_in_memory(name, list(rows), None))
 
 
-def read_records(name: str, arguments: DataArguments, split: str = "train") -> Records:
-    """Read the rows of `name`: a built-in set, a local file, or a Hub dataset (in this order).
+class RowSource:
+    """The rows of a file, a Hub dataset or a built-in set, read as they are asked for and never all in memory.
+
+    The exception is a .json file, which is one value.
+
+    Args:
+        name, unit: as in `Records`.
+        size: bytes or rows there are, for a bar.
+        make: `f(source)`, an iterator over the rows that keeps `source.done` up to date.
+        limit: the first so many rows only.
+
+    Attributes:
+        done: of `size`, how much the last iterator has read.
+    """
+
+    def __init__(self, name: str, unit: str, size: int, make: Callable[[RowSource], Rows], limit: int | None):
+        self.name, self.unit, self.size, self.done = name, unit, size, 0
+        self._make, self._limit = make, limit
+
+    def __iter__(self) -> Rows:
+        """Line or row number, and the row or why it is none; from the first row on."""
+        self.done = 0
+        return islice(self._make(self), self._limit)
+
+    def where(self, number: int) -> str:
+        """The place of a row, such as "data.jsonl, line 57"."""
+        return f"{self.name}, {self.unit} {number}"
+
+
+def open_rows(name: str, arguments: DataArguments, split: str = "train") -> RowSource:
+    """Finds the rows of `name`: a built-in set, a local file, or a Hub dataset (in this order).
 
     Args:
         name: "demo-noisy", "demo-clean", a path ending in .jsonl, .json, .csv (each also with .gz) or .parquet, or a
@@ -75,25 +106,51 @@ def read_records(name: str, arguments: DataArguments, split: str = "train") -> R
         split: split of a Hub or built-in set; a local file has only one and ignores it.
 
     Raises:
-        DataError: nothing of that name, it cannot be read, or none of its lines is a row; names the file and line.
+        DataError: nothing of that name, or it is no data file; while it is read, that it cannot be, with the line.
     """
+    limit = arguments.dataset_limit
     if name in BUILT_IN:
-        return _read_built_in(name, arguments.dataset_limit, split)
+        return _in_memory(name, _built_in(name, split), limit)
     path = Path(name).expanduser()
     if path.exists():
-        records = _read_file(name, path, arguments.dataset_limit)
-    elif HUB_ID.fullmatch(name) and name[0] != "." and _kind(path) is None:
-        records = _read_hub(name, arguments, split)
-    else:
-        raise DataError(f"There is no file {name}.", _near_files(path) or "Check dataset_name.")
+        return _open_file(name, path, limit)
+    if HUB_ID.fullmatch(name) and name[0] != "." and _kind(path) is None:
+        return _open_hub(name, arguments, split)
+    raise DataError(f"There is no file {name}.", _near_files(path) or "Check dataset_name.")
+
+
+def read_records(name: str, arguments: DataArguments, split: str = "train") -> Records:
+    """All rows of `open_rows` at once.
+
+    Raises:
+        DataError: as `open_rows`, or none of its lines is a row; names the file and line.
+    """
+    records = collected(open_rows(name, arguments, split))
     if not records.records:
-        refuse(records.bad, name, len(records.bad))
-        raise DataError(f"{name} is empty: there is no row in it.", "Write one demonstration per line or row.")
+        raise no_rows(records.name, records.bad)
     return records
 
 
-def stream_records(name: str, arguments: DataArguments) -> Iterator[tuple[int, dict | RowError]]:
-    """The rows of `name` one by one, read as they are asked for: line or row number, and the row or why it is none.
+def collected(source: RowSource, count: int | None = None) -> Records:
+    """The first `count` rows of a source, or all."""
+    records = Records(source.name, source.unit, [], [])
+    for number, row in islice(source, count):
+        if isinstance(row, RowError):
+            records.bad.append(BadRow(number, row))
+        else:
+            records.numbers.append(number)
+            records.records.append(row)
+    return records
+
+
+def no_rows(name: str, bad: Sequence[BadRow]) -> DataError:
+    """The error for a source of which nothing but `bad` could be read. Raises theirs, if there are any."""
+    refuse(bad, name, len(bad))
+    return DataError(f"{name} is empty: there is no row in it.", "Write one demonstration per line or row.")
+
+
+def stream_records(name: str, arguments: DataArguments) -> Rows:
+    """The rows of `name` one by one, read as they are asked for, from a Hub dataset too.
 
     Args:
         name: a .jsonl (also .gz) or .parquet file, or a Hub id.
@@ -103,19 +160,12 @@ def stream_records(name: str, arguments: DataArguments) -> Iterator[tuple[int, d
         DataError: nothing of that name, another kind of file, or it cannot be read.
     """
     path = Path(name).expanduser()
-    if name in BUILT_IN:
-        rows = enumerate(_read_built_in(name, None, "train").records, start=1)
-    elif path.is_file() and _kind(path) == ".jsonl":
-        rows = _stream_jsonl(name, path)
-    elif path.is_file() and _kind(path) == ".parquet":
-        rows = enumerate(_stream_parquet(name, path), start=1)
-    elif path.exists():
+    is_local = name in BUILT_IN or path.exists()
+    if not is_local and HUB_ID.fullmatch(name) and name[0] != "." and _kind(path) is None:
+        return islice(enumerate(_stream_hub(name, arguments), start=1), arguments.dataset_limit)
+    if path.exists() and name not in BUILT_IN and not (path.is_file() and _kind(path) in (".jsonl", ".parquet")):
         raise DataError(f"{name} cannot be streamed.", "Convert it to .jsonl or .parquet, or leave streaming out.")
-    elif HUB_ID.fullmatch(name) and name[0] != "." and _kind(path) is None:
-        rows = enumerate(_stream_hub(name, arguments), start=1)
-    else:
-        raise DataError(f"There is no file {name}.", _near_files(path) or "Check dataset_name.")
-    return islice(rows, arguments.dataset_limit)
+    return iter(open_rows(name, arguments))
 
 
 def stream_unit(name: str) -> str:
@@ -123,36 +173,17 @@ def stream_unit(name: str) -> str:
     return "line" if _kind(Path(name)) == ".jsonl" else "row"
 
 
-def _stream_jsonl(name: str, path: Path) -> Iterator[tuple[int, dict | RowError]]:
-    try:
-        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):  # split at \n only, as a JSON string may hold U+2028
-                where = f"{name}, line {number}"
-                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                if not line.strip():
-                    continue
-                try:
-                    yield number, _json_object(line.decode("utf-8"), where)
-                except UnicodeDecodeError:
-                    yield number, RowError(f"{where}: not valid UTF-8.", "Save the file as UTF-8.")
-                except RowError as error:
-                    yield number, error
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{name} cannot be read: {reason}.", "Check the file and its permissions.") from None
-
-
-def _stream_parquet(name: str, path: Path) -> Iterator[dict]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=STREAMED_AT_ONCE):
-            yield from batch.to_pylist(maps_as_pydicts="strict")
-    except KeyError as error:
-        raise DataError(f"{name}: a map names a key twice ({error}).", "Write it again.") from None
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{name} is not a readable Parquet file: {error}.", "Write it again.") from None
+def _arrow_rows(name: str, table: Any) -> list[dict]:
+    """The rows of an Arrow table or batch. Raises DataError naming a column that Python has no values for."""
+    columns = []
+    for column, values in zip(table.schema.names, table.columns, strict=True):
+        where = f"{name}, column {shown(column)}: its values cannot be read"
+        with boundary(where, DataError, "Write the column as text, or leave it out."):
+            try:
+                columns.append(values.to_pylist(maps_as_pydicts="strict"))
+            except KeyError as error:
+                raise DataError(f"{name}: a map names a key twice ({error}).", "Write it again.") from None
+    return [dict(zip(table.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _stream_hub(name: str, arguments: DataArguments) -> Iterator[dict]:
@@ -162,7 +193,7 @@ def _stream_hub(name: str, arguments: DataArguments) -> Iterator[dict]:
         yield from _hub_table(name, arguments, arguments.dataset_train_split, streaming=True)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"The Hub dataset {name} can be read no further: {_one_line(error)}",
+            f"The Hub dataset {name} can be read no further: {one_line(error)}",
             "Check the network; a run goes on from its last checkpoint with --resume.",
         ) from None
 
@@ -186,15 +217,22 @@ def _near_files(path: Path) -> str:
     return f"Data files in that folder: {', '.join(files[:5])}." if files else ""
 
 
-def _read_built_in(name: str, limit: int | None, split: str) -> Records:
+def _built_in(name: str, split: str) -> list[dict]:
     from qpsft.data import built_in
 
-    records = built_in.demonstrations(BUILT_IN[name]) if split == "train" else built_in.in_domain(split, n=200)
-    records = records[:limit]
-    return Records(name, "row", list(range(1, len(records) + 1)), records)
+    return built_in.demonstrations(BUILT_IN[name]) if split == "train" else built_in.in_domain(split, n=200)
 
 
-def _read_file(name: str, path: Path, limit: int | None) -> Records:
+def _in_memory(name: str, rows: list, limit: int | None) -> RowSource:
+    def make(source: RowSource) -> Rows:
+        for number, row in enumerate(rows, start=1):
+            source.done = number
+            yield number, row if isinstance(row, dict) else _not_an_object(f"{name}, row {number}", row)
+
+    return RowSource(name, "row", len(rows), make, limit)
+
+
+def _open_file(name: str, path: Path, limit: int | None) -> RowSource:
     if path.is_dir():
         inside = sorted(p.name for p in path.iterdir() if p.is_file() and _kind(p))[:5]
         raise DataError(
@@ -207,32 +245,24 @@ def _read_file(name: str, path: Path, limit: int | None) -> Records:
             f"{name}: qpsft does not know files that end in {path.suffix!r}.",
             f"Convert it to one of {', '.join(KINDS)} (the text formats also as .gz).",
         )
+    if kind == ".parquet":
+        return _open_parquet(name, path, limit)
+    if kind == ".json":
+        with _opened(name, path) as (_, file):
+            return _in_memory(name, _json_rows(name, _decode(name, file.read())), limit)
+    make = _jsonl_rows if kind == ".jsonl" else _csv_rows
+    return RowSource(name, "line", path.stat().st_size, lambda source: make(source, path), limit)
+
+
+@contextmanager
+def _opened(name: str, path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """The file, and what it holds once unpacked: the same, but for .gz. Raises DataError."""
     try:
-        if kind == ".parquet":
-            return _numbered(name, _parquet_rows(name, path), limit)
-        data = path.read_bytes()
-        if path.suffix.lower() == ".gz":
-            data = gzip.decompress(data)
+        with path.open("rb") as raw, gzip.open(raw) if path.suffix.lower() == ".gz" else nullcontext(raw) as file:
+            yield raw, file
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{name} cannot be read: {reason}.", "Check the file and its permissions.") from None
-    text = _decode(name, data)
-    if kind == ".jsonl":
-        return _jsonl_rows(name, text, limit)
-    if kind == ".csv":
-        return _csv_rows(name, text, limit)
-    return _numbered(name, _json_rows(name, text), limit)
-
-
-def _numbered(name: str, rows: list, limit: int | None) -> Records:
-    records = Records(name, "row", [], [])
-    for number, row in enumerate(rows[:limit], start=1):
-        if isinstance(row, dict):
-            records.numbers.append(number)
-            records.records.append(row)
-        else:
-            records.bad.append(BadRow(number, _not_an_object(f"{name}, row {number}", row)))
-    return records
 
 
 def _not_an_object(where: str, value: object) -> RowError:
@@ -241,38 +271,39 @@ def _not_an_object(where: str, value: object) -> RowError:
     return RowError(f"{where}: expected an object with named columns, found {shown}", 'Write rows as {"prompt": …, …}.')
 
 
-def _decode(name: str, data: bytes) -> str:
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+def _decode(name: str, data: bytes, line: int | None = None) -> str:
+    """Bytes of a file as text: all of them, or one line. Raises RowError with the line and byte that is no UTF-8."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and line in (None, 1):
         raise DataError(f"{name} is UTF-16 text; qpsft reads UTF-8.", "Save it as UTF-8 (CSV UTF-8 in a spreadsheet).")
-    data = data.removeprefix(codecs.BOM_UTF8)
+    data = data.removeprefix(codecs.BOM_UTF8) if line in (None, 1) else data
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        at = data.count(b"\n", 0, error.start) + (line or 1)
         byte = error.start - data.rfind(b"\n", 0, error.start)
-        raise DataError(
-            f"{name}, line {line}: byte {byte} of the line (0x{data[error.start]:02x}) is not valid UTF-8.",
+        raise RowError(
+            f"{name}, line {at}: byte {byte} of the line (0x{data[error.start]:02x}) is not valid UTF-8.",
             "Save the file as UTF-8; `iconv -f WINDOWS-1252 -t UTF-8` converts the usual other encoding.",
         ) from None
 
 
-def _jsonl_rows(name: str, text: str, limit: int | None) -> Records:
-    records = Records(name, "line", [], [])
-    # Not splitlines(): JSON strings may hold U+2028, form feeds and other characters it would split at.
-    lines = ((n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip())
-    for number, line in islice(lines, limit):
-        try:
-            record = _json_object(line, f"{name}, line {number}")
-        except RowError as error:
-            if number == 1 and line.strip() == "[":
-                raise DataError(
-                    f"{name}, line 1: a JSON list begins here, not a row.", "The file is one JSON list: name it .json."
-                ) from None
-            records.bad.append(BadRow(number, error))
-        else:
-            records.numbers.append(number)
-            records.records.append(record)
-    return records
+def _jsonl_rows(source: RowSource, path: Path) -> Rows:
+    name = source.name
+    with _opened(name, path) as (raw, file):
+        # Lines of bytes end at \n only: JSON strings may hold U+2028 and others that text would be split at.
+        for number, line in enumerate(file, start=1):
+            source.done = raw.tell()
+            try:
+                text = _decode(name, line, number).removesuffix("\n")
+                if text.strip():
+                    yield number, _json_object(text, f"{name}, line {number}")
+            except RowError as error:
+                if number == 1 and line.strip() == b"[":
+                    raise DataError(
+                        f"{name}, line 1: a JSON list begins here, not a row.",
+                        "The file is one JSON list: name it .json.",
+                    ) from None
+                yield number, error
 
 
 def _json_object(line: str, where: str) -> dict:
@@ -312,35 +343,45 @@ def _json_rows(name: str, text: str) -> list:
     return value
 
 
-def _csv_rows(name: str, text: str, limit: int | None) -> Records:
+def _csv_rows(source: RowSource, path: Path) -> Rows:
     # Python's default limit of 128 KiB a cell is global; 2**31 - 1 is the most every platform takes.
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header: list[str] | None = None
-    records = Records(name, "line", [], [])
-    line = 1
+    name, line, header = source.name, 1, None
+    with _opened(name, path) as (raw, file):
+        reader = csv.reader(_text_lines(name, path, file), strict=True)
+        try:
+            for cells in reader:
+                source.done = raw.tell()
+                start, line = line, reader.line_num + 1
+                if not "".join(cells).strip() and len(cells) < 2:
+                    continue
+                if header is None:
+                    header = _csv_header(cells, f"{name}, line {start}")
+                elif len(cells) != len(header):
+                    yield (
+                        start,
+                        RowError(
+                            f"{name}, line {start}: {len(cells)} cells, but the header has {len(header)} columns.",
+                            "Put cells that contain commas or line breaks in double quotes.",
+                        ),
+                    )
+                else:
+                    yield start, dict(zip(header, cells, strict=True))
+        except csv.Error as error:
+            raise DataError(f"{name}, line {line}: not valid CSV ({error}).", "Check the quotes in that row.") from None
+
+
+def _text_lines(name: str, path: Path, file: IO[bytes]) -> Iterator[str]:
+    """Lines of a text as they are, their ends included. Raises DataError, or RowError naming what is no UTF-8."""
+    lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     try:
-        for cells in reader:
-            start, line = line, reader.line_num + 1
-            if not "".join(cells).strip() and len(cells) < 2:
-                continue
-            if header is None:
-                header = _csv_header(cells, f"{name}, line {start}")
-                continue
-            if limit is not None and len(records.records) + len(records.bad) == limit:
-                break
-            if len(cells) != len(header):
-                error = RowError(
-                    f"{name}, line {start}: {len(cells)} cells, but the header has {len(header)} columns.",
-                    "Put cells that contain commas or line breaks in double quotes.",
-                )
-                records.bad.append(BadRow(start, error))
-                continue
-            records.numbers.append(start)
-            records.records.append(dict(zip(header, cells, strict=True)))
-    except csv.Error as error:
-        raise DataError(f"{name}, line {line}: not valid CSV ({error}).", "Check the quotes in that row.") from None
-    return records
+        yield from lines
+    except UnicodeDecodeError:
+        with _opened(name, path) as (_, again):
+            _decode(name, again.read())
+        raise
+    finally:
+        lines.detach()
 
 
 def _csv_header(cells: list[str], where: str) -> list[str]:
@@ -362,24 +403,31 @@ def _check_commas(header: list[str], where: str) -> None:
         )
 
 
-def _parquet_rows(name: str, path: Path) -> list[dict]:
-    import pyarrow
+def _open_parquet(name: str, path: Path, limit: int | None) -> RowSource:
     import pyarrow.parquet
 
-    try:
-        return pyarrow.parquet.read_table(path).to_pylist(maps_as_pydicts="strict")
-    except KeyError as error:
-        raise DataError(f"{name}: a map names a key twice ({error}).", "Write it again.") from None
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{name} is not a readable Parquet file: {error}.", "Write it again.") from None
+    def make(source: RowSource) -> Rows:
+        with boundary(f"{name} is not a readable Parquet file", DataError, "Write it again."):
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=AT_ONCE):
+                for row in _arrow_rows(name, batch):
+                    source.done += 1
+                    yield source.done, row
+
+    with boundary(f"{name} is not a readable Parquet file", DataError, "Write it again."):
+        return RowSource(name, "row", pyarrow.parquet.ParquetFile(path).metadata.num_rows, make, limit)
 
 
-def _read_hub(name: str, arguments: DataArguments, split: str) -> Records:
+def _open_hub(name: str, arguments: DataArguments, split: str) -> RowSource:
     table = _hub_table(name, arguments, split)
-    if arguments.dataset_limit is not None:
-        table = table.select(range(min(arguments.dataset_limit, len(table))))
     label = ", ".join(filter(None, (name, arguments.dataset_config, split)))
-    return _numbered(label, table.to_list(), None)
+
+    def make(source: RowSource) -> Rows:
+        for start in range(0, len(table), AT_ONCE):
+            for row in table.select(range(start, min(start + AT_ONCE, len(table)))).to_list():
+                source.done += 1
+                yield source.done, row
+
+    return RowSource(label, "row", len(table), make, arguments.dataset_limit)
 
 
 def _hub_table(name: str, arguments: DataArguments, split: str, *, streaming: bool = False) -> Any:
@@ -396,14 +444,14 @@ def _hub_table(name: str, arguments: DataArguments, split: str, *, streaming: bo
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
         path = Path(name).expanduser()
         near = _near_files(path) if path.parent.is_dir() else ""
-        why = _one_line(unreachable or error)
+        why = one_line(unreachable or error)
         raise DataError(
             f"There is no file {name}, and no Hub dataset of that name could be reached ({why}).",
             f"{near} Check the name, the network and HF_HUB_OFFLINE; a private dataset needs `hf auth login`.".strip(),
         ) from None
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"The Hub dataset {name}, split {split}, cannot be loaded: {_one_line(error)}",
+            f"The Hub dataset {name}, split {split}, cannot be loaded: {one_line(error)}",
             "Check dataset_config, dataset_train_split and dataset_revision.",
         ) from None
 
@@ -435,8 +483,3 @@ def _offline() -> Iterator[None]:
         yield
     finally:
         config.HF_HUB_OFFLINE = before
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 400 else text[:400] + "…"

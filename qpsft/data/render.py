@@ -3,7 +3,13 @@ fails."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
@@ -14,6 +20,16 @@ from qpsft.data.bad_rows import RowError
 from qpsft.data.contents import Span
 from qpsft.data.dialect import PROBE, USER_PROBE, Dialect
 from qpsft.errors import DataError
+
+resource = None
+if Path("/proc/self/statm").exists():
+    with contextlib.suppress(ImportError):
+        import resource
+
+SECONDS = 10
+"""What a chat template may take of the processor for one conversation; usual ones take a thousandth of a second."""
+ROOM = 2**31
+PAGE = 4096 if resource is None else resource.getpagesize()
 
 
 def render(
@@ -48,15 +64,58 @@ def _run(
     tokenizer: Any, source: str, messages: list[dict], tools: list[dict] | None, place: str, **options: Any
 ) -> tuple[list[str], list[list[Span]]]:
     try:
-        return render_jinja_template(
-            [messages], tools=tools or None, chat_template=source, **options, **tokenizer.special_tokens_map
-        )
+        with limited():
+            return render_jinja_template(
+                [messages], tools=tools or None, chat_template=source, **options, **tokenizer.special_tokens_map
+            )
     except TemplateSyntaxError as error:
         raise DataError(
             f"The chat template is no valid Jinja: {error}.", "Mend the base model's chat_template.jinja."
         ) from None
+    except DataError:
+        raise
     except Exception as error:  # a template is a program, and may fail in any way
         raise refused(place, error) from None
+
+
+@contextmanager
+def limited() -> Iterator[None]:
+    """Around what a chat template computes: it may take `SECONDS` of the processor and `ROOM` more memory.
+
+    A template is a program. One that never ends, or writes texts that no memory holds, ends here; where the system
+    cannot count (Windows), or in another thread than the first, it runs without limits.
+
+    Raises:
+        DataError: it took too long. MemoryError: it took too much.
+    """
+    if resource is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    memory = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm", "rb") as file:  # faster than Path and psutil, and it is asked for every row
+        most = int(file.read().split()[0]) * PAGE + ROOM
+    handler = signal.signal(signal.SIGVTALRM, _too_long)
+    resource.setrlimit(resource.RLIMIT_AS, (most if memory[0] < 0 else min(most, memory[0]), memory[1]))
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+    try:
+        yield
+    except _TooLongError:
+        raise DataError(
+            f"The chat template does not end: it was stopped after {SECONDS} seconds.",
+            "Look for a loop in the base model's chat_template.jinja, or take another base model.",
+        ) from None
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, handler)
+        resource.setrlimit(resource.RLIMIT_AS, memory)
+
+
+class _TooLongError(BaseException):
+    """No Exception: libraries that catch those must not go on."""
+
+
+def _too_long(*_: Any) -> None:
+    raise _TooLongError
 
 
 def marked_template(tokenizer: Any, source: str) -> str | None:
@@ -65,7 +124,10 @@ def marked_template(tokenizer: Any, source: str) -> str | None:
     probed = copy.copy(tokenizer)
     probed.chat_template = source
     try:
-        candidates.append(get_training_chat_template(probed))
+        with limited():
+            candidates.append(get_training_chat_template(probed))
+    except DataError:
+        raise
     except Exception:  # TRL knows no training version of it, or it failed on one of TRL's probes
         pass
     return next((one for one in candidates if one is not None and _marks_end_of_turn(tokenizer, one)), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from qpsft.data.bad_rows import BadRow, RowError, refuse
 from qpsft.data.messages import parsed_json, read_messages, read_text, read_tools, trained_turns
 from qpsft.data.read import Records
-from qpsft.errors import DataError
+from qpsft.errors import DataError, boundary
 from qpsft.recipe.arguments import DataArguments
 
 SHAPES = {
@@ -118,6 +118,7 @@ class RowReader:
     Args:
         records: non-empty; all rows of the source, or its first ones.
         arguments: as in `read_rows`.
+        columns: gives those of all rows, where `records` are the first ones; asked if a mapping names another.
 
     Attributes:
         shape: a key of `SHAPES`.
@@ -127,8 +128,8 @@ class RowReader:
         DataError: as `read_rows`.
     """
 
-    def __init__(self, records: Records, arguments: DataArguments):
-        mapping = _check_mapping(arguments.dataset_columns or {}, records)
+    def __init__(self, records: Records, arguments: DataArguments, columns: Callable[[], list[str]] | None = None):
+        mapping = _check_mapping(arguments.dataset_columns or {}, records, columns)
         left_out = {column for column, yours in mapping.items() if yours is None}
         mapping = {column: yours for column, yours in mapping.items() if yours is not None}
         self.shape = _find_shape(arguments.dataset_shape, mapping, list(records.records[0]), records)
@@ -139,26 +140,22 @@ class RowReader:
 
     def read(self, record: dict, where: str) -> dict:
         """One of `Rows.rows`. Raises RowError if the row, which is at `where`, cannot be used."""
-        try:
-            return _read_row(self.shape, record, self._source, self._prompt_format, where)
-        except RecursionError:
-            raise RowError(f"{where}: its values are nested too deeply.", "Mend or delete the row.") from None
+        with boundary(f"{where}: the row cannot be read", RowError, "Mend or delete the row."):
+            try:
+                return _read_row(self.shape, record, self._source, self._prompt_format, where)
+            except RecursionError:
+                raise RowError(f"{where}: its values are nested too deeply.", "Mend or delete the row.") from None
 
 
-def split_answers(rows: Rows) -> Rows:
-    """One row per answer that is trained on, with all that precedes it as its prompt; other rows as they are."""
-    split = replace(rows, rows=[], places=[], numbers=[])
-    for row, place, number in zip(rows.rows, rows.places, rows.numbers, strict=True):
-        parts = list(answers_of(row))
-        for index, part in enumerate(parts, start=1):
-            split.rows.append(part)
-            split.places.append(place if len(parts) == 1 else f"{place}, answer {index} of {len(parts)}")
-            split.numbers.append(number)
-    return split
+def split_answers(row: dict, place: str) -> list[tuple[dict, str]]:
+    """One row per answer that is trained on, with all that precedes it as its prompt, and the place of each."""
+    parts = list(_answers_of(row))
+    if len(parts) == 1:
+        return [(parts[0], place)]
+    return [(part, f"{place}, answer {index} of {len(parts)}") for index, part in enumerate(parts, start=1)]
 
 
-def answers_of(row: dict) -> Iterator[dict]:
-    """The rows that `split_answers` makes of one."""
+def _answers_of(row: dict) -> Iterator[dict]:
     if "messages" not in row and not isinstance(row.get("prompt"), list):
         yield row
         return
@@ -177,9 +174,13 @@ def _listed(columns) -> str:
     return ", ".join(map(str, columns)) or "none"
 
 
-def _check_mapping(mapping: dict, records: Records) -> dict[str, str | None]:
+def _check_mapping(
+    mapping: dict, records: Records, all_columns: Callable[[], list[str]] | None
+) -> dict[str, str | None]:
     """`dataset_columns` as it is, if it can be right. A column of None is not to be used."""
     columns = records.columns
+    if all_columns is not None and {yours for yours in mapping.values() if yours is not None} - {*columns}:
+        columns = all_columns()
     for known, yours in mapping.items():
         if known not in COLUMNS:
             near = difflib.get_close_matches(str(known), COLUMNS, n=1)

@@ -22,7 +22,7 @@ from datasets.iterable_dataset import ExamplesIterable
 from qpsft.data.bad_rows import BadRow, RowError
 from qpsft.data.counts import DataCounts
 from qpsft.data.read import Records, stream_records, stream_unit
-from qpsft.data.shapes import RowReader, answers_of
+from qpsft.data.shapes import RowReader, split_answers
 from qpsft.data.tokenize import BAD, RowEncoder, TokenizedRows, cut_row, tokenize_records
 from qpsft.errors import DataError
 from qpsft.files import digest
@@ -87,7 +87,7 @@ class StreamedRows(datasets.IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
         self.counts = DataCounts(max_length=self._max_length, unused_columns=self.sample.counts.unused_columns)
-        encoder = RowEncoder(self._tokenizer, self._arguments)
+        encoder = RowEncoder(self._tokenizer, self._arguments, self._max_length)
         data_pass = 0
         while True:
             before = self.counts.kept
@@ -128,9 +128,7 @@ class StreamedRows(datasets.IterableDataset):
             except RowError as error:
                 self._bad(error)
                 continue
-            parts = list(answers_of(row)) if self._arguments.split_turns else [row]
-            for index, part in enumerate(parts, start=1):
-                where = place if len(parts) == 1 else f"{place}, answer {index} of {len(parts)}"
+            for part, where in split_answers(row, place) if self._arguments.split_turns else [(row, place)]:
                 if where not in self._aside:
                     yield _Raw(part, where, number)
 
@@ -145,11 +143,11 @@ class StreamedRows(datasets.IterableDataset):
     def _prepared(self, raw: _Raw, encoder: RowEncoder) -> Iterator[dict[str, list[int]]]:
         """The row as tokens, or nothing if it is dropped."""
         try:
-            ids, labels, shared = encoder(raw.row, raw.place)
+            encoded = encoder(raw.row, raw.place)
         except RowError as error:
             self._bad(error)
             return
-        ids, labels, was_cut, reason = cut_row(ids, labels, self._max_length)
+        ids, labels, was_cut, reason = cut_row(encoded.ids, encoded.labels, self._max_length)
         self.counts.rows += 1
         self.counts.stripped_reasoning, self.counts.special_tokens = encoder.stripped, encoder.special_rows
         self.counts.shortened_schemas = encoder.shortened
@@ -157,7 +155,7 @@ class StreamedRows(datasets.IterableDataset):
             self._drop(reason)
             return
         self.counts.truncated += was_cut
-        self.counts.shared_tokens += shared
+        self.counts.shared_tokens += encoded.shared
         yield {"input_ids": ids.tolist(), "labels": labels.tolist()}
 
     def _bad(self, error: RowError) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from qpsft import __version__
 from qpsft.doctor.checks import CHECKS, Finding
-from qpsft.model.folder import one_line
+from qpsft.errors import one_line
 from qpsft.terminal import wrap
 
 MARKS = {"ok": "✓", "warn": "!", "fail": "✗"}

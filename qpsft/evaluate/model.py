@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from qpsft.errors import BaseModelError
+from qpsft.files import read_object
 from qpsft.model.adapter_folder import ADAPTER_CONFIG, AdapterFolder
 from qpsft.model.base import describe, load_base
 from qpsft.model.base_record import is_packed, quantized_linears
@@ -20,6 +19,8 @@ from qpsft.model.folder import MERGE_REPORT
 from qpsft.model.hardware import base_dtype, hardware_of
 from qpsft.model.skeleton import dtype_named
 from qpsft.recipe.arguments import DataArguments
+from qpsft.recipe.file import read_yaml
+from qpsft.recipe.flags import option_types, read_values
 
 RECIPES = ("recipe.resolved.yaml", "recipe.yaml")
 PROMPT_OPTIONS = ("use_chat_template", "prompt_format")
@@ -138,26 +139,22 @@ def trained_options(folder: Path) -> dict[str, Any]:
     A merged folder names its adapter, whose recipe is read then.
 
     Raises:
-        BaseModelError: the recipe is not valid YAML.
+        RecipeError: the recipe cannot be read. BaseModelError: the report of the merge cannot.
     """
     for name in RECIPES:
         path = folder / name
         if path.is_file():
-            try:
-                values = yaml.safe_load(path.read_text(encoding="utf-8"))
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
-                raise BaseModelError(f"{path} is not valid YAML: {error}.", "Copy it again, or remove it.") from error
-            return values if isinstance(values, dict) else {}
+            return read_yaml(path)
     if is_merged(folder):
-        try:
-            adapter = Path(json.loads((folder / MERGE_REPORT).read_text(encoding="utf-8"))["adapter"])
-        except (ValueError, KeyError, TypeError):
-            return {}
-        return {} if is_merged(adapter) else trained_options(adapter)
+        adapter = read_object(folder / MERGE_REPORT, BaseModelError, "Merge again.", {"adapter": str}).get("adapter")
+        if adapter and not is_merged(Path(adapter)):
+            return trained_options(Path(adapter))
     return {}
 
 
 def prompt_arguments(folder: Path, **given: Any) -> DataArguments:
     """Options for writing prompts: those of training, but for options given here that are not None."""
     trained = {name: value for name, value in trained_options(folder).items() if name in PROMPT_OPTIONS}
+    where = {name: f"{name} in the recipe of {folder}" for name in trained}
+    trained = read_values(trained, option_types([DataArguments]), where, others="")
     return DataArguments(**trained | {name: value for name, value in given.items() if value is not None})

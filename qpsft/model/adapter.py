@@ -24,9 +24,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qpsft.errors import BaseModelError, OutputError, RecipeError, did_you_mean
+from qpsft.errors import BaseModelError, OutputError, RecipeError, did_you_mean, one_line
 from qpsft.model.base_record import quantized_linears, write_base_record
-from qpsft.model.folder import one_line
 from qpsft.recipe.arguments import LoraArguments
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import os
 import warnings
 from dataclasses import replace
@@ -19,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from qpsft.errors import BaseModelError, ExportError
-from qpsft.files import file_sha256
+from qpsft.errors import BaseModelError, ExportError, one_line
+from qpsft.files import file_sha256, read_object
 from qpsft.model.adapter import POLICY
 from qpsft.model.adapter_tensors import check_tensors
 from qpsft.model.base import load_base, load_tokenizer
@@ -33,7 +32,6 @@ from qpsft.model.folder import (
     check_weights,
     hub_snapshot,
     near_folders,
-    one_line,
     resolve_folder,
     tensor_shapes,
 )
@@ -52,6 +50,11 @@ _GIVE_ITS_BASE = (
     "Give the base it was trained on (--base; in a recipe model_name_or_path), or restore it if it has changed since."
 )
 
+SETTINGS_TYPES: dict[str, type | tuple[type, ...]] = {
+    "peft_type": str, "base_model_name_or_path": str, "revision": str, "modules_to_save": list, "bias": str,
+    "r": int, "lora_alpha": (int, float), "rank_pattern": dict, "alpha_pattern": dict, "target_modules": (str, list),
+}  # fmt: skip
+"""Of the keys of adapter_config.json that are read here; PEFT checks the others."""
 PREFIX = "base_model.model."
 """What PEFT puts before the base's own names, in its model and in its files."""
 
@@ -123,7 +126,7 @@ class AdapterFolder:
             warnings.simplefilter("ignore")
             try:
                 return PeftConfig.from_pretrained(str(self.path))
-            except (ValueError, TypeError, KeyError, ImportError) as error:
+            except Exception as error:
                 raise BaseModelError(
                     f"{self.path / ADAPTER_CONFIG} cannot be read by PEFT: {one_line(error)}",
                     "Upgrade peft, or copy it again.",
@@ -342,7 +345,7 @@ class AdapterFolder:
             warnings.simplefilter("ignore")
             try:
                 return get_peft_model(skeleton, config, adapter_name=POLICY, low_cpu_mem_usage=True)
-            except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
+            except Exception as error:
                 raise BaseModelError(
                     f"The adapter in {self.path} does not fit the base, a {type(skeleton).__name__}: {one_line(error)}",
                     "Give the base it was trained on.",
@@ -379,7 +382,7 @@ class AdapterFolder:
         try:
             with code_is_off():
                 return PeftModel.from_pretrained(model, self.path, adapter_name=POLICY)
-        except (RuntimeError, ValueError, KeyError, OSError) as error:
+        except Exception as error:
             raise BaseModelError(
                 f"The adapter in {self.path} cannot be put on its base: {one_line(error)}",
                 f"Check that {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} belong together and to this base.",
@@ -436,11 +439,8 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     file = folder / ADAPTER_CONFIG
     if not file.is_file():
         raise _not_an_adapter(folder)
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BaseModelError(f"{file} is not valid JSON: {error}.", "Copy it again.") from error
-    if not isinstance(content, dict) or not isinstance(content.get("peft_type"), str):
+    content = read_object(file, BaseModelError, "Copy it again.", SETTINGS_TYPES)
+    if not content.get("peft_type"):
         raise BaseModelError(f"{file} names no peft_type, so it is not PEFT's config of an adapter.", "Copy it again.")
     return content
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qpsft.errors import BaseModelError
+from qpsft.errors import BaseModelError, one_line
 from qpsft.model.adapter import POLICY
 from qpsft.model.base_record import logical_shape
-from qpsft.model.folder import ADAPTER_CONFIG, one_line
+from qpsft.model.folder import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from peft import PeftModel

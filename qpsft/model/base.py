@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from qpsft.errors import BaseModelError
+from qpsft.errors import BaseModelError, one_line
 from qpsft.model.base_record import (
     BaseRecord,
     BaseSource,
@@ -31,7 +31,7 @@ from qpsft.model.base_record import (
 )
 from qpsft.model.block_maxima import rounding_of
 from qpsft.model.fingerprint import check_finite
-from qpsft.model.folder import DEMO, check_folder, one_line, resolve_folder
+from qpsft.model.folder import DEMO, check_folder, resolve_folder
 from qpsft.model.hardware import (
     base_dtype,
     check_run,
@@ -177,7 +177,7 @@ def load_tokenizer(
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
-    except (OSError, ValueError, LookupError, TypeError, ImportError, AttributeError) as error:
+    except Exception as error:  # broken files make it fail in many ways
         if not trust_remote_code and names_code(folder / TOKENIZER_CONFIG):
             raise code_refused(folder / TOKENIZER_CONFIG) from error
         raise BaseModelError(
@@ -274,7 +274,7 @@ def _load_model(
         raise BaseModelError(
             f"{folder} does not fit on {device}: {one_line(error)}", "Use nf4, a smaller model, or free the card."
         ) from error
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:
         raise BaseModelError(
             f"{folder} cannot be loaded: {one_line(error)}",
             "Check that config.json belongs to these weights, and that transformers is new enough for the model.",

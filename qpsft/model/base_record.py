@@ -21,10 +21,11 @@ import torch
 from torch import nn
 
 from qpsft import __version__
-from qpsft.errors import BaseModelError, OutputError
-from qpsft.files import file_sha256, write_atomically
+from qpsft.errors import BaseModelError, OutputError, shown
+from qpsft.files import file_sha256, read_object, write_atomically
 from qpsft.model.fingerprint import eos_token_ids, weights_sha256
 from qpsft.model.folder import config_sha256, has_weights, read_config, resolve_folder
+from qpsft.recipe.flags import conforms, describe, option_types
 
 RECORD_FILE = "base_quantization.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -327,14 +328,9 @@ def read_base_record(folder: str | os.PathLike, name: str = RECORD_FILE) -> Base
         "another tool trained, say it: --quantization nf4 --double_quant true --compute_dtype bfloat16, or whatever "
         "its BitsAndBytesConfig had. Or merge onto the original weights instead."
     )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BaseModelError(f"The adapter folder {folder} has no {RECORD_FILE}.", advice) from error
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"{path} cannot be read: {error}.", advice) from error
-    if not isinstance(content, dict):
-        raise BaseModelError(f"{path} is not a JSON object.", advice)
+    if not path.exists():
+        raise BaseModelError(f"The adapter folder {folder} has no {RECORD_FILE}.", advice)
+    content = read_object(path, BaseModelError, advice)
     names = [field.name for field in dataclasses.fields(BaseRecord)]
     later = {"quantized_on", "adapter_sha256", "assumed", *IDENTITY}
     missing = [name for name in names if name not in content and name not in later]
@@ -345,6 +341,9 @@ def read_base_record(folder: str | os.PathLike, name: str = RECORD_FILE) -> Base
         if value is not None and not (isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)):
             raise BaseModelError(f"{path} has {value!r} for {key}, which is no SHA-256.", advice)
     content = {"eos_token_ids": None, "assumed": None} | content
+    for name, hint in option_types([BaseRecord]).items():
+        if name in content and not conforms(content[name], hint):
+            raise BaseModelError(f"{path} has {shown(content[name])} for {name}; it must be {describe(hint)}.", advice)
     if content["quantization"] == "int8":
         raise BaseModelError(
             f"{path} says that the base was in int8, and qpsft works with bases in 4 bits or unquantized ones.",
@@ -368,7 +367,7 @@ def state_quantized_on(folder: str | os.PathLike, quantized_on: str | None) -> N
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the assumption that this replaces
         record = read_base_record(folder)
-    stated = json.loads(path.read_text(encoding="utf-8")).get("quantized_on")
+    stated = read_object(path, BaseModelError, "Copy it again.").get("quantized_on")
     if stated == quantized_on:
         return
     if stated is not None or record.quantized_on is None:

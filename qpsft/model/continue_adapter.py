@@ -7,13 +7,13 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpsft.errors import BaseModelError, RecipeError
+from qpsft.errors import BaseModelError, RecipeError, one_line
 from qpsft.model.adapter import POLICY, adapted_layers, check_trained_biases, targeted_layers, train_copies_in_float32
 from qpsft.model.adapter_folder import AdapterFolder
 from qpsft.model.adapter_tensors import check_tensors
 from qpsft.model.base import load_tokenizer
 from qpsft.model.base_record import base_record
-from qpsft.model.folder import one_line, resolve_folder
+from qpsft.model.folder import resolve_folder
 from qpsft.model.remote_code import code_is_off
 from qpsft.model.skeleton import load_config
 from qpsft.recipe.file import Recipe

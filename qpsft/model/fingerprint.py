@@ -13,15 +13,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from qpsft.errors import BaseModelError
-from qpsft.files import digest
-from qpsft.model.folder import CONFIG, check_weights, read_json, weight_files
+from qpsft.errors import BaseModelError, boundary
+from qpsft.files import digest, read_object
+from qpsft.model.folder import CONFIG, CONFIG_TYPES, check_weights, weight_files
 
 PIECE, EVERY = 2**12, 2**20
 """Bytes: of tensors of more than `EVERY` bytes, so many are read at the start of every `EVERY`, and the last ones."""
 GENERATION_CONFIG = "generation_config.json"
 VALUES = 2**24
 """Of a tensor that are in memory at once, or a row of it if that has more."""
+AGAIN = "Copy or download it again."
 
 
 def weights_sha256(folder: Path) -> str:
@@ -38,10 +39,8 @@ def weights_sha256(folder: Path) -> str:
     check_weights(folder)
     tensors: dict[str, str] = {}
     for name in weight_files(folder):
-        try:
+        with boundary(f"{folder / name} cannot be read", BaseModelError, AGAIN):
             tensors |= _tensor_digests(folder / name)
-        except (OSError, ValueError, KeyError) as error:
-            raise BaseModelError(f"{folder / name} cannot be read: {error}.", "Copy or download it again.") from error
     return digest(json.dumps(sorted(tensors.items())))
 
 
@@ -114,8 +113,9 @@ def eos_token_ids(folder: Path) -> list[int]:
     """
     ids: list[Any] = []
     for name in (CONFIG, GENERATION_CONFIG):
-        content = read_json(folder / name) if (folder / name).is_file() else {}
-        for part in (content, content.get("text_config")) if isinstance(content, dict) else ():
-            value = part.get("eos_token_id") if isinstance(part, dict) else None
+        path = folder / name
+        content = read_object(path, BaseModelError, AGAIN, CONFIG_TYPES) if path.is_file() else {}
+        for part in (content, content.get("text_config") or {}):
+            value = part.get("eos_token_id")
             ids += value if isinstance(value, list) else [value]
     return sorted({each for each in ids if isinstance(each, int)})

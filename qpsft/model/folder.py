@@ -9,13 +9,14 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from qpsft.errors import BaseModelError, ExportError, did_you_mean
-from qpsft.files import digest
+from qpsft.errors import BaseModelError, ExportError, did_you_mean, one_line, shown
+from qpsft.files import digest, read_object
 from qpsft.model.remote_code import AUTO_MAP, code_refused
 
 DEMO = "demo"
@@ -30,6 +31,17 @@ CARD = "README.md"
 MERGE_REPORT = "merge_report.json"
 """By which a folder that `qpsft merge` wrote is known."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+CONFIG_TYPES: dict[str, type | tuple[type, ...]] = {
+    "model_type": str, "quantization_config": dict, "auto_map": dict, "text_config": dict, "architectures": list,
+    "attn_implementation": (str, dict), "eos_token_id": (int, list),
+}  # fmt: skip
+"""Of the keys of config.json that are read here; transformers checks the others."""
+MOST_MODULES = 2**16
+_COUNTS = re.compile("layer|expert|head|block")
+"""Keys of config.json that say how many modules are built."""
+_SHARD = re.compile(r"[^/\\\0]{1,200}\.safetensors")
+_AGAIN = "Copy or download it again."
 
 # What a Hub snapshot is made of. Anything else in a repository (pickles, GGUF files, ONNX, Llama's `original/` and
 # Mistral's `consolidated.safetensors`, which repeat the weights) is not downloaded.
@@ -194,9 +206,11 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} has no {CONFIG}, so it is not a model folder.",
             "A base model folder holds config.json, model.safetensors (or shards with an index) and tokenizer files.",
         )
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise BaseModelError(f"{path} is not a JSON object.", "Copy or download it again.")
+    config = read_object(path, BaseModelError, _AGAIN, CONFIG_TYPES)
+    for part in (config, config.get("text_config") or {}):
+        for key, value in part.items():
+            if isinstance(value, int) and _COUNTS.search(key) and not value <= MOST_MODULES:
+                raise BaseModelError(f"{path} has {shown(value)} for {key}, more than any model has.", _AGAIN)
     return config
 
 
@@ -286,10 +300,15 @@ def weight_files(folder: Path) -> list[str]:
 
 def _weight_map(index_path: Path) -> dict[str, str]:
     """The file of every tensor."""
-    index = read_json(index_path)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise BaseModelError(f"{index_path} has no weight_map.", "Copy or download it again.")
+    weight_map = read_object(index_path, BaseModelError, _AGAIN, {"weight_map": dict}).get("weight_map")
+    if not weight_map:
+        raise BaseModelError(f"{index_path} has no weight_map.", _AGAIN)
+    for name, file in weight_map.items():
+        if not (isinstance(file, str) and _SHARD.fullmatch(file)):
+            raise BaseModelError(
+                f"{index_path} places {shown(name)} in {shown(file)}, which is no safetensors file of that folder.",
+                _AGAIN,
+            )
     return weight_map
 
 
@@ -350,7 +369,9 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except Exception as error:
+        if not path.is_file():
+            raise BaseModelError(f"There is no file {path}.", _AGAIN) from error
         size = path.stat().st_size
         with path.open("rb") as file:
             is_lfs_pointer = file.read(24).startswith(b"version https://git-lfs")
@@ -373,17 +394,3 @@ def config_sha256(config: dict[str, Any]) -> str:
         return value
 
     return digest(json.dumps(essential(config), sort_keys=True))
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises BaseModelError naming it when it is not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BaseModelError(f"{path} is not valid JSON: {error}.", "Copy or download it again.") from error
-
-
-def one_line(error: BaseException, length: int = 300) -> str:
-    """An error's message on one line, shortened to `length` characters; its type if it has none."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= length else text[:length].rstrip() + " …"

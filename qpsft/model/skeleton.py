@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import copy
 import re
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qpsft.errors import BaseModelError
-from qpsft.model.folder import one_line, read_config
+from qpsft.errors import BaseModelError, boundary
+from qpsft.model.folder import read_config
 from qpsft.model.hardware import DTYPES
 from qpsft.model.remote_code import code_is_off
 
@@ -46,29 +47,20 @@ def build_skeleton(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     config = load_config(folder, trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
-    try:
-        with torch.device("meta"), code_is_off():
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        raise _unreadable(folder, error) from error
+    with _reading_config(folder), torch.device("meta"), code_is_off():
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
     """config.json of a folder as transformers reads it. Raises BaseModelError when it cannot."""
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    try:
-        with code_is_off():
-            return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except (StrictDataclassError, OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        raise _unreadable(folder, error) from error
+    with _reading_config(folder), code_is_off():
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
 
 
-def _unreadable(folder: Path, error: Exception) -> BaseModelError:
-    return BaseModelError(
-        f"{folder / 'config.json'} cannot be read by transformers: {one_line(error)}", "Download it again."
-    )
+def _reading_config(folder: Path) -> AbstractContextManager[None]:
+    return boundary(f"{folder / 'config.json'} cannot be read by transformers", BaseModelError, "Download it again.")
 
 
 def is_part(skeleton: PreTrainedModel, folder: Path) -> bool:

@@ -17,8 +17,9 @@ import psutil
 import torch
 from transformers.trainer_utils import has_length
 
-from qpsft.errors import RecipeError
-from qpsft.model.folder import DEMO, one_line, resolve_folder
+from qpsft.data.tokenize import row_lengths
+from qpsft.errors import RecipeError, one_line
+from qpsft.model.folder import DEMO, resolve_folder
 from qpsft.model.hardware import pick_device
 from qpsft.plan.after import after_training
 from qpsft.plan.batch_sizes import RowLengths, fastest_that_fits
@@ -206,7 +207,7 @@ def _lengths(args: Any, rows: Dataset) -> RowLengths | None:
     """None: of packed rows, which are full, and of a stream, which may have full ones."""
     if args.packing or not has_length(rows):
         return None
-    lengths = [len(ids) for ids in rows["input_ids"]]
+    lengths = row_lengths(rows)
     return RowLengths(max(lengths), sum(lengths) / len(lengths))
 
 

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-from qpsft.errors import BaseModelError, RecipeError
+from qpsft.errors import BaseModelError, RecipeError, one_line
 from qpsft.model.adapter_folder import AdapterFolder
 from qpsft.model.attention import fits
 from qpsft.model.continue_adapter import SAME_OPTIONS
-from qpsft.model.folder import one_line
 from qpsft.model.hardware import MIXED_PRECISION, base_dtype, check_run, hardware_for
 from qpsft.model.tiled_mlp import TILE, is_tiled
 from qpsft.plan.kernels import STAND_IN, Target

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qpsft.errors import BaseModelError
+from qpsft.errors import BaseModelError, one_line
 from qpsft.model.adapter import add_adapter
 from qpsft.model.base import bitsandbytes_config, modules_to_skip
 from qpsft.model.base_record import quantized_linears
-from qpsft.model.folder import check_stored_quantization, one_line
+from qpsft.model.folder import check_stored_quantization
 from qpsft.model.tiled_mlp import tile_mlps
 from qpsft.recipe.arguments import LoraArguments, ModelArguments
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from qpsft.data.tokenize import row_lengths
 from qpsft.errors import OutputError, TrainingError
 from qpsft.files import digest, write_atomically
 from qpsft.processes import from_main, is_main
@@ -65,7 +66,7 @@ class BaseLogprobs:
             TrainingError: the base finds no token likely enough for `stm_threshold`.
         """
         size = self._args.train_batch_size
-        lengths = [len(ids) for ids in dataset["input_ids"]]
+        lengths = row_lengths(dataset)
         order = sorted(range(len(lengths)), key=lambda row: (lengths[row], row))
         micro_batches = [order[i : i + size] for i in range(0, len(order), size)]
         scored = dict(gather_object(self._score(dataset, collate, self._share(micro_batches))))

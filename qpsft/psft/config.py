@@ -36,6 +36,16 @@ def _rest(size: int) -> int:
     return max(1, round(MINI_BATCH / max(1, size)))
 
 
+MOST = {
+    "epsilon": 1e3, "learning_rate": 1e2, "base_kl": 1e6, "eaft_alpha": 1e2, "stm_threshold": 1e30, "target_kl": 1e30,
+    "weight_decay": 1e3, "max_grad_norm": 1e30, "adam_epsilon": 1.0, "num_train_epochs": 1e6, "max_steps": 1e9,
+    "max_length": 1e8, "reference_steps": 1e6, "num_iterations": 1e6, "sft_warmup_steps": 1e9, "warmup_steps": 1e9,
+    "per_device_train_batch_size": 1e6, "per_device_eval_batch_size": 1e6, "gradient_accumulation_steps": 1e6,
+    "score_token_budget": 1e9, "logging_steps": 1e9, "save_steps": 1e9, "eval_steps": 1e9,
+}  # fmt: skip
+"""Far above what anybody trains with, and far below what overflows or never ends."""
+
+
 @dataclass
 class PSFTConfig(SFTConfig):
     """Arguments of `PSFTTrainer`: everything of `trl.SFTConfig`, and the options below.
@@ -218,6 +228,10 @@ class PSFTConfig(SFTConfig):
         for name in ("epsilon", "learning_rate", "num_train_epochs"):
             if not getattr(self, name) > 0:
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be above 0.")
+        for name, most in MOST.items():
+            value = getattr(self, name)
+            if value is not None and not value <= most:
+                raise RecipeError(f"{name} is {value:g}; it must be at most {most:g}.", "No run takes as much.")
         if not 0 < self.trsft_alpha <= 1:
             raise RecipeError(f"trsft_alpha is {self.trsft_alpha}; it must be above 0 and at most 1.")
         if not self.stm_threshold > 1:

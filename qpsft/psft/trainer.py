@@ -393,7 +393,7 @@ class PSFTTrainer(SFTTrainer):
             numbers = self._statistics.read(self.accelerator)
             if numbers:
                 numbers |= self.trust_region.numbers()
-                self.trust_region.warn_if_far(numbers["approx_kl"])
+                self.trust_region.warn_if_far(numbers["approx_kl"], numbers["entropy"])
             if numbers and self.accelerator.scaler is not None:
                 numbers["loss_scale"] = self.accelerator.scaler.get_scale()
             self._metrics["train"].update({name: [value] for name, value in numbers.items()})

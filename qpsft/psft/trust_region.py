@@ -22,6 +22,8 @@ from qpsft.errors import RecipeError
 
 FAR = 1.0
 """Nats per token, above which the mean KL of a log line is warned of: a token at the region's edge has 0.03."""
+FAR_ENTROPY = 2.0
+"""Nats per token by which a log line's mean entropy may be above the first one's: seven times as many likely tokens."""
 LARGEST_CHANGE = 1.5
 """Of epsilon from one block to the next, as a factor."""
 LARGEST_DISTANCE = 4.0
@@ -46,7 +48,8 @@ class TrustRegion:
         self.kl, self.blocks_ended = 0.0, 0
         self._tokens, self._clipped = 0.0, 0.0  # of the block
         self._step: list[Tensor] = []
-        self._warned = False
+        self._warned = self._warned_of_entropy = False
+        self._first_entropy: float | None = None
 
     @property
     def moves(self) -> bool:
@@ -95,8 +98,17 @@ class TrustRegion:
             numbers["epsilon"] = self.epsilon
         return numbers
 
-    def warn_if_far(self, kl: float) -> None:
-        """Warns, once a run, of a log line's mean `approx_kl` that is out of any trust region."""
+    def warn_if_far(self, kl: float, entropy: float) -> None:
+        """Warns, once a run each, of a log line's mean `approx_kl` that is out of any trust region, and of an `entropy`
+        far above that of the first line."""
+        self._first_entropy = entropy if self._first_entropy is None else self._first_entropy
+        if entropy > self._first_entropy + FAR_ENTROPY and not self._warned_of_entropy:
+            self._warned_of_entropy = True
+            warnings.warn(
+                f"entropy has risen from {self._first_entropy:.2f} to {entropy:.2f} nats per token: the model's "
+                "answers are turning into noise. Lower learning_rate, or stop and go back to an earlier checkpoint.",
+                stacklevel=2,
+            )
         if kl > FAR and not self._warned:
             self._warned = True
             warnings.warn(

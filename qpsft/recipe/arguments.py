@@ -106,10 +106,14 @@ class LoraArguments:
             raise RecipeError("adapter_name_or_path is empty.", "Give a folder or a Hub id, or leave it out.")
         if self.lora_r <= 0:
             raise RecipeError(f"lora_r is {self.lora_r}; a rank must be at least 1.", "Usual values are 8 to 64.")
+        if self.lora_r > 2**16:
+            raise RecipeError(f"lora_r is {self.lora_r}; no layer has as many dimensions.", "Usual values are 8 to 64.")
         if self.lora_alpha is None:
             self.lora_alpha = 2 * self.lora_r  # a fixed number would double the scale when the rank alone is halved
-        if self.lora_alpha <= 0:
-            raise RecipeError(f"lora_alpha is {self.lora_alpha}; it must be above 0.", "Usual: once or twice lora_r.")
+        if not 0 < self.lora_alpha <= 1e6:
+            raise RecipeError(
+                f"lora_alpha is {self.lora_alpha}; it must be above 0 and at most 1e6.", "Usual: once or twice lora_r."
+            )
         if not 0 <= self.lora_dropout < 1:
             raise RecipeError(f"lora_dropout is {self.lora_dropout}; it must be in [0, 1).", "Leave it at 0 for PSFT.")
 

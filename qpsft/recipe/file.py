@@ -18,9 +18,9 @@ from typing import Any
 
 import yaml
 
-from qpsft.errors import RecipeError
+from qpsft.errors import RecipeError, boundary, one_line, shown
 from qpsft.recipe.arguments import DataArguments, LoraArguments, ModelArguments, RunArguments, read_guard
-from qpsft.recipe.flags import Parser, option_types, read_flags, read_values
+from qpsft.recipe.flags import Parser, load_yaml, option_types, plain, read_flags, read_values
 from qpsft.recipe.methods import method_options
 from qpsft.recipe.secret import holds_secret
 from qpsft.recipe.sources import check_sources
@@ -49,16 +49,18 @@ def read_recipe_file(path: Path, readers: tuple[Path, ...] = ()) -> tuple[dict[s
     Raises:
         RecipeError: the file, or one it extends, is missing, not a mapping, gives a key twice, or extends itself.
     """
-    content = _read_yaml(path)
+    content = read_yaml(path)
     where = {name: f"{path}: {name}" for name in content}
     parent = content.pop(EXTENDS, None)
     if parent is None:
         return content, where
     if not isinstance(parent, str) or not parent:
         raise RecipeError(f"{where[EXTENDS]} is {parent!r}.", "Give the path of one other recipe.")
-    source = Path(os.path.normpath(_folder(path) / parent))
-    readers = (*readers, _file(path).resolve())
-    if _file(source).resolve() in readers:
+    with boundary(f"{where[EXTENDS]} cannot be followed", RecipeError, "Give the path of one other recipe."):
+        source = Path(os.path.normpath(_folder(path) / parent))
+        readers = (*readers, _file(path).resolve())
+        again = _file(source).resolve() in readers
+    if again:
         raise RecipeError(f"{where[EXTENDS]}: {source} extends this recipe in turn.", "Take one of the two out.")
     inherited, inherited_where = read_recipe_file(source, readers)
     find_beside(inherited, source)
@@ -94,24 +96,23 @@ def _file(path: Path) -> Path:
     return path / "recipe.yaml" if path.is_dir() and (path / "recipe.yaml").is_file() else path
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    path = _file(path)
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The options that one file gives, whatever it extends; dates are texts. Raises as `read_recipe_file`."""
+    with boundary(f"The recipe {shown(str(path))} cannot be read", RecipeError, "A recipe is a YAML file in UTF-8."):
+        path = _file(path)
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except FileNotFoundError:
+            near = difflib.get_close_matches(path.name, [p.name for p in _siblings(path)], n=1)
+            hint = f"Did you mean {path.with_name(near[0])}?" if near else "Check the path; recipes are YAML files."
+            raise RecipeError(f"There is no recipe {path}.", hint) from None
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in _siblings(path)], n=1)
-        hint = f"Did you mean {path.with_name(near[0])}?" if near else "Check the path; recipes are YAML files."
-        raise RecipeError(f"There is no recipe {path}.", hint) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"The recipe {path} cannot be read: {error}.", "A recipe is a YAML file in UTF-8.") from None
-    try:
-        content = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
+        content = load_yaml(text, _StrictLoader)
+    except Exception as error:  # also one that is nested deeper than Python can follow
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(
-            f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)}).", "Write one `name: value` a line."
-        ) from None
+        problem = getattr(error, "problem", None) or one_line(error)
+        raise RecipeError(f"{path}{line}: not valid YAML ({problem}).", "Write one `name: value` a line.") from None
     if content is None:
         raise RecipeError(f"The recipe {path} is empty.", "Give at least model_name_or_path and dataset_name.")
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
@@ -119,11 +120,27 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"The recipe {path} is a {type(content).__name__}, not a mapping of option names.",
             "Write one `name: value` a line, such as `learning_rate: 2e-4`.",
         )
+    for name, value in content.items():
+        try:
+            content[name] = plain(value)
+        except ValueError as error:
+            raise RecipeError(
+                f"{path}: {shown(name)} cannot be read: {error}.", "Values are texts, numbers, lists and mappings."
+            ) from None
     return content
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, where PyYAML would silently keep the last."""
+    """SafeLoader that refuses a key given twice, where PyYAML would silently keep the last, and names the line of what
+    Python cannot make, such as 9999-99-99."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (yaml.YAMLError, RecursionError):
+            raise
+        except Exception as error:
+            raise yaml.constructor.ConstructorError(None, None, one_line(error), node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -236,7 +253,7 @@ def _build(cls: type, given: dict[str, Any], where: dict[str, str]) -> Any:
         return cls(**{name: value for name, value in given.items() if name in names})
     except RecipeError:
         raise
-    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
+    except Exception as error:  # transformers and torch refuse options in any way
         about = _blamed(str(error), {name: given[name] for name in where if name in names})
         start = where[about] if about else "The options do not fit together"
         raise RecipeError(f"{start}: {str(error).rstrip(' .')}", "Change or leave out that option.") from error

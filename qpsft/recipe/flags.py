@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import yaml
 
-from qpsft.errors import RecipeError
+from qpsft.errors import RecipeError, shown
 
 Options = TypeVar("Options")
 
@@ -28,6 +28,10 @@ _FLAG = re.compile(r"--([\w-]+)(?:=(.*))?", re.DOTALL)
 _SWITCH_VALUES = frozenset({"true", "false", "yes", "no", "on", "off", "none"})
 _NARROWEST_LAST = (str, float, int, bool)
 _METAVARS = {int: "N", float: "X", dict: "MAPPING"}
+DEEPEST, MOST_PARTS, LARGEST = 20, 10_000, 2**63
+"""Of an option's value: levels of nesting, values in all, and what its whole numbers are below."""
+MOST_BRACKETS = 200
+_BRACKETS = re.compile(r"[][{}]")
 _IN_WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text", dict: "a mapping"}
 
 
@@ -340,6 +344,49 @@ def _suggestion(name: str, known: Collection[str], likely: Collection[str]) -> s
     return f"Did you mean {' or '.join(near[:3])}?" if near else ""
 
 
+def load_yaml(text: str, loader: type = yaml.SafeLoader) -> Any:
+    """What a YAML text holds. Raises yaml.YAMLError, or whatever Python raises for values that it cannot make."""
+    depth = deepest = 0
+    for bracket in _BRACKETS.findall(text):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(deepest, depth)
+    if deepest > MOST_BRACKETS:  # PyYAML's time grows with the square of the depth
+        raise yaml.YAMLError("it is nested too deeply")
+    return yaml.load(text, Loader=loader)
+
+
+def plain(value: Any, *, depth: int = 0, count: list[int] | None = None) -> Any:
+    """A value from YAML, made of what options are made of: mappings, lists, texts, numbers, truth values and null.
+
+    A date becomes its text. YAML knows much more: sets, bytes, points in time, lists that hold themselves.
+
+    Raises:
+        ValueError: it is, or holds, something else; or it has no end, or too many parts.
+    """
+    count = [0] if count is None else count
+    count[0] += 1
+    if depth > DEEPEST or count[0] > MOST_PARTS:
+        raise ValueError("its values are nested too deeply" if depth > DEEPEST else "it has too many values")
+    if value is None or isinstance(value, (bool, float)):
+        return value
+    if isinstance(value, int):
+        if not -LARGEST < value < LARGEST:
+            raise ValueError("it holds a whole number of more than 64 bits")
+        return value
+    if isinstance(value, str):
+        if "\0" in value or not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError("it holds a character that no text has")
+        return value
+    if type(value) is datetime.date:
+        return value.isoformat()
+    if isinstance(value, list):
+        return [plain(item, depth=depth + 1, count=count) for item in value]
+    if isinstance(value, dict):
+        items = [(plain(key, depth=depth + 1), item) for key, item in value.items()]
+        return {key: plain(item, depth=depth + 1, count=count) for key, item in items}
+    raise ValueError(f"it holds a {type(value).__name__}; write it in quotes")
+
+
 def coerce(value: Any, hint: Any, where: str) -> Any:
     """`value` as the declared type of an option; texts (from flags, or YAML's 1e-4) are read as YAML and as they are.
 
@@ -352,14 +399,14 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
     """
     for candidate in _readings(value, hint):
         try:
-            return _conform(candidate, hint)
+            return _conform(plain(candidate), hint)
         except (TypeError, ValueError):
             continue
     if value is True and where.startswith("--"):
         raise RecipeError(f"{where} needs a value.", f"It must be {describe(hint)}.")
     if isinstance(value, list) and not _accepts(hint, list):
         value = " ".join(map(str, value))
-    raise RecipeError(f"{where} is {value!r}; it must be {describe(hint)}.")
+    raise RecipeError(f"{where} is {shown(value)}; it must be {describe(hint)}.")
 
 
 def _readings(value: Any, hint: Any) -> list[Any]:
@@ -367,8 +414,8 @@ def _readings(value: Any, hint: Any) -> list[Any]:
     if not isinstance(value, str) or value in _choices(hint):
         return [value]
     try:
-        read = None if value.lower() == "none" else yaml.safe_load(value)
-    except yaml.YAMLError:
+        read = None if value.lower() == "none" else load_yaml(value)
+    except Exception:  # no YAML, or a date, number or nesting that Python does not make
         read = value
     return [value, read] if _accepts(hint, str) and not isinstance(read, (list, dict)) else [read, value]
 
@@ -413,8 +460,6 @@ def _conform_to_one(value: Any, kind: Any) -> Any:
         return kind(value).value
     if kind in (int, float) and not isinstance(value, bool):
         return _number(value, kind)
-    if kind is str and type(value) is datetime.date:  # YAML's own reading of 2026-11-23
-        return value.isoformat()
     if origin in (bool, dict, str) and isinstance(value, origin):
         return value
     raise ValueError
@@ -430,9 +475,18 @@ def _list_of(value: Any, kind: Any) -> list:
 
 def _number(value: Any, kind: type) -> int | float:
     number = float(value)
-    if not math.isfinite(number) or number != kind(number):
+    if not math.isfinite(number) or number != kind(number) or kind is int and not -LARGEST < number < LARGEST:
         raise ValueError
     return kind(number)
+
+
+def conforms(value: Any, hint: Any) -> bool:
+    """Whether a value is of a declared type, as in `coerce`."""
+    try:
+        _conform(plain(value), hint)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def describe(hint: Any) -> str:

@@ -41,14 +41,23 @@ def preview(argv: Sequence[str]) -> int:
     if print_help("preview", argv, PREVIEW, PREVIEW_EXAMPLE):
         return 0
     recipe = read_recipe(argv)
+    from qpsft.data.preview import render_rows
+    from qpsft.data.tokenize import TokenizedRows
     from qpsft.model.continue_adapter import recipe_tokenizer, warn_past_context
     from qpsft.train.data import preview_blocks, read_training_data
 
     if not recipe.model.model_name_or_path:
         raise RecipeError("model_name_or_path is missing.", "The tokenizer comes with the model: name it.")
     tokenizer = recipe_tokenizer(recipe)
-    data = read_training_data(recipe, tokenizer)
-    print("\n".join(preview_blocks(data, recipe, tokenizer)), end="")
+    shown = []
+
+    def show(rows: TokenizedRows) -> None:
+        """The first of many rows, before the others are counted."""
+        print(render_rows(rows, tokenizer), end="\n\n", flush=True)
+        shown.append(rows)
+
+    data = read_training_data(recipe, tokenizer, show)
+    print("\n".join(preview_blocks(data, recipe, tokenizer, are_shown=bool(shown))), end="")
     warn_past_context(recipe, data.longest)
     return 0
 

@@ -13,9 +13,9 @@ import torch
 from trl import pack_dataset
 
 from qpsft.data.mix import MixedDataset, MixedMiniBatches, Part, load_sources, with_replay
-from qpsft.data.preview import render_preview
+from qpsft.data.preview import render_counts, render_preview
 from qpsft.data.stream import StreamedRows
-from qpsft.data.tokenize import TokenizedRows
+from qpsft.data.tokenize import First, TokenizedRows
 from qpsft.processes import from_main
 from qpsft.psft.config import PSFTConfig
 from qpsft.psft.schedule import make_schedule, planned_steps
@@ -114,10 +114,13 @@ class StreamedData:
         return [f"{self.rows.counts.rows:,} read from the stream", *self.rows.counts.facts()]
 
 
-def read_training_data(recipe: Recipe, tokenizer: Any) -> TrainingData | StreamedData:
+def read_training_data(recipe: Recipe, tokenizer: Any, first: First | None = None) -> TrainingData | StreamedData:
     """Reads a recipe's rows, in process 0, and holds out a few; sampled replay is not among them.
 
     With `streaming` every process opens the source, and only its first rows are read.
+
+    Args:
+        first: as in `qpsft.data.mix.load_sources`.
 
     Raises:
         DataError: as `qpsft.data.tokenize.load_dataset`. RecipeError: as `qpsft.recipe.sources.check_sources`.
@@ -125,7 +128,7 @@ def read_training_data(recipe: Recipe, tokenizer: Any) -> TrainingData | Streame
     if recipe.data.streaming:
         args, aside = recipe.trainer, recipe.run.held_out_rows
         return StreamedData(StreamedRows(recipe.data, tokenizer, args.max_length, seed=args.order_seed, held_out=aside))
-    loaded = from_main(lambda: load_sources(recipe.data, tokenizer, recipe.trainer.max_length))
+    loaded = from_main(lambda: load_sources(recipe.data, tokenizer, recipe.trainer.max_length, first=first))
     first, _ = loaded[0]
     kept, aside = held_out_order(first, recipe.run.held_out_rows, recipe.trainer.seed)
     everything = [kept, *(list(range(len(rows.dataset))) for rows, _ in loaded[1:])]
@@ -155,12 +158,19 @@ def data_line(rows: TokenizedRows, trained: int, held_out: int) -> str:
     return "\n".join([line, *counts.bad_rows])
 
 
-def preview_blocks(data: TrainingData | StreamedData, recipe: Recipe, tokenizer: Any) -> list[str]:
-    """What `qpsft preview` prints: of each source its first rows and its counts, then what the mix comes to."""
+def preview_blocks(
+    data: TrainingData | StreamedData, recipe: Recipe, tokenizer: Any, *, are_shown: bool = False
+) -> list[str]:
+    """What `qpsft preview` prints: of each source its first rows and its counts, then what the mix comes to.
+
+    Args:
+        are_shown: the first rows of the one source stand on the terminal already.
+    """
     if isinstance(data, StreamedData):
         return [render_preview(data.rows.sample, tokenizer), f"{data.lines()[0].splitlines()[-1].strip()}\n"]
     shown = 3 if len(data.sources) == 1 else 2
-    blocks = [render_preview(one.rows, tokenizer, shown) for one in data.sources]
+    blocks = [render_preview(one.rows, tokenizer, shown) for one in data.sources if not are_shown]
+    blocks += [render_counts(data.sources[0].rows)] if are_shown else []
     rows, args = data.rows, recipe.trainer
     if isinstance(rows, MixedDataset):
         size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size

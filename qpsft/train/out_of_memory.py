@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from qpsft.errors import TrainingError
-from qpsft.model.folder import one_line
+from qpsft.errors import TrainingError, one_line
 from qpsft.plan.cards import gib
 from qpsft.plan.result import MemoryPlan
 

@@ -9,8 +9,9 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from qpsft.errors import OutputError
+from qpsft.errors import OutputError, boundary
 from qpsft.files import write_atomically
+from qpsft.recipe.flags import conforms
 from qpsft.terminal import short_number
 
 
@@ -92,13 +93,23 @@ class MetricsCallback(TrainerCallback):
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The entries of a `metrics.jsonl`; a last line that is not complete is left out."""
+    """The entries of a `metrics.jsonl`; a last line that is not complete is left out.
+
+    Raises:
+        OutputError: another line is none of a run's log, or the file cannot be read; names the line.
+    """
     if not path.is_file():
         return []
+    todo = "Restore the file, or remove it: the adapter does not need it."
+    with boundary(f"{path} cannot be read", OutputError, todo):
+        *lines, unfinished = path.read_bytes().split(b"\n")
     entries = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate([*lines, unfinished] if unfinished.endswith(b"}") else lines, start=1):
         try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        if not isinstance(entry, dict) or not conforms(entry.get("step"), int):
+            raise OutputError(f"{path}, line {number} is no entry of a run's log.", todo)
+        entries.append(entry)
     return entries

@@ -16,7 +16,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from qpsft.data.chat_date import find_chat_date
-from qpsft.data.tokenize import TokenizedRows
+from qpsft.data.tokenize import TokenizedRows, row_lengths
 from qpsft.errors import Interrupted, QpsftError, RecipeError
 from qpsft.model.adapter import add_adapter
 from qpsft.model.adapter_folder import AdapterFolder
@@ -331,7 +331,7 @@ def _sources_used(trainer: PSFTTrainer, data: TrainingData | StreamedData) -> li
 def packing_line(trainer: PSFTTrainer, rows: int) -> str:
     """How rows are packed; at most 80 columns."""
     packed, length = trainer.train_dataset, trainer.args.max_length
-    full = sum(map(len, packed["input_ids"])) / (len(packed) * length)
+    full = sum(row_lengths(packed)) / (len(packed) * length)
     line = f"packing: {rows:,} rows in {len(packed):,} of {length:,} tokens, {full:.1%} full; "
     return textwrap.fill(f"{line}{trainer.rows_per_step()} packed rows a step", 80, subsequent_indent="  ")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qpsft.errors import BaseModelError
+from qpsft.model.folder import read_config
 from qpsft.model.skeleton import predicts_ahead
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -23,7 +23,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 def read_text_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder, with the language model's part of it (`text_config`) at the top."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder)
     return config | (config.get("text_config") or {})
 
 

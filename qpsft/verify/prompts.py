@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpsft.errors import DataError
+from qpsft.errors import DataError, boundary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,19 +83,13 @@ def read_prompts(
 
 
 def _read_lines(path: Path) -> list[Any]:
-    try:
+    with boundary(f"The prompts file {path} cannot be read", DataError, "Give a JSONL file."):
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"The prompts file {path} cannot be read: {error}.", "Give a JSONL file.") from error
     rows = []
     for number, line in enumerate(lines, 1):
         if line.strip():
-            try:
+            with boundary(f"{path}, line {number} is not JSON", DataError, 'Write one object a line: {"text": "…"}.'):
                 rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path}, line {number} is not JSON: {error}.", 'Write one object a line: {"text": "…"}.'
-                ) from error
     return rows
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
+
+from qpsft.errors import BaseModelError
+from qpsft.files import read_object
+from qpsft.model.folder import CONFIG_TYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,7 +89,8 @@ def stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     stops: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         path = folder / name
-        value: Any = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+        settings = read_object(path, BaseModelError, "Copy it again.", CONFIG_TYPES) if path.is_file() else {}
+        value: Any = settings.get("eos_token_id")
         if value is not None:
             stops = set(value if isinstance(value, list) else [value])
             break
