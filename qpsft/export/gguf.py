@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
 
 from qpsft.errors import ExportError
 from qpsft.export.gguf_check import GgufCheck, check_gguf
-from qpsft.export.gguf_run import PROMPTS, GgufRun, llama_cpp_python, run_gguf
-from qpsft.export.llama_cpp import CONVERTER, find_llama_cpp, last_lines, load_gguf, run_converter, run_process
+from qpsft.export.gguf_quantize import kernel, quantize_gguf
+from qpsft.export.gguf_run import PROMPTS, GgufRun, run_gguf
+from qpsft.export.llama_cpp import CONVERTER, find_llama_cpp, load_gguf, run_converter
 from qpsft.export.merged_model import MergedModel, count_weights, stage
 from qpsft.export.options import CONVERTED, QUANTIZED, ExportOptions
 from qpsft.files import check_space, put_in_place, work_folder
@@ -20,21 +18,13 @@ from qpsft.merge.merging import merge_adapter
 from qpsft.merge.report import MergeReport
 from qpsft.model.adapter_folder import AdapterFolder
 from qpsft.model.folder import is_adapter
+from qpsft.model.llama_server import INSTALL, has_llama_cpp
 from qpsft.terminal import wrap
 from qpsft.verify.exported import ExportedWeights
 from qpsft.verify.prompts import read_prompts
 
 MERGE_DTYPE = {"f32": "float32", "bf16": "bfloat16"}
 """What an adapter is merged to, so that weights are rounded once; float16 for the others, which round more than it."""
-
-QUANTIZE = """
-import sys
-sys.path[:] = [path for path in sys.path if path]  # "" is the current folder, whose Python files are not ours
-import ctypes, llama_cpp
-params = llama_cpp.llama_model_quantize_default_params()
-params.ftype = getattr(llama_cpp, "LLAMA_FTYPE_MOSTLY_" + sys.argv[3].upper())
-sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(params)))
-"""
 
 
 @dataclass
@@ -69,7 +59,7 @@ class ExportReport:
 def export_gguf(options: ExportOptions) -> ExportReport:
     """Writes a GGUF and checks it. An adapter is merged first, into a temporary folder.
 
-    A quantized type needs llama-cpp-python; without it the f16 is left, and the report says so.
+    A quantized type needs llama.cpp's kernels (xllamacpp); without them the f16 is left, and the report says so.
 
     Raises:
         BaseModelError: source or base cannot be loaded.
@@ -78,11 +68,13 @@ def export_gguf(options: ExportOptions) -> ExportReport:
         OutputError: the output exists or cannot be written, or the disk is too full.
     """
     from_adapter, notes = is_adapter(options.source), []
-    if options.outtype in QUANTIZED and llama_cpp_python() is None:
+    if options.outtype in QUANTIZED and kernel() is None:
         wanted, output = options.outtype, _renamed(options.output, options.outtype)
         options = replace(options, outtype="f16", output=output)
+        why = "xllamacpp's library gives no access to it here" if has_llama_cpp() else f"{INSTALL} brings it"
         notes.append(
-            f"{wanted} needs llama-cpp-python (pip install llama-cpp-python); the f16 is left as {output.name}"
+            f"{wanted} needs llama.cpp's rounding ({why}); the f16 is left as {output.name}: `llama-quantize "
+            f"{output.name} {options.output.stem}-{wanted}.gguf {wanted}` of any llama.cpp rounds it"
         )
     converted_type = options.outtype if options.outtype in CONVERTED else "f16"
     with work_folder(options.output, overwrite=options.overwrite, source=options.source) as work:
@@ -97,8 +89,12 @@ def export_gguf(options: ExportOptions) -> ExportReport:
             )
         merged = MergedModel.load(folder)
         made = _convert(merged, options, converted_type, tools, work)
+        if options.outtype != converted_type:
+            converted, made = made, work / "quantized.gguf"
+            quantize_gguf(converted, made, options.outtype, gguf)
+            converted.unlink()
         check = check_gguf(made, merged, gguf)
-        ran = GgufRun(False, "switched off") if options.no_run else _run(made, merged, options, gguf)
+        ran = GgufRun(False, "switched off") if options.no_run else _run(made, merged, options)
         if check.merge_order_lost and not ran.ran:
             raise _merge_order_lost(options, from_adapter)
         report = ExportReport(
@@ -116,25 +112,13 @@ def _convert(merged: MergedModel, options: ExportOptions, converted_type: str, t
     arguments = [str(staged), "--outtype", converted_type, "--model-name", options.source.resolve().name]
     size = int(count_weights(merged.weights) * CONVERTED[converted_type])
     run_converter(tools, CONVERTER, arguments, made, expected=size)
-    return made if options.outtype == converted_type else _quantize(made, work / "quantized.gguf", options.outtype)
+    return made
 
 
-def _quantize(source: Path, target: Path, outtype: str) -> Path:
-    command = [sys.executable, "-c", QUANTIZE, str(source), str(target), outtype]
-    code, said = run_process(command, dict(os.environ), target, expected=int(source.stat().st_size * 0.3))
-    if code != 0 or not target.is_file():
-        raise ExportError(
-            f"llama.cpp could not quantize to {outtype} (exit code {code}):\n{last_lines(said, 8)}\n",
-            "Choose another --outtype; f16 and q8_0 work for every model.",
-        )
-    source.unlink()
-    return target
-
-
-def _run(made: Path, merged: MergedModel, options: ExportOptions, gguf: ModuleType) -> GgufRun:
+def _run(made: Path, merged: MergedModel, options: ExportOptions) -> GgufRun:
     context = merged.config.get("max_position_embeddings") or 2**20
     prompts, _ = read_prompts(None, options.source, merged.tokenizer, PROMPTS, context)
-    return run_gguf(made, merged, gguf, prompts)
+    return run_gguf(made, merged, prompts, options.outtype)
 
 
 def _merge_order_lost(options: ExportOptions, from_adapter: bool) -> ExportError:

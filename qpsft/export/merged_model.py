@@ -54,6 +54,11 @@ class MergedModel:
         """The tensors, read one at a time."""
         return ExportedWeights(self.folder)
 
+    @property
+    def has_other_senses(self) -> bool:
+        """Whether it also sees or hears."""
+        return any(name in self.config for name in ("vision_config", "audio_config", "visual"))
+
     def stop_texts(self) -> list[str]:
         """The stop tokens as text, by id."""
         return [str(self.tokenizer.convert_ids_to_tokens(token)) for token in sorted(self.stops)]
