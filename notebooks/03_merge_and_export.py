@@ -102,7 +102,7 @@ print(f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} p
 # %% [markdown]
 # ## GGUF
 #
-# llama.cpp's own converter, then every tensor is read back and compared, the tokenizer too. With `llama-cpp-python` installed
+# llama.cpp's own converter, then every tensor is read back and compared, the tokenizer too. With `xllamacpp` installed (extra `gguf`)
 # the file is also run, its tokens and log-probabilities compared with the trained model's.
 
 # %%

@@ -4,7 +4,8 @@ Every conversion is a process that loads transformers, for seconds: those that o
 marked `processes`.
 """
 
-import json
+import io
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,20 +16,24 @@ from exporting import copy_folder, edit_json, edit_weights, export, make_adapter
 from merging import vouch
 from safetensors.torch import load_file, save_file
 
+from qpsft import cli
+from qpsft.chat.conversation import Conversation
 from qpsft.errors import ExportError, OutputError
 from qpsft.export import gguf as gguf_module
 from qpsft.export import gguf_check, llama_cpp
 from qpsft.export.gguf_check import BLOCK_ERROR, check_gguf, rounding_error
 from qpsft.export.gguf_file import GgufFile, interleave_halves, join_halves
-from qpsft.export.gguf_run import llama_cpp_python, run_gguf
+from qpsft.export.gguf_quantize import kernel, quantize_gguf
+from qpsft.export.gguf_run import LIMITS, run_gguf
 from qpsft.export.gguf_texts import COUNT, varied_texts
 from qpsft.export.merged_model import MergedModel, without_generation_markers
 from qpsft.files import process_mark
-from qpsft.model.base import load_tokenizer
+from qpsft.model.base import load_base, load_tokenizer
 from qpsft.model.folder import MODEL_DIR
+from qpsft.model.llama_server import LlamaServer, has_llama_cpp
 from qpsft.verify.prompts import read_prompts
 
-needs_llama_cpp_python = pytest.mark.skipif(llama_cpp_python() is None, reason="llama-cpp-python is not installed")
+needs_llama_cpp = pytest.mark.skipif(not has_llama_cpp(), reason="xllamacpp is not installed")
 
 
 @pytest.fixture(scope="session")
@@ -63,9 +68,9 @@ def exported(merged, tools) -> Path:
     path = merged.parent / "demo.gguf"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gguf_check, "BLOCK_OF_VALUES", 700)
-        report = export("gguf", merged, path, no_run=True)
+        report = export("gguf", merged, path)
     assert report.check.types == {"F16": 22, "F32": 7} and report.check.tensors == 29
-    assert report.check.largest_error < 2**-11 and report.run.summary().startswith("run with llama.cpp: not run")
+    assert report.check.largest_error < 2**-11 and report.run.ran == has_llama_cpp()
     assert {"llama.context_length", "llama.rope.freq_base", "tokenizer.chat_template"} <= set(report.check.metadata)
     assert report.stops == ["<|end|>"] and report.bytes == path.stat().st_size
     assert sorted(p.name for p in path.parent.iterdir()) == ["adapter", "demo.gguf", "merged"], "something was left"
@@ -200,13 +205,13 @@ def test_a_lost_merge_order_of_an_adapter_is_its_bases(tools, tmp_path):
 
 
 def test_stop_tokens_the_file_cannot_name_and_a_type_it_cannot_be_are_reported(merged, tools, tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf_module, "llama_cpp_python", lambda: None)
+    monkeypatch.setattr(gguf_module, "kernel", lambda: None)
     two_stops = copy_folder(merged, tmp_path / "merged")
     edit_json(two_stops / "generation_config.json", eos_token_id=[3, 1])
     report = export("gguf", two_stops, tmp_path / "m-Q4_K_M.gguf", outtype="Q4_K_M", no_run=True)
     assert report.stops == ["<s>", "<|end|>"] and any("stop tokens '<s>'" in note for note in report.notes)
     assert report.path == tmp_path / "m-f16.gguf" and report.path.is_file() and report.outtype == "f16"
-    assert "q4_k_m needs llama-cpp-python" in report.summary()
+    assert "q4_k_m needs llama.cpp's rounding" in report.summary() and "llama-quantize m-f16.gguf" in report.summary()
 
 
 def test_rounding_bounds_of_block_types_hold_and_bite(gguf):
@@ -359,29 +364,88 @@ def test_the_varied_texts_are_varied(merged):
     assert any("😀" in text for text in texts) and any("漢" in text for text in texts)
 
 
-@pytest.mark.slow
-@needs_llama_cpp_python
-@pytest.mark.parametrize("outtype", ["f32", "f16", "bf16", "q8_0", "q4_k_m"])
-def test_llama_cpp_computes_the_merged_model(adapter, tools, tmp_path, outtype):
-    report = export("gguf", adapter, tmp_path / "x.gguf", outtype=outtype)
-    assert report.outtype == outtype and report.run.ran and report.run.texts == COUNT
-    print(outtype, json.dumps(report.run.numbers))
+@pytest.fixture(scope="module")
+def prompts(merged):
+    """Of the merged demo model, all of its own length."""
+    return read_prompts(None, merged, load_tokenizer(merged), 8, 512)[0]
 
 
-@pytest.mark.slow
-@needs_llama_cpp_python
-def test_llama_cpp_that_computes_another_model_fails(merged, exported, gguf, tmp_path):
+@needs_llama_cpp
+def test_llama_cpp_computes_the_merged_model(exported, merged, prompts):
+    run = run_gguf(exported, MergedModel.load(merged), prompts, "f16")
+    assert run.texts == COUNT and not run.notes, "tokens, stop tokens and the chat template are the merged model's"
+    assert run.numbers["positions"] == 200 and run.numbers["kl"] < 1e-5 and run.numbers["mean_abs"] < 2e-3
+
+
+@needs_llama_cpp
+def test_llama_cpp_that_computes_another_model_fails(merged, exported, prompts, tmp_path):
     """The weights are right (reading back says so) and the rotary base is another: only running it tells."""
     other = copy_folder(merged, tmp_path / "other")
     edit_json(other / "config.json", rope_parameters={"rope_theta": 500.0, "rope_type": "default"})
-    model = MergedModel.load(other)
-    prompts, _ = read_prompts(None, other, model.tokenizer, 8, 512)
-    with pytest.raises(ExportError, match="other log-probabilities"):
-        run_gguf(exported, model, gguf, prompts)
+    with pytest.raises(ExportError, match="other probabilities"):
+        run_gguf(exported, MergedModel.load(other), prompts, "f16")
 
 
-@pytest.mark.slow
-@needs_llama_cpp_python
+@needs_llama_cpp
+@pytest.mark.skipif(kernel() is None, reason="xllamacpp's library exports no ggml_quantize_chunk here")
+@pytest.mark.parametrize("outtype", ["q4_k_m", "q2_k", "iq4_xs"])
+def test_a_quantized_file_is_the_merged_model_up_to_its_type(exported, merged, gguf, prompts, tmp_path, outtype):
+    """llama.cpp reads what was rounded here: the values are the type's (read back), and so are the probabilities."""
+    path, model = tmp_path / "x.gguf", MergedModel.load(merged)
+    quantize_gguf(exported, path, outtype, gguf)
+    assert path.stat().st_size < exported.stat().st_size
+    report = check_gguf(path, model, gguf)
+    assert report.tensors == 29 and {"q4_k_m": "Q4_K", "q2_k": "Q3_K", "iq4_xs": "IQ4_XS"}[outtype] in report.types
+    assert 1e-5 < run_gguf(path, model, prompts, outtype).numbers["kl"] < LIMITS[outtype]
+
+
+@needs_llama_cpp
+def test_chat_talks_to_the_file(exported, merged, capsys, monkeypatch):
+    """The turns of a conversation, greedily: what the merged model answers, and it ends by itself."""
+    model, tokenizer = load_base(merged, quantization="none", dtype="float32", verbose=False)
+    expected = Conversation(model, tokenizer, max_new_tokens=24)
+    asked = ["add one, then sort, then rotate, then swap halves: 0259", "reverse: 1234"]
+    for text in asked:
+        expected.say(text)
+        expected.answer()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(asked) + "\n"))
+    assert cli.main(["chat", str(exported), "--max_new_tokens=24"]) == 0
+    said = capsys.readouterr()
+    assert said.out == "".join(f"{turn.answers['tuned']}\n" for turn in expected.turns)
+    assert "run by llama.cpp" in said.err
+    assert cli.main(["chat", str(exported), "--base=demo"]) == 2 and "has no effect" in capsys.readouterr().err
+    assert (
+        cli.main(["chat", str(exported.with_name("dema.gguf"))]) == 2 and "There is no file" in capsys.readouterr().err
+    )
+
+
+@needs_llama_cpp
+def test_a_stop_token_that_llama_cpp_passes_is_named(exported, merged, prompts):
+    model = MergedModel.load(merged)
+    plain = model.tokenizer.convert_tokens_to_ids("a")
+    model.stops.add(plain)
+    (note,) = run_gguf(exported, model, prompts, "f16").notes
+    assert note.startswith("llama.cpp does not stop at 'a' by itself")
+
+
+@needs_llama_cpp
+def test_a_file_that_llama_cpp_cannot_load_is_an_error_and_no_crash(exported, tmp_path):
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(exported.read_bytes()[:20000])
+    with pytest.raises(ExportError, match=r"(?s)cannot load broken.gguf.*exit code"):
+        LlamaServer(broken)
+
+
+@pytest.mark.processes
+@needs_llama_cpp
+@pytest.mark.parametrize("outtype", ["f32", "bf16", "q8_0"])
+def test_the_converters_types_are_the_merged_model(merged, tools, tmp_path, outtype):
+    report = export("gguf", merged, tmp_path / "x.gguf", outtype=outtype)
+    assert report.outtype == outtype and report.run.ran and report.run.numbers["kl"] < LIMITS[outtype]
+
+
+@pytest.mark.processes
+@needs_llama_cpp
 def test_stories260k_is_tokenized_otherwise_by_llama_cpp(stories, tools, tmp_path):
     with pytest.raises(ExportError, match="llama.cpp makes other tokens of 'Once upon a time, there was a little girl"):
         export("gguf", stories, tmp_path / "x.gguf")

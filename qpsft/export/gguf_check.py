@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from qpsft.errors import ExportError
 from qpsft.export.gguf_file import KNOWN, GgufFile, Source, sources_of
 from qpsft.export.llama_cpp import went_wrong
 from qpsft.export.merged_model import MergedModel
@@ -36,7 +35,9 @@ BLOCK_ERROR = {
 }  # fmt: skip
 """Relative error (root mean square) of the block types: twice what bell-shaped weights get in each (see the tests)."""
 
-OTHER_SENSES = re.compile(r"(^|[._])(vision|visual|audio|image|multi_?modal|multi_modal_projector|connector|mm)([._]|$)")
+OTHER_SENSES = re.compile(
+    r"(^|[._])(vision|visual|audio|image|multi_?modal|multi_modal_projector|connector|mm)([._]|$)"
+)
 """In the names of tensors that see or hear: llama.cpp keeps those in a file of their own (`--mmproj`)."""
 
 COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -141,7 +142,10 @@ def _compare(file: GgufFile, source: Source, weights: ExportedWeights) -> tuple[
     error, right = rounding_error(((file.values(source.name, block), expected[block]) for block in blocks), kind)
     if right is None:
         return error, f"{where} is of type {kind}, whose rounding is not known here"
-    return error, "" if right else f"the values of {where} differ by {error:.1e} of their size, and {kind} explains less"
+    return (
+        error,
+        "" if right else f"the values of {where} differ by {error:.1e} of their size, and {kind} explains less",
+    )
 
 
 def rounding_error(blocks: Iterable[tuple[Tensor, Tensor]], kind: str) -> tuple[float, bool | None]:

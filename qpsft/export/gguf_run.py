@@ -124,25 +124,28 @@ def _notes_on_stops(server: LlamaServer, merged: MergedModel) -> list[str]:
 
 
 def _notes_on_text(server: LlamaServer, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Where llama.cpp writes another text or another beginning than the tokenizer: users of its chat get that."""
+    """Where llama.cpp begins or writes a prompt otherwise than the tokenizer: users of its chat get that."""
     if tokenizer.chat_template is None:
-        plain, own = server.tokenize_plain("a"), tokenizer("a", verbose=False)["input_ids"]
-        if plain == own:
+        made, own = server.tokenize("a", start=True), tokenizer("a", verbose=False)["input_ids"]
+        if made == own:
             return []
-        return [f"of plain text llama.cpp makes {plain[:3]}… where the tokenizer makes {own[:3]}…: mind the BOS token"]
+        return [f"of plain text llama.cpp makes {made[:3]}… where the tokenizer makes {own[:3]}…: mind the BOS token"]
     for conversation in CONVERSATIONS:
-        expected = render(tokenizer, conversation, opened=True)
-        if expected is None or conversation[-1]["role"] != "user":
+        text = render(tokenizer, conversation, opened=True)
+        if text is None or conversation[-1]["role"] != "user":
             continue
+        expected = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         try:
-            made = server.apply_template(conversation)
+            written = server.apply_template(conversation)
         except ExportError as error:
-            return [f"llama.cpp cannot write the chat template ({error.what}): give it rendered prompts"]
-        if made != expected:
-            place = next(i for i, (a, b) in enumerate(zip(expected + "\0", made + "\0", strict=False)) if a != b)
             return [
-                f"llama.cpp writes the chat template otherwise than training did: {made[place : place + 40]!r} instead of "
-                f"{expected[place : place + 40]!r}; give it rendered prompts"
+                f"llama.cpp cannot write the chat template ({error.what}): give it prompts written by the tokenizer"
+            ]
+        made = server.tokenize(written, start=True)
+        if made != expected:
+            return [
+                f"llama.cpp writes the chat template otherwise than training did: {written!r} instead of {text!r} "
+                f"({first_difference(expected, made)}); give it prompts written by the tokenizer"
             ]
     return []
 

@@ -23,6 +23,8 @@ from qpsft.errors import ExportError
 
 INSTALL = "pip install 'qpsft[gguf]'"
 LAST_LINES = 6
+HEADER_BYTES = 64 * 2**20
+"""What a GGUF begins with and its metadata are in; large vocabularies take 20 MB."""
 
 SERVE = """
 import sys
@@ -49,6 +51,12 @@ os._exit(0)
 def has_llama_cpp() -> bool:
     """Whether xllamacpp is installed."""
     return importlib.util.find_spec("xllamacpp") is not None
+
+
+def has_chat_template(path: Path) -> bool:
+    """Whether a GGUF names a chat template of its own; llama.cpp takes one for all where there is none."""
+    with path.open("rb") as file:
+        return b"tokenizer.chat_template" in file.read(HEADER_BYTES)
 
 
 class LlamaServer:
@@ -110,16 +118,19 @@ class LlamaServer:
             with contextlib.suppress(OSError):
                 stream.close()
 
-    def tokenize(self, text: str) -> list[int]:
-        """The tokens of a text, special ones included where it writes them, and no beginning-of-sequence added."""
-        return self._post("/tokenize", content=text, add_special=False, parse_special=True)["tokens"]
+    def tokenize(self, text: str, *, start: bool = False) -> list[int]:
+        """The tokens of a text, special ones included where it writes them.
 
-    def tokenize_plain(self, text: str) -> list[int]:
-        """The tokens of a text as llama.cpp starts a sequence: with a beginning-of-sequence token if the file asks."""
-        return self._post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
+        Args:
+            start: as llama.cpp begins a prompt: with a beginning-of-sequence token if the file asks for it.
+        """
+        return self._post("/tokenize", content=text, add_special=start, parse_special=True)["tokens"]
 
     def apply_template(self, messages: list[dict[str, str]]) -> str:
-        """A conversation as llama.cpp writes it with the file's chat template, the generation prompt at its end."""
+        """A conversation as llama.cpp writes it with the file's chat template, the generation prompt at its end.
+
+        Without the beginning-of-sequence token, where llama.cpp adds that itself to a prompt.
+        """
         return self._post("/apply-template", messages=messages)["prompt"]
 
     def settings(self) -> dict[str, Any]:
@@ -159,6 +170,7 @@ class LlamaServer:
                 raise ExportError(f"llama.cpp refused {place} on {self.path.name}: {said}", "See what it says.")
             yield answer
         except (OSError, http.client.HTTPException) as error:
-            raise ExportError(f"llama.cpp ended at {place} on {self.path.name}:\n{self._said()}", "Export again.") from error
+            said = self._said()
+            raise ExportError(f"llama.cpp ended at {place} on {self.path.name}:\n{said}", "Export again.") from error
         finally:
             connection.close()
