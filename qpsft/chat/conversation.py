@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from qpsft.data.tokenize import encode_prompt, tokenize_rows, writes_chat
+from qpsft.data.ending import end_of_turn
+from qpsft.data.tokenize import encode_prompt, writes_chat
 from qpsft.errors import BaseModelError, DataError
-from qpsft.evaluate.rows import as_rows, stop_ids_of
 from qpsft.model.adapter import adapter_off, has_adapter
 from qpsft.model.generation import neutral_settings, stop_tokens
 from qpsft.recipe.arguments import DataArguments
@@ -153,7 +153,8 @@ class Conversation(Turns):
         self.speakers = (BASE, TUNED) if has_adapter(model) else (TUNED,)
         self.limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.encode([*self.system, {"role": "user", "content": "?"}])
-        self._stops = sorted(self._stop_ids())
+        # the base's settings, and the token that ended the answers in training
+        self._stops = sorted(stop_tokens(model, tokenizer) | end_of_turn(tokenizer, self.arguments))
 
     def encode(self, messages: list[dict]) -> list[int]:
         return encode_prompt(messages, self.tokenizer, self.arguments)
@@ -189,15 +190,6 @@ class Conversation(Turns):
         finally:
             self.turns[-1].answers[speaker] = stream.text
         return stream.text
-
-    def _stop_ids(self) -> set[int]:
-        """Tokens that end an answer: those of the base's settings, and the one that ended the answers in training."""
-        probe = as_rows([{"prompt": "?", "completion": "!"}], "probe", self.arguments)
-        try:
-            texts = list(tokenize_rows(probe, self.tokenizer, self.arguments, None, show_progress=False).dataset)
-        except DataError:  # a template that could not be trained on
-            return stop_tokens(self.model, self.tokenizer)
-        return stop_ids_of(self.model, self.tokenizer, texts)
 
 
 class _Stream(BaseStreamer):

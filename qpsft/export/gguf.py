@@ -15,16 +15,21 @@ from qpsft.export.merged_model import MergedModel, count_weights, stage
 from qpsft.export.options import CONVERTED, QUANTIZED, ExportOptions
 from qpsft.files import check_space, put_in_place, work_folder
 from qpsft.merge.merging import merge_adapter
+from qpsft.merge.model_files import copy_tokenizer, write_config
 from qpsft.merge.report import MergeReport
 from qpsft.model.adapter_folder import AdapterFolder
 from qpsft.model.folder import is_adapter
 from qpsft.model.llama_server import INSTALL, has_llama_cpp
 from qpsft.terminal import wrap
-from qpsft.verify.exported import ExportedWeights
+from qpsft.verify.exported import ExportedWeights, read_text_config
 from qpsft.verify.prompts import read_prompts
 
 MERGE_DTYPE = {"f32": "float32", "bf16": "bfloat16"}
 """What an adapter is merged to, so that weights are rounded once; float16 for the others, which round more than it."""
+
+
+MTP_EXPECTED = re.compile(r"Qwen3(Next|_5)")
+"""Architectures that llama.cpp's converter takes to predict several tokens (MTP), which training leaves out."""
 
 
 @dataclass
@@ -83,6 +88,7 @@ def export_gguf(options: ExportOptions) -> ExportReport:
         gguf = load_gguf(tools)
         merge, folder = None, options.source
         if from_adapter:
+            _check_tokenizer(AdapterFolder(options.source), options, tools, work)
             folder = work / "merged"
             merge = merge_adapter(
                 options.source, folder, base=options.base, dtype=MERGE_DTYPE.get(converted_type, "float16")
@@ -99,7 +105,7 @@ def export_gguf(options: ExportOptions) -> ExportReport:
             raise _merge_order_lost(options, from_adapter)
         report = ExportReport(
             options.output, options.outtype, made.stat().st_size, check, ran, merge,
-            notes=notes + ran.notes + _note_on_stops(check, ran), stops=merged.stop_texts(),
+            notes=notes + ran.notes + _notes_on_check(check, ran), stops=merged.stop_texts(),
         )  # fmt: skip
         put_in_place(made, options.output)
     return report
@@ -109,10 +115,34 @@ def _convert(merged: MergedModel, options: ExportOptions, converted_type: str, t
     """The GGUF in the work folder."""
     made = work / "converted.gguf"
     staged = stage(merged.folder, work / "staged")
-    arguments = [str(staged), "--outtype", converted_type, "--model-name", options.source.resolve().name]
+    arguments = [*_source(merged.folder, staged), "--outtype", converted_type]
+    arguments += ["--model-name", options.source.resolve().name]
     size = int(count_weights(merged.weights) * CONVERTED[converted_type])
-    run_converter(tools, CONVERTER, arguments, made, expected=size)
+    run_converter(tools, CONVERTER, arguments, made, expected=size, special=merged.further_stops())
     return made
+
+
+def _source(folder: Path, staged: Path) -> list[str]:
+    """What to convert, as arguments of the converter: it has to be told where a Qwen has lost its MTP layers."""
+    architecture = (read_text_config(folder).get("architectures") or [""])[0]
+    lost = MTP_EXPECTED.match(architecture) and not any("mtp." in name for name in ExportedWeights(folder).names())
+    return [str(staged), *(["--no-mtp"] if lost else [])]
+
+
+def _check_tokenizer(adapter: AdapterFolder, options: ExportOptions, tools: Path, work: Path) -> None:
+    """Has the converter write the vocabulary alone, as the merged model will have it: minutes before it is merged.
+
+    Raises:
+        ExportError: it does not know the architecture or the tokenizer, or cannot run.
+    """
+    base, folder = adapter.base_folder(options.base, same_rounding=False), work / "unmerged"
+    folder.mkdir()
+    write_config(base, folder, "float16")
+    copy_tokenizer(adapter.path, base, folder)
+    for path in base.glob("*.safetensors*"):  # of which the converter reads the names
+        (folder / path.name).symlink_to(path.resolve())
+    arguments = [*_source(folder, stage(folder, work / "vocabulary")), "--vocab-only"]
+    run_converter(tools, CONVERTER, arguments, work / "vocabulary.gguf", expected=0)
 
 
 def _run(made: Path, merged: MergedModel, options: ExportOptions) -> GgufRun:
@@ -132,12 +162,22 @@ def _merge_order_lost(options: ExportOptions, from_adapter: bool) -> ExportError
     )
 
 
-def _note_on_stops(check: GgufCheck, ran: GgufRun) -> list[str]:
-    """What to do about stop tokens that the file does not name; running the file has its own word on them."""
-    if not check.stops_missing or ran.ran:
-        return []
-    names = ", ".join(map(repr, check.stops_missing))
-    return [f"the file does not name the stop tokens {names}: a Modelfile or --stop must"]
+def _notes_on_check(check: GgufCheck, ran: GgufRun) -> list[str]:
+    """What reading the file back left open, and what to do about it where the file was not run."""
+    notes = []
+    if check.other_senses:
+        notes.append(
+            f"{check.other_senses} tensors that see or hear are not in the file: it is the language model alone"
+        )
+    if check.unsure and not ran.ran:
+        notes.append(
+            f"{len(check.unsure)} things could not be compared, because llama.cpp's layout of this architecture is not "
+            f"known here, such as: {check.unsure[0]}. Only running the file tells whether it is the merged model"
+        )
+    if check.stops_missing and not ran.ran:
+        names = ", ".join(map(repr, check.stops_missing))
+        notes.append(f"the file does not name the stop tokens {names}: a Modelfile or --stop must")
+    return notes
 
 
 def _renamed(output: Path, wanted: str) -> Path:

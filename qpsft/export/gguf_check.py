@@ -76,6 +76,7 @@ class GgufCheck:
         return (
             f"read back: {self.tensors} tensors ({types}) equal the merged weights up to their type's rounding "
             f"(largest relative error {self.largest_error:.1e}), {len(self.metadata)} metadata keys match"
+            f"{f'; {len(self.unsure)} are laid out in a way that is not known here' if self.unsure else ''}"
         )
 
     def differs(self, file: GgufFile, what: str) -> None:

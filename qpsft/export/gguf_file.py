@@ -22,14 +22,14 @@ from qpsft.verify.exported import ExportedWeights
 
 ROTARY_NORMAL = {
     "llama", "granite", "granitemoe", "olmo", "minicpm", "deci", "arctic", "chameleon", "llada", "bailingmoe", "xverse",
-    "baichuan", "internlm2",
+    "baichuan", "internlm2", "smollm3",
 }  # fmt: skip
 """Architectures whose rotary embedding pairs neighbouring rows in llama.cpp and halves in transformers."""
 
 WRITTEN = ("general.architecture", "general.file_type", "general.quantization_version")
 """Metadata that whoever writes a GGUF anew gives himself."""
 
-KNOWN = {"llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "gpt2", "granite", "olmo", "olmo2"}
+KNOWN = {"llama", "smollm3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "gpt2", "granite", "olmo", "olmo2"}
 """Architectures whose tensors are laid out as `layout_of` says: what differs there is a mistake. Of others the run of
 the file decides."""
 

@@ -6,14 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+from qpsft.data.ending import end_of_turn
 from qpsft.files import write_atomically
-from qpsft.model.folder import read_config
+from qpsft.model.base import load_tokenizer
+from qpsft.model.folder import read_config, read_json
+from qpsft.verify.text import stop_tokens
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
     "chat_template.json",
 )  # fmt: skip
+GENERATION_CONFIG = "generation_config.json"
 # Vocabularies that a tokenizer saved by training does not repeat, and that llama.cpp converts from.
 _SOURCES_OF_TOKENIZERS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
@@ -42,12 +46,23 @@ def copy_tokenizer(adapter: Path, base: Path, folder: Path) -> list[str]:
     the base's generation config. Returns the names."""
     source = adapter if (adapter / "tokenizer_config.json").is_file() else base
     chosen = {name: source / name for name in TOKENIZER_FILES if (source / name).is_file()}
-    for name in (*_SOURCES_OF_TOKENIZERS, "generation_config.json"):
+    for name in (*_SOURCES_OF_TOKENIZERS, GENERATION_CONFIG):
         if (base / name).is_file():
             chosen.setdefault(name, base / name)
     for name, path in chosen.items():
         write_atomically(folder / name, path.read_bytes())
     return sorted(chosen)
+
+
+def name_stops(folder: Path) -> None:
+    """Has generation_config.json name the end of turn that the chat template writes, where the base's did not."""
+    tokenizer = load_tokenizer(folder)
+    named = stop_tokens(folder, tokenizer)
+    stops = named | end_of_turn(tokenizer)
+    if stops != named:
+        path = folder / GENERATION_CONFIG
+        settings = read_json(path) if path.is_file() else {}
+        write_json(path, settings | {"eos_token_id": sorted(stops)})
 
 
 def write_json(path: Path, content: Any) -> None:
