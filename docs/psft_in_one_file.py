@@ -94,8 +94,7 @@ def psft_loss(logprobs, old_logprobs, mask, epsilon):
     return -ratio.clamp(max=1 + epsilon)[mask].mean()
 
 
-def train(args, rows):
-    policy = make_policy(args)
+def train(args, policy, rows):
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, eps=args.adam_epsilon, weight_decay=0.0)
     step, steps = 0, args.sft_warmup_steps + args.blocks * args.reference_steps * args.num_iterations
@@ -144,7 +143,7 @@ if __name__ == "__main__":
     args = Args()
     tokenizer = AutoTokenizer.from_pretrained(args.base)
     rows = [tokenize(tokenizer, row["prompt"], row["completion"]) for row in demonstrations("noisy")]
-    policy = train(args, rows)
+    policy = train(args, make_policy(args), rows)
     if args.output_dir:
         policy.save_pretrained(args.output_dir)
         print(f"wrote {args.output_dir}")

@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from fractions import Fraction
 
+import evidence_full
 import evidence_real
 import evidence_real_parts as parts
 import evidence_real_table as table
@@ -266,6 +267,17 @@ def test_the_whole_study_goes_on_does_nothing_twice_and_prints_its_table(model, 
     assert summary["rates"] == {"sft": 0.005, "sft_matched": 0.005, "psft": 0.005}
     assert summary["environment"]["versions"] and len(summary["runs"]) == 3
     assert summary["base"]["mt_bench/nll"] != end["mt_bench/nll"]
+
+    # full fine-tuning on the same rows
+    own = [flag for flag in flags(model, data, tmp_path) if not flag.startswith(("--arms", "--rates", "--seeds"))]
+    evidence_full.main([*own, "--arms=sft,psft", "--rates=1e-2,3e-2"])
+    capsys.readouterr()
+    evidence_full.main([*own, "--arms=sft,psft", "--rates=1e-2,3e-2"])
+    assert "psft" in capsys.readouterr().out
+    full = [json.loads(path.read_text()) for path in sorted((tmp_path / "full").iterdir())]
+    assert [one["steps"] for one in full if one["arm"] == "psft"] == [8, 8] and len(full) == 4
+    likelihoods = {one["metrics"]["test/nll"] for one in full}
+    assert len(likelihoods) == 4 and max(likelihoods) < summary["base"]["test/nll"]
 
 
 def test_unpacked_weights_give_the_same_numbers(model, data):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from exporting import copy_folder, edit_json, export, make_adapter
 from merging import ALL, save_peft_adapter
+from safetensors.torch import load_file, save_file
 
 from qpsft.errors import BaseModelError, ExportError
 from qpsft.model.folder import MODEL_DIR
@@ -67,6 +68,8 @@ def test_ranks_above_vllms_default_need_a_flag(tmp_path, rank, flag):
         ({"rank_pattern": {"q_proj": 8}}, "ranks or alphas of their own"),
         ({"alpha_pattern": {"q_proj": 8}}, "ranks or alphas of their own"),
         ({"r": 1024}, "its rank is 1024"),
+        ({"target_modules": r"lm_head|.*\.[qv]_proj"}, "adapts lm_head"),
+        ({"target_modules": r".*embed_tokens|.*\.q_proj"}, "adapts model.embed_tokens"),
     ],
 )
 def test_what_vllm_refuses(tmp_path, settings, words):
@@ -74,6 +77,43 @@ def test_what_vllm_refuses(tmp_path, settings, words):
     report = export("vllm", other)
     assert not report.servable and report.command is None
     assert words in report.refusals[0] and words in report.summary() and "next: merge it" in report.summary()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+        {"alora_invocation_tokens": [5]},
+        {"layer_replication": [[0, 2], [1, 2]]},
+        {"use_qalora": True},
+        {"arrow_config": {"top_k": 2}},
+    ],
+    ids=str,
+)
+def test_what_is_more_than_low_rank_updates_of_the_base_is_not_servable(adapter, tmp_path, settings):
+    """vLLM would load these, and compute another model."""
+    other = copy_folder(adapter, tmp_path / "adapter")
+    edit_json(other / "adapter_config.json", **settings)
+    report = export("vllm", other)
+    assert not report.servable and report.command is None and next(iter(settings)) in report.refusals[0]
+    assert "next: merge" not in report.summary()
+
+
+def test_a_text_adapter_of_a_model_with_images_is_not_servable(adapter, tmp_path, monkeypatch):
+    base = copy_folder(MODEL_DIR, tmp_path / "base")
+    edit_json(base / "config.json", vision_config={"hidden_size": 8})
+    monkeypatch.setattr("qpsft.model.adapter_folder.AdapterFolder.base_folder", lambda *args, **kwargs: base)
+    report = export("vllm", adapter)
+    assert not report.servable and "images or sound" in report.refusals[0] and "next: merge it" in report.summary()
+
+
+def test_foreign_prefixes_are_refused(tmp_path):
+    other = make_adapter(tmp_path / "adapter")
+    file = other / "adapter_model.safetensors"
+    save_file({f"_orig_mod.{name}": tensor for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(BaseModelError, match="in place of"):
+        export("vllm", other)
 
 
 def test_a_base_that_vllm_rounds_otherwise_is_noted(adapter, tmp_path):

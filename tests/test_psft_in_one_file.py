@@ -86,7 +86,7 @@ def test_its_rows_are_those_of_qpsft_train(rows):
 
 
 def test_it_trains_the_trainer_s_adapter(one_file, args, rows, trainer, capsys):
-    weights = policy(one_file.train(args, rows))
+    weights = policy(one_file.train(args, one_file.make_policy(args), rows))
     assert largest_difference(weights, policy(trainer.model)) < CLOSE
     lines, log = capsys.readouterr().out.splitlines(), log_lines(trainer)
     for line, step in zip(lines, (0, 8, 16), strict=True):  # the numbers are the trainer's, too
@@ -98,5 +98,6 @@ def test_it_trains_the_trainer_s_adapter(one_file, args, rows, trainer, capsys):
 @pytest.mark.parametrize("change", [dict(epsilon=0.12), dict(num_iterations=1, blocks=4), dict(sft_warmup_steps=0)])
 def test_another_method_would_be_noticed(one_file, args, rows, trainer, change):
     torch.manual_seed(0)
-    other = policy(one_file.train(replace(args, **change), rows))
+    other = replace(args, **change)
+    other = policy(one_file.train(other, one_file.make_policy(other), rows))
     assert largest_difference(other, policy(trainer.model)) > 100 * CLOSE

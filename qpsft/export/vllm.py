@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from qpsft.errors import ExportError
 from qpsft.export.options import ExportOptions
 from qpsft.merge.merging import merge_adapter
 from qpsft.merge.report import MergeReport
-from qpsft.model.adapter_folder import AdapterFolder
+from qpsft.model.adapter_folder import PREFIX, AdapterFolder
 from qpsft.model.base_record import BaseRecord
 from qpsft.model.folder import DEMO, MODEL_DIR, check_folder, has_weights, is_adapter
 from qpsft.terminal import wrap
@@ -21,6 +22,8 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values vLLM takes for --max-lora-rank."""
 
 EMBEDDINGS = ("lm_head", "embed_tokens")
+LANGUAGE_MODEL = "language_model"
+"""In the names of its layers, where it is a part of a larger model."""
 
 
 @dataclass
@@ -31,6 +34,7 @@ class VllmReport:
         servable: vLLM can load it: an adapter beside its base, a merged folder as it is.
         command: the `vllm serve` command, for the adapter or for the merged folder; None when there is neither.
         merge: the report of the merge, if the adapter was merged because it is not servable.
+        remedy: what to do when there is no command.
     """
 
     source: Path
@@ -40,6 +44,7 @@ class VllmReport:
     notes: list[str] = field(default_factory=list)
     merge: MergeReport | None = None
     is_adapter: bool = True
+    remedy: str = "merge it with qpsft export --to vllm -o FOLDER"
 
     def summary(self) -> str:
         """A few lines for a terminal, the command last."""
@@ -49,7 +54,7 @@ class VllmReport:
         if self.merge is not None:
             lines.append(f"so it was merged into {self.merge.output}")
         lines += [wrap(f"note: {note}") for note in self.notes]
-        return "\n".join([*lines, f"next: {self.command or 'merge it with qpsft export --to vllm -o FOLDER'}"])
+        return "\n".join([*lines, f"next: {self.command or self.remedy}"])
 
 
 def export_vllm(options: ExportOptions) -> VllmReport:
@@ -73,9 +78,13 @@ def export_vllm(options: ExportOptions) -> VllmReport:
         raise ExportError(
             f"The adapter in {source} is of type {config.get('peft_type')}.", "vLLM serves LoRA adapters only."
         )
+    try:
+        adapter.mergeable_config()
+    except ExportError as error:  # merging would refuse it too
+        return VllmReport(source, False, [error.what], None, remedy=error.todo)
     record = adapter.record
     base_folder = adapter.base_folder(options.base, same_rounding=False, weights=False)
-    refusals = _refusals(adapter)
+    refusals = _refusals(adapter, base_folder)
     if not refusals:
         command = _serve(source, options.base, record, _largest_rank(config))
         return VllmReport(source, True, [], command, _notes(record) + _note_on_weights(base_folder))
@@ -86,20 +95,35 @@ def export_vllm(options: ExportOptions) -> VllmReport:
     return VllmReport(source, False, refusals, command, merge=merge)
 
 
-def _refusals(adapter: AdapterFolder) -> list[str]:
-    """What vLLM's PEFTHelper and its LoRA layers refuse, or take and compute wrongly."""
-    config, targets = adapter.settings, adapter.settings.get("target_modules") or []
+def _refusals(adapter: AdapterFolder, base: Path) -> list[str]:
+    """What vLLM's PEFTHelper and its LoRA layers refuse, or take and compute wrongly.
+
+    The tensors in the file count, not the target modules of the config, which may be a regular expression.
+    """
+    config = adapter.settings
     refusals = [f"it has {what}, which vLLM does not support" for what in adapter.beyond_low_rank()]
-    targets = [targets] if isinstance(targets, str) else targets
-    embeddings = [name for name in targets if name.rpartition(".")[2] in EMBEDDINGS]
+    modules = {name.removeprefix(PREFIX).partition(".lora_")[0].removesuffix(".weight") for name in adapter.shapes}
+    embeddings = sorted(name for name in modules if name.rpartition(".")[2] in EMBEDDINGS)
     if embeddings:
         refusals.append(f"it adapts {', '.join(embeddings)}, which vLLM does not adapt for most models")
-    if config.get("rank_pattern") or config.get("alpha_pattern"):
+    ranks = {shape[0] for name, shape in adapter.shapes.items() if name.endswith(".lora_A.weight")}
+    if len(ranks) > 1 or config.get("alpha_pattern"):
         refusals.append("layers have ranks or alphas of their own, and vLLM scales all layers by one alpha / rank")
     rank = _largest_rank(config)
     if rank > RANKS[-1]:
         refusals.append(f"its rank is {rank}, and vLLM's largest is {RANKS[-1]}")
+    if _takes_other_inputs(base) and not all(LANGUAGE_MODEL in name for name in modules):
+        refusals.append(
+            "its base takes images or sound too, and training used the language model alone: vLLM serves the whole "
+            "model, whose layers have other names than the adapter's"
+        )
     return refusals
+
+
+def _takes_other_inputs(base: Path) -> bool:
+    """Whether the checkpoint is of a model with more than a language model."""
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    return bool({"vision_config", "audio_config"} & set(config))
 
 
 def _largest_rank(config: dict[str, Any]) -> int:
