@@ -204,12 +204,16 @@ def test_a_lost_merge_order_of_an_adapter_is_its_bases(tools, tmp_path):
     assert str(error.value).count(str(base)) == 2 and "exporting" not in str(error.value)
 
 
-def test_stop_tokens_the_file_cannot_name_and_a_type_it_cannot_be_are_reported(merged, tools, tmp_path, monkeypatch):
+def test_stop_tokens_the_file_cannot_name_and_a_type_it_cannot_be_are_reported(
+    merged, tools, gguf, tmp_path, monkeypatch
+):
     monkeypatch.setattr(gguf_module, "kernel", lambda: None)
     two_stops = copy_folder(merged, tmp_path / "merged")
-    edit_json(two_stops / "generation_config.json", eos_token_id=[3, 1])
+    edit_json(two_stops / "generation_config.json", eos_token_id=[3, 1, 4, 5])
     report = export("gguf", two_stops, tmp_path / "m-Q4_K_M.gguf", outtype="Q4_K_M", no_run=True)
-    assert report.stops == ["<s>", "<|end|>"] and any("stop tokens '<s>'" in note for note in report.notes)
+    file, last = GgufFile(report.path, gguf), load_tokenizer(merged).convert_ids_to_tokens(5)
+    assert [file.value(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")] == [3, 1, 4]
+    assert len(report.stops) == 4 and any(f"stop tokens {last!r}:" in note for note in report.notes)
     assert report.path == tmp_path / "m-f16.gguf" and report.path.is_file() and report.outtype == "f16"
     assert "q4_k_m needs llama.cpp's rounding" in report.summary() and "llama-quantize m-f16.gguf" in report.summary()
 
@@ -299,7 +303,7 @@ def test_bad_input_says_what_to_do(merged, tmp_path, monkeypatch):
 
 def fake_llama_cpp(folder: Path, script: str) -> Path:
     (folder / "gguf-py/gguf").mkdir(parents=True)
-    (folder / "gguf-py/gguf/__init__.py").touch()
+    (folder / "gguf-py/gguf/__init__.py").write_text("class SpecialVocab:\n    def add_to_gguf(self, writer): ...\n")
     (folder / "gguf-py/gguf/quants.py").touch()
     (folder / llama_cpp.CONVERTER).write_text(script)
     return folder
@@ -311,6 +315,27 @@ def test_a_failing_converter_shows_what_it_said_and_leaves_nothing(merged, tmp_p
     with pytest.raises(ExportError, match=r"(?s)exit code 3.*the sky fell"):
         export("gguf", merged, tmp_path / "x.gguf", llama_cpp=tools)
     assert [path.name for path in tmp_path.iterdir()] == ["llama.cpp"]
+
+
+def test_what_the_converter_does_not_know_is_said_before_the_merge(adapter, tmp_path, monkeypatch):
+    script = "import sys\nassert '--vocab-only' in sys.argv\nsys.exit('BPE pre-tokenizer was not recognized')"
+    tools = fake_llama_cpp(tmp_path / "llama.cpp", script)
+    monkeypatch.setattr(gguf_module, "merge_adapter", None)
+    with pytest.raises(ExportError, match="byte-level BPE tokenizers by a hash"):
+        export("gguf", adapter, tmp_path / "x.gguf", llama_cpp=tools)
+
+
+@pytest.mark.parametrize(
+    "said, code, words",
+    [
+        ("OSError: 4194304 requested and 1835008 written", 1, "The disk did not take all of it"),
+        ("OSError: [Errno 28] No space left on device", 1, "The disk did not take all of it"),
+        ("", -9, "memory is short"),
+        ("ValueError: something else", 1, "Try a newer llama.cpp"),
+    ],
+)
+def test_a_failing_converter_gets_the_advice_that_helps(said, code, words):
+    assert words in llama_cpp._advice(said, code)
 
 
 def test_an_interrupted_export_leaves_nothing_and_the_converter_dies(merged, tmp_path, monkeypatch):
@@ -374,7 +399,22 @@ def prompts(merged):
 def test_llama_cpp_computes_the_merged_model(exported, merged, prompts):
     run = run_gguf(exported, MergedModel.load(merged), prompts, "f16")
     assert run.texts == COUNT and not run.notes, "tokens, stop tokens and the chat template are the merged model's"
-    assert run.numbers["positions"] == 200 and run.numbers["kl"] < 1e-5 and run.numbers["mean_abs"] < 2e-3
+    assert run.compared.positions == 200 and run.compared.kl < 1e-5
+    numbers = list(run.compared.chosen)
+    computed = torch.tensor([run.compared.chosen[number] for number in numbers])
+    assert torch.allclose(computed, run.compared.exact.chosen[numbers], atol=0.02)
+
+
+@needs_llama_cpp
+def test_where_the_layout_is_not_known_the_run_decides(merged, exported, gguf, prompts, tmp_path, monkeypatch):
+    """The same difference that is refused in a Llama is only noted in an unknown architecture, and then found."""
+    other = copy_folder(merged, tmp_path / "other")
+    edit_weights(other, swap_two_rows)
+    monkeypatch.setattr(gguf_check, "KNOWN", set())
+    report = check(exported, other, gguf)
+    assert report.tensors == 28 and [what for what in report.unsure if "blk.0.attn_q.weight" in what]
+    with pytest.raises(ExportError, match="other probabilities"):
+        run_gguf(exported, MergedModel.load(other), prompts, "f32")
 
 
 @needs_llama_cpp
@@ -396,7 +436,7 @@ def test_a_quantized_file_is_the_merged_model_up_to_its_type(exported, merged, g
     assert path.stat().st_size < exported.stat().st_size
     report = check_gguf(path, model, gguf)
     assert report.tensors == 29 and {"q4_k_m": "Q4_K", "q2_k": "Q3_K", "iq4_xs": "IQ4_XS"}[outtype] in report.types
-    assert 1e-5 < run_gguf(path, model, prompts, outtype).numbers["kl"] < LIMITS[outtype]
+    assert 1e-5 < run_gguf(path, model, prompts, outtype).compared.kl < LIMITS[outtype]
 
 
 @needs_llama_cpp
@@ -441,7 +481,7 @@ def test_a_file_that_llama_cpp_cannot_load_is_an_error_and_no_crash(exported, tm
 @pytest.mark.parametrize("outtype", ["f32", "bf16", "q8_0"])
 def test_the_converters_types_are_the_merged_model(merged, tools, tmp_path, outtype):
     report = export("gguf", merged, tmp_path / "x.gguf", outtype=outtype)
-    assert report.outtype == outtype and report.run.ran and report.run.numbers["kl"] < LIMITS[outtype]
+    assert report.outtype == outtype and report.run.ran and report.run.compared.kl < LIMITS[outtype]
 
 
 @pytest.mark.processes

@@ -24,6 +24,8 @@ from qpsft.recipe.arguments import DataArguments
 from qpsft.terminal import fill, no_standard_input, takes_color, visible
 
 BOTH = "both"
+GGUF_CONTEXT = 8192
+"""Tokens of a conversation with a GGUF, or the model's own limit where that is less: a longer one takes much memory."""
 INTERRUPTED = 130
 BOLD, DIM, PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[0m"
 COMMANDS = {
@@ -88,7 +90,7 @@ def _open_gguf(
         raise BaseModelError(f"{', '.join(names)} has no effect on {path}: a GGUF is run as it is.", "Leave it out.")
     asked = {"use_chat_template": options.use_chat_template, "prompt_format": options.prompt_format}
     arguments = DataArguments(**{name: value for name, value in asked.items() if value is not None})
-    server = stack.enter_context(LlamaServer(path))
+    server = stack.enter_context(LlamaServer(path, context=GGUF_CONTEXT))
     size = path.stat().st_size / 1e6
     return GgufConversation(server, arguments, **sampling), f"{size:,.1f} MB, run by llama.cpp"
 

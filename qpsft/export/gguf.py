@@ -10,6 +10,7 @@ from qpsft.errors import ExportError
 from qpsft.export.gguf_check import GgufCheck, check_gguf
 from qpsft.export.gguf_quantize import kernel, quantize_gguf
 from qpsft.export.gguf_run import PROMPTS, GgufRun, run_gguf
+from qpsft.export.kept import ENOUGH, TrainingKept, training_kept
 from qpsft.export.llama_cpp import CONVERTER, find_llama_cpp, load_gguf, run_converter
 from qpsft.export.merged_model import MergedModel, count_weights, stage
 from qpsft.export.options import CONVERTED, QUANTIZED, ExportOptions
@@ -24,6 +25,7 @@ from qpsft.terminal import wrap
 from qpsft.verify.exported import ExportedWeights, read_text_config
 from qpsft.verify.prompts import read_prompts
 
+MERGED_TO = ("f32", "bf16", "f16")
 MERGE_DTYPE = {"f32": "float32", "bf16": "bfloat16"}
 """What an adapter is merged to, so that weights are rounded once; float16 for the others, which round more than it."""
 
@@ -39,6 +41,7 @@ class ExportReport:
     Attributes:
         outtype: its type, which is f16 where a quantized one was asked for and could not be made.
         stops: the model's stop tokens, as text.
+        kept: how much of an adapter's training a type of few bits has left; None where it was not measured.
     """
 
     path: Path
@@ -49,6 +52,7 @@ class ExportReport:
     merge: MergeReport | None
     notes: list[str] = field(default_factory=list)
     stops: list[str] = field(default_factory=list)
+    kept: TrainingKept | None = None
 
     def summary(self) -> str:
         """A few lines for a terminal."""
@@ -57,7 +61,8 @@ class ExportReport:
             same = self.merge.verification["same_model"]
             lines.append(f"merged {'and verified: the same model' if same else 'onto other weights: another model'}")
         notes = [f"note: {note}" for note in self.notes]
-        lines += [wrap(text) for text in (self.check.summary(), self.run.summary(), *notes)]
+        kept = [self.kept.summary()] if self.kept else []
+        lines += [wrap(text) for text in (self.check.summary(), self.run.summary(), *kept, *notes)]
         return "\n".join(lines)
 
 
@@ -103,9 +108,11 @@ def export_gguf(options: ExportOptions) -> ExportReport:
         ran = GgufRun(False, "switched off") if options.no_run else _run(made, merged, options)
         if check.merge_order_lost and not ran.ran:
             raise _merge_order_lost(options, from_adapter)
+        kept = _training_kept(options, ran) if from_adapter else None
+        notes += ran.notes + _notes_on_check(check, ran) + _remedy(options, kept)
         report = ExportReport(
             options.output, options.outtype, made.stat().st_size, check, ran, merge,
-            notes=notes + ran.notes + _notes_on_check(check, ran), stops=merged.stop_texts(),
+            notes=notes, stops=merged.stop_texts(), kept=kept,
         )  # fmt: skip
         put_in_place(made, options.output)
     return report
@@ -149,6 +156,23 @@ def _run(made: Path, merged: MergedModel, options: ExportOptions) -> GgufRun:
     context = merged.config.get("max_position_embeddings") or 2**20
     prompts, _ = read_prompts(None, options.source, merged.tokenizer, PROMPTS, context)
     return run_gguf(made, merged, prompts, options.outtype)
+
+
+def _training_kept(options: ExportOptions, ran: GgufRun) -> TrainingKept | None:
+    """Of an adapter's training, in a type that rounds more than the merge does."""
+    if not ran.ran or options.outtype in MERGED_TO:
+        return None
+    run = ran.compared
+    return training_kept(options.source, options.base, run.sequences, run.exact, run.kl, run.chosen)
+
+
+def _remedy(options: ExportOptions, kept: TrainingKept | None) -> list[str]:
+    if kept is None or kept.share >= ENOUGH:
+        return []
+    return [
+        f"{options.outtype} rounds a part of the training away: choose a type of more bits (q8_0, f16), or keep the "
+        f"adapter unrounded beside a {options.outtype} of its base (qpsft export {options.source} --to gguf-lora)"
+    ]
 
 
 def _merge_order_lost(options: ExportOptions, from_adapter: bool) -> ExportError:

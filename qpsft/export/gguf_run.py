@@ -44,6 +44,27 @@ SURE = 1000.0
 """A logit bias that makes a token the next one, whatever the model says."""
 
 
+@dataclass(frozen=True)
+class Compared:
+    """A file's next-token probabilities beside the merged model's.
+
+    Attributes:
+        sequences: the tokens.
+        exact: the merged model's log-probabilities on them.
+        positions: how many positions were compared.
+        kl: the mean KL(merged ‖ file) of the next token there, in nats.
+        top1: the share of them with the same likeliest token.
+        chosen: the file's log-probability of the text's own next token, by position.
+    """
+
+    sequences: list[Sequence]
+    exact: Measurement
+    positions: int
+    kl: float
+    top1: float
+    chosen: dict[int, float]
+
+
 @dataclass
 class GgufRun:
     """The result of running a GGUF.
@@ -51,26 +72,25 @@ class GgufRun:
     Attributes:
         ran: whether it was run; llama.cpp may not be installed.
         texts: how many texts gave the same tokens.
-        numbers: `positions`; `kl`, the mean KL(merged ‖ file) of the next token in nats, and its `limit`; `top1`, the
-            share of positions with the same likeliest token; `mean_abs`, of |Δ log-probability| of the text's own
-            next token, in nats.
+        compared: its probabilities; None when it was not run.
+        limit: of their mean KL, in nats, by the file's type.
     """
 
     ran: bool
     why_not: str = ""
     texts: int = 0
-    numbers: dict[str, float] = field(default_factory=dict)
+    compared: Compared | None = None
+    limit: float = 0.0
     notes: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
         """One sentence."""
         if not self.ran:
             return f"run with llama.cpp: not run ({self.why_not})"
-        numbers = self.numbers
         return (
-            f"run with llama.cpp: {self.texts} texts give the same tokens; at {numbers['positions']} positions the "
-            f"next token's probabilities are {numbers['kl']:.1e} nats (KL) from the merged model's (limit "
-            f"{numbers['limit']:g}), the likeliest token is the same at {numbers['top1']:.1%}"
+            f"run with llama.cpp: {self.texts} texts give the same tokens; at {self.compared.positions} positions the "
+            f"next token's probabilities are {self.compared.kl:.1e} nats (KL) from the merged model's (limit "
+            f"{self.limit:g}), the likeliest token is the same at {self.compared.top1:.1%}"
         )
 
 
@@ -90,9 +110,9 @@ def run_gguf(path: Path, merged: MergedModel, prompts: list[Prompt], outtype: st
     if size > free:
         return GgufRun(False, f"it needs {size / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB are free")
     with LlamaServer(path, context=LONGEST + 8, exact=True) as server:
-        result = GgufRun(True, texts=_compare_tokens(server, merged.tokenizer))
+        result = GgufRun(True, texts=_compare_tokens(server, merged.tokenizer), limit=LIMITS[outtype])
         result.notes = [*_notes_on_stops(server, merged), *_notes_on_text(server, merged.tokenizer)]
-        result.numbers = _compare_probabilities(server, merged, prompts, LIMITS[outtype])
+        result.compared = _compare_probabilities(server, merged, prompts, result.limit)
     return result
 
 
@@ -150,47 +170,47 @@ def _notes_on_text(server: LlamaServer, tokenizer: PreTrainedTokenizerBase) -> l
     return []
 
 
-def _compare_probabilities(
-    server: LlamaServer, merged: MergedModel, prompts: list[Prompt], limit: float
-) -> dict[str, float]:
-    """Returns the numbers of `GgufRun`. Raises ExportError where the file is further off than its type explains."""
-    sequences = [Sequence(prompt.ids[:LONGEST], len(prompt.ids)) for prompt in prompts[:PROMPTS] if len(prompt.ids) > 1]
+def _compare_probabilities(server: LlamaServer, merged: MergedModel, prompts: list[Prompt], limit: float) -> Compared:
+    """Raises ExportError where the file is further off than its type explains."""
+    sequences = as_sequences(prompts)
     device = pick_device("auto")
     exact = measure(load_exported(merged.weights, device), sequences, merged.config["vocab_size"], device)
-    numbers = distance_to_file(server, exact, sequences)
-    numbers["limit"] = limit
-    if not numbers["kl"] <= limit:
+    compared = compare_with_file(server, exact, sequences)
+    if not compared.kl <= limit:
         raise ExportError(
-            f"llama.cpp computes other probabilities with {server.path.name}: {numbers['kl']:.2g} nats (KL) off on "
+            f"llama.cpp computes other probabilities with {server.path.name}: {compared.kl:.2g} nats (KL) off on "
             f"average, where its type explains {limit:g}.",
             "Try a newer llama.cpp with --llama_cpp, or use the merged safetensors folder.",
         )
-    return numbers
+    return compared
 
 
-def distance_to_file(server: LlamaServer, exact: Measurement, sequences: list[Sequence]) -> dict[str, float]:
+def as_sequences(prompts: list[Prompt]) -> list[Sequence]:
+    """The beginnings of a few prompts, as tokens to measure on."""
+    chosen = [prompt for prompt in prompts[:PROMPTS] if len(prompt.ids) > 1]
+    return [Sequence(prompt.ids[:LONGEST], min(prompt.prompt_length, LONGEST)) for prompt in chosen]
+
+
+def compare_with_file(server: LlamaServer, exact: Measurement, sequences: list[Sequence]) -> Compared:
     """How far a file's next-token probabilities are from a model's, at `POSITIONS` positions evenly spread.
 
     Args:
         exact: the model's, of these sequences.
-
-    Returns:
-        `positions`, `kl`, `top1` and `mean_abs` of `GgufRun.numbers`.
     """
     places = [(sequence, end) for sequence in sequences for end in range(1, len(sequence.ids))]
     kept = kept_positions(len(places), exact.full.shape[1])
-    rows = torch.linspace(0, len(kept) - 1, min(POSITIONS, len(kept))).round().long()
+    rows = torch.linspace(0, len(kept) - 1, min(POSITIONS, len(kept))).round().long().tolist()
     kl = same = 0.0
-    off = []
-    for row in rows.tolist():
+    own = {}
+    for row in rows:
         number = int(kept[row])
         sequence, end = places[number]
         chosen, tokens, logprobs = _next_token(server, sequence.ids[:end], sequence.ids[end])
         kl += _coarse_kl(exact.full[row], tokens, logprobs)
         same += int(tokens[0]) == int(exact.best[number])
-        off += [] if chosen is None else [abs(chosen - float(exact.chosen[number]))]
-    count = len(rows)
-    return {"positions": count, "kl": kl / count, "top1": same / count, "mean_abs": sum(off) / max(1, len(off))}
+        if chosen is not None:
+            own[number] = chosen
+    return Compared(sequences, exact, len(rows), kl / len(rows), same / len(rows), own)
 
 
 def _next_token(server: LlamaServer, ids: list[int], chosen: int) -> tuple[float | None, Tensor, Tensor]:

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpsft.errors import OutputError
+from qpsft.errors import ExportError, OutputError
 from qpsft.export.gguf import ExportReport, export_gguf
 from qpsft.export.options import ExportOptions
 from qpsft.files import write_atomically
 from qpsft.model.adapter_folder import AdapterFolder
 from qpsft.model.base import load_tokenizer
 from qpsft.model.folder import is_adapter, resolve_folder
+from qpsft.model.llama_server import LlamaServer
 from qpsft.terminal import wrap
 from qpsft.verify.exported import read_text_config
 from qpsft.verify.text import render
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 MODEL_FILE = "model.gguf"
 LARGE_CACHE = 4e9
+CONTEXT = 512
+"""Tokens of a model that only writes its template."""
 SYSTEM, USER, ANSWER = "qpsftSystem", "qpsftUser", "qpsftAnswer"
 
 Messages = list[dict[str, str]]
@@ -86,6 +89,7 @@ class OllamaReport:
 
     Attributes:
         template: whether a TEMPLATE was derived.
+        compared: how many conversations llama.cpp itself writes as that TEMPLATE does; None: it was not run.
     """
 
     folder: Path
@@ -94,10 +98,13 @@ class OllamaReport:
     stops: list[str]
     num_ctx: int | None
     notes: list[str] = field(default_factory=list)
+    compared: int | None = None
 
     def summary(self) -> str:
         """A few lines for a terminal, with the command that comes next."""
         template = "derived from the chat template" if self.template else "left to Ollama"
+        if self.compared:
+            template += f" (llama.cpp writes {self.compared} conversations the same)"
         return "\n".join(
             [
                 self.gguf.summary(),
@@ -136,10 +143,30 @@ def export_ollama(options: ExportOptions) -> OllamaReport:
             output.rmdir()
         raise
     template, reason = derive_template(tokenizer, adds_bos=gguf.check.adds_bos)
+    compared, difference = None, []
+    if template is not None and gguf.run.ran:
+        compared, difference = _compare_with_llama_cpp(gguf.path, template)
     length = options.num_ctx or config.get("max_position_embeddings")
     write_atomically(output / "Modelfile", modelfile(gguf.path.name, template, gguf.stops, length))
-    notes = _notes(tokenizer, template, reason, config, length)
-    return OllamaReport(output, gguf, template is not None, gguf.stops, length, notes)
+    notes = _notes(tokenizer, template, reason, config, length) + difference
+    return OllamaReport(output, gguf, template is not None, gguf.stops, length, notes, compared)
+
+
+def _compare_with_llama_cpp(path: Path, template: ChatPieces) -> tuple[int, list[str]]:
+    """How many conversations llama.cpp writes from the GGUF's chat template as the derived template does; a note on the
+    first that it writes otherwise."""
+    talks = [talk for talk in _conversations("system" in template.turns) if talk[-1]["role"] == "user"]
+    with LlamaServer(path, context=CONTEXT) as server:
+        for number, talk in enumerate(talks):
+            expected = template.render(talk, opened=True)
+            try:
+                written = server.apply_template(talk)
+            except ExportError as error:
+                written = error.what
+            if written != expected:
+                note = f"llama.cpp, which reads the chat template in the GGUF, writes {written!r} and not {expected!r}"
+                return number, [f"{note}: Ollama writes the second, as training did"]
+    return len(talks), []
 
 
 def _notes(

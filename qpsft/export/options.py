@@ -21,10 +21,10 @@ QUANTIZED = {
 """Types that llama.cpp's kernels make of an f16 file, and what most tensors become in each."""
 
 _MODEL_TYPES = (*CONVERTED, *QUANTIZED)
-TYPES = {"gguf": _MODEL_TYPES, "ollama": _MODEL_TYPES, "gguf-lora": ("f32", "f16", "bf16"), "vllm": ()}
+TYPES = {"gguf": _MODEL_TYPES, "ollama": _MODEL_TYPES, "gguf-lora": ("f32", "f16", "bf16"), "vllm": (), "nf4": ()}
 """What `outtype` may be, by format."""
 
-_OUTPUTS = {"gguf": "{}.gguf", "gguf-lora": "{}-lora.gguf", "ollama": "{}-ollama"}
+_OUTPUTS = {"gguf": "{}.gguf", "gguf-lora": "{}-lora.gguf", "ollama": "{}-ollama", "nf4": "{}-nf4"}
 
 
 @dataclass
@@ -36,9 +36,9 @@ class ExportOptions(BaseOptions):
     """
 
     source: str = option(help="folder of an adapter or of a merged model")
-    to: Literal["gguf", "gguf-lora", "ollama", "vllm"] = option(help="what to write", required=True)
+    to: Literal["gguf", "gguf-lora", "ollama", "vllm", "nf4"] = option(help="what to write", required=True)
     output: str | None = option(
-        None, "file (gguf, gguf-lora) or folder (ollama, vllm) to write", short="-o", metavar="PATH"
+        None, "file (gguf, gguf-lora) or folder (ollama, vllm, nf4) to write", short="-o", metavar="PATH"
     )
     outtype: str | None = option(
         None,

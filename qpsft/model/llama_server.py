@@ -38,7 +38,7 @@ params.hostnames = ["127.0.0.1"]
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = settings["threads"]
 params.warmup, params.ui, params.fit_params = False, False, False
 if settings["exact"]:
-    params.n_gpu_layers = 0
+    params.n_gpu_layers, params.swa_full = 0, True
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
 server = xllamacpp.Server(params)
