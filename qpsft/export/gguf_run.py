@@ -28,11 +28,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LIMITS = {
-    "f32": 0.001, "f16": 0.001, "bf16": 0.005, "q8_0": 0.02, "q6_k": 0.1, "q5_k_m": 0.15, "q5_k_s": 0.15, "q5_1": 0.15,
-    "q5_0": 0.15, "q4_k_m": 0.3, "q4_k_s": 0.3, "q4_1": 0.4, "q4_0": 0.4, "iq4_nl": 0.3, "iq4_xs": 0.3, "q3_k_l": 0.6,
-    "q3_k_m": 0.8, "q3_k_s": 1.2, "q2_k": 2.0,
+    "f32": 0.001, "f16": 0.001, "bf16": 0.005, "q8_0": 0.05, "q6_k": 0.1, "q5_k_m": 0.2, "q5_k_s": 0.2, "q5_1": 0.2,
+    "q5_0": 0.2, "q4_k_m": 0.4, "q4_k_s": 0.4, "iq4_nl": 0.4, "iq4_xs": 0.4, "q4_1": 0.5, "q4_0": 0.5, "q3_k_l": 0.8,
+    "q3_k_m": 1.0, "q3_k_s": 1.5, "q2_k": 2.0,
 }  # fmt: skip
-"""TODO"""
+"""Largest mean KL(merged ‖ file) of the next token, in nats, that rounding explains, by the file's type.
+
+Measured on SmolLM2-135M-Instruct: f16 5e-6, q8_0 0.008, q4_k_m 0.10, q2_k 0.62; the smaller a model, the more rounding
+does to it. The other types lie between these by their bits.
+"""
 
 LONGEST = 128
 PROMPTS = 8

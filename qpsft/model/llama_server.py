@@ -9,6 +9,8 @@ import contextlib
 import http.client
 import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,6 +25,7 @@ from qpsft.errors import ExportError
 
 INSTALL = "pip install 'qpsft[gguf]'"
 LAST_LINES = 6
+FAULT = re.compile(r"GGML_ASSERT|\berror\b|\bfailed\b|abort", re.IGNORECASE)
 HEADER_BYTES = 64 * 2**20
 """What a GGUF begins with and its metadata are in; large vocabularies take 20 MB."""
 
@@ -80,7 +83,13 @@ class LlamaServer:
         settings = {"context": context, "exact": exact, "threads": torch.get_num_threads()}
         command = [sys.executable, "-c", SERVE, str(path.resolve()), json.dumps(settings)]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, errors="replace"
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            errors="replace",
+            env=os.environ | {"GGML_NO_BACKTRACE": "1"},
         )
         try:
             self._address = self._wait()
@@ -102,7 +111,7 @@ class LlamaServer:
     def _said(self) -> str:
         self._log.seek(0)
         lines = [line for line in self._log.read().splitlines() if line.strip()]
-        return "\n".join(lines[-LAST_LINES:])
+        return "\n".join([line for line in lines if FAULT.search(line)][-LAST_LINES:] or lines[-LAST_LINES:])
 
     def __enter__(self) -> LlamaServer:
         return self
