@@ -90,6 +90,7 @@ class LlamaServer:
             text=True,
             errors="replace",
             env=os.environ | {"GGML_NO_BACKTRACE": "1"},
+            start_new_session=True,  # Ctrl-C ends an answer here, and not the server
         )
         try:
             self._address = self._wait()
