@@ -3,7 +3,7 @@
     python ../shared/models/smollm2.py                     the model, once
     python benchmarks/evidence_real.py --jobs 2            the whole study; repeat it to go on where it stopped
     python benchmarks/evidence_real.py --quick --jobs 2    a look, in about ten minutes on two free cores
-    python benchmarks/evidence_real.py --small --jobs 2    noisy SVAMP at one rate, for a CPU: 15 core minutes a run
+    python benchmarks/evidence_real.py --small --jobs 2    noisy SVAMP at one rate, for a CPU: 7 to 15 core minutes a run
     python benchmarks/evidence_real.py --table             the table and the plot of what is done (with the same flags)
 
 For each part (what is learnt) and each arm (method): every learning rate with one seed, then the rate that validation
@@ -435,7 +435,7 @@ QUICK = {
 }  # fmt: skip
 SMALL = {
     "parts": ("svamp_noisy",), "rates": (5e-4,), "epochs": (2,), "train": 350, "held_out": (20, 100), "ifeval": 48,
-    "truthfulqa": 0, "choices": 48, "answers": 48, "probe": 32, "max_tokens": 128, "dtype": "bfloat16",
+    "truthfulqa": 0, "choices": 100, "answers": 48, "probe": 32, "max_tokens": 128, "dtype": "bfloat16",
 }  # fmt: skip
 
 

@@ -198,7 +198,7 @@ def show(study: Study, options: argparse.Namespace) -> None:
         summary[part] = {
             "base": base,
             "rates": rates,
-            "runs": [run_record(study, one) for one in records],
+            "runs": [run_record(study, run, metrics_of(one["points"][-1], part, base)) for run, one in records.items()],
             "compared": comparisons,
             "environment": record["environment"],
         }
@@ -212,6 +212,6 @@ def show(study: Study, options: argparse.Namespace) -> None:
         print(f"\n{folder / 'summary.txt'}, summary.json, kept.png")
 
 
-def run_record(study: Study, run: Run) -> dict[str, Any]:
-    """A run in the summary: what it was, and its record's name."""
-    return asdict(run) | {"record": study.path(run).name}
+def run_record(study: Study, run: Run, end: Mapping[str, float]) -> dict[str, Any]:
+    """A run in the summary: what it was, its record's name, and its metrics at the end."""
+    return asdict(run) | {"record": study.path(run).name, "end": dict(end)}

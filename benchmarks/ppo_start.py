@@ -5,9 +5,9 @@
 
 TRL 1.12 is the last release with PPO (`trl.experimental.ppo`) and qpsft needs a newer one, so the runs are programs of
 a virtual environment that is made once, with the versions of constraints.txt else. What goes over is what
-`qpsft merge` writes: a folder of safetensors, config, tokenizer and chat template. The adapters, the prompts, the
-reward and the test rows are those of rl_start.py, which does the same with GRPO. Every run is kept, and never done
-again. See docs/rl.md.
+`qpsft merge` writes: a folder of safetensors, config, tokenizer and chat template. The prompts, the
+reward and the test rows are those of rl_start.py, which does the same with GRPO; the adapters too, but for their
+learning rate, which falls at the end as it does by default. Every run is kept, and never done again. See docs/rl.md.
 """
 
 from __future__ import annotations

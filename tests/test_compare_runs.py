@@ -11,7 +11,7 @@ import torch
 from comparing import RECIPE, make_comparison, write_recipe
 from small_runs import policy, same
 
-from qpsft.compare import compare
+from qpsft.compare import compare, data
 from qpsft.compare.comparison import make_setting, prepare
 from qpsft.compare.data import load_data
 from qpsft.compare.measure import EpochEvaluation
@@ -261,7 +261,8 @@ def test_too_few_rows_and_metrics_that_cannot_be(tmp_path):
 # ---- text sampled from the base ----
 
 
-def test_text_sampled_from_the_base_is_made_once(tmp_path, stories, gsm8k):
+def test_text_sampled_from_the_base_is_made_once(tmp_path, stories, gsm8k, monkeypatch):
+    monkeypatch.setattr(data, "SAMPLED_LENGTH", 32)
     text = f"""\
 model_name_or_path: {stories}
 dataset_name: {gsm8k}/train.jsonl
@@ -273,14 +274,14 @@ compare: {{in_domain: {gsm8k}/test.jsonl, out_of_domain: [base_samples], eval_ro
 """
     recipe, options = load_comparison(write_recipe(tmp_path, text), [], {})
     folder = prepare(recipe)
-    data = make_setting(recipe, options, folder).data
+    rows = make_setting(recipe, options, folder).data
     (path,) = folder.glob("base_samples-*.jsonl")
     texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
     assert len(texts) > 100 and len(set(texts)) > 100 and "once upon a time" in " ".join(texts).lower()
-    assert [row["text"] for row in data.out_of_domain["base_samples"].rows] == texts[:4]
-    assert data.metric == "mixed" and data.counts["in_domain"] == 4  # GSM8K's answers can be checked, texts cannot
+    assert [row["text"] for row in rows.out_of_domain["base_samples"].rows] == texts[:4]
+    assert rows.metric == "mixed" and rows.counts["in_domain"] == 4  # GSM8K's answers can be checked, texts cannot
     written = path.stat().st_mtime_ns
-    assert make_setting(recipe, options, folder).data.key == data.key
+    assert make_setting(recipe, options, folder).data.key == rows.key
     assert path.stat().st_mtime_ns == written
 
 

@@ -141,10 +141,11 @@ def test_a_text_that_the_cap_cut_off_has_no_end(tmp_path, monkeypatch):
         assert len(text["input_ids"]) == len(text["labels"])
 
 
-def test_the_likelihood_of_what_the_base_wrote_is_about_its_entropy(tmp_path, stories):
+def test_the_likelihood_of_what_the_base_wrote_is_about_its_entropy(tmp_path, stories, monkeypatch):
     """Text that a model sampled costs it its own entropy; an end that it never wrote would cost more."""
+    monkeypatch.setattr(data, "SAMPLED_TEXTS", 48)
     model, tokenizer = load_base(stories, device="cpu")
-    rows = base_written(BASE_SAMPLES, lambda: (model, tokenizer), tmp_path / "samples.jsonl")[:48]
+    rows = base_written(BASE_SAMPLES, lambda: (model, tokenizer), tmp_path / "samples.jsonl")
     how = Measurement(0, (), 1, 1, "auto", DataArguments())
     compared = data.ComparedData("x", None, *[as_rows(rows[:2], "texts")] * 2, {"own": as_rows(rows, "own")}, "nll")
     found = measure(model, tokenizer, compared, how)["metrics"]

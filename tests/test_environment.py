@@ -21,7 +21,10 @@ from qpsft.model.environment import broken_torchvision, check_machine, nvidia_dr
 from qpsft.processes import let_memory_segments_grow
 from qpsft.psft.config import PSFTConfig
 
-SMALL = ["--model_name_or_path=demo", "--dataset_name=demo-noisy", "--dataset_limit=32", "--max_steps=1"]
+SMALL = [
+    "--model_name_or_path=demo", "--dataset_name=demo-noisy", "--dataset_limit=32", "--max_steps=1",
+    "--per_device_train_batch_size=4", "--gradient_accumulation_steps=1",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -172,12 +175,13 @@ def test_a_torchvision_that_does_not_import_is_named(torchvision, monkeypatch):
         check_machine(on_cpu=True)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "command",
     [
         ["-m", "qpsft", "train", "--max_steps=1"],
-        pytest.param(["-m", "qpsft", "evaluate", "demo", "--data", "demo-noisy"], marks=pytest.mark.processes),
-        pytest.param(["-c", "from qpsft import PSFTTrainer"], marks=pytest.mark.processes),
+        ["-m", "qpsft", "evaluate", "demo", "--data", "demo-noisy"],
+        ["-c", "from qpsft import PSFTTrainer"],
     ],
 )
 def test_transformers_dying_of_it_is_explained(torchvision, command):

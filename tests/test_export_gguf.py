@@ -204,6 +204,7 @@ def test_a_lost_merge_order_of_an_adapter_is_its_bases(tools, tmp_path):
     assert str(error.value).count(str(base)) == 2 and "exporting" not in str(error.value)
 
 
+@pytest.mark.processes
 def test_stop_tokens_the_file_cannot_name_and_a_type_it_cannot_be_are_reported(
     merged, tools, gguf, tmp_path, monkeypatch
 ):

@@ -152,12 +152,12 @@ def test_data_and_the_gate_in_one_run(zero, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def own_choices(stories, tmp_path_factory):
-    """Sixty questions of ARC whose right answer is the one that stories260K finds likeliest."""
+    """Twenty questions of ARC whose right answer is the one that stories260K finds likeliest."""
     pytest.importorskip("lm_eval")
     source = shared_path("data/arc/arc_easy.jsonl")
     model, tokenizer = load_base(stories, device="cpu", verbose=False)
-    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()[:60]]
-    found = harness.run_tasks(model, tokenizer, ["arc_easy"], task_data={"arc_easy": source}, limit=60, samples=True)
+    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()[:20]]
+    found = harness.run_tasks(model, tokenizer, ["arc_easy"], task_data={"arc_easy": source}, limit=20, samples=True)
     for sample in found["arc_easy"]["samples"]:
         likelihoods = [one[0] for one in sample["filtered_resps"]]
         rows[sample["doc_id"]]["gold"] = int(np.argmax(likelihoods))
@@ -175,11 +175,12 @@ def test_all_benchmarks_from_files_with_an_untrained_adapter(stories, own_choice
         "openbookqa": shared_path("data/openbookqa/openbook_qa.jsonl"),
     }
     local = [f"{name}={path}" for name, path in files.items()]
-    code, record = gate(adapter, tmp_path / "a.json", "--limit", 60, "--max_new_tokens", 8, "--task_data", *local)
+    few = ["--limit", 5, "--max_drop", 0.4]  # KEPT takes 5 rows then
+    code, record = gate(adapter, tmp_path / "a.json", *few, "--max_new_tokens", 8, "--task_data", *local)
     assert code == 0 and list(record["skills"]) == list(keep.SKILLS)
     for name, skill in record["skills"].items():
-        assert skill["difference"]["value"] == 0 and skill["rows"] == 60 and skill["metric"] == keep.SKILLS[name].metric
-        assert skill["verdict"] == (KEPT if skill["base"] > 0.05 else UNSURE)
+        assert skill["difference"]["value"] == 0 and skill["rows"] == 5 and skill["metric"] == keep.SKILLS[name].metric
+        assert skill["verdict"] == (KEPT if skill["base"] > 0.4 else UNSURE)
     assert record["skills"]["arc_easy"]["base"] == 1.0
     said = " ".join(capsys.readouterr().out.split())
     left_out = not ifeval._has_punkt()
@@ -247,7 +248,7 @@ def test_instructions_are_checked_on_greedy_answers(stories):
 
 def test_without_the_harness_it_says_what_to_install(stories, tmp_path, monkeypatch, capsys):
     adapter = make_adapter(tmp_path / "adapter", stories)
-    harness._manager.cache_clear()
+    monkeypatch.setattr(harness, "_manager", harness._manager.__wrapped__)  # not the index that is there already
     for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)

@@ -8,7 +8,7 @@ from comparing import write_recipe
 from transformers import AutoTokenizer
 
 from qpsft import cli
-from qpsft.compare import compare
+from qpsft.compare import compare, data
 from qpsft.compare.comparison import make_setting, prepare
 from qpsft.compare.data import ANSWERED, REPLAYED
 from qpsft.compare.measure import measure
@@ -27,6 +27,15 @@ from qpsft.model.generation import generate, stop_tokens
 END = "{% if m.role == 'assistant' %}{{ eos_token }}\n{% else %} {% endif %}"
 TEMPLATE = "{% for m in messages %}{{ m.content }}" + END + "{% endfor %}"
 FREE = [{"prompt": f"One day {n}", "completion": f"the cat {n} ran"} for n in range(40)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_answers():
+    """What models write is cut off after a line or two."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "SAMPLED_LENGTH", 32)
+        patch.setattr("qpsft.compare.measure.MAX_NEW_TOKENS", 16)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -84,16 +93,17 @@ def test_answers_are_measured_as_the_tokens_that_were_written(by_default):
     model, tokenizer = load_setting(found)
     rows = found.data.out_of_domain["base_answers"]
     encoded = encode(rows, model, tokenizer, found.measurement.arguments)
-    again = generate(model, encoded.prompts, stop_ids=stop_tokens(model, tokenizer), max_new_tokens=192)
+    again = generate(model, encoded.prompts, stop_ids=stop_tokens(model, tokenizer), max_new_tokens=data.SAMPLED_LENGTH)
     assert [[label for label in one["labels"] if label != IGNORED] for one in encoded.texts] == [
         one.greedy.token_ids for one in again
     ]
     assert [one["input_ids"][: len(prompt)] for one, prompt in zip(encoded.texts, encoded.prompts, strict=True)] == (
         encoded.prompts
     )
-    model.config.max_position_embeddings = 150
+    lengths = sorted(len(one["input_ids"]) for one in encoded.texts)
+    model.config.max_position_embeddings = longest = lengths[len(lengths) // 2]
     shorter = encode(rows, model, tokenizer, found.measurement.arguments)
-    assert 0 < len(shorter.kept) < len(encoded.kept) and max(len(one["input_ids"]) for one in shorter.texts) <= 150
+    assert 0 < len(shorter.kept) < len(encoded.kept) and max(len(one["input_ids"]) for one in shorter.texts) <= longest
 
 
 def test_it_says_so_in_one_line_and_can_be_turned_off(tmp_path, chat_base, capsys):
@@ -123,7 +133,7 @@ def test_the_built_in_world_keeps_its_own_sets(tmp_path, capsys):
 
 def test_what_is_replayed_is_not_what_is_measured(tmp_path, chat_base):
     found, _ = setting(
-        tmp_path, chat_base, "--replay_max_new_tokens=150", "--max_length=512", arms="sft,psft_replay", seeds=1
+        tmp_path, chat_base, "--replay_max_new_tokens=32", "--max_length=512", arms="sft,psft_replay", seeds=1
     )
     measured = {row["prompt"] for row in found.data.out_of_domain["base_answers"].rows}
     replayed = [json.loads(line)["prompt"] for line in (tmp_path / "comparison/replay.jsonl").read_text().splitlines()]
@@ -143,7 +153,7 @@ def test_a_comparison_from_rows_alone(tmp_path, chat_base):
         f"model_name_or_path: {chat_base}\ndataset_name: rows.jsonl\nmax_length: 128\nlora_r: 4\nlearning_rate: 2e-3\n"
     )
     text += "num_train_epochs: 1\nper_device_train_batch_size: 8\ngradient_accumulation_steps: 1\nwarmup_steps: 0\n"
-    text += "compare: {out_of_domain_rows: 3, seeds: 1, k: 0, max_new_tokens: 8}\n"
+    text += "compare: {out_of_domain_rows: 3, eval_rows: 2, seeds: 1, k: 0, max_new_tokens: 8}\n"
     found = compare(write_recipe(tmp_path, text), arms="sft,psft")
     metrics = found.arms["sft"].runs[42]["points"][-1]["metrics"]
     assert 0 <= metrics["out_of_domain/instruction_checks"] <= 1 and 0 < metrics["out_of_domain/base_answers"] < 1

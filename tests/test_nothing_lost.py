@@ -20,7 +20,8 @@ from qpsft.data.tokenize import tokenize_records
 from qpsft.errors import DataError
 from qpsft.recipe.arguments import DataArguments
 
-CONVERSATIONS = 500
+FIRST, CONVERSATIONS = 100, 500
+"""Conversations tried in every run of the tests, and by those that try all."""
 SHARE = 4
 """Templates that each conversation is tried on, unless all are asked for with -m slow."""
 SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
@@ -184,10 +185,11 @@ def search(families: dict[str, str], conversations: int, share: int | None) -> t
     return lost, outcomes
 
 
-def test_nothing_of_500_conversations_is_lost():
-    lost, outcomes = search(templates(), CONVERSATIONS, SHARE)
+@pytest.mark.parametrize("conversations", [FIRST, pytest.param(CONVERSATIONS, marks=pytest.mark.journey)])
+def test_nothing_of_500_conversations_is_lost(conversations):
+    lost, outcomes = search(templates(), conversations, SHARE)
     assert not lost
-    assert outcomes["whole"] > 800 and outcomes["refused"] > 200
+    assert outcomes["whole"] > 1.6 * conversations and outcomes["refused"] > 0.4 * conversations
 
 
 @pytest.mark.slow

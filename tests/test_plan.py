@@ -251,7 +251,7 @@ def test_activations_are_those_of_real_steps(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_divergence_from_the_base_is_counted(tmp_path, narrow_head, dtype):
     folder = save_tiny_model(
-        tmp_path / "base", "llama", pad_token_id=0, max_position_embeddings=256, **WIDE | {"vocab_size": 20_000}
+        tmp_path / "base", "llama", pad_token_id=0, max_position_embeddings=256, **WIDE | {"vocab_size": 5_000}
     )
     settings = dict(rows=2, length=128, dtype=dtype, checkpointing=True, base_kl=0.1)
     real = real_peaks(folder, tmp_path / "out", **settings)

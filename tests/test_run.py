@@ -256,6 +256,7 @@ def test_rows_past_the_end_of_the_model_s_context_are_warned_of(verb, tmp_path, 
         flags = ["--model_name_or_path=demo", f"--dataset_name={tmp_path / 'rows.jsonl'}", "--use_cpu=true", *more]
         if verb == "train":
             flags += ["--max_steps=1", f"--output_dir={tmp_path / 'a'}", "--overwrite", "--loss_type=nll"]
+            flags += ["--per_device_train_batch_size=1", "--gradient_accumulation_steps=1"]
         assert cli.main([verb, *flags]) == 0
         return " ".join(capsys.readouterr().err.split())
 

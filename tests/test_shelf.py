@@ -72,8 +72,12 @@ def test_the_shelf_has_both_kinds_of_data_and_every_card():
 
 
 def plans() -> list:
-    """Models to plan; on the meta device Qwen3.5's linear attention takes a step of Python for every token."""
-    return [pytest.param(name, marks=[pytest.mark.slow] if name == "qwen3.5-4b" else []) for name in MODELS]
+    """Models to plan; on the meta device Qwen3.5's linear attention takes a step of Python for every token.
+
+    Gemma 4, whose layers differ, takes as long as three of the others.
+    """
+    marks = {"qwen3.5-4b": [pytest.mark.slow], "gemma-4-12b": [pytest.mark.journey]}
+    return [pytest.param(name, marks=marks.get(name, [])) for name in MODELS]
 
 
 @pytest.mark.parametrize("name", plans())
@@ -201,6 +205,7 @@ def log_lines(folder: Path) -> list[dict[str, float]]:
     return [line for line in read_metrics(folder / "metrics.jsonl") if "nll" in line]
 
 
+@pytest.mark.journey
 def test_the_trained_adapter_is_what_its_recipe_makes(again):
     """The same bytes where it was made; elsewhere the same run, until rounding has grown.
 
@@ -220,6 +225,7 @@ def test_the_trained_adapter_is_what_its_recipe_makes(again):
     assert abs(float(logprobs(SHIPPED).mean() - logprobs(again).mean())) < 0.05
 
 
+@pytest.mark.journey
 def test_it_came_with_all_that_a_run_leaves(again):
     left = {path.name for path in again.iterdir()} - {"recipe.yaml", ".qpsft"} | {"recipe.yaml", "recipe.resolved.yaml"}
     assert left == {path.name for path in SHIPPED.iterdir() if not path.name.startswith(".")}
@@ -230,6 +236,7 @@ def test_it_came_with_all_that_a_run_leaves(again):
     assert size < 500_000
 
 
+@pytest.mark.journey
 def test_its_record_is_what_its_recipe_makes(again):
     shipped, made = (json.loads((folder / "base_quantization.json").read_text("utf-8")) for folder in (SHIPPED, again))
     digests = [record.pop("adapter_sha256") for record in (shipped, made)]

@@ -72,7 +72,7 @@ def run_tasks(
     manager = _manager()
     was_training = model.training
     try:
-        with _quiet(), _without_git():
+        with _quiet(), _without_surroundings():
             language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
             with explained(names, task_data):
                 sources = [_task(name, task_data, manager) for name in names]
@@ -142,16 +142,21 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_git() -> Iterator[None]:
-    """The harness asks git for the commit of the current folder, and git complains on the terminal where it is none."""
+def _without_surroundings() -> Iterator[None]:
+    """The harness asks pip for all that is installed, which takes a second, and git for the current folder's commit.
+
+    Where that is no repository, git complains on the terminal.
+    """
     from lm_eval import evaluator
 
-    asks = evaluator.get_git_commit_hash
-    evaluator.get_git_commit_hash = lambda: None
+    asks = {name: getattr(evaluator, name) for name in ("get_git_commit_hash", "add_env_info")}
+    for name in asks:
+        setattr(evaluator, name, lambda *_: None)
     try:
         yield
     finally:
-        evaluator.get_git_commit_hash = asks
+        for name, ask in asks.items():
+            setattr(evaluator, name, ask)
 
 
 def _expand(tasks: Sequence[str], task_data: Mapping[str, Path]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,18 +40,29 @@ def optimizer_bytes(args: Any, shapes: Sequence[torch.Size]) -> OptimizerBytes:
         shapes: of the trained parameters.
     """
     numel = sum(shape.numel() for shape in shapes)
+    # A step of all layers takes seconds: two parameters of a shape stand for all, the second for itself alone, so that
+    # a tensor that all parameters share, of which the last use is taken below, counts once.
+    tried = [
+        (shape, times) for shape, count in Counter(shapes).items() for times in ((count - 1, 1) if count > 1 else (1,))
+    ]
     try:
-        state, paged, step = _state(args, [nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes])
+        state, paged, step = _state(
+            args, [nn.Parameter(torch.empty(shape, device="meta")) for shape, _ in tried], numel
+        )
     except (ValueError, ImportError, RuntimeError, NotImplementedError, TypeError, AttributeError):
         return OptimizerBytes(8 * numel, 0, 4 * numel, known=False)
-    tensors = {id(t): t for kept in state for t in kept}.values()  # each once, where parameters share one
-    host = sum(t.nbytes for t in tensors if paged and t.dim() > 0 and t.numel() >= PAGED_FROM)
-    device = sum(t.nbytes for t in tensors) - host
+    tensors = {id(t): (t, times) for (_, times), kept in zip(tried, state, strict=True) for t in kept}.values()
+    host = sum(times * t.nbytes for t, times in tensors if paged and t.dim() > 0 and t.numel() >= PAGED_FROM)
+    device = sum(times * t.nbytes for t, times in tensors) - host
     return OptimizerBytes(device, host, step)
 
 
-def _state(args: Any, parameters: list[nn.Parameter]) -> tuple[list[list[Tensor]], bool, int]:
-    """The tensors that the optimizer keeps for each parameter; whether it pages; bytes of a step's temporaries."""
+def _state(args: Any, parameters: list[nn.Parameter], numel: int) -> tuple[list[list[Tensor]], bool, int]:
+    """The tensors that the optimizer keeps for each parameter; whether it pages; bytes of a step's temporaries.
+
+    Args:
+        numel: weights of all trained parameters, of which `parameters` may be a part.
+    """
     from transformers import Trainer
 
     cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(copy.copy(args))
@@ -68,10 +80,9 @@ def _state(args: Any, parameters: list[nn.Parameter]) -> tuple[list[list[Tensor]
     tensors = _tensors(optimizer, parameters)
     if not fused:  # the step counter stays on the CPU
         tensors = [[t for t in kept if t.dim() > 0] for kept in tensors]
-    sizes = [parameter.nbytes for parameter in parameters]
     if cls.__module__.startswith("torch.optim"):  # steps all parameters at once, with a temporary tensor for each
-        return tensors, False, 0 if fused else sum(sizes)
-    return tensors, False, 3 * max(sizes)
+        return tensors, False, 0 if fused else 4 * numel
+    return tensors, False, 3 * max(parameter.nbytes for parameter in parameters)
 
 
 def _tensors(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> list[list[Tensor]]:

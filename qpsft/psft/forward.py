@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from accelerate.utils import is_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
 from trl.kernels import chunked_logprob
 from trl.trainer.utils import FusedCausalLMOutput
@@ -60,7 +60,7 @@ def policy_forward(
     """
     inputs = {**inputs, "use_cache": False}
     bare = unwrap(model)
-    causal_lm = bare.get_base_model() if is_peft_model(bare) else bare
+    causal_lm = bare.get_base_model() if isinstance(bare, PeftModel) else bare
     if right_padded and not needs_mask(causal_lm.config):
         inputs.pop("attention_mask", None)
     on_triton = chunked_logprob._use_triton(inputs["labels"].device)
@@ -85,7 +85,7 @@ def needs_mask(config: Any) -> bool:
 
 def is_prompt_learning(model: nn.Module) -> bool:
     """Whether virtual tokens stand before the row's own: positions of labels are not those of the hidden states."""
-    return is_peft_model(model) and any(config.is_prompt_learning for config in model.peft_config.values())
+    return isinstance(model, PeftModel) and any(config.is_prompt_learning for config in model.peft_config.values())
 
 
 def _supervised_only(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -51,7 +50,7 @@ def prepare_policy(
     if isinstance(model, str):
         model = _load(model, args, quantization_config)
     if peft_config is not None:
-        if is_peft_model(model):
+        if isinstance(model, PeftModel):
             raise RecipeError(
                 "The model has an adapter already, and peft_config asks for another.",
                 "Leave out peft_config to train the adapter it has, or pass the model without one.",
@@ -88,7 +87,7 @@ def check_loss(model: nn.Module, args: PSFTConfig) -> None:
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The trainable parameters of a PEFT model; none of a model without an adapter."""
-    return [p for p in model.parameters() if p.requires_grad] if is_peft_model(model) else []
+    return [p for p in model.parameters() if p.requires_grad] if isinstance(model, PeftModel) else []
 
 
 @contextlib.contextmanager
@@ -118,7 +117,7 @@ def float32_adapter(model: nn.Module) -> Iterator[None]:
 
 def noise_sources(model: nn.Module, args: PSFTConfig) -> dict[str, float]:
     """What makes two forwards of the same weights differ: name and size, where above 0."""
-    adapters = model.active_adapters if is_peft_model(model) else []
+    adapters = model.active_adapters if isinstance(model, PeftModel) else []
     lora = max((getattr(model.peft_config[a], "lora_dropout", 0.0) or 0.0 for a in adapters), default=0.0)
     attention = getattr(model.config.get_text_config(), "attention_dropout", 0.0) or 0.0
     base = max((m.p for name, m in model.named_modules() if _is_base_dropout(name, m)), default=0.0)
@@ -171,7 +170,7 @@ def _refuse_packing(model: nn.Module) -> None:
     # Attention keeps packed rows apart by their positions; a convolution or a recurrence runs on into the next row.
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
-    base = model.get_base_model() if is_peft_model(model) else model
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     if base._is_stateful or kinds & {"conv", "linear_attention"}:
         raise RecipeError(
             f"packing: a {config.model_type} model has layers that run on from one packed row into the next, so rows "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model, send_to_device
+from accelerate.utils import send_to_device
 from peft import PeftConfig, PeftModel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, Sampler
@@ -414,7 +414,7 @@ class PSFTTrainer(SFTTrainer):
     def _attention(self) -> AbstractContextManager:
         if not getattr(self.data_collator, "by_piece", False):
             return nullcontext()
-        return attention_by_piece(self.model.get_base_model() if is_peft_model(self.model) else self.model)
+        return attention_by_piece(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
 
     def _lora_linears(self) -> AbstractContextManager:
         # the parameters of a sharded layer come and go, and copies of them would grow stale
@@ -485,7 +485,7 @@ class PSFTTrainer(SFTTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         folder = Path(resume_from_checkpoint)
-        if is_peft_model(self.model):
+        if isinstance(self.model, PeftModel):
             checkpoint.check_adapter(folder, self.model.peft_config[self.model.active_adapter])
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         settings = checkpoint.order_settings(self.args, self.train_dataset)

@@ -109,10 +109,12 @@ def test_no_verb_runs_an_adapters_code(tmp_path, capsys, monkeypatch, verb, kind
         assert code == 2 and "tokenizer_config.json asks for Python code" in said, said
 
 
+@pytest.mark.processes
 def test_the_lines_of_a_pipe_are_no_consent(tmp_path):
     folder, mark = adapter_with(tmp_path, TOKENIZER_MAPS["pair"], tokenizer_class="EvilTokenizer")
+    prompt_tuning_folder = prompt_tuning(tmp_path / "prompt", tokenizer_name_or_path=str(folder))
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copy(prompt_tuning(tmp_path / name, tokenizer_name_or_path=str(folder)) / name, folder)
+        shutil.copy(prompt_tuning_folder / name, folder)
     vouch(folder)
     done = qpsft("chat", folder)
     assert not mark.exists() and done.returncode == 2 and "[y/N]" not in done.stdout + done.stderr
@@ -168,6 +170,7 @@ def tools() -> Path:
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "family, to, name",
     [
