@@ -102,8 +102,8 @@ print(f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} p
 # %% [markdown]
 # ## GGUF
 #
-# llama.cpp's own converter, then every tensor is read back and compared, the tokenizer too. With `llama-cpp-python` installed
-# the file is also run, its tokens and log-probabilities compared with the trained model's.
+# llama.cpp's own converter, then every tensor is read back and compared, the tokenizer too. With `xllamacpp` installed
+# the file is also run, its tokens and probabilities compared with the trained model's.
 
 # %%
 # !qpsft export "{ADAPTER}" --to gguf -o "{GGUF}" --overwrite

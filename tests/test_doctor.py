@@ -205,5 +205,5 @@ def test_llama_cpp(monkeypatch):
     assert checks.llama_cpp().status == "warn"
     monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: importlib.machinery.ModuleSpec(name, None))
     monkeypatch.setattr(checks.importlib, "import_module", lambda name: None)
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.3.36")
-    assert checks.llama_cpp().seen == "llama-cpp-python 0.3.36"
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2026.10")
+    assert checks.llama_cpp().seen == "xllamacpp 2026.10"

@@ -4,7 +4,8 @@ Every conversion is a process that loads transformers, for seconds: those that o
 marked `processes`.
 """
 
-import json
+import io
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,20 +16,24 @@ from exporting import copy_folder, edit_json, edit_weights, export, make_adapter
 from merging import vouch
 from safetensors.torch import load_file, save_file
 
+from qpsft import cli
+from qpsft.chat.conversation import Conversation
 from qpsft.errors import ExportError, OutputError
 from qpsft.export import gguf as gguf_module
 from qpsft.export import gguf_check, llama_cpp
 from qpsft.export.gguf_check import BLOCK_ERROR, check_gguf, rounding_error
 from qpsft.export.gguf_file import GgufFile, interleave_halves, join_halves
-from qpsft.export.gguf_run import llama_cpp_python, run_gguf
+from qpsft.export.gguf_quantize import kernel, quantize_gguf
+from qpsft.export.gguf_run import LIMITS, run_gguf
 from qpsft.export.gguf_texts import COUNT, varied_texts
 from qpsft.export.merged_model import MergedModel, without_generation_markers
 from qpsft.files import process_mark
-from qpsft.model.base import load_tokenizer
+from qpsft.model.base import load_base, load_tokenizer
 from qpsft.model.folder import MODEL_DIR
+from qpsft.model.llama_server import LlamaServer, has_llama_cpp
 from qpsft.verify.prompts import read_prompts
 
-needs_llama_cpp_python = pytest.mark.skipif(llama_cpp_python() is None, reason="llama-cpp-python is not installed")
+needs_llama_cpp = pytest.mark.skipif(not has_llama_cpp(), reason="xllamacpp is not installed")
 
 
 @pytest.fixture(scope="session")
@@ -63,9 +68,9 @@ def exported(merged, tools) -> Path:
     path = merged.parent / "demo.gguf"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gguf_check, "BLOCK_OF_VALUES", 700)
-        report = export("gguf", merged, path, no_run=True)
+        report = export("gguf", merged, path)
     assert report.check.types == {"F16": 22, "F32": 7} and report.check.tensors == 29
-    assert report.check.largest_error < 2**-11 and report.run.summary().startswith("run with llama.cpp: not run")
+    assert report.check.largest_error < 2**-11 and report.run.ran == has_llama_cpp()
     assert {"llama.context_length", "llama.rope.freq_base", "tokenizer.chat_template"} <= set(report.check.metadata)
     assert report.stops == ["<|end|>"] and report.bytes == path.stat().st_size
     assert sorted(p.name for p in path.parent.iterdir()) == ["adapter", "demo.gguf", "merged"], "something was left"
@@ -200,14 +205,18 @@ def test_a_lost_merge_order_of_an_adapter_is_its_bases(tools, tmp_path):
 
 
 @pytest.mark.processes
-def test_stop_tokens_the_file_cannot_name_and_a_type_it_cannot_be_are_reported(merged, tools, tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf_module, "llama_cpp_python", lambda: None)
+def test_stop_tokens_the_file_cannot_name_and_a_type_it_cannot_be_are_reported(
+    merged, tools, gguf, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(gguf_module, "kernel", lambda: None)
     two_stops = copy_folder(merged, tmp_path / "merged")
-    edit_json(two_stops / "generation_config.json", eos_token_id=[3, 1])
+    edit_json(two_stops / "generation_config.json", eos_token_id=[3, 1, 4, 5])
     report = export("gguf", two_stops, tmp_path / "m-Q4_K_M.gguf", outtype="Q4_K_M", no_run=True)
-    assert report.stops == ["<s>", "<|end|>"] and any("stop tokens '<s>'" in note for note in report.notes)
+    file, last = GgufFile(report.path, gguf), load_tokenizer(merged).convert_ids_to_tokens(5)
+    assert [file.value(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")] == [3, 1, 4]
+    assert len(report.stops) == 4 and any(f"stop tokens {last!r}:" in note for note in report.notes)
     assert report.path == tmp_path / "m-f16.gguf" and report.path.is_file() and report.outtype == "f16"
-    assert "q4_k_m needs llama-cpp-python" in report.summary()
+    assert "q4_k_m needs llama.cpp's rounding" in report.summary() and "llama-quantize m-f16.gguf" in report.summary()
 
 
 def test_rounding_bounds_of_block_types_hold_and_bite(gguf):
@@ -295,7 +304,7 @@ def test_bad_input_says_what_to_do(merged, tmp_path, monkeypatch):
 
 def fake_llama_cpp(folder: Path, script: str) -> Path:
     (folder / "gguf-py/gguf").mkdir(parents=True)
-    (folder / "gguf-py/gguf/__init__.py").touch()
+    (folder / "gguf-py/gguf/__init__.py").write_text("class SpecialVocab:\n    def add_to_gguf(self, writer): ...\n")
     (folder / "gguf-py/gguf/quants.py").touch()
     (folder / llama_cpp.CONVERTER).write_text(script)
     return folder
@@ -307,6 +316,27 @@ def test_a_failing_converter_shows_what_it_said_and_leaves_nothing(merged, tmp_p
     with pytest.raises(ExportError, match=r"(?s)exit code 3.*the sky fell"):
         export("gguf", merged, tmp_path / "x.gguf", llama_cpp=tools)
     assert [path.name for path in tmp_path.iterdir()] == ["llama.cpp"]
+
+
+def test_what_the_converter_does_not_know_is_said_before_the_merge(adapter, tmp_path, monkeypatch):
+    script = "import sys\nassert '--vocab-only' in sys.argv\nsys.exit('BPE pre-tokenizer was not recognized')"
+    tools = fake_llama_cpp(tmp_path / "llama.cpp", script)
+    monkeypatch.setattr(gguf_module, "merge_adapter", None)
+    with pytest.raises(ExportError, match="byte-level BPE tokenizers by a hash"):
+        export("gguf", adapter, tmp_path / "x.gguf", llama_cpp=tools)
+
+
+@pytest.mark.parametrize(
+    "said, code, words",
+    [
+        ("OSError: 4194304 requested and 1835008 written", 1, "The disk did not take all of it"),
+        ("OSError: [Errno 28] No space left on device", 1, "The disk did not take all of it"),
+        ("", -9, "memory is short"),
+        ("ValueError: something else", 1, "Try a newer llama.cpp"),
+    ],
+)
+def test_a_failing_converter_gets_the_advice_that_helps(said, code, words):
+    assert words in llama_cpp._advice(said, code)
 
 
 def test_an_interrupted_export_leaves_nothing_and_the_converter_dies(merged, tmp_path, monkeypatch):
@@ -360,29 +390,104 @@ def test_the_varied_texts_are_varied(merged):
     assert any("😀" in text for text in texts) and any("漢" in text for text in texts)
 
 
-@pytest.mark.slow
-@needs_llama_cpp_python
-@pytest.mark.parametrize("outtype", ["f32", "f16", "bf16", "q8_0", "q4_k_m"])
-def test_llama_cpp_computes_the_merged_model(adapter, tools, tmp_path, outtype):
-    report = export("gguf", adapter, tmp_path / "x.gguf", outtype=outtype)
-    assert report.outtype == outtype and report.run.ran and report.run.texts == COUNT
-    print(outtype, json.dumps(report.run.numbers))
+@pytest.fixture(scope="module")
+def prompts(merged):
+    """Of the merged demo model, all of its own length."""
+    return read_prompts(None, merged, load_tokenizer(merged), 8, 512)[0]
 
 
-@pytest.mark.slow
-@needs_llama_cpp_python
-def test_llama_cpp_that_computes_another_model_fails(merged, exported, gguf, tmp_path):
+@needs_llama_cpp
+def test_llama_cpp_computes_the_merged_model(exported, merged, prompts):
+    run = run_gguf(exported, MergedModel.load(merged), prompts, "f16")
+    assert run.texts == COUNT and not run.notes, "tokens, stop tokens and the chat template are the merged model's"
+    assert run.compared.positions == 200 and run.compared.kl < 1e-5
+    numbers = list(run.compared.chosen)
+    computed = torch.tensor([run.compared.chosen[number] for number in numbers])
+    assert torch.allclose(computed, run.compared.exact.chosen[numbers], atol=0.02)
+
+
+@needs_llama_cpp
+def test_where_the_layout_is_not_known_the_run_decides(merged, exported, gguf, prompts, tmp_path, monkeypatch):
+    """The same layout that is refused in a Llama is only noted in an unknown architecture, and then found."""
+    other = copy_folder(merged, tmp_path / "other")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    edit_weights(other, lambda tensors: tensors.update({name: interleave_halves(tensors[name], 4).contiguous()}))
+    monkeypatch.setattr(gguf_check, "KNOWN", set())
+    report = check(exported, other, gguf)
+    assert report.tensors == 28 and [what for what in report.unsure if "blk.0.attn_q.weight" in what]
+    with pytest.raises(ExportError, match="other probabilities"):
+        run_gguf(exported, MergedModel.load(other), prompts, "f32")
+
+
+@needs_llama_cpp
+def test_llama_cpp_that_computes_another_model_fails(merged, exported, prompts, tmp_path):
     """The weights are right (reading back says so) and the rotary base is another: only running it tells."""
     other = copy_folder(merged, tmp_path / "other")
     edit_json(other / "config.json", rope_parameters={"rope_theta": 500.0, "rope_type": "default"})
-    model = MergedModel.load(other)
-    prompts, _ = read_prompts(None, other, model.tokenizer, 8, 512)
-    with pytest.raises(ExportError, match="other log-probabilities"):
-        run_gguf(exported, model, gguf, prompts)
+    with pytest.raises(ExportError, match="other probabilities"):
+        run_gguf(exported, MergedModel.load(other), prompts, "f16")
 
 
-@pytest.mark.slow
-@needs_llama_cpp_python
+@needs_llama_cpp
+@pytest.mark.skipif(kernel() is None, reason="xllamacpp's library exports no ggml_quantize_chunk here")
+@pytest.mark.parametrize("outtype", ["q4_k_m", "q2_k", "iq4_xs"])
+def test_a_quantized_file_is_the_merged_model_up_to_its_type(exported, merged, gguf, prompts, tmp_path, outtype):
+    """llama.cpp reads what was rounded here: the values are the type's (read back), and so are the probabilities."""
+    path, model = tmp_path / "x.gguf", MergedModel.load(merged)
+    quantize_gguf(exported, path, outtype, gguf)
+    assert path.stat().st_size < exported.stat().st_size
+    report = check_gguf(path, model, gguf)
+    assert report.tensors == 29 and {"q4_k_m": "Q4_K", "q2_k": "Q3_K", "iq4_xs": "IQ4_XS"}[outtype] in report.types
+    assert 1e-5 < run_gguf(path, model, prompts, outtype).compared.kl < LIMITS[outtype]
+
+
+@needs_llama_cpp
+def test_chat_talks_to_the_file(exported, merged, capsys, monkeypatch):
+    """The turns of a conversation, greedily: what the merged model answers, and it ends by itself."""
+    model, tokenizer = load_base(merged, quantization="none", dtype="float32", verbose=False)
+    expected = Conversation(model, tokenizer, max_new_tokens=24)
+    asked = ["add one, then sort, then rotate, then swap halves: 0259", "reverse: 1234"]
+    for text in asked:
+        expected.say(text)
+        expected.answer()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(asked) + "\n"))
+    assert cli.main(["chat", str(exported), "--max_new_tokens=24"]) == 0
+    said = capsys.readouterr()
+    assert said.out == "".join(f"{turn.answers['tuned']}\n" for turn in expected.turns)
+    assert "run by llama.cpp" in " ".join(said.err.split())
+    assert cli.main(["chat", str(exported), "--base=demo"]) == 2 and "has no effect" in capsys.readouterr().err
+    assert (
+        cli.main(["chat", str(exported.with_name("dema.gguf"))]) == 2 and "There is no file" in capsys.readouterr().err
+    )
+
+
+@needs_llama_cpp
+def test_a_stop_token_that_llama_cpp_passes_is_named(exported, merged, prompts):
+    model = MergedModel.load(merged)
+    plain = model.tokenizer.convert_tokens_to_ids("a")
+    model.stops.add(plain)
+    (note,) = run_gguf(exported, model, prompts, "f16").notes
+    assert note.startswith("llama.cpp does not stop at 'a' by itself")
+
+
+@needs_llama_cpp
+def test_a_file_that_llama_cpp_cannot_load_is_an_error_and_no_crash(exported, tmp_path):
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(exported.read_bytes()[:20000])
+    with pytest.raises(ExportError, match=r"(?s)cannot load broken.gguf.*exit code"):
+        LlamaServer(broken)
+
+
+@pytest.mark.processes
+@needs_llama_cpp
+@pytest.mark.parametrize("outtype", ["f32", "bf16", "q8_0"])
+def test_the_converters_types_are_the_merged_model(merged, tools, tmp_path, outtype):
+    report = export("gguf", merged, tmp_path / "x.gguf", outtype=outtype)
+    assert report.outtype == outtype and report.run.ran and report.run.compared.kl < LIMITS[outtype]
+
+
+@pytest.mark.processes
+@needs_llama_cpp
 def test_stories260k_is_tokenized_otherwise_by_llama_cpp(stories, tools, tmp_path):
     with pytest.raises(ExportError, match="llama.cpp makes other tokens of 'Once upon a time, there was a little girl"):
         export("gguf", stories, tmp_path / "x.gguf")

@@ -12,6 +12,7 @@ from qpsft.export import gguf as gguf_module
 from qpsft.export import llama_cpp
 from qpsft.export.ollama import ChatPieces, derive_template, modelfile
 from qpsft.model.base import load_tokenizer
+from qpsft.model.llama_server import has_llama_cpp
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 BRANCH = re.compile(r"\{\{ (?:else )?if eq \.Role \"(\w+)\" \}\}")
@@ -108,7 +109,9 @@ def test_an_adapter_becomes_a_folder_for_ollama_create(tmp_path):
     adapter = make_adapter(tmp_path / "adapter")
     merged = merge_by_hand(adapter, tmp_path / "merged", "float16")
     output = tmp_path / "ollama"
-    report = export("ollama", merged, output, no_run=True)
+    report = export("ollama", merged, output)
+    if has_llama_cpp():
+        assert report.compared == 6 and "llama.cpp writes 6 conversations the same" in report.summary()
     assert sorted(path.name for path in output.iterdir()) == ["Modelfile", "model.gguf"]
     text = (output / "Modelfile").read_text()
     assert text.startswith('FROM ./model.gguf\nTEMPLATE """') and '{{ if eq .Role "system" }}<|system|>' in text

@@ -16,10 +16,10 @@ import torch
 from merging import load_strictly, save_peft_adapter, vouch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import save_tiny_model
+from tiny_models import save_tiny_model, save_tokenizer
 from transformers import AutoTokenizer
 
-from qpsft.errors import ExportError, OutputError
+from qpsft.errors import BaseModelError, ExportError, OutputError
 from qpsft.files import finished_folder, process_mark
 from qpsft.merge import merge_adapter
 from qpsft.merge.safetensors_stream import ShardWriter, TensorFile, TensorSpec, plan_shards
@@ -73,6 +73,38 @@ def test_in_shards_of_a_size(tmp_path, adapter):
     merge(adapter, tmp_path / "one")
     whole = load_file(tmp_path / "one" / "model.safetensors")
     assert all(torch.equal(whole[name], load_file(folder / index["weight_map"][name])[name]) for name in whole)
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(tmp_path, adapter):
+    save_tokenizer(adapter, size=202)
+    with pytest.raises(BaseModelError, match="has 2 tokens more than the model's vocabulary of 200, such as 'w1"):
+        merge(adapter)
+    assert not (tmp_path / "adapter-merged").exists() and hidden(tmp_path) == []
+
+
+def test_a_pointer_instead_of_a_tokenizer_is_refused(base, adapter):
+    (base / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(BaseModelError, match="tokenizer.json is a git-lfs pointer"):
+        merge(adapter)
+
+
+def test_half_a_tokenizer_is_completed_from_the_base(tmp_path, base, adapter):
+    shutil.copy(base / "tokenizer_config.json", adapter)
+    merge(adapter)
+    merged = AutoTokenizer.from_pretrained(tmp_path / "adapter-merged")
+    assert merged.get_vocab() == AutoTokenizer.from_pretrained(base).get_vocab()
+
+
+def test_the_end_of_turn_that_the_template_writes_is_a_stop_token(tmp_path, base, adapter):
+    """The tokenizer's eos is `</s>`, and the template ends turns with another special token."""
+    save_tokenizer(base, ("<s>", "</s>", "<end>"))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    tokenizer.chat_template = "{% for m in messages %}w1 {{ m.content }} <end> {% endfor %}"
+    tokenizer.save_pretrained(base)
+    merge(adapter)
+    settings = json.loads((tmp_path / "adapter-merged" / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == [2, 3]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

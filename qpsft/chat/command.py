@@ -9,9 +9,10 @@ from qpsft.recipe.flags import Parser, parse
 from qpsft.terminal import quiet_libraries
 
 DESCRIPTION = (
-    "Talk to an adapter on its 4-bit base, to a merged model, or to any model, in the terminal or through a pipe "
-    "(`echo hi | qpsft chat runs/mine`: every line is answered). Prompts are written as in training. /base answers "
-    "with the adapter off, /tuned with it, /both with both, one below the other; /reset, /help, /quit."
+    "Talk to an adapter on its 4-bit base, to a merged model, to a GGUF file (llama.cpp runs it), or to any model, in "
+    "the terminal or through a pipe (`echo hi | qpsft chat runs/mine`: every line is answered). Prompts are written as "
+    "in training; of a GGUF, as the file says. /base answers with the adapter off, /tuned with it, /both with both, "
+    "one below the other; /reset, /help, /quit."
 )
 
 

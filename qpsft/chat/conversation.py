@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from qpsft.data.tokenize import encode_prompt, tokenize_rows, writes_chat
+from qpsft.data.ending import end_of_turn
+from qpsft.data.tokenize import encode_prompt, writes_chat
 from qpsft.errors import BaseModelError, DataError
-from qpsft.evaluate.rows import as_rows, stop_ids_of
 from qpsft.model.adapter import adapter_off, has_adapter
 from qpsft.model.generation import neutral_settings, stop_tokens
 from qpsft.recipe.arguments import DataArguments
@@ -34,12 +34,10 @@ class Turn:
     answers: dict[str, str] = field(default_factory=dict)
 
 
-class Conversation:
-    """The turns so far, and how they are answered.
+class Turns:
+    """The turns so far, and the prompt that the next answer is made from; whoever answers fills in the rest.
 
     Args:
-        model: a causal LM in eval mode, with or without an adapter.
-        tokenizer: the one the adapter was trained with.
         arguments: `use_chat_template` and `prompt_format` as in training.
         system: the system turn; it stays when older turns are left out.
         temperature: 0 takes the likeliest token; above 0, tokens are drawn. The base's own generation settings, such as
@@ -50,17 +48,21 @@ class Conversation:
 
     Attributes:
         turns: the user's turns with their answers.
+        speakers: who answers.
+        as_chat: prompts go through the chat template.
         limit: positions the model has; None if it has no limit.
         left_out: how many of the oldest turns the last prompt left out, because it would have been too long.
 
     Raises:
-        DataError: a system turn where there is no chat template, or one that the chat template refuses.
+        DataError: a system turn where there is no chat template.
     """
+
+    speakers: tuple[str, ...] = (TUNED,)
+    as_chat: bool
+    limit: int | None
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
         arguments: DataArguments | None = None,
         *,
         system: str | None = None,
@@ -69,19 +71,30 @@ class Conversation:
         max_new_tokens: int = MAX_NEW_TOKENS,
         seed: int = 0,
     ):
-        self.model, self.tokenizer = model, tokenizer
         self.arguments = arguments or DataArguments()
-        self.as_chat = writes_chat(tokenizer, self.arguments)
         if system is not None and not self.as_chat:
             raise DataError("A system turn needs a chat template, and prompts here are plain text.", "Leave it out.")
         self.system = [] if system is None else [{"role": "system", "content": system}]
         self.temperature, self.top_p, self.max_new_tokens, self.seed = temperature, top_p, max_new_tokens, seed
-        self.speakers = (BASE, TUNED) if has_adapter(model) else (TUNED,)
-        self.limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.left_out = 0
         self.turns: list[Turn] = []
-        encode_prompt([*self.system, {"role": "user", "content": "?"}], tokenizer, self.arguments)
-        self._stops = sorted(self._stop_ids())
+
+    def encode(self, messages: list[dict]) -> list[int]:
+        """The ids after which the model answers a conversation."""
+        raise NotImplementedError
+
+    def answer(self, speaker: str = TUNED, write: Callable[[str], None] | None = None) -> str:
+        """The answer of one speaker to the last turn; it becomes part of the conversation.
+
+        Args:
+            speaker: one of `speakers`.
+            write: is given the text piece by piece while it is made. What was made when Ctrl-C comes is kept as the
+                answer.
+
+        Raises:
+            DataError: the last turn alone is longer than the model.
+        """
+        raise NotImplementedError
 
     def reset(self) -> None:
         """Forgets all turns."""
@@ -95,18 +108,59 @@ class Conversation:
         """Removes the last user's turn with its answers."""
         self.turns.pop()
 
+    def _prompt(self, speaker: str) -> tuple[list[int], int]:
+        """The prompt's ids, with as many of the latest turns as fit, and how many tokens the answer may have."""
+        spare = self.max_new_tokens if self.limit is None else min(self.max_new_tokens, self.limit // 4)
+        for first in range(len(self.turns)):
+            ids = self.encode(self._messages(speaker, first))
+            if self.limit is None or len(ids) + spare <= self.limit or not self.as_chat:
+                break
+        if self.limit is None:
+            self.left_out = 0
+            return ids, self.max_new_tokens
+        if len(ids) >= self.limit:
+            raise DataError(
+                f"This turn alone is {len(ids)} tokens long, and the model takes {self.limit}.", "Shorten it."
+            )
+        self.left_out = first
+        return ids, min(self.max_new_tokens, self.limit - len(ids))
+
+    def _messages(self, speaker: str, first: int) -> list[dict]:
+        messages = list(self.system)
+        for turn in self.turns[first:-1]:
+            messages.append({"role": "user", "content": turn.user})
+            answer = turn.answers.get(speaker, next(iter(turn.answers.values()), ""))
+            messages.append({"role": "assistant", "content": answer})
+        return [*messages, {"role": "user", "content": self.turns[-1].user}]
+
+
+class Conversation(Turns):
+    """A conversation with a transformers model.
+
+    Args:
+        model: a causal LM in eval mode, with or without an adapter: TUNED answers with it, BASE with it switched off.
+        tokenizer: the one the adapter was trained with.
+        arguments, options: as `Turns`.
+
+    Raises:
+        DataError: a system turn where there is no chat template, or one that the chat template refuses.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, arguments: DataArguments | None = None, **options: Any):
+        self.model, self.tokenizer = model, tokenizer
+        self.as_chat = writes_chat(tokenizer, arguments or DataArguments())
+        super().__init__(arguments, **options)
+        self.speakers = (BASE, TUNED) if has_adapter(model) else (TUNED,)
+        self.limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.encode([*self.system, {"role": "user", "content": "?"}])
+        # the base's settings, and the token that ended the answers in training
+        self._stops = sorted(stop_tokens(model, tokenizer) | end_of_turn(tokenizer, self.arguments))
+
+    def encode(self, messages: list[dict]) -> list[int]:
+        return encode_prompt(messages, self.tokenizer, self.arguments)
+
     def answer(self, speaker: str = TUNED, write: Callable[[str], None] | None = None) -> str:
-        """The answer of one speaker to the last turn; it becomes part of the conversation.
-
-        Args:
-            speaker: TUNED, or BASE for the model with its adapter off.
-            write: is given the text piece by piece while it is made. What was made when Ctrl-C comes is kept as the
-                answer.
-
-        Raises:
-            DataError: the last turn alone is longer than the model.
-            BaseModelError: the device's memory does not suffice.
-        """
+        """As `Turns.answer`. Raises BaseModelError too: the device's memory does not suffice."""
         ids, room = self._prompt(speaker)
         stream = _Stream(self.tokenizer, write)
         drawn = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
@@ -136,40 +190,6 @@ class Conversation:
         finally:
             self.turns[-1].answers[speaker] = stream.text
         return stream.text
-
-    def _prompt(self, speaker: str) -> tuple[list[int], int]:
-        """The prompt's ids, with as many of the latest turns as fit, and how many tokens the answer may have."""
-        spare = self.max_new_tokens if self.limit is None else min(self.max_new_tokens, self.limit // 4)
-        for first in range(len(self.turns)):
-            ids = encode_prompt(self._messages(speaker, first), self.tokenizer, self.arguments)
-            if self.limit is None or len(ids) + spare <= self.limit or not self.as_chat:
-                break
-        if self.limit is None:
-            self.left_out = 0
-            return ids, self.max_new_tokens
-        if len(ids) >= self.limit:
-            raise DataError(
-                f"This turn alone is {len(ids)} tokens long, and the model takes {self.limit}.", "Shorten it."
-            )
-        self.left_out = first
-        return ids, min(self.max_new_tokens, self.limit - len(ids))
-
-    def _messages(self, speaker: str, first: int) -> list[dict]:
-        messages = list(self.system)
-        for turn in self.turns[first:-1]:
-            messages.append({"role": "user", "content": turn.user})
-            answer = turn.answers.get(speaker, next(iter(turn.answers.values()), ""))
-            messages.append({"role": "assistant", "content": answer})
-        return [*messages, {"role": "user", "content": self.turns[-1].user}]
-
-    def _stop_ids(self) -> set[int]:
-        """Tokens that end an answer: those of the base's settings, and the one that ended the answers in training."""
-        probe = as_rows([{"prompt": "?", "completion": "!"}], "probe", self.arguments)
-        try:
-            texts = list(tokenize_rows(probe, self.tokenizer, self.arguments, None, show_progress=False).dataset)
-        except DataError:  # a template that could not be trained on
-            return stop_tokens(self.model, self.tokenizer)
-        return stop_ids_of(self.model, self.tokenizer, texts)
 
 
 class _Stream(BaseStreamer):

@@ -17,7 +17,7 @@ class ChatOptions(LoadOptions):
         RecipeError: a value is out of range. DataError: it has no effect.
     """
 
-    model: str = option(help="folder of an adapter or of a model, a Hub id, or demo")
+    model: str = option(help="folder of an adapter or of a model, a GGUF file, a Hub id, or demo")
     system: str | None = option(None, "a system turn before the conversation")
     temperature: float = option(0.0, "(default: 0, the likeliest token)", metavar="T", least=0)
     top_p: float | None = option(None, "draw among tokens of this total (default: 1, all)", metavar="P", above=0)

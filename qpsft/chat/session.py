@@ -11,14 +11,21 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from qpsft.chat.conversation import TUNED, Conversation
+from qpsft.chat.conversation import TUNED, Conversation, Turns
+from qpsft.chat.gguf import GgufConversation
 from qpsft.chat.options import ChatOptions
-from qpsft.errors import DataError, QpsftError, did_you_mean
+from qpsft.errors import BaseModelError, DataError, QpsftError, did_you_mean
 from qpsft.evaluate.model import describe_evaluated, is_merged, load_evaluated, prompt_arguments
+from qpsft.model.folder import near_folders
+from qpsft.model.llama_server import LlamaServer
+from qpsft.recipe.arguments import DataArguments
 from qpsft.terminal import fill, no_standard_input, takes_color, visible
 
 BOTH = "both"
+GGUF_CONTEXT = 8192
+"""Tokens of a conversation with a GGUF, or the model's own limit where that is less: a longer one takes much memory."""
 INTERRUPTED = 130
 BOLD, DIM, PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[0m"
 COMMANDS = {
@@ -47,7 +54,22 @@ def chat(options: ChatOptions) -> int:
     Raises:
         QpsftError: the model cannot be loaded, or an option does not suit it.
     """
+    with contextlib.ExitStack() as stack:
+        return _talk(*_open(options, stack), options)
+
+
+def _open(options: ChatOptions, stack: contextlib.ExitStack) -> tuple[Turns, str]:
+    """The conversation, and in words what answers."""
+    sampling = {
+        "system": options.system,
+        "temperature": options.temperature,
+        "top_p": 1.0 if options.top_p is None else options.top_p,
+        "max_new_tokens": options.max_new_tokens,
+        "seed": options.seed or 0,
+    }
     folder = Path(options.model).expanduser()
+    if folder.suffix.lower() == ".gguf":
+        return _open_gguf(folder, options, sampling, stack)
     arguments = prompt_arguments(
         folder, use_chat_template=options.use_chat_template, prompt_format=options.prompt_format
     )
@@ -55,20 +77,31 @@ def chat(options: ChatOptions) -> int:
         model, tokenizer = load_evaluated(
             options.model, base=options.base, quantization=options.quantization, device=options.device
         )
-    conversation = Conversation(
-        model,
-        tokenizer,
-        arguments,
-        system=options.system,
-        temperature=options.temperature,
-        top_p=1.0 if options.top_p is None else options.top_p,
-        max_new_tokens=options.max_new_tokens,
-        seed=options.seed or 0,
-    )
-    session = _Session(conversation, options.model, merged=is_merged(folder))
-    session.note(f"chat with {options.model} · {describe_evaluated(model)}")
+    return Conversation(model, tokenizer, arguments, **sampling), describe_evaluated(model)
+
+
+def _open_gguf(
+    path: Path, options: ChatOptions, sampling: dict[str, Any], stack: contextlib.ExitStack
+) -> tuple[Turns, str]:
+    if not path.is_file():
+        raise BaseModelError(f"There is no file {path}.", near_folders(path))
+    given = {"base": options.base, "quantization": options.quantization}
+    if names := [f"--{name}" for name, value in given.items() if value is not None]:
+        raise BaseModelError(f"{', '.join(names)} has no effect on {path}: a GGUF is run as it is.", "Leave it out.")
+    asked = {"use_chat_template": options.use_chat_template, "prompt_format": options.prompt_format}
+    arguments = DataArguments(**{name: value for name, value in asked.items() if value is not None})
+    server = stack.enter_context(LlamaServer(path, context=GGUF_CONTEXT))
+    size = path.stat().st_size / 1e6
+    return GgufConversation(server, arguments, **sampling), f"{size:,.1f} MB, run by llama.cpp"
+
+
+def _talk(conversation: Turns, what: str, options: ChatOptions) -> int:
+    session = _Session(conversation, options.model, merged=is_merged(Path(options.model).expanduser()))
+    session.note(f"chat with {options.model} · {what}")
     if not conversation.as_chat:
-        session.note(f"No chat template: each line is a prompt of its own, written as {arguments.prompt_format!r}.")
+        session.note(
+            f"No chat template: each line is a prompt of its own, written as {conversation.arguments.prompt_format!r}."
+        )
     try:
         return session.run()
     except BrokenPipeError:  # whoever read the answers has closed the pipe
@@ -79,7 +112,7 @@ def chat(options: ChatOptions) -> int:
 class _Session:
     """Lines in, answers out."""
 
-    def __init__(self, conversation: Conversation, name: str, *, merged: bool):
+    def __init__(self, conversation: Turns, name: str, *, merged: bool):
         self.conversation, self.name, self.merged = conversation, name, merged
         self.speaker = TUNED
         self.failed = False

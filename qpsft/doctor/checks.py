@@ -321,12 +321,12 @@ def hub() -> Finding:
 
 
 def llama_cpp() -> Finding:
-    """What `qpsft export --to gguf` needs to run the file that it wrote."""
-    if importlib.util.find_spec("llama_cpp") is None:
-        cure = "Only exported GGUF files would not be run once: `pip install 'qpsft[llama-cpp]'`."
-        return Finding("llama.cpp", "warn", "llama-cpp-python is not installed", cure)
-    importlib.import_module("llama_cpp")
-    return Finding("llama.cpp", "ok", f"llama-cpp-python {importlib.metadata.version('llama-cpp-python')}")
+    """What `qpsft export --to gguf` and `qpsft chat FILE.gguf` need to run a file."""
+    if importlib.util.find_spec("xllamacpp") is None:
+        cure = "Only exported GGUF files would not be run once: `pip install 'qpsft[gguf]'`."
+        return Finding("llama.cpp", "warn", "xllamacpp, which brings it, is not installed", cure)
+    importlib.import_module("xllamacpp")
+    return Finding("llama.cpp", "ok", f"xllamacpp {importlib.metadata.version('xllamacpp')}")
 
 
 CHECKS: tuple[Callable[[], Finding], ...] = (

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qpsft.data import built_in
+from qpsft.data.ending import ending_tokens
 from qpsft.data.messages import trained_turns
 from qpsft.data.read import Records, read_records
 from qpsft.data.shapes import Rows, to_rows
@@ -170,10 +171,8 @@ def stop_ids_of(model: Any, tokenizer: Any, texts: Sequence[dict[str, list[int]]
     The last is the chat template's end of turn, which training teaches whether or not the base's settings name it.
     """
     stops = stop_tokens(model, tokenizer)
-    special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
     for row in texts[:1]:
-        ending = [label for label in row["labels"] if label != IGNORED][-2:]  # some templates end in a line break
-        stops |= {label for label in ending[::-1] if label in special}
+        stops |= ending_tokens(row["labels"], tokenizer)
     return stops
 
 

@@ -29,12 +29,19 @@ def write_export(options: ExportOptions) -> Any:
     """Writes the format asked for. Returns that format's report."""
     from qpsft.export.gguf import export_gguf
     from qpsft.export.gguf_lora import export_gguf_lora
+    from qpsft.export.nf4 import export_nf4
     from qpsft.export.ollama import export_ollama
     from qpsft.export.vllm import export_vllm
     from qpsft.model.stated_record import state_record
 
     state_record(options.source, options)
-    formats = {"gguf": export_gguf, "gguf-lora": export_gguf_lora, "ollama": export_ollama, "vllm": export_vllm}
+    formats = {
+        "gguf": export_gguf,
+        "gguf-lora": export_gguf_lora,
+        "ollama": export_ollama,
+        "vllm": export_vllm,
+        "nf4": export_nf4,
+    }
     return formats[options.to](options)
 
 

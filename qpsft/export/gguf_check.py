@@ -6,6 +6,7 @@ Values are compared under a bound that follows from each tensor's type.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from qpsft.errors import ExportError
-from qpsft.export.gguf_file import GgufFile, Source, sources_of
+from qpsft.export.gguf_file import KNOWN, GgufFile, Source, sources_of
 from qpsft.export.llama_cpp import went_wrong
 from qpsft.export.merged_model import MergedModel
 from qpsft.verify.exported import ExportedWeights
@@ -35,6 +35,11 @@ BLOCK_ERROR = {
 }  # fmt: skip
 """Relative error (root mean square) of the block types: twice what bell-shaped weights get in each (see the tests)."""
 
+OTHER_SENSES = re.compile(
+    r"(^|[._])(vision|visual|audio|image|multi_?modal|multi_modal_projector|connector|mm)([._]|$)"
+)
+"""In the names of tensors that see or hear: llama.cpp keeps those in a file of their own (`--mmproj`)."""
+
 COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors that converters compute from the config."""
 
@@ -47,6 +52,8 @@ class GgufCheck:
         tensors: how many tensors were compared with the merged weights.
         computed: names of tensors that have no source because they follow from the config.
         largest_error: largest relative error (root mean square) of a tensor.
+        other_senses: how many tensors see or hear, and are not in the file.
+        unsure: what was not found as expected, in an architecture whose layout is not known for sure here.
         stops_missing: stop tokens of the merged model that the file does not name.
         merge_order_lost: the file's SentencePiece tokenizer has one score for all pieces.
         adds_bos: llama.cpp puts the beginning-of-sequence token before every text.
@@ -57,6 +64,8 @@ class GgufCheck:
     largest_error: float = 0.0
     types: dict[str, int] = field(default_factory=dict)
     metadata: list[str] = field(default_factory=list)
+    other_senses: int = 0
+    unsure: list[str] = field(default_factory=list)
     stops_missing: list[str] = field(default_factory=list)
     merge_order_lost: bool = False
     adds_bos: bool = False
@@ -67,14 +76,22 @@ class GgufCheck:
         return (
             f"read back: {self.tensors} tensors ({types}) equal the merged weights up to their type's rounding "
             f"(largest relative error {self.largest_error:.1e}), {len(self.metadata)} metadata keys match"
+            f"{f'; {len(self.unsure)} are laid out in a way that is not known here' if self.unsure else ''}"
         )
+
+    def differs(self, file: GgufFile, what: str) -> None:
+        """Notes a difference. Raises ExportError where the architecture's layout is known for sure."""
+        if file.architecture in KNOWN:
+            raise went_wrong(file.path, what)
+        self.unsure.append(what)
 
 
 def check_gguf(path: Path, merged: MergedModel, gguf: ModuleType) -> GgufCheck:
     """Compares a GGUF with the merged model it was made from.
 
     Raises:
-        ExportError: a tensor is missing, has no source, another shape or other values; or metadata differ (named).
+        ExportError: the file cannot be read; or, in an architecture whose layout is known for sure, a tensor is
+            missing, has no source, another shape or other values, or metadata differ (named).
     """
     file, check = GgufFile(path, gguf), GgufCheck()
     _check_tensors(file, merged, check)
@@ -86,42 +103,50 @@ def check_gguf(path: Path, merged: MergedModel, gguf: ModuleType) -> GgufCheck:
 
 def _check_tensors(file: GgufFile, merged: MergedModel, check: GgufCheck) -> None:
     """Every tensor of the merged model is in the file with its values, and every one in the file comes from it."""
-    seen = set()
-    sources = sources_of(file, merged.weights, merged.config)
+    sources, nameless = sources_of(file, merged.weights, merged.config)
+    senses = [name for name in nameless if merged.has_other_senses and OTHER_SENSES.search(name)]
+    check.other_senses = len(senses)
+    if texts := [name for name in nameless if name not in senses]:
+        check.differs(file, f"{texts[0]} of the merged model has no name in llama.cpp's {file.architecture}")
     bar = {"desc": "reading back", "unit": "tensor", "disable": None, "leave": False}
-    for source in tqdm(sources, total=len(file.tensors), **bar):
+    for source in tqdm(sources, **bar):
         if source.name not in file.tensors:
-            raise went_wrong(file.path, f"it lacks {source.name}, which is {source.sources[0]} of the merged model")
-        seen.add(source.name)
-        check.largest_error = max(check.largest_error, _check_tensor(file, source, merged.weights))
+            check.differs(file, f"it lacks {source.name}, which is {source.sources[0]} of the merged model")
+            continue
         kind = file.type_of(source.name)
         check.types[kind] = check.types.get(kind, 0) + 1
-        check.tensors += 1
-    rest = sorted(set(file.tensors) - seen)
+        error, wrong = _compare(file, source, merged.weights)
+        if wrong:
+            check.differs(file, wrong)
+        else:
+            check.largest_error = max(check.largest_error, error)
+            check.tensors += 1
+    rest = sorted(set(file.tensors) - {source.name for source in sources})
     check.computed = [name for name in rest if name.startswith(COMPUTED)]
     if unknown := [name for name in rest if name not in check.computed]:
-        raise went_wrong(file.path, f"{unknown[0]} in it comes from no tensor of the merged model")
+        check.differs(file, f"{unknown[0]} in it comes from no tensor of the merged model")
 
 
-def _check_tensor(file: GgufFile, source: Source, weights: ExportedWeights) -> float:
-    """Returns the tensor's relative error. Raises ExportError when it is more than its type explains."""
+def _compare(file: GgufFile, source: Source, weights: ExportedWeights) -> tuple[float, str]:
+    """The tensor's relative error, and what is wrong with it where that is more than its type explains."""
     parts = [source.layout.forward(weights.tensor(name)) for name in source.sources]
-    expected = parts[0] if len(parts) == 1 else torch.stack(parts)  # in float32, before the type's rounding
     where = f"{source.name} ({source.sources[0]})"
+    if len({part.shape for part in parts}) > 1:
+        return 0.0, f"{where} is made of tensors of several shapes"
+    expected = parts[0] if len(parts) == 1 else torch.stack(parts)  # in float32, before the type's rounding
     if file.shape_of(source.name) != list(expected.shape):
-        raise went_wrong(file.path, f"{where} has shape {file.shape_of(source.name)}, not {list(expected.shape)}")
+        return 0.0, f"{where} has shape {file.shape_of(source.name)}, not {list(expected.shape)}"
     kind = file.type_of(source.name)
     # by rows, because a vocabulary's embedding is large
     rows = max(1, BLOCK_OF_VALUES // max(1, expected.numel() // len(expected)))
     blocks = (slice(start, start + rows) for start in range(0, len(expected), rows))
     error, right = rounding_error(((file.values(source.name, block), expected[block]) for block in blocks), kind)
     if right is None:
-        raise ExportError(f"{where} is of type {kind}, which qpsft cannot check.", "Choose another --outtype.")
-    if not right:
-        raise went_wrong(
-            file.path, f"the values of {where} differ by {error:.1e} of their size, and {kind} explains less"
-        )
-    return error
+        return error, f"{where} is of type {kind}, whose rounding is not known here"
+    return (
+        error,
+        "" if right else f"the values of {where} differ by {error:.1e} of their size, and {kind} explains less",
+    )
 
 
 def rounding_error(blocks: Iterable[tuple[Tensor, Tensor]], kind: str) -> tuple[float, bool | None]:
@@ -170,9 +195,11 @@ def _check_metadata(file: GgufFile, merged: MergedModel, check: GgufCheck) -> No
         if value is None or stored is None or isinstance(stored, list):
             continue
         equal = abs(stored - value) <= 1e-6 * abs(value) if isinstance(value, float) else stored == value
-        if not equal:
-            raise went_wrong(file.path, f"its {key.replace('{arch}', file.architecture)} is {stored!r}, not {value!r}")
-        check.metadata.append(key.replace("{arch}", file.architecture))
+        key = key.replace("{arch}", file.architecture)
+        if equal:
+            check.metadata.append(key)
+        else:
+            check.differs(file, f"its {key} is {stored!r}, not {value!r}")
 
 
 def _check_special_tokens(file: GgufFile, merged: MergedModel, check: GgufCheck) -> None:
@@ -184,9 +211,9 @@ def _check_special_tokens(file: GgufFile, merged: MergedModel, check: GgufCheck)
     for number, token in merged.tokenizer.added_tokens_decoder.items():
         if number >= len(tokens) or tokens[number] != token.content:
             stored = repr(tokens[number]) if number < len(tokens) else "missing"
-            raise went_wrong(file.path, f"its token {number} is {stored}, not {token.content!r}")
-        if token.special and types and types[number] not in whole:
-            raise went_wrong(file.path, f"its token {token.content!r} is plain text")
+            check.differs(file, f"its token {number} is {stored}, not {token.content!r}")
+        elif token.special and types and types[number] not in whole:
+            check.differs(file, f"its token {token.content!r} is plain text")
     check.metadata.append("tokenizer.ggml.tokens")
 
 

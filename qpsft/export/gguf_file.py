@@ -7,7 +7,7 @@ so that a mistake there shows.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -22,9 +22,16 @@ from qpsft.verify.exported import ExportedWeights
 
 ROTARY_NORMAL = {
     "llama", "granite", "granitemoe", "olmo", "minicpm", "deci", "arctic", "chameleon", "llada", "bailingmoe", "xverse",
-    "baichuan", "internlm2",
+    "baichuan", "internlm2", "smollm3",
 }  # fmt: skip
 """Architectures whose rotary embedding pairs neighbouring rows in llama.cpp and halves in transformers."""
+
+WRITTEN = ("general.architecture", "general.file_type", "general.quantization_version")
+"""Metadata that whoever writes a GGUF anew gives himself."""
+
+KNOWN = {"llama", "smollm3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "gpt2", "granite", "olmo", "olmo2"}
+"""Architectures whose tensors are laid out as `layout_of` says: what differs there is a mistake. Of others the run of
+the file decides."""
 
 EXPERT = re.compile(r"(.*experts)\.(\d+)\.(.+)")
 
@@ -50,6 +57,14 @@ class GgufFile:
         """A metadata value, None when the key is not there; `{arch}` in the key is the architecture."""
         field_ = self._reader.get_field(key.replace("{arch}", self.architecture))
         return None if field_ is None else field_.contents()
+
+    def copy_metadata(self, writer: Any) -> None:
+        """Gives a GGUFWriter this file's metadata, but for what it writes itself and the file's type."""
+        array = self.gguf.GGUFValueType.ARRAY
+        for field in self._reader.fields.values():
+            if not field.name.startswith("GGUF.") and field.name not in WRITTEN:
+                inner = field.types[-1] if field.types[0] == array else None
+                writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
 
     def type_of(self, name: str) -> str:
         return self.tensors[name].tensor_type.name
@@ -95,29 +110,32 @@ class Source:
     layout: Layout
 
 
-def sources_of(file: GgufFile, merged: ExportedWeights, config: dict[str, Any]) -> Iterator[Source]:
-    """Every tensor of the merged folder with the GGUF tensor it must be in.
+def sources_of(file: GgufFile, merged: ExportedWeights, config: dict[str, Any]) -> tuple[list[Source], list[str]]:
+    """The merged folder's tensors and the GGUF tensors they must be in.
 
-    Raises:
-        ExportError: a merged tensor has no name in llama.cpp.
+    Returns:
+        (each GGUF tensor with what it is made of; names of merged tensors that have no name in llama.cpp).
     """
     mapped = file.name_map()
     stacks: dict[str, list[str]] = {}
+    nameless = []
     tied = bool(config.get("tie_word_embeddings"))
     for name in merged.names():
-        expert = EXPERT.fullmatch(name)
-        target = mapped(f"{expert[1]}.{expert[3]}" if expert else name)
-        if target is None:
-            if name.endswith(("rotary_emb.inv_freq", "attn.masked_bias")):
-                continue
-            raise ExportError(f"{name} of the merged model has no name in llama.cpp's {file.architecture}.", "")
-        if target == "output.weight" and tied and target not in file.tensors:
+        if name.endswith(("rotary_emb.inv_freq", "attn.masked_bias")):
             continue
-        stacks.setdefault(target, []).append(name)
+        plain = re.sub(r"(^|\.)language_model\.", r"\1", name)  # of a model that also sees or hears
+        expert = EXPERT.fullmatch(plain)
+        target = mapped(f"{expert[1]}.{expert[3]}" if expert else plain)
+        if target is None:
+            nameless.append(name)
+        elif not (target == "output.weight" and tied and target not in file.tensors):
+            stacks.setdefault(target, []).append(name)
+    sources = []
     for target, names in stacks.items():
         if EXPERT.fullmatch(names[0]):
             names.sort(key=lambda name: int(EXPERT.fullmatch(name)[2]))
-        yield Source(target, names, layout_of(file.architecture, names[0], config))
+        sources.append(Source(target, names, layout_of(file.architecture, names[0], config)))
+    return sources, nameless
 
 
 def layout_of(architecture: str, name: str, config: dict[str, Any]) -> Layout:

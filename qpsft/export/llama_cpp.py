@@ -10,8 +10,11 @@ import hashlib
 import http.client
 import importlib
 import importlib.util
+import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -39,6 +42,30 @@ CONVERTER = "convert_hf_to_gguf.py"
 LORA_CONVERTER = "convert_lora_to_gguf.py"
 INSIDE = f"llama_cpp_python-{VERSION}/vendor/llama.cpp/"
 UNPACKED = (CONVERTER, LORA_CONVERTER, "LICENSE", "conversion/", "gguf-py/", "models/templates/")
+
+CONVERT = """
+import sys
+sys.path[:] = [path for path in sys.path if path]  # "" is the current folder, whose Python files are not ours
+import json, os, runpy
+script, more = sys.argv[1], json.loads(sys.argv[2])
+del sys.argv[:3]
+sys.argv.insert(0, script)
+sys.path.insert(0, os.path.dirname(script))
+import gguf
+write = gguf.SpecialVocab.add_to_gguf
+def write_with_more(self, *arguments, **options):
+    for kind, token in more.items():
+        self.special_token_ids.setdefault(kind, token)
+    return write(self, *arguments, **options)
+gguf.SpecialVocab.add_to_gguf = write_with_more
+runpy.run_path(script, run_name="__main__")
+"""
+"""Runs a converter that writes special tokens besides those it finds."""
+
+DISK_FAULT = re.compile(
+    r"No space left on device|Disk quota exceeded|File too large|Input/output error|\d+ requested and \d+ written"
+)
+"""How writing to a disk fails: numpy reports a write that ended short in its own words."""
 
 NEEDED = {"sentencepiece": "sentencepiece", "yaml": "PyYAML", "tqdm": "tqdm", "numpy": "numpy"}
 """Modules the converters import that transformers does not bring along, and the packages they come from."""
@@ -166,11 +193,20 @@ def _is_gguf(name: str) -> bool:
     return name == "gguf" or name.startswith("gguf.")
 
 
-def run_converter(llama_cpp: Path, script: str, arguments: list[str], output: Path, *, expected: int) -> None:
+def run_converter(
+    llama_cpp: Path,
+    script: str,
+    arguments: list[str],
+    output: Path,
+    *,
+    expected: int,
+    special: dict[str, int] | None = None,
+) -> None:
     """Runs a converter in a process of its own, with its own gguf-py first on the path.
 
     Args:
         arguments: for it, the output excluded.
+        special: ids of special tokens (`eot`, `eom`) to write where the converter itself finds none.
         expected: about how many bytes it will have, for the progress bar.
 
     Raises:
@@ -181,10 +217,12 @@ def run_converter(llama_cpp: Path, script: str, arguments: list[str], output: Pa
     path = [str(llama_cpp / "gguf-py"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment |= {"PYTHONPATH": os.pathsep.join(path)}
     environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    command = [sys.executable, str(llama_cpp / script), "--outfile", str(output), *arguments]
+    code = ["-c", CONVERT, str(llama_cpp / script), json.dumps(special or {})]
+    command = [sys.executable, *code, "--outfile", str(output), *arguments]
     code, said = run_process(command, environment, output, expected=expected)
     if code != 0 or not output.is_file():
-        raise ExportError(f"llama.cpp's {script} failed (exit code {code}):\n{last_lines(said, 12)}\n", _advice(said))
+        said = last_lines(said, 12)
+        raise ExportError(f"llama.cpp's {script} failed (exit code {code}):\n{said}\n", _advice(said, code))
 
 
 def run_process(command: list[str], environment: dict[str, str], output: Path, *, expected: int) -> tuple[int, str]:
@@ -214,11 +252,13 @@ def last_lines(text: str, count: int) -> str:
     return "\n".join([line for line in text.splitlines() if line.strip()][-count:])
 
 
-def _advice(said: str) -> str:
+def _advice(said: str, code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "The system ended it, which it does when memory is short: free some, or use a machine with more."
     if "ModuleNotFoundError" in said or "ImportError" in said:
         return "Install the package that this names."
-    if "No space left on device" in said:
-        return "Free some space, or choose an output on another disk with -o."
+    if DISK_FAULT.search(said):
+        return "The disk did not take all of it: free some space there, or choose an output on another disk with -o."
     if "BPE pre-tokenizer was not recognized" in said:
         return (
             "llama.cpp knows byte-level BPE tokenizers by a hash of known vocabularies, and this one is not among "

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qpsft.data.ending import end_of_turn
 from qpsft.model.base import load_tokenizer
 from qpsft.model.folder import check_folder
 from qpsft.model.remote_code import link_without_code
@@ -42,7 +43,7 @@ class MergedModel:
         tokenizer = load_tokenizer(folder)
         if isinstance(tokenizer.chat_template, str):
             tokenizer.chat_template = without_generation_markers(tokenizer.chat_template)
-        return cls(folder, tokenizer, stop_tokens(folder, tokenizer))
+        return cls(folder, tokenizer, stop_tokens(folder, tokenizer) | end_of_turn(tokenizer))
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -53,6 +54,17 @@ class MergedModel:
     def weights(self) -> ExportedWeights:
         """The tensors, read one at a time."""
         return ExportedWeights(self.folder)
+
+    @property
+    def has_other_senses(self) -> bool:
+        """Whether it also sees or hears."""
+        return any(name in self.config for name in ("vision_config", "audio_config", "visual"))
+
+    def further_stops(self) -> dict[str, int]:
+        """The stop tokens that are not the tokenizer's own, by the names that GGUF has for two of them."""
+        first = end_of_turn(self.tokenizer)
+        others = sorted(self.stops - {self.tokenizer.eos_token_id}, key=lambda token: (token not in first, token))
+        return dict(zip(("eot", "eom"), others, strict=False))
 
     def stop_texts(self) -> list[str]:
         """The stop tokens as text, by id."""

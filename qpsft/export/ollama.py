@@ -14,13 +14,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpsft.errors import OutputError
+from qpsft.errors import ExportError, OutputError
 from qpsft.export.gguf import ExportReport, export_gguf
 from qpsft.export.options import ExportOptions
 from qpsft.files import finished_folder, write_atomically
 from qpsft.model.adapter_folder import AdapterFolder
 from qpsft.model.base import load_tokenizer
 from qpsft.model.folder import is_adapter, resolve_folder
+from qpsft.model.llama_server import LlamaServer
 from qpsft.terminal import wrap
 from qpsft.verify.exported import read_text_config
 from qpsft.verify.text import render
@@ -32,6 +33,8 @@ MODEL_FILE, MODELFILE = "model.gguf", "Modelfile"
 WRITTEN = "# Written by qpsft export."
 """The first line of a Modelfile, by which an earlier export is known."""
 LARGE_CACHE = 4e9
+CONTEXT = 512
+"""Tokens of a model that only writes its template."""
 SYSTEM, USER, ANSWER = "qpsftSystem", "qpsftUser", "qpsftAnswer"
 
 Messages = list[dict[str, str]]
@@ -88,6 +91,7 @@ class OllamaReport:
 
     Attributes:
         template: whether a TEMPLATE was derived.
+        compared: how many conversations llama.cpp itself writes as that TEMPLATE does; None: it was not run.
     """
 
     folder: Path
@@ -96,10 +100,13 @@ class OllamaReport:
     stops: list[str]
     num_ctx: int | None
     notes: list[str] = field(default_factory=list)
+    compared: int | None = None
 
     def summary(self) -> str:
         """A few lines for a terminal, with the command that comes next."""
         template = "derived from the chat template" if self.template else "left to Ollama"
+        if self.compared:
+            template += f" (llama.cpp writes {self.compared} conversations the same)"
         return "\n".join(
             [
                 self.gguf.summary(),
@@ -135,10 +142,30 @@ def export_ollama(options: ExportOptions) -> OllamaReport:
         made = export_gguf(replace(options, to="gguf", output=folder / MODEL_FILE))
         gguf = replace(made, path=output / made.path.name)
         template, reason = derive_template(tokenizer, adds_bos=gguf.check.adds_bos)
+        compared, difference = None, []
+        if template is not None and gguf.run.ran:
+            compared, difference = _compare_with_llama_cpp(made.path, template)
         text = f"{WRITTEN}\n{modelfile(gguf.path.name, template, gguf.stops, length)}"
         write_atomically(folder / MODELFILE, text)
-    notes = _notes(tokenizer, template, reason, config, length)
-    return OllamaReport(output, gguf, template is not None, gguf.stops, length, notes)
+    notes = _notes(tokenizer, template, reason, config, length) + difference
+    return OllamaReport(output, gguf, template is not None, gguf.stops, length, notes, compared)
+
+
+def _compare_with_llama_cpp(path: Path, template: ChatPieces) -> tuple[int, list[str]]:
+    """How many conversations llama.cpp writes from the GGUF's chat template as the derived template does; a note on the
+    first that it writes otherwise."""
+    talks = [talk for talk in _conversations("system" in template.turns) if talk[-1]["role"] == "user"]
+    with LlamaServer(path, context=CONTEXT) as server:
+        for number, talk in enumerate(talks):
+            expected = template.render(talk, opened=True)
+            try:
+                written = server.apply_template(talk)
+            except ExportError as error:
+                written = error.what
+            if written != expected:
+                note = f"llama.cpp, which reads the chat template in the GGUF, writes {written!r} and not {expected!r}"
+                return number, [f"{note}: Ollama writes the second, as training did"]
+    return len(talks), []
 
 
 def _files_of_export(folder: Path) -> list[str]:

@@ -13,17 +13,18 @@ from qpsft.recipe.flags import check_ranges, option
 CONVERTED = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 1.07}
 """Types that llama.cpp's converter writes, and bytes a weight."""
 
-QUANTIZED = (
-    "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_1", "q4_k_s", "q4_k_m", "q5_0", "q5_1", "q5_k_s", "q5_k_m",
-    "q6_k", "iq4_nl", "iq4_xs",
-)  # fmt: skip
-"""Types that llama-cpp-python makes from an f16 file."""
+QUANTIZED = {
+    "q2_k": "Q2_K", "q3_k_s": "Q3_K", "q3_k_m": "Q3_K", "q3_k_l": "Q3_K", "q4_0": "Q4_0", "q4_1": "Q4_1",
+    "q4_k_s": "Q4_K", "q4_k_m": "Q4_K", "q5_0": "Q5_0", "q5_1": "Q5_1", "q5_k_s": "Q5_K", "q5_k_m": "Q5_K",
+    "q6_k": "Q6_K", "iq4_nl": "IQ4_NL", "iq4_xs": "IQ4_XS",
+}  # fmt: skip
+"""Types that llama.cpp's kernels make of an f16 file, and what most tensors become in each."""
 
 _MODEL_TYPES = (*CONVERTED, *QUANTIZED)
-TYPES = {"gguf": _MODEL_TYPES, "ollama": _MODEL_TYPES, "gguf-lora": ("f32", "f16", "bf16"), "vllm": ()}
+TYPES = {"gguf": _MODEL_TYPES, "ollama": _MODEL_TYPES, "gguf-lora": ("f32", "f16", "bf16"), "vllm": (), "nf4": ()}
 """What `outtype` may be, by format."""
 
-_OUTPUTS = {"gguf": "{}.gguf", "gguf-lora": "{}-lora.gguf", "ollama": "{}-ollama"}
+_OUTPUTS = {"gguf": "{}.gguf", "gguf-lora": "{}-lora.gguf", "ollama": "{}-ollama", "nf4": "{}-nf4"}
 
 
 @dataclass
@@ -35,13 +36,13 @@ class ExportOptions(BaseOptions):
     """
 
     source: str = option(help="folder of an adapter or of a merged model")
-    to: Literal["gguf", "gguf-lora", "ollama", "vllm"] = option(help="what to write", required=True)
+    to: Literal["gguf", "gguf-lora", "ollama", "vllm", "nf4"] = option(help="what to write", required=True)
     output: str | None = option(
-        None, "file (gguf, gguf-lora) or folder (ollama, vllm) to write", short="-o", metavar="PATH"
+        None, "file (gguf, gguf-lora) or folder (ollama, vllm, nf4) to write", short="-o", metavar="PATH"
     )
     outtype: str | None = option(
         None,
-        "f32, f16 (default), bf16, q8_0; q4_k_m and the like with llama-cpp-python; gguf-lora: f32",
+        "f32, f16 (default), bf16, q8_0; q4_k_m and the like; gguf-lora: f32",
         metavar="TYPE",
     )
     llama_cpp: str | None = option(

@@ -8,14 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qpsft.errors import ExportError
+from qpsft.data.ending import end_of_turn
+from qpsft.errors import BaseModelError, ExportError, OutputError
 from qpsft.export.options import ExportOptions
+from qpsft.files import read_object
 from qpsft.merge.merging import merge_adapter
+from qpsft.merge.model_files import GENERATION_CONFIG, write_json
 from qpsft.merge.report import MergeReport
 from qpsft.model.adapter_folder import PREFIX, AdapterFolder
 from qpsft.model.base_record import BaseRecord
 from qpsft.model.folder import DEMO, MODEL_DIR, check_folder, has_weights, is_adapter
 from qpsft.terminal import wrap
+from qpsft.verify.text import stop_tokens
 
 DEFAULT_RANK = 16
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -87,12 +91,39 @@ def export_vllm(options: ExportOptions) -> VllmReport:
     refusals = _refusals(adapter, base_folder)
     if not refusals:
         command = _serve(source, options.base, record, _largest_rank(config))
-        return VllmReport(source, True, [], command, _notes(record) + _note_on_weights(base_folder))
+        notes = _notes(record) + _note_on_weights(base_folder)
+        if settings := _write_stops(adapter, base_folder, options):
+            command += " " + shlex.join(["--generation-config", str(settings.parent.resolve())])
+            notes.append(f"{settings} names the end of turn that training taught, which the base's settings do not")
+        return VllmReport(source, True, [], command, notes)
     merge = command = None
     if options.output is not None:
         merge = merge_adapter(source, options.output, base=options.base, overwrite=options.overwrite)
         command = shlex.join(["vllm", "serve", merge.output])
     return VllmReport(source, False, refusals, command, merge=merge)
+
+
+def _write_stops(adapter: AdapterFolder, base: Path, options: ExportOptions) -> Path | None:
+    """A generation_config.json with the stop tokens, where the base's own lacks the template's end of turn.
+
+    vLLM reads it from the folder that --generation-config names.
+    """
+    tokenizer = adapter.tokenizer(base)
+    named = stop_tokens(base, tokenizer)
+    stops = named | end_of_turn(tokenizer)
+    if stops == named:
+        return None
+    own = base / GENERATION_CONFIG
+    settings = (read_object(own, BaseModelError, "Copy it again.") if own.is_file() else {}) | {
+        "eos_token_id": sorted(stops)
+    }
+    path = (options.output or Path(f"{adapter.path.resolve().name}-vllm")) / GENERATION_CONFIG
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, settings)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}.", "Choose another folder with -o.") from error
+    return path
 
 
 def _refusals(adapter: AdapterFolder, base: Path) -> list[str]:

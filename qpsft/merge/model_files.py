@@ -7,15 +7,25 @@ import re
 from pathlib import Path
 from typing import Any
 
-from qpsft.files import write_atomically
+from qpsft.data.ending import end_of_turn
+from qpsft.errors import BaseModelError
+from qpsft.files import read_object, write_atomically
+from qpsft.model.base import load_tokenizer
 from qpsft.model.folder import read_config
 from qpsft.model.remote_code import names_code
+from qpsft.verify.exported import read_text_config
+from qpsft.verify.text import stop_tokens
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
     "chat_template.json",
 )  # fmt: skip
+VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model"}
+LFS_POINTER = b"version https://git-lfs"
+UNWRITTEN = {"<image_soft_token>"}
+"""Gemma 3's text models share the tokenizer of those that see, whose last token they have no embedding for."""
+GENERATION_CONFIG = "generation_config.json"
 # Vocabularies that a tokenizer saved by training does not repeat, and that llama.cpp converts from.
 _SOURCES_OF_TOKENIZERS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
@@ -60,15 +70,50 @@ def _name_no_layers_ahead(config: dict[str, Any]) -> None:
 
 def copy_tokenizer(adapter: Path, base: Path, folder: Path) -> list[str]:
     """Copies tokenizer and chat template from the adapter's folder, if it has a tokenizer, else from the base's; and
-    the base's generation config and its processors, unless they name Python code. Returns the names."""
+    the base's generation config and its processors, unless they name Python code. What the adapter's
+    folder lacks of a tokenizer comes from the base. Returns the names.
+
+    Raises:
+        BaseModelError: a file is a git-lfs pointer, there is no tokenizer in either folder, or it has tokens that the
+            model has no embedding for.
+    """
     source = adapter if (adapter / "tokenizer_config.json").is_file() else base
     chosen = {name: source / name for name in TOKENIZER_FILES if (source / name).is_file()}
-    for name in (*_SOURCES_OF_TOKENIZERS, "generation_config.json", *PROCESSOR_FILES):
+    if not VOCABULARIES & set(chosen):
+        chosen |= {name: base / name for name in VOCABULARIES if (base / name).is_file()}
+    for name in (*_SOURCES_OF_TOKENIZERS, GENERATION_CONFIG, *PROCESSOR_FILES):
         if (base / name).is_file() and not (name in PROCESSOR_FILES and names_code(base / name)):
             chosen.setdefault(name, base / name)
     for name, path in chosen.items():
-        write_atomically(folder / name, path.read_bytes())
+        content = path.read_bytes()
+        if content.startswith(LFS_POINTER):
+            raise BaseModelError(f"{path} is a git-lfs pointer, not the file.", "Run `git lfs pull` there.")
+        write_atomically(folder / name, content)
+    _check_vocabulary(folder, source)
     return sorted(chosen)
+
+
+def _check_vocabulary(folder: Path, source: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    size = read_text_config(folder)["vocab_size"]
+    beyond = [token for token, number in tokenizer.get_vocab().items() if number >= size and token not in UNWRITTEN]
+    if beyond:
+        raise BaseModelError(
+            f"The tokenizer in {source} has {len(beyond)} tokens more than the model's vocabulary of {size}, such as "
+            f"{beyond[0]!r}: the model has no embedding for them.",
+            "Use the base's own tokenizer, or a base whose embeddings were made larger before training.",
+        )
+
+
+def name_stops(folder: Path) -> None:
+    """Has generation_config.json name the end of turn that the chat template writes, where the base's did not."""
+    tokenizer = load_tokenizer(folder)
+    named = stop_tokens(folder, tokenizer)
+    stops = named | end_of_turn(tokenizer)
+    if stops != named:
+        path = folder / GENERATION_CONFIG
+        settings = read_object(path, BaseModelError, "Copy it again.") if path.is_file() else {}
+        write_json(path, settings | {"eos_token_id": sorted(stops)})
 
 
 def write_json(path: Path, content: Any) -> None:
