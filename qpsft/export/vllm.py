@@ -120,7 +120,7 @@ def _write_stops(adapter: AdapterFolder, base: Path, options: ExportOptions) -> 
     path = (options.output or Path(f"{adapter.path.resolve().name}-vllm")) / GENERATION_CONFIG
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, settings)
+        write_json(path, settings | {"eos_token_id": sorted(stops)})
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror}.", "Choose another folder with -o.") from error
     return path
