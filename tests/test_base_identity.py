@@ -147,7 +147,7 @@ def test_a_copy_of_the_base_is_the_base(trained, copied):
     AdapterFolder(trained).base_folder(copied)
 
 
-@pytest.mark.parametrize("verb", VERBS.keys() - {"train"})
+@pytest.mark.parametrize("verb", sorted(VERBS.keys() - {"train"}))
 def test_of_a_base_that_was_moved_every_verb_names_the_flag(monkeypatch, capsys, tmp_path, adapter, merged, verb):
     edit_json(adapter / RECORD_FILE, base_model_name_or_path=str(tmp_path / "moved" / "away"))
     monkeypatch.setitem(
