@@ -27,7 +27,7 @@ from turns import StepClock, Turns, clock_of, train_in_turns
 from qpsft import PSFTConfig, PSFTTrainer, load_base
 from qpsft.recipe.methods import METHODS, method_options
 
-COMPARED = [name for name in METHODS if name != "psft_replay"]
+COMPARED = [name for name in METHODS if not name.endswith("replay")]
 
 
 def make_trainer(name: str, args: argparse.Namespace, out: str, steps: int, callback: TrainerCallback | None) -> Any:

@@ -84,7 +84,6 @@ KEPT_ARMS = {
     "psft_kl": "PSFT + KL to the base",
 }
 """The arms that README's picture shows, and what it calls them."""
-REPLAY_STYLE = {"color": "#8c510a", "marker": "*"}
 DPI = 120
 COLOURS = 48
 
@@ -177,8 +176,7 @@ def draw_kept(record: Path, path: Path) -> None:
     axes.plot(base, 1.0, "kx", markersize=10)
     axes.annotate("the base", (base, 1.0), xytext=(9, -4), textcoords="offset points", fontsize=9, color="0.3")
     for arm, seeds in points.items():
-        look = STYLES.get(arm, REPLAY_STYLE)
-        style = {"color": look["color"], "marker": look["marker"], "linestyle": "none"}
+        style = {"color": STYLES[arm]["color"], "marker": STYLES[arm]["marker"], "linestyle": "none"}
         mean = [sum(axis) / len(axis) for axis in zip(*seeds, strict=True)]
         axes.plot(*zip(*seeds, strict=True), markersize=4, alpha=0.5, **style)
         axes.plot(*mean, markersize=10, label=f"{KEPT_ARMS[arm]} ({len(seeds)})", **style)

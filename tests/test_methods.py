@@ -14,7 +14,7 @@ from qpsft.psft.losses import LOSSES
 from qpsft.recipe.file import load_recipe
 from qpsft.recipe.methods import METHODS
 
-LOSS_OF = {"sft": "nll", "sft_kl": "nll", "asft": "dft"} | dict.fromkeys(
+LOSS_OF = {"sft": "nll", "sft_kl": "nll", "sft_replay": "nll", "asft": "dft"} | dict.fromkeys(
     ["psft_visits", "psft_kl", "psft_replay"], "psft"
 )
 
@@ -34,6 +34,7 @@ EXPECTED = {
     "asft": {"base_kl": 0.05},
     "psft_kl": {"base_kl": 0.05},
     "psft_replay": {"replay_share": 0.1},
+    "sft_replay": {"replay_share": 0.1},
 }
 
 
@@ -65,7 +66,7 @@ def train(folder, method, prompts, **lines):
     """`qpsft train` from a recipe of ten lines. Returns the last log line."""
     recipe = {"method": method, "learning_rate": 2e-3, "max_steps": 3, "reference_steps": 2, "use_cpu": True, **lines}
     assert len(recipe) <= 10
-    if method == "psft_replay":
+    if method.endswith("replay"):
         (folder / "prompts.txt").write_text(prompts)
         recipe["replay_prompts"] = str(folder / "prompts.txt")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))

@@ -89,6 +89,7 @@ ARMS: dict[str, Arm] = {
             rate_of=("psft_visits", "psft"),
         ),
         _of_method("sft_kl"),
+        _of_method("sft_replay"),
         _of_method("dft"),
         _of_method("asft"),
         _of_method("eaft"),

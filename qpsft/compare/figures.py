@@ -20,6 +20,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "sft_matched": {"color": "#0072b2", "linestyle": "--", "marker": "s"},
     "sft_blocks": {"color": "#56b4e9", "linestyle": ":", "marker": "D"},
     "sft_kl": {"color": "#e69f00", "linestyle": "--", "marker": "X"},
+    "sft_replay": {"color": "#8c510a", "linestyle": ":", "marker": "8"},
     "dft": {"color": "#b0609a", "linestyle": "-.", "marker": "^"},
     "asft": {"color": "#7b3294", "linestyle": ":", "marker": "<"},
     "eaft": {"color": "#8c6d31", "linestyle": "-.", "marker": ">"},

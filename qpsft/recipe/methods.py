@@ -31,6 +31,9 @@ METHODS = {
     ),
     "sft": Method("plain SFT", {"loss_type": "nll"}),
     "sft_kl": Method("SFT with the KL to the base", {"loss_type": "nll", "base_kl": BASE_KL}),
+    "sft_replay": Method(
+        "SFT, a tenth of the rows the base's own answers", {"loss_type": "nll", "replay_share": REPLAY_SHARE}
+    ),
     "dft": Method("DFT", {"loss_type": "dft"}),
     "asft": Method("ASFT: DFT with the KL to the base", {"loss_type": "dft", "base_kl": BASE_KL}),
     "eaft": Method("EAFT: tokens the policy is sure of count less", {"loss_type": "eaft"}),
