@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -128,7 +129,7 @@ def main() -> None:
     log = Log()
     trainer = PPOTrainer(
         args=PPOConfig(
-            str(options.result.with_suffix(".trainer")),
+            tempfile.mkdtemp(),  # nothing is saved there
             seed=options.seed,
             learning_rate=options.learning_rate,
             lr_scheduler_type="constant",
