@@ -240,6 +240,7 @@ def hidden_folder(output: Path, purpose: str) -> Iterator[Path]:
     folder = output.with_name(f".{_short(output.name)}.{purpose}.{process_mark()}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)  # which this process could not remove before
         folder.mkdir()
         try:
             _remove_left_overs(output, folder)

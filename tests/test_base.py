@@ -378,7 +378,7 @@ def test_broken_records(llama, tmp_path):
         read_base_record(tmp_path)
     path = tmp_path / "base_quantization.json"
     for content, said in (
-        ("{", "cannot be read"),
+        ("{", "is not valid JSON"),
         ("[]", "not a JSON object"),
         ('{"revision": null}', "lacks qpsft_v"),
     ):

@@ -363,7 +363,7 @@ def test_mistakes_are_one_paragraph(options, message, monkeypatch, capsys):
 
 def test_folders_that_are_no_adapter_s_and_other_bases(adapter, stories, tmp_path, monkeypatch, capsys):
     assert talk(monkeypatch, adapter, "hi\n", "--quantization=none") == 2
-    assert "its base is rounded as it was in training" in said(capsys)
+    assert "base_quantization.json says nf4. Leave the flag out." in said(capsys)
     assert talk(monkeypatch, adapter, "hi\n", f"--base={stories}") == 2
     assert "is another model (config hash" in said(capsys)
     assert talk(monkeypatch, tmp_path, "hi\n") == 2

@@ -159,7 +159,7 @@ def test_config_value_transformers_cannot_use(own_llama):
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized with gptq"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantized with awq"),
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "quantized in int8"),
-        ({"quantization_config": "fp8"}, "quantized with unknown"),
+        ({"quantization_config": "fp8"}, "of the wrong type"),
     ],
 )
 def test_models_of_another_kind(own_llama, changes, said):

@@ -149,7 +149,7 @@ def test_a_mistake_is_one_paragraph_without_a_traceback(tmp_path):
         ("merge adapter merged", "'merged' belongs to no option."),
         ("merge adapter --base", "--base needs a value."),
         ("merge adapter --dtype fp8", "--dtype is 'fp8'; it must be bfloat16, float16 or float32."),
-        ("export adapter --to ggml", "--to is 'ggml'; it must be gguf, gguf-lora, ollama or vllm."),
+        ("export adapter --to ggml", "--to is 'ggml'; it must be gguf, gguf-lora, ollama, vllm or nf4."),
         ("plan --processes two", "--processes is 'two'; it must be a whole number."),
         ("chat demo --quantization int8", "--quantization: int8 is no longer supported. Use nf4."),
         ("compare", "qpsft compare needs a recipe."),

@@ -81,7 +81,7 @@ def test_what_is_written(compared):
 def test_a_real_run_that_diverges_leaves_a_result_that_says_so(tmp_path):
     recipe, options = load_comparison(write_recipe(tmp_path), [], {})
     setting = make_setting(recipe, options, prepare(recipe))
-    spec = RunSpec({"loss_type": "nll"}, 1e30, 3, 1.0)
+    spec = RunSpec({"loss_type": "nll"}, 100.0, 3, 1.0)
     result = do_run(spec, setting, tmp_path / "results")
     assert result["diverged"]["step"] == 2  # the first step's update came from finite numbers
     assert result["diverged"]["error"].startswith("Training stopped at optimizer step 2 on training rows ")

@@ -249,9 +249,10 @@ def test_a_bar_is_shown_on_stderr_for_many_rows_only(tmp_path, monkeypatch, caps
     tokenized(tmp_path, rows, byte_tokenizer())
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("qpsft.data.tokenize.ROWS_WORTH_A_BAR", 3)
+    monkeypatch.setattr("qpsft.data.tokenize.LINE", 1)
     tokenized(tmp_path, rows, byte_tokenizer())
     captured = capsys.readouterr()
-    assert "3/3" in captured.err and captured.out == ""
+    assert "100%" in captured.err and captured.out == ""
 
 
 def test_a_template_that_refuses_a_row_names_it(tmp_path):
@@ -356,7 +357,8 @@ def test_rows_of_10_mb_are_tokenized_and_cut(tmp_path):
     data = tokenized(tmp_path, [{"prompt": words[3] + " ", "completion": long}], tokenizer, max_length=8)
     assert time.monotonic() - start < 180  # about 5 s on a free core; quadratic work would take hours
     assert only(data) == {"input_ids": [3, 3, 4, 3, 4, 3, 4, 3], "labels": [-100, 3, 4, 3, 4, 3, 4, 3]}
-    assert data.counts.length_percentiles[100] == 200_002 and data.counts.truncated == 1
+    assert data.counts.length_percentiles[100] == pytest.approx(200_002, rel=0.01)  # of so long a row an estimate
+    assert data.counts.truncated == 1
 
 
 GSM8K_COLUMNS = {"prompt": "question", "completion": "answer"}

@@ -114,7 +114,10 @@ def test_an_adapter_becomes_a_folder_for_ollama_create(tmp_path):
         assert report.compared == 6 and "llama.cpp writes 6 conversations the same" in report.summary()
     assert sorted(path.name for path in output.iterdir()) == ["Modelfile", "model.gguf"]
     text = (output / "Modelfile").read_text()
-    assert text.startswith('FROM ./model.gguf\nTEMPLATE """') and '{{ if eq .Role "system" }}<|system|>' in text
+    assert (
+        text.startswith('# Written by qpsft export.\nFROM ./model.gguf\nTEMPLATE """')
+        and '{{ if eq .Role "system" }}<|system|>' in text
+    )
     assert text.endswith('PARAMETER stop "<|end|>"\nPARAMETER num_ctx 512\n')
     assert report.template and f"ollama create NAME -f {output / 'Modelfile'}" in report.summary()
     with pytest.raises(OutputError, match="exists"):

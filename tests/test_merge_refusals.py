@@ -231,7 +231,7 @@ def test_tied_weights_that_differ_on_disk(base, adapter):
 
 def test_a_wrong_merge_is_found_and_removed(monkeypatch, adapter):
     monkeypatch.setattr(
-        "qpsft.merge.adapter_file.LowRank.factors", lambda self: (self.left.read(), self.right.read() * 3)
+        "qpsft.merge.adapter_file.LowRank.factors", lambda self, expert: (self.left.read(), self.right.read() * 3)
     )
     error = refused(NotTheSameModelError, "merged model is not the model that was trained", adapter, no_verify=False)
     assert error.exit_code == 1 and "q_proj" in str(error)

@@ -144,7 +144,7 @@ def _check_tokenizer(adapter: AdapterFolder, options: ExportOptions, tools: Path
     """
     base, folder = adapter.base_folder(options.base, same_rounding=False), work / "unmerged"
     folder.mkdir()
-    write_config(base, folder, "float16")
+    write_config(base, folder, "float16", predicts_ahead=True)
     copy_tokenizer(adapter.path, base, folder)
     for path in base.glob("*.safetensors*"):  # of which the converter reads the names
         (folder / path.name).symlink_to(path.resolve())

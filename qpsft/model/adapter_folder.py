@@ -417,13 +417,6 @@ class AdapterFolder:
                     f"{file} uses {feature}, which cannot be merged into the base's weights.",
                     "Serve the adapter beside its base, or train without it.",
                 )
-        if self.unknown_options:
-            raise ExportError(
-                f"{file} sets {', '.join(self.unknown_options)}, which this version of PEFT does not know, so nobody "
-                "can say here what the trained weights are.",
-                "Upgrade peft. If the option does not change what the model computes, remove it from a copy of the "
-                "adapter.",
-            )
         init = settings.get("init_lora_weights")
         if init not in _INITS_THAT_LEAVE_THE_BASE:
             raise ExportError(

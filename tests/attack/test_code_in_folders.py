@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qpsft import cli
 from qpsft.errors import BaseModelError, ExportError
-from qpsft.export import gguf as gguf_module
 from qpsft.export import llama_cpp
+from qpsft.model import llama_server
 from qpsft.model.adapter_folder import AdapterFolder
 from qpsft.model.base import load_base, load_tokenizer
 from qpsft.model.folder import MODEL_DIR
@@ -217,11 +217,11 @@ def test_the_copy_for_the_converter_holds_data_only(tmp_path):
     assert (tmp_path / "copy" / "model.safetensors").samefile(folder / "model.safetensors")
 
 
-def test_quantizing_imports_nothing_from_the_current_folder(tmp_path):
-    mark = plant(tmp_path / "here", "ctypes.py", "llama_cpp.py") if (tmp_path / "here").mkdir() is None else None
-    code = gguf_module.QUANTIZE.replace("sys.exit(llama_cpp", "sys.exit(0 and llama_cpp")
-    environment = {"PATH": "/usr/bin:/bin"}
-    subprocess.run([sys.executable, "-c", code, "a", "b", "q4_0"], cwd=tmp_path / "here", env=environment, check=False)
+def test_running_a_gguf_imports_nothing_from_the_current_folder(tmp_path):
+    (tmp_path / "here").mkdir()
+    mark = plant(tmp_path / "here", "json.py", "xllamacpp.py")
+    code, environment = llama_server.SERVE, {"PATH": "/usr/bin:/bin"}
+    subprocess.run([sys.executable, "-c", code, "a.gguf", "{}"], cwd=tmp_path / "here", env=environment, check=False)
     assert not mark.exists()
 
 
