@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import struct
 import subprocess
 import sys
@@ -371,6 +372,7 @@ def test_folders_that_are_no_adapter_s_and_other_bases(adapter, stories, tmp_pat
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     assert talk(monkeypatch, tmp_path, "hi\n") == 2
     assert f"{tmp_path} has no adapter_model.safetensors" in said(capsys)
-    (tmp_path / "recipe.yaml").write_text("a: [")
-    assert talk(monkeypatch, tmp_path, "hi\n") == 2
-    assert "recipe.yaml is not valid YAML" in said(capsys)
+    other = shutil.copytree(adapter, tmp_path / "other")
+    (other / "recipe.yaml").write_text("a: [")
+    assert talk(monkeypatch, other, "hi\n") == 2
+    assert "recipe.yaml, line 1: not valid YAML" in said(capsys)
