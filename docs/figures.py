@@ -79,9 +79,7 @@ KEPT_ARMS = {
     "sft_kl": "SFT + KL to the base",
     "sft_replay": "SFT + replay",
     "stm": "STM",
-    "psft": "PSFT, as in the paper",
     "psft_visits": "PSFT with visits",
-    "psft_kl": "PSFT + KL to the base",
 }
 """The arms that README's picture shows, and what it calls them."""
 DPI = 120
@@ -180,7 +178,7 @@ def draw_kept(record: Path, path: Path) -> None:
         mean = [sum(axis) / len(axis) for axis in zip(*seeds, strict=True)]
         axes.plot(*zip(*seeds, strict=True), markersize=4, alpha=0.5, **style)
         axes.plot(*mean, markersize=10, label=f"{KEPT_ARMS[arm]} ({len(seeds)})", **style)
-    axes.legend(loc="lower left", frameon=False, fontsize=9, title="(seeds)", title_fontsize=8)
+    axes.legend(loc="lower center", frameon=False, fontsize=9, title="(seeds)", title_fontsize=8)
     axes.set_xlabel("learnt: likelihood of a token of the right answers")
     axes.set_ylabel("kept: likelihood of its own texts")
     axes.set_title("SmolLM2-135M-Instruct, equations of which 30 % are wrong", fontsize=10)
