@@ -55,7 +55,7 @@ def test_every_option_of_its_own_has_help():
         (dict(trsft_alpha=0), "trsft_alpha is 0; it must be above 0 and at most 1"),
         (dict(trsft_alpha=1.5), "trsft_alpha is 1.5; it must be above 0 and at most 1"),
         (dict(stm_threshold=1.0), "stm_threshold is 1.0; it must be above 1"),
-        (dict(stm_threshold=float("nan")), "stm_threshold is nan; it must be above 1"),
+        (dict(stm_threshold=float("nan")), "stm_threshold is nan; it must be at most 1e+30"),
         (dict(score_token_budget=-1), "score_token_budget is -1; it must be at least 0, or left out"),
         (dict(max_length=1), "max_length is 1; it must be at least 2, or left out"),
         (dict(max_steps=0), "max_steps is 0; it must be at least 1"),

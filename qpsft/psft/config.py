@@ -230,7 +230,7 @@ class PSFTConfig(SFTConfig):
                 raise RecipeError(f"{name} is {getattr(self, name)}; it must be above 0.")
         for name, most in MOST.items():
             value = getattr(self, name)
-            if value is not None and value > most:
+            if value is not None and not value <= most:
                 raise RecipeError(f"{name} is {value:g}; it must be at most {most:g}.", "No run takes as much.")
         if not 0 < self.trsft_alpha <= 1:
             raise RecipeError(f"trsft_alpha is {self.trsft_alpha}; it must be above 0 and at most 1.")
