@@ -88,7 +88,7 @@ def do_run(study: evidence_real.Study, arm: str, rate: float, seed: int) -> dict
         method.train(args, model.train(), rows)
     model = model.to(torch.bfloat16).eval()
     with contextlib.redirect_stdout(sys.stderr):
-        metrics = evidence_real._measure(study, PART, model, tokenizer, is_last=True)
+        metrics = evidence_real.measure_model(study, PART, model, tokenizer, is_last=True)
     taken = args.sft_warmup_steps + args.blocks * args.reference_steps * args.num_iterations
     record = {
         "label": path.stem, "identity": identity, "arm": arm, "rate": rate, "seed": seed, "steps": taken,

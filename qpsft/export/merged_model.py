@@ -16,7 +16,7 @@ from qpsft.model.base import load_tokenizer
 from qpsft.model.folder import check_folder
 from qpsft.model.remote_code import link_without_code
 from qpsft.verify.exported import ExportedWeights, read_text_config
-from qpsft.verify.text import stop_tokens
+from qpsft.verify.text import all_stop_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,7 +43,7 @@ class MergedModel:
         tokenizer = load_tokenizer(folder)
         if isinstance(tokenizer.chat_template, str):
             tokenizer.chat_template = without_generation_markers(tokenizer.chat_template)
-        return cls(folder, tokenizer, stop_tokens(folder, tokenizer) | end_of_turn(tokenizer))
+        return cls(folder, tokenizer, all_stop_tokens(folder, tokenizer))
 
     @cached_property
     def config(self) -> dict[str, Any]:

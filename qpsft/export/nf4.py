@@ -14,7 +14,7 @@ from qpsft.export.kept import ENOUGH, TrainingKept, training_kept
 from qpsft.export.options import ExportOptions
 from qpsft.files import check_space, finished_folder, sync
 from qpsft.merge.merging import merge_adapter
-from qpsft.merge.model_files import copy_tokenizer, name_stops, write_json
+from qpsft.merge.model_files import copy_tokenizer, write_json
 from qpsft.merge.report import MergeReport
 from qpsft.model.base import load_base
 from qpsft.model.folder import check_folder, is_adapter
@@ -76,7 +76,6 @@ def export_nf4(options: ExportOptions) -> Nf4Report:
         model.save_pretrained(folder)
         del model
         copy_tokenizer(source, source, folder)
-        name_stops(folder)
         prompts, _ = read_prompts(None, options.source, tokenizer, PROMPTS, 2**20)
         apart, kept = _compare(folder, source, options, as_sequences(prompts), from_adapter)
         if from_adapter:

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qpsft.data.ending import end_of_turn
-from qpsft.errors import BaseModelError, ExportError, OutputError
+from qpsft.errors import ExportError, OutputError
 from qpsft.export.options import ExportOptions
-from qpsft.files import read_object
 from qpsft.merge.merging import merge_adapter
-from qpsft.merge.model_files import GENERATION_CONFIG, write_json
+from qpsft.merge.model_files import GENERATION_CONFIG, settings_with_stops, write_json
 from qpsft.merge.report import MergeReport
 from qpsft.model.adapter_folder import PREFIX, AdapterFolder
 from qpsft.model.base_record import BaseRecord
-from qpsft.model.folder import DEMO, MODEL_DIR, check_folder, has_weights, is_adapter
+from qpsft.model.folder import DEMO, MODEL_DIR, check_folder, has_weights, is_adapter, read_config
 from qpsft.terminal import wrap
-from qpsft.verify.text import stop_tokens
 
 DEFAULT_RANK = 16
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -108,19 +104,13 @@ def _write_stops(adapter: AdapterFolder, base: Path, options: ExportOptions) -> 
 
     vLLM reads it from the folder that --generation-config names.
     """
-    tokenizer = adapter.tokenizer(base)
-    named = stop_tokens(base, tokenizer)
-    stops = named | end_of_turn(tokenizer)
-    if stops == named:
+    settings = settings_with_stops(base, adapter.tokenizer(base))
+    if settings is None:
         return None
-    own = base / GENERATION_CONFIG
-    settings = (read_object(own, BaseModelError, "Copy it again.") if own.is_file() else {}) | {
-        "eos_token_id": sorted(stops)
-    }
     path = (options.output or Path(f"{adapter.path.resolve().name}-vllm")) / GENERATION_CONFIG
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, settings | {"eos_token_id": sorted(stops)})
+        write_json(path, settings)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror}.", "Choose another folder with -o.") from error
     return path
@@ -153,8 +143,7 @@ def _refusals(adapter: AdapterFolder, base: Path) -> list[str]:
 
 def _takes_other_inputs(base: Path) -> bool:
     """Whether the checkpoint is of a model with more than a language model."""
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    return bool({"vision_config", "audio_config"} & set(config))
+    return bool({"vision_config", "audio_config"} & set(read_config(base)))
 
 
 def _largest_rank(config: dict[str, Any]) -> int:

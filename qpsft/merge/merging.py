@@ -21,7 +21,7 @@ from qpsft.errors import ExportError, NotTheSameModelError
 from qpsft.files import finished_folder
 from qpsft.merge.adapter_file import read_changes
 from qpsft.merge.base_tensors import open_base
-from qpsft.merge.model_files import copy_tokenizer, name_stops, write_config
+from qpsft.merge.model_files import copy_tokenizer, write_config
 from qpsft.merge.options import MergeOptions, Onto
 from qpsft.merge.report import MergeReport, files_of_merge
 from qpsft.merge.safetensors_stream import TensorFile
@@ -82,7 +82,6 @@ def merge_with(options: MergeOptions) -> MergeReport:
         weights.write(folder, options.max_shard_size)
         write_config(base, folder, options.dtype, predicts_ahead=tensors.predicts_ahead)
         copy_tokenizer(options.adapter, base, folder)
-        name_stops(folder)
         low_rank = [change.low_rank.experts for change in changes.values() if change.low_rank is not None]
         report = MergeReport(
             qpsft_version=__version__,

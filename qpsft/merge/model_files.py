@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qpsft.data.ending import end_of_turn
 from qpsft.errors import BaseModelError
@@ -15,6 +15,9 @@ from qpsft.model.folder import read_config
 from qpsft.model.remote_code import names_code
 from qpsft.verify.exported import read_text_config
 from qpsft.verify.text import stop_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -70,8 +73,9 @@ def _name_no_layers_ahead(config: dict[str, Any]) -> None:
 
 def copy_tokenizer(adapter: Path, base: Path, folder: Path) -> list[str]:
     """Copies tokenizer and chat template from the adapter's folder, if it has a tokenizer, else from the base's; and
-    the base's generation config and its processors, unless they name Python code. What the adapter's
-    folder lacks of a tokenizer comes from the base. Returns the names.
+    the base's generation config and its processors, unless they name Python code. What the adapter's folder lacks of a
+    tokenizer comes from the base. generation_config.json names the end of turn that the chat template writes, also
+    where the base's did not. Returns the names.
 
     Raises:
         BaseModelError: a file is a git-lfs pointer, there is no tokenizer in either folder, or it has tokens that the
@@ -89,12 +93,14 @@ def copy_tokenizer(adapter: Path, base: Path, folder: Path) -> list[str]:
         if content.startswith(LFS_POINTER):
             raise BaseModelError(f"{path} is a git-lfs pointer, not the file.", "Run `git lfs pull` there.")
         write_atomically(folder / name, content)
-    _check_vocabulary(folder, source)
+    tokenizer = load_tokenizer(folder)
+    _check_vocabulary(tokenizer, folder, source)
+    if settings := settings_with_stops(folder, tokenizer):
+        write_json(folder / GENERATION_CONFIG, settings)
     return sorted(chosen)
 
 
-def _check_vocabulary(folder: Path, source: Path) -> None:
-    tokenizer = load_tokenizer(folder)
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path, source: Path) -> None:
     size = read_text_config(folder)["vocab_size"]
     beyond = [token for token, number in tokenizer.get_vocab().items() if number >= size and token not in UNWRITTEN]
     if beyond:
@@ -105,15 +111,14 @@ def _check_vocabulary(folder: Path, source: Path) -> None:
         )
 
 
-def name_stops(folder: Path) -> None:
-    """Has generation_config.json name the end of turn that the chat template writes, where the base's did not."""
-    tokenizer = load_tokenizer(folder)
-    named = stop_tokens(folder, tokenizer)
-    stops = named | end_of_turn(tokenizer)
-    if stops != named:
-        path = folder / GENERATION_CONFIG
-        settings = read_object(path, BaseModelError, "Copy it again.") if path.is_file() else {}
-        write_json(path, settings | {"eos_token_id": sorted(stops)})
+def settings_with_stops(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
+    """A folder's generation_config.json, with the end of turn that the chat template writes; None where it names it."""
+    named, ending = stop_tokens(folder, tokenizer), end_of_turn(tokenizer)
+    if ending <= named:
+        return None
+    path = folder / GENERATION_CONFIG
+    settings = read_object(path, BaseModelError, "Copy it again.") if path.is_file() else {}
+    return settings | {"eos_token_id": sorted(named | ending)}
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -201,17 +201,24 @@ def base_record(model: nn.Module, name_or_path: str | None = None) -> dict:
     if source is None or name_or_path is not None:
         name = name_or_path or base.name_or_path
         source = source_of(resolve_folder(name, weights=False, local_files_only=True), name)
-    return dataclasses.asdict(
-        BaseRecord(
-            qpsft_version=__version__,
-            base_model_name_or_path=source.name,
-            revision=source.revision,
-            config_sha256=source.config_sha256,
-            prequantized=source.prequantized,
-            weights_sha256=source.weights_sha256,
-            eos_token_ids=source.eos_token_ids,
-            **_settings(base, source),
-        )
+    return dataclasses.asdict(record_of(source, **_settings(base, source)))
+
+
+def record_of(source: BaseSource, **settings: object) -> BaseRecord:
+    """The record of a base.
+
+    Args:
+        settings: the fields that say how it was rounded.
+    """
+    return BaseRecord(
+        qpsft_version=__version__,
+        base_model_name_or_path=source.name,
+        revision=source.revision,
+        config_sha256=source.config_sha256,
+        prequantized=source.prequantized,
+        weights_sha256=source.weights_sha256,
+        eos_token_ids=source.eos_token_ids,
+        **settings,
     )
 
 

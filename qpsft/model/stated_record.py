@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 from torch import nn
 
-from qpsft import __version__
 from qpsft.errors import BaseModelError
 from qpsft.model.adapter_folder import AdapterFolder
 from qpsft.model.base import modules_to_skip
 from qpsft.model.base_record import (
     RECORD_FILE,
     BaseRecord,
+    record_of,
     rounding_in_words,
     state_quantized_on,
     write_for_adapter,
@@ -113,14 +113,8 @@ def _make(adapter: AdapterFolder, given_base: str | None, stated: dict[str, Any]
     is_folder = Path(name).expanduser().is_dir()
     source = dataclasses.replace(adapter.source_of(base), name=str(base.resolve()) if is_folder else name)
     linear = (name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear))
-    return BaseRecord(
-        qpsft_version=__version__,
-        base_model_name_or_path=source.name,
-        revision=source.revision,
-        config_sha256=source.config_sha256,
-        prequantized=source.prequantized,
-        weights_sha256=source.weights_sha256,
-        eos_token_ids=source.eos_token_ids,
+    return record_of(
+        source,
         unquantized_modules=[name for name in linear if name not in rounded],
         assumed=[name for name in free if name not in stated],
         **settings,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
+from qpsft.data.ending import end_of_turn
 from qpsft.errors import BaseModelError
 from qpsft.files import read_object
 from qpsft.model.folder import CONFIG_TYPES
@@ -82,6 +83,11 @@ def first_difference(expected: list[int] | None, actual: list[int] | None) -> st
         return f"{'the trained' if expected is None else 'the exported'} one refuses it"
     place = next(i for i, (a, b) in enumerate(zip_longest(expected, actual)) if a != b)
     return f"at token {place}, {expected[place : place + 8]} became {actual[place : place + 8]}"
+
+
+def all_stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """`stop_tokens`, and the end of turn that the chat template writes, whether or not the settings name it."""
+    return stop_tokens(folder, tokenizer) | end_of_turn(tokenizer)
 
 
 def stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:

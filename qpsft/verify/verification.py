@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from qpsft.data.ending import end_of_turn
 from qpsft.model.adapter_folder import AdapterFolder
 from qpsft.model.base import load_tokenizer
 from qpsft.model.folder import MERGE_REPORT, VOLATILE_KEYS, check_folder, read_config
@@ -35,7 +34,7 @@ from qpsft.verify.options import VerifyOptions
 from qpsft.verify.parameters import ExportedParameters
 from qpsft.verify.prompts import read_prompts
 from qpsft.verify.report import Bounds, VerifyReport
-from qpsft.verify.text import stop_tokens, stops_difference, template_difference, tokens_difference
+from qpsft.verify.text import all_stop_tokens, stop_tokens, stops_difference, template_difference, tokens_difference
 from qpsft.verify.weights import compare_weights
 
 
@@ -92,7 +91,7 @@ class _Comparison:
         self.prompts, place = read_prompts(
             options.prompts, options.adapter, self.live.tokenizer, options.max_prompts, context - self.max_new_tokens
         )
-        self.stops = stop_tokens(self.live.base_folder, self.live.tokenizer) | end_of_turn(self.live.tokenizer)
+        self.stops = all_stop_tokens(self.live.base_folder, self.live.tokenizer)
         numbers = {"prompts": len(self.prompts)}
         self.report = VerifyReport(options.adapter, exported, self.weights.main_dtype(), place, self.live.base, numbers)
         self.bar = tqdm(total=4, desc="verify", unit="step", disable=None, leave=False)
