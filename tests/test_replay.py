@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import shared_path
 from safetensors.torch import load_file
 from small_runs import same
 
@@ -212,10 +213,8 @@ def test_a_base_without_template_gets_prompts_as_they_stand(tmp_path):
 
 @pytest.mark.slow
 def test_smollm2_answers_the_shipped_prompts(tmp_path):
-    script = Path("/work/shared/models/smollm2.py")
+    script = shared_path("models/smollm2.py")
     folder = Path(os.environ.get("SMOLLM2", "~/.cache/qpsft-models/SmolLM2-135M-Instruct")).expanduser()
-    if not script.is_file():
-        pytest.skip(f"{script} is not here")
     if not (folder / "model.safetensors").is_file():
         made = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
         if made.returncode:
