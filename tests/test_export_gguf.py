@@ -15,6 +15,7 @@ import torch
 from exporting import copy_folder, edit_json, edit_weights, export, make_adapter, merge_by_hand
 from merging import vouch
 from safetensors.torch import load_file, save_file
+from tokenizers import normalizers
 
 from qpsft import cli
 from qpsft.chat.conversation import Conversation
@@ -468,6 +469,19 @@ def test_a_stop_token_that_llama_cpp_passes_is_named(exported, merged, prompts):
     model.stops.add(plain)
     (note,) = run_gguf(exported, model, prompts, "f16").notes
     assert note.startswith("llama.cpp does not stop at 'a' by itself")
+
+
+@needs_llama_cpp
+def test_a_tokenizer_that_normalizes_is_noted_and_one_that_changes_texts_refused(exported, merged, prompts):
+    """Qwen's composes letters and accents, llama.cpp none: only texts that are not composed differ."""
+    model = MergedModel.load(merged)
+    backend, spaces = model.tokenizer.backend_tokenizer, normalizers.Replace(" ", "▁")
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), spaces])
+    (note,) = run_gguf(exported, model, prompts, "f16").notes
+    assert note.startswith("the tokenizer puts texts into Unicode's form NFC first")
+    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), spaces])
+    with pytest.raises(ExportError, match="makes other tokens of"):
+        run_gguf(exported, model, prompts, "f16")
 
 
 @needs_llama_cpp

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -107,15 +108,13 @@ class OllamaReport:
         template = "derived from the chat template" if self.template else "left to Ollama"
         if self.compared:
             template += f" (llama.cpp writes {self.compared} conversations the same)"
-        return "\n".join(
-            [
-                self.gguf.summary(),
-                f"wrote {self.folder / MODELFILE}: template {template}, "
-                f"stop {', '.join(map(repr, self.stops)) or 'none'}, num_ctx {self.num_ctx}",
-                *(wrap(f"note: {note}") for note in self.notes),
-                f"next: ollama create NAME -f {self.folder / MODELFILE}",
-            ]
+        written = (
+            f"wrote {self.folder / MODELFILE}: template {template}, stop "
+            f"{', '.join(map(repr, self.stops)) or 'none'}, num_ctx {self.num_ctx}"
         )
+        notes = [wrap(f"note: {note}") for note in self.notes]
+        command = shlex.join(["ollama", "create", "NAME", "-f", str(self.folder / MODELFILE)])
+        return "\n".join([self.gguf.summary(), wrap(written), *notes, f"next: {command}"])
 
 
 def export_ollama(options: ExportOptions) -> OllamaReport:
