@@ -143,14 +143,14 @@ def export_ollama(options: ExportOptions) -> OllamaReport:
         template, reason = derive_template(tokenizer, adds_bos=gguf.check.adds_bos)
         compared, difference = None, []
         if template is not None and gguf.run.ran:
-            compared, difference = _compare_with_llama_cpp(made.path, template)
+            compared, difference = compare_with_llama_cpp(made.path, template)
         text = f"{WRITTEN}\n{modelfile(gguf.path.name, template, gguf.stops, length)}"
         write_atomically(folder / MODELFILE, text)
     notes = _notes(tokenizer, template, reason, config, length) + difference
     return OllamaReport(output, gguf, template is not None, gguf.stops, length, notes, compared)
 
 
-def _compare_with_llama_cpp(path: Path, template: ChatPieces) -> tuple[int, list[str]]:
+def compare_with_llama_cpp(path: Path, template: ChatPieces) -> tuple[int, list[str]]:
     """How many conversations llama.cpp writes from the GGUF's chat template as the derived template does; a note on the
     first that it writes otherwise."""
     talks = [talk for talk in _conversations("system" in template.turns) if talk[-1]["role"] == "user"]
