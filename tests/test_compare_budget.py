@@ -87,7 +87,7 @@ def test_the_first_that_fits_is_chosen_and_what_is_left_out_is_said():
 
 
 def test_rows_stay_where_only_measuring_is_slow():
-    slow = replace(COSTS, step=dict.fromkeys(NAMES, 0.001), measuring=60, spent=0)
+    slow = replace(COSTS, step=dict.fromkeys([*NAMES, "sft_kl"], 0.001), measuring=60, spent=0)
     least = list(ladder(ARMS, FULL, 1024))[-1]
     found, _ = choose(ARMS, FULL, slow, size(), estimate(least, slow, size()) + 2)
     assert found == replace(least, rows=1.0, tune_seeds=2)  # without tuning, which costs nothing
@@ -168,6 +168,12 @@ def prepare_fake(monkeypatch, costs):
     return runs, asked
 
 
+def test_the_last_arm_that_is_named_is_compared_with_sft_in_little_time():
+    full = replace(FULL, arms=("psft", "sft", "sft_matched", "dft"))
+    arms = find_arms(full.arms)
+    assert list(ladder(arms, full, 1024))[-1].arms == ("sft", "dft")
+
+
 def test_a_comparison_is_cut_to_its_budget(tmp_path, monkeypatch, capsys):
     text = RECIPE.replace("dataset_limit: 16", "dataset_limit: 512").replace("eval_rows: 4", "eval_rows: 16")
     recipe = write_recipe(tmp_path, text)
@@ -190,7 +196,7 @@ def test_a_comparison_is_cut_to_its_budget(tmp_path, monkeypatch, capsys):
 
 def test_the_same_command_goes_on_with_the_same_runs(tmp_path, monkeypatch):
     recipe = write_recipe(tmp_path)
-    runs, asked = prepare_fake(monkeypatch, Costs(1, dict.fromkeys(NAMES, 1.0), 1, 0, 5))
+    runs, asked = prepare_fake(monkeypatch, Costs(1, dict.fromkeys([*NAMES, "sft_kl"], 1.0), 1, 0, 5))
     compare(recipe, seeds=3, budget="1h")
     done = len(runs.specs)
     again = compare(recipe, seeds=3, budget="1h")

@@ -104,7 +104,7 @@ ARMS: dict[str, Arm] = {
         _of_method("psft_replay"),
     )
 }
-DEFAULT_ARMS = ("sft", "sft_kl", "sft_replay", "psft_visits", "psft_replay")
+DEFAULT_ARMS = ("sft", "sft_kl", "psft_visits", "psft_replay", "sft_replay")
 """What a person chooses between to keep something (docs/evidence.md). A small budget keeps SFT and the last."""
 
 
