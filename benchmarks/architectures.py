@@ -1,13 +1,15 @@
 """Which architectures train, merge, verify, become a GGUF that runs, and are served: docs/architectures.md.
 
-    OMP_NUM_THREADS=1 python benchmarks/architectures.py             # all, then the page
-    OMP_NUM_THREADS=1 python benchmarks/architectures.py llama gpt2  # these, then the page
+    OMP_NUM_THREADS=1 python benchmarks/architectures.py             # all that the record has not yet
+    OMP_NUM_THREADS=1 python benchmarks/architectures.py llama gpt2  # these, again if need be
 
-Each is a random model of two layers (`tiny_architectures.py`) with SmolLM2's tokenizer and chat template, which
-llama.cpp's converter knows. It goes the whole way as a user's model does: one optimizer step of PSFT on NF4 with
-`all-linear`, merge to float32, verify, export to GGUF in f32 with every check, the run in llama.cpp where its wheel is
-installed, and the gate before vLLM. What is found is kept in `results/architectures.json`, by architecture; the page is
-written from it.
+Each is a random model of a few layers (`tiny_architectures.py`) with a small tokenizer. It goes the whole way as a
+user's model does: one optimizer step of PSFT on NF4 with `all-linear`, merge to float32, verify, export to GGUF in f32
+with every check, the run in llama.cpp where its wheel is installed, and the gate before vLLM. What is found is kept in
+`results/architectures.json`, by architecture; the page is written from it.
+
+llama.cpp's converter knows byte-level tokenizers by a hash of what they make of one text. A copy of it is told that
+these split texts as GPT-2's or Qwen's do.
 """
 
 from __future__ import annotations
@@ -16,49 +18,74 @@ import argparse
 import contextlib
 import io
 import json
+import logging
+import os
 import shutil
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tiny_architectures import ARCHITECTURES, MIXTURES, MULTIMODAL, save_architecture
+from tiny_architectures import ARCHITECTURES, MIXTURES, MULTIMODAL, save_architecture, save_bpe_tokenizer
 
 from qpsft import cli
 from qpsft.errors import QpsftError
+from qpsft.export import llama_cpp
 from qpsft.export.command import write_export
 from qpsft.export.options import ExportOptions
 from qpsft.merge import merge_adapter
+from qpsft.model.base import load_tokenizer
+from qpsft.model.folder import MODEL_DIR
 from qpsft.verify import verify_export
 
 ROOT = Path(__file__).resolve().parents[1]
-TOKENIZER = Path.home() / ".cache" / "qpsft-models" / "SmolLM2-135M-Instruct"
+VOCABULARY = 512
+SENTENCEPIECE = {
+    "gemma2", "gemma3", "gemma3_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "phi3",
+    "ernie4_5", "ernie4_5_moe", "nemotron", "jamba",
+}  # fmt: skip
+"""Architectures of which the converter takes no byte-level tokenizer: they get the embedded base's."""
+TOKENIZERS = {"Qwen2Tokenizer": "qwen2", "Qwen3_5Tokenizer": "qwen35"}
+"""Classes that split texts in their own way, and llama.cpp's names of that."""
+TEXTS = ROOT / "qpsft" / "export" / "gguf_texts.json"
 RECORD, PAGE = ROOT / "benchmarks" / "results" / "architectures.json", ROOT / "docs" / "architectures.md"
 COLUMNS = ("train", "merge", "verify", "GGUF", "run", "vLLM")
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "xllamacpp")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="model types (default: all)")
+    parser.add_argument("names", nargs="*", help="model types (default: those not tried yet)")
     arguments = parser.parse_args()
     record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {"found": {}}
     found, versions = record["found"], {name: version(name) for name in LIBRARIES}
-    for name in arguments.names or ARCHITECTURES:
-        started = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
-            found[name] = go_the_whole_way(Path(folder), name)
-        print(f"{name}: {found[name]} ({time.perf_counter() - started:.0f} s)", flush=True)
-        ordered = {known: found[known] for known in ARCHITECTURES if known in found}
-        record = {"versions": versions, "found": ordered}
-        RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        PAGE.write_text(page(record), encoding="utf-8")
+    llama_cpp.run_process = convert_in_a_fork
+    names = arguments.names or [name for name in ARCHITECTURES if name not in found]
+    crashed = []
+    with tempfile.TemporaryDirectory() as work:
+        tools = llama_cpp_for_this_tokenizer(Path(work))
+        for name in names:
+            started = time.perf_counter()
+            try:
+                found[name] = go_the_whole_way(Path(work) / name, name, tools)
+            except Exception:  # a fault of ours and no result
+                traceback.print_exc()
+                crashed.append(name)
+                continue
+            print(f"{name}: {found[name]} ({time.perf_counter() - started:.0f} s)", flush=True)
+            ordered = {known: found[known] for known in ARCHITECTURES if known in found}
+            record = {"versions": versions, "found": ordered}
+            RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            PAGE.write_text(page(record), encoding="utf-8")
+    if crashed:
+        sys.exit(f"crashed: {', '.join(crashed)}")
 
 
-def go_the_whole_way(folder: Path, name: str) -> dict[str, str]:
+def go_the_whole_way(folder: Path, name: str, tools: Path) -> dict[str, str]:
     """What each step came to, by column; where one is refused, why, and the later ones that need it are left out."""
     base, adapter, merged = (folder / part for part in ("base", "adapter", "merged"))
     results: dict[str, str] = {}
@@ -79,9 +106,9 @@ def go_the_whole_way(folder: Path, name: str) -> dict[str, str]:
     if not step("merge", lambda: merge(adapter, merged)):
         return results
     step("verify", lambda: verify(adapter, merged))
-    if not step("GGUF", lambda: gguf(merged, folder / "run.gguf", results)):
+    if not step("GGUF", lambda: gguf(merged, folder / "run.gguf", tools, results)):
         why = results["GGUF"]
-        if step("GGUF", lambda: gguf(merged, folder / "read.gguf", results, no_run=True)):
+        if step("GGUF", lambda: gguf(merged, folder / "read.gguf", tools, results, no_run=True)):
             results["run"] = why
     return results
 
@@ -94,11 +121,55 @@ def _in_short(reason: str, length: int = 240) -> str:
 
 
 def save_base(folder: Path, name: str) -> None:
-    """A random model with SmolLM2's tokenizer and chat template."""
-    vocabulary = json.loads((TOKENIZER / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-    save_architecture(folder, name, vocabulary)
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(TOKENIZER / file, folder)
+    """A random model with a tokenizer and a chat template."""
+    if name in SENTENCEPIECE:
+        save_architecture(folder, name, len(load_tokenizer(MODEL_DIR)))
+        for file in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(MODEL_DIR / file, folder)
+        return
+    save_architecture(folder, name, VOCABULARY)
+    texts = json.loads(TEXTS.read_text(encoding="utf-8"))
+    save_bpe_tokenizer(folder, [text for kind in texts.values() for text in kind], VOCABULARY)
+
+
+def llama_cpp_for_this_tokenizer(folder: Path) -> Path:
+    """A copy of the converters that takes a byte-level tokenizer for what its class says, else for one like GPT-2's."""
+    tools = shutil.copytree(llama_cpp.find_llama_cpp(), folder / "llama.cpp")
+    file = tools / "conversion" / "base.py"
+    code, place = file.read_text(encoding="utf-8"), "        chktok = tokenizer.encode(chktxt)\n"
+    assert code.count(place) == 1, "this llama.cpp looks its tokenizers up in another way"
+    known = f'        return {TOKENIZERS}.get(type(tokenizer).__name__, "gpt-2")\n'
+    file.write_text(code.replace(place, known + place), encoding="utf-8")
+    return tools
+
+
+def convert_in_a_fork(command: list[str], environment: dict[str, str], output: Path, **_: Any) -> tuple[int, str]:
+    """`run_process` for the converter, as a copy of this process: it need not import torch and transformers again."""
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        sys.stdout.flush()
+        child = os.fork()
+        if child == 0:
+            for stream in (1, 2):
+                os.dup2(log.fileno(), stream)
+            code = 1
+            try:
+                logging.getLogger().handlers.clear()  # the converter sets its own up
+                os.environ.update(environment)
+                sys.path[:0] = environment["PYTHONPATH"].split(os.pathsep)
+                sys.stdout = sys.stderr = os.fdopen(1, "w")
+                sys.argv = command[1:2] + command[3:]
+                exec(command[2], {"__name__": "__main__"})
+                code = 0
+            except SystemExit as ended:
+                code = ended.code or 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code if isinstance(code, int) else 1)
+        _, status = os.waitpid(child, 0)
+        log.seek(0)
+        return os.waitstatus_to_exitcode(status), log.read()
 
 
 def train(base: Path, adapter: Path) -> str:
@@ -123,7 +194,8 @@ def verify(adapter: Path, merged: Path) -> str:
     return f"{report.numbers['distance']['max_abs']:.0e}"
 
 
-def gguf(merged: Path, file: Path, results: dict[str, str], **options: Any) -> str:
+def gguf(merged: Path, file: Path, tools: Path, results: dict[str, str], **options: Any) -> str:
+    options |= {"llama_cpp": str(tools)}
     report = write_export(ExportOptions(merged, to="gguf", output=str(file), outtype="f32", **options))
     if report.run.ran:
         results["run"] = "yes"

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCABULARY = 400
@@ -31,7 +39,8 @@ DELTANET = {"in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj"}
 PER_LAYER = {"per_layer_input_gate", "per_layer_projection", "per_layer_model_projection"}
 
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
-GEMMA3 = SLIDING | {"query_pre_attn_scalar": 16}
+# llama.cpp does not read which layers of a Gemma 3 slide: all but every sixth
+GEMMA3 = {"query_pre_attn_scalar": 16, "sliding_window": 8, "num_hidden_layers": 6}
 # Gemma 4: wider heads and keys used as values in full attention, per-layer embeddings, later layers with the keys and
 # values of earlier ones
 GEMMA4_12B = SLIDING | {"global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
@@ -44,15 +53,18 @@ GEMMA4_E4B = {
     "hidden_size_per_layer_input": 64,
     "vocab_size_per_layer_input": VOCABULARY,
 }
-QWEN3_5 = {
+DELTA = {
     "layer_types": ["linear_attention", "full_attention"],
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
 }
+QWEN3_5 = DELTA | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.5,
+                                       "mrope_section": [2, 1, 1], "mrope_interleaved": True}}  # fmt: skip
 LFM2 = {"in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "w1", "w2", "w3"}
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 2.0, "original_max_position_embeddings": 32}
+YARN |= {"mscale": 1.0, "mscale_all_dim": 1.0}
 
 TEXT = {  # model_type: what of its config is not as in SIZES, and the layers that all-linear adapts
     "llama": ({}, LLAMA),
@@ -101,7 +113,7 @@ MIXTURES = {  # the same. Of most, PEFT adapts the experts and the router as bar
     "mixtral": (FOUR, ATTENTION | ROUTED),
     "qwen2_moe": (EXPERTS | {"shared_expert_intermediate_size": 64}, ATTENTION | SHARED),
     "qwen3_next": (
-        EXPERTS | QWEN3_5 | {"shared_expert_intermediate_size": 64},
+        EXPERTS | DELTA | {"shared_expert_intermediate_size": 64},
         ATTENTION | ROUTED | {"in_proj_qkvz", "in_proj_ba", "out_proj", "shared_expert_gate"},
     ),
     "deepseek_v3": (DEEPSEEK, MLA | ROUTED),
@@ -141,10 +153,38 @@ OTHERS: dict[str, tuple[dict[str, Any], None]] = {  # tried by `architectures.py
 ARCHITECTURES = TEXT | MIXTURES | OTHERS | MULTIMODAL
 
 
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def save_bpe_tokenizer(folder: Path, texts: Iterable[str], size: int) -> None:
+    """Writes a byte-level BPE tokenizer that splits texts as GPT-2's does, with ChatML as its chat template.
+
+    Args:
+        texts: what its merges are learnt from.
+        size: its tokens at most.
+    """
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    options = {"special_tokens": special, "initial_alphabet": alphabet, "vocab_size": size, "show_progress": False}
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(**options))
+    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    whole.chat_template = CHATML
+    whole.save_pretrained(folder)
+
+
 def save_architecture(folder: Path, model_type: str, vocabulary: int = VOCABULARY) -> None:
     """Writes a random model, without a tokenizer."""
     torch.manual_seed(0)
     settings = SIZES | ARCHITECTURES[model_type][0] | {"vocab_size": vocabulary}
+    computed = [name for name in settings if isinstance(getattr(CONFIG_MAPPING[model_type], name, None), property)]
+    settings = {name: value for name, value in settings.items() if name not in computed}
     if "vocab_size_per_layer_input" in settings:
         settings["vocab_size_per_layer_input"] = vocabulary
     if model_type in MULTIMODAL:

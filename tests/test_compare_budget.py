@@ -199,6 +199,7 @@ def test_the_same_command_goes_on_with_the_same_runs(tmp_path, monkeypatch):
     assert len(asked) == 2  # another run, another probe
 
 
+@pytest.mark.journey
 def test_a_real_comparison_keeps_to_what_was_estimated(tmp_path, capsys):
     recipe = write_recipe(tmp_path, RECIPE.replace("num_train_epochs: 2", "num_train_epochs: 1"))
     started = time.perf_counter()

@@ -6,6 +6,7 @@ marked `processes`.
 
 import io
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,8 @@ import torch
 from exporting import copy_folder, edit_json, edit_weights, export, make_adapter, merge_by_hand
 from merging import vouch
 from safetensors.torch import load_file, save_file
+from test_export_ollama import CONVERSATIONS, TEMPLATES, run_go_template
+from tokenizers import normalizers
 
 from qpsft import cli
 from qpsft.chat.conversation import Conversation
@@ -27,6 +30,7 @@ from qpsft.export.gguf_quantize import kernel, quantize_gguf
 from qpsft.export.gguf_run import LIMITS, run_gguf
 from qpsft.export.gguf_texts import COUNT, varied_texts
 from qpsft.export.merged_model import MergedModel, without_generation_markers
+from qpsft.export.ollama import compare_with_llama_cpp, derive_template, modelfile
 from qpsft.files import process_mark
 from qpsft.model.base import load_base, load_tokenizer
 from qpsft.model.folder import MODEL_DIR
@@ -81,6 +85,7 @@ def check(path: Path, folder: Path, gguf):
     return check_gguf(path, MergedModel.load(folder), gguf)
 
 
+@pytest.mark.processes
 def test_an_adapter_is_merged_verified_and_converted(adapter, tools, tmp_path):
     output = tmp_path / "new" / "model.gguf"
     report = export("gguf", adapter, output, outtype="q8_0", no_run=True)
@@ -137,6 +142,25 @@ def test_wrong_metadata_are_caught(exported, merged, gguf, tmp_path, key, value,
     edit_json(other / "config.json", **{key: value})
     with pytest.raises(ExportError, match=words):
         check(exported, other, gguf)
+
+
+@pytest.mark.parametrize(
+    "config, lost",
+    [
+        ({"sliding_window": 64}, 64),
+        ({"sliding_window": 64, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]}, 64),
+        ({"sliding_window": 64, "layer_types": ["full_attention"] * 3}, None),
+        ({"sliding_window": 64, "use_sliding_window": False}, None),
+        ({"sliding_window": 512}, None),
+        ({"sliding_window": None}, None),
+    ],
+    ids=str,
+)
+def test_a_sliding_window_that_the_file_does_not_name_is_noted(exported, merged, gguf, tmp_path, config, lost):
+    """llama.cpp computes a Mistral as a Llama."""
+    other = copy_folder(merged, tmp_path / "other")
+    edit_json(other / "config.json", **config)
+    assert check(exported, other, gguf).window_lost == lost
 
 
 def test_the_rotary_layout_is_llama_cpps(exported, merged, gguf):
@@ -234,16 +258,10 @@ def test_rounding_bounds_of_block_types_hold_and_bite(gguf):
 # the adapter alone
 
 
-@pytest.mark.parametrize(
-    "options, factor",
-    [
-        pytest.param({}, 1.0, marks=pytest.mark.processes, id="lora"),
-        pytest.param({"use_rslora": True}, 2.0, id="rslora"),
-    ],
-)
-def test_an_adapter_alone(tools, gguf, tmp_path, options, factor):
+@pytest.mark.processes
+def test_an_adapter_alone(tools, gguf, tmp_path):
     """llama.cpp's update is alpha / rank · B·A (llama-adapter.cpp), so B carries what PEFT's scale has besides."""
-    adapter = make_adapter(tmp_path / "adapter", **options)
+    adapter = make_adapter(tmp_path / "adapter", use_rslora=True)  # alpha / sqrt(4): twice the plain one
     edit_json(adapter / "adapter_config.json", alpha_pattern={"layers.2.mlp.down_proj": 4})
     report = export("gguf-lora", adapter, tmp_path / "lora.gguf")
     assert report.layers == 21 and "not the model that was trained" in report.summary()
@@ -252,11 +270,11 @@ def test_an_adapter_alone(tools, gguf, tmp_path, options, factor):
     tensors = load_file(adapter / "adapter_model.safetensors")
     name = "base_model.model.model.layers.{}.mlp.down_proj.lora_{}.weight"
     assert torch.equal(file.values("blk.1.ffn_down.weight.lora_a"), tensors[name.format(1, "A")])
-    assert torch.allclose(file.values("blk.1.ffn_down.weight.lora_b"), factor * tensors[name.format(1, "B")])
+    assert torch.allclose(file.values("blk.1.ffn_down.weight.lora_b"), 2 * tensors[name.format(1, "B")])
     # of a layer with half the alpha
-    assert torch.allclose(file.values("blk.2.ffn_down.weight.lora_b"), 0.5 * factor * tensors[name.format(2, "B")])
+    assert torch.allclose(file.values("blk.2.ffn_down.weight.lora_b"), tensors[name.format(2, "B")])
     name = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
-    assert torch.allclose(file.values("blk.1.attn_q.weight.lora_b"), factor * interleave_halves(tensors[name], 4))
+    assert torch.allclose(file.values("blk.1.attn_q.weight.lora_b"), 2 * interleave_halves(tensors[name], 4))
 
 
 @pytest.mark.parametrize("key, value", [("use_dora", True), ("modules_to_save", ["lm_head"]), ("bias", "all")])
@@ -461,6 +479,40 @@ def test_chat_talks_to_the_file(exported, merged, capsys, monkeypatch):
     )
 
 
+def with_template(source: Path, path: Path, template: str, gguf) -> Path:
+    """The same GGUF with another chat template."""
+    file, writer = GgufFile(source, gguf), gguf.GGUFWriter(path, "llama")
+    file.copy_metadata(writer)
+    writer.kv_data[0]["tokenizer.chat_template"].value = template
+    for name, tensor in file.tensors.items():
+        writer.add_tensor(name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("name", ["llama3", "qwen2_5", "qwen3", "phi3", "glm4moe"])
+def test_ollamas_modelfile_writes_what_llama_cpp_does(exported, merged, gguf, tmp_path, name):
+    """From the text of the Modelfile, and from the chat template in the GGUF."""
+    tokenizer = load_tokenizer(merged)
+    tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text()
+    pieces, reason = derive_template(tokenizer, adds_bos=True)
+    template = modelfile("m.gguf", pieces, [], None).split('TEMPLATE """')[1].split('"""')[0]
+    path = with_template(exported, tmp_path / "x.gguf", tokenizer.chat_template, gguf)
+    with LlamaServer(path, context=512) as server:
+        for messages in CONVERSATIONS:
+            assert run_go_template(template, messages) == server.apply_template(messages)
+    count, notes = compare_with_llama_cpp(path, pieces)
+    assert count == 6 and not notes
+    if name == "llama3":
+        other = replace(pieces, opening=pieces.opening.rstrip())
+        count, (note,) = compare_with_llama_cpp(path, other)
+        assert count == 0 and "llama.cpp, which reads the chat template in the GGUF, writes" in note
+
+
 @needs_llama_cpp
 def test_a_stop_token_that_llama_cpp_passes_is_named(exported, merged, prompts):
     model = MergedModel.load(merged)
@@ -468,6 +520,19 @@ def test_a_stop_token_that_llama_cpp_passes_is_named(exported, merged, prompts):
     model.stops.add(plain)
     (note,) = run_gguf(exported, model, prompts, "f16").notes
     assert note.startswith("llama.cpp does not stop at 'a' by itself")
+
+
+@needs_llama_cpp
+def test_a_tokenizer_that_normalizes_is_noted_and_one_that_changes_texts_refused(exported, merged, prompts):
+    """Qwen's composes letters and accents, llama.cpp none: only texts that are not composed differ."""
+    model = MergedModel.load(merged)
+    backend, spaces = model.tokenizer.backend_tokenizer, normalizers.Replace(" ", "▁")
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), spaces])
+    (note,) = run_gguf(exported, model, prompts, "f16").notes
+    assert note.startswith("the tokenizer puts texts into Unicode's form NFC first")
+    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), spaces])
+    with pytest.raises(ExportError, match="makes other tokens of"):
+        run_gguf(exported, model, prompts, "f16")
 
 
 @needs_llama_cpp

@@ -51,6 +51,19 @@ def test_the_embedded_base_is_served_from_its_folder(tmp_path):
     assert shlex.split(export("vllm", adapter, base="demo").command)[2] == str(MODEL_DIR)
 
 
+def test_a_base_in_a_folder_is_named_in_full_and_must_have_its_weights(tmp_path, monkeypatch):
+    """vLLM loads it from there, from any folder: unlike a Hub id it cannot download what is missing."""
+    base = copy_folder(MODEL_DIR, tmp_path / "my base")
+    monkeypatch.chdir(tmp_path)
+    adapter = make_adapter(tmp_path / "adapter", "my base")
+    for given in (None, "my base", "./my base"):
+        assert shlex.split(export("vllm", adapter, base=given).command)[2] == str(base)
+    (base / "model.safetensors").unlink()
+    for given in (None, "my base"):
+        with pytest.raises(BaseModelError, match="neither model.safetensors"):
+            export("vllm", adapter, base=given)
+
+
 @pytest.mark.parametrize("rank, flag", [(16, None), (17, "32"), (64, "64"), (100, "128"), (512, "512")])
 def test_ranks_above_vllms_default_need_a_flag(tmp_path, rank, flag):
     other = save_peft_adapter(tmp_path / "adapter", "demo", r=rank, target_modules=["q_proj"])

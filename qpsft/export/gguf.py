@@ -198,6 +198,11 @@ def _notes_on_check(check: GgufCheck, ran: GgufRun) -> list[str]:
             f"{len(check.unsure)} things could not be compared, because llama.cpp's layout of this architecture is not "
             f"known here, such as: {check.unsure[0]}. Only running the file tells whether it is the merged model"
         )
+    if check.window_lost:
+        notes.append(
+            f"the model looks back at {check.window_lost} tokens (sliding window), and in this architecture llama.cpp "
+            "looks at all: on longer texts it computes another model"
+        )
     if check.stops_missing and not ran.ran:
         names = ", ".join(map(repr, check.stops_missing))
         notes.append(f"the file does not name the stop tokens {names}: a Modelfile or --stop must")

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,9 @@ OTHER_SENSES = re.compile(
 )
 """In the names of tensors that see or hear: llama.cpp keeps those in a file of their own (`--mmproj`)."""
 
+SLIDING = ("sliding_attention",)
+"""Every layer's type in a config that has a window and does not say which layers slide."""
+
 COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors that converters compute from the config."""
 
@@ -57,6 +61,7 @@ class GgufCheck:
         stops_missing: stop tokens of the merged model that the file does not name.
         merge_order_lost: the file's SentencePiece tokenizer has one score for all pieces.
         adds_bos: llama.cpp puts the beginning-of-sequence token before every text.
+        window_lost: tokens that the model's layers look back at, where llama.cpp looks at all.
     """
 
     tensors: int = 0
@@ -69,6 +74,7 @@ class GgufCheck:
     stops_missing: list[str] = field(default_factory=list)
     merge_order_lost: bool = False
     adds_bos: bool = False
+    window_lost: int | None = None
 
     def summary(self) -> str:
         """One sentence."""
@@ -98,6 +104,8 @@ def check_gguf(path: Path, merged: MergedModel, gguf: ModuleType) -> GgufCheck:
     _check_metadata(file, merged, check)
     _check_special_tokens(file, merged, check)
     _note_tokenizer(file, merged, check)
+    window = _sliding_window(merged.config)
+    check.window_lost = None if file.value("{arch}.attention.sliding_window") else window
     return check
 
 
@@ -228,6 +236,13 @@ def _note_tokenizer(file: GgufFile, merged: MergedModel, check: GgufCheck) -> No
     named = {file.value(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")}
     missing = sorted(merged.stops - named)
     check.stops_missing = [str(merged.tokenizer.convert_ids_to_tokens(token)) for token in missing]
+
+
+def _sliding_window(config: dict[str, Any]) -> int | None:
+    """Tokens that a model's sliding layers look back at; None where no layer slides, or no text is longer."""
+    window, context = config.get("sliding_window"), config.get("max_position_embeddings") or math.inf
+    slides = config.get("use_sliding_window", True) and "sliding_attention" in (config.get("layer_types") or SLIDING)
+    return window if slides and window and window < context else None
 
 
 def _adds_bos(file: GgufFile) -> bool:

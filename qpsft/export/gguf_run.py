@@ -6,6 +6,7 @@ merged model's, as near as the file's type allows (`LIMITS`).
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -114,25 +115,46 @@ def run_gguf(path: Path, merged: MergedModel, prompts: list[Prompt], outtype: st
     if size > free:
         return GgufRun(False, f"it needs {size / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB are free")
     with LlamaServer(path, context=LONGEST + 8, exact=True) as server:
-        result = GgufRun(True, texts=_compare_tokens(server, merged.tokenizer), limit=LIMITS[outtype])
-        result.notes = [*_notes_on_stops(server, merged), *_notes_on_text(server, merged.tokenizer)]
+        texts, notes = _compare_tokens(server, merged.tokenizer)
+        result = GgufRun(True, texts=texts, limit=LIMITS[outtype])
+        result.notes = [*notes, *_notes_on_stops(server, merged), *_notes_on_text(server, merged.tokenizer)]
         result.compared = _compare_probabilities(server, merged, prompts, result.limit)
     return result
 
 
-def _compare_tokens(server: LlamaServer, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Returns how many texts were compared."""
-    texts = varied_texts(tokenizer)
+def _compare_tokens(server: LlamaServer, tokenizer: PreTrainedTokenizerBase) -> tuple[int, list[str]]:
+    """Returns how many texts were compared, and a note where only texts that are not normalized give other tokens."""
+    texts, notes = varied_texts(tokenizer), []
     for text in texts:
         expected = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         made = server.tokenize(text)
-        if made != expected:
+        if made == expected:
+            continue
+        difference = first_difference(expected, made)
+        form = _normalized_by(server, tokenizer, text, expected)
+        if form is None:
             raise ExportError(
-                f"llama.cpp makes other tokens of {text!r} than the model's own tokenizer: "
-                f"{first_difference(expected, made)}; so {server.path.name} would not be the model that was trained.",
+                f"llama.cpp makes other tokens of {text!r} than the model's own tokenizer: {difference}; so "
+                f"{server.path.name} would not be the model that was trained.",
                 "Use the merged safetensors folder, or a base whose tokenizer llama.cpp knows. (--no_run skips this.)",
             )
-    return len(texts)
+        notes = notes or [
+            f"the tokenizer puts texts into Unicode's form {form} first and llama.cpp does not, so of {text!r} it "
+            f"makes other tokens: {difference}. Most texts are in that form"
+        ]
+    return len(texts), notes
+
+
+def _normalized_by(
+    server: LlamaServer, tokenizer: PreTrainedTokenizerBase, text: str, expected: list[int]
+) -> str | None:
+    """The Unicode form into which the tokenizer puts texts first, if that alone explains llama.cpp's other tokens."""
+    for form in ("NFC", "NFKC"):
+        changed = unicodedata.normalize(form, text)
+        same = tokenizer(changed, add_special_tokens=False, verbose=False)["input_ids"] == expected
+        if changed != text and same and server.tokenize(changed) == expected:
+            return form
+    return None
 
 
 def _notes_on_stops(server: LlamaServer, merged: MergedModel) -> list[str]:

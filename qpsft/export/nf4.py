@@ -5,6 +5,7 @@ That rounding can take a part of the training with it, so what is left is measur
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,9 +53,8 @@ class Nf4Report:
             f"{self.distance.top1:.1%}"
         )
         lines += [self.kept.summary()] if self.kept else []
-        return "\n".join(
-            [*map(wrap, lines), *(wrap(f"note: {n}") for n in self.notes), f"next: vllm serve {self.folder}"]
-        )
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join([*map(wrap, lines), f"next: {shlex.join(['vllm', 'serve', str(self.folder)])}"])
 
 
 def export_nf4(options: ExportOptions) -> Nf4Report:

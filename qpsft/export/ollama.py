@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -107,15 +108,13 @@ class OllamaReport:
         template = "derived from the chat template" if self.template else "left to Ollama"
         if self.compared:
             template += f" (llama.cpp writes {self.compared} conversations the same)"
-        return "\n".join(
-            [
-                self.gguf.summary(),
-                f"wrote {self.folder / MODELFILE}: template {template}, "
-                f"stop {', '.join(map(repr, self.stops)) or 'none'}, num_ctx {self.num_ctx}",
-                *(wrap(f"note: {note}") for note in self.notes),
-                f"next: ollama create NAME -f {self.folder / MODELFILE}",
-            ]
+        written = (
+            f"wrote {self.folder / MODELFILE}: template {template}, stop "
+            f"{', '.join(map(repr, self.stops)) or 'none'}, num_ctx {self.num_ctx}"
         )
+        notes = [wrap(f"note: {note}") for note in self.notes]
+        command = shlex.join(["ollama", "create", "NAME", "-f", str(self.folder / MODELFILE)])
+        return "\n".join([self.gguf.summary(), wrap(written), *notes, f"next: {command}"])
 
 
 def export_ollama(options: ExportOptions) -> OllamaReport:
@@ -144,14 +143,14 @@ def export_ollama(options: ExportOptions) -> OllamaReport:
         template, reason = derive_template(tokenizer, adds_bos=gguf.check.adds_bos)
         compared, difference = None, []
         if template is not None and gguf.run.ran:
-            compared, difference = _compare_with_llama_cpp(made.path, template)
+            compared, difference = compare_with_llama_cpp(made.path, template)
         text = f"{WRITTEN}\n{modelfile(gguf.path.name, template, gguf.stops, length)}"
         write_atomically(folder / MODELFILE, text)
     notes = _notes(tokenizer, template, reason, config, length) + difference
     return OllamaReport(output, gguf, template is not None, gguf.stops, length, notes, compared)
 
 
-def _compare_with_llama_cpp(path: Path, template: ChatPieces) -> tuple[int, list[str]]:
+def compare_with_llama_cpp(path: Path, template: ChatPieces) -> tuple[int, list[str]]:
     """How many conversations llama.cpp writes from the GGUF's chat template as the derived template does; a note on the
     first that it writes otherwise."""
     talks = [talk for talk in _conversations("system" in template.turns) if talk[-1]["role"] == "user"]

@@ -14,7 +14,7 @@ from qpsft.merge.model_files import GENERATION_CONFIG, settings_with_stops, writ
 from qpsft.merge.report import MergeReport
 from qpsft.model.adapter_folder import PREFIX, AdapterFolder
 from qpsft.model.base_record import BaseRecord
-from qpsft.model.folder import DEMO, MODEL_DIR, check_folder, has_weights, is_adapter, read_config
+from qpsft.model.folder import DEMO, check_folder, has_weights, is_adapter, read_config
 from qpsft.terminal import wrap
 
 DEFAULT_RANK = 16
@@ -60,11 +60,12 @@ class VllmReport:
 def export_vllm(options: ExportOptions) -> VllmReport:
     """The command that serves an adapter or a merged folder, found without vLLM.
 
-    An adapter that vLLM refuses is merged into `output`, if there is one; without it nothing is merged, and nothing
-    but the configuration of its base is read.
+    An adapter that vLLM refuses is merged into `output`, if there is one; without it nothing is merged, and of a base
+    on the Hub nothing but the configuration is read.
 
     Raises:
-        BaseModelError: no record of the adapter's base, no such base, or not the base of this adapter.
+        BaseModelError: no record of the adapter's base, no such base, a folder without weights, or not the base of this
+            adapter.
         ExportError: it is neither an adapter nor a merged folder, or its config is not a LoRA's.
         As `merge_adapter`.
     """
@@ -83,10 +84,12 @@ def export_vllm(options: ExportOptions) -> VllmReport:
     except ExportError as error:  # merging would refuse it too
         return VllmReport(source, False, [error.what], None, remedy=error.todo)
     record = adapter.record
-    base_folder = adapter.base_folder(options.base, same_rounding=False, weights=False)
+    local = _is_folder(options.base or record.base_model_name_or_path)
+    base_folder = adapter.base_folder(options.base, same_rounding=False, weights=local)
     refusals = _refusals(adapter, base_folder)
     if not refusals:
-        command = _serve(source, options.base, record, _largest_rank(config))
+        served = str(base_folder.resolve()) if local else options.base
+        command = _serve(source, served, record, _largest_rank(config))
         notes = _notes(record) + _note_on_weights(base_folder)
         if settings := _write_stops(adapter, base_folder, options):
             command += " " + shlex.join(["--generation-config", str(settings.parent.resolve())])
@@ -150,10 +153,18 @@ def _largest_rank(config: dict[str, Any]) -> int:
     return max([config["r"], *(config.get("rank_pattern") or {}).values()])
 
 
+def _is_folder(name: str) -> bool:
+    """Whether a base is a folder of this machine, from which vLLM would load it, and no Hub id."""
+    return name == DEMO or Path(name).expanduser().is_dir()
+
+
 def _serve(adapter: Path, base: str | None, record: BaseRecord, rank: int) -> str:
-    name = base or record.base_model_name_or_path
-    # `demo` is a name that only qpsft knows.
-    command = ["vllm", "serve", str(MODEL_DIR) if name == DEMO else name]
+    """The command.
+
+    Args:
+        base: its folder or Hub id; None is the Hub id in the record, at its commit.
+    """
+    command = ["vllm", "serve", base or record.base_model_name_or_path]
     if base is None and record.revision:
         command += ["--revision", record.revision]
     if _vllm_rounds_alike(record):
