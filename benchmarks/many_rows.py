@@ -31,7 +31,7 @@ from qpsft.model.folder import MODEL_DIR
 TOKENS, LONG_ROW_TOKENS = 200, 128
 WORDS = """the of people number station question answer train because water light seven morning river carry system small
 window never yellow between nothing paper garden simple engine first travel music summer letter doctor""".split()
-EVERY = 0.1
+EVERY = 0.5
 """Seconds between two looks at the memory."""
 
 
