@@ -171,17 +171,17 @@ def prepare_fake(monkeypatch, costs):
 def test_a_comparison_is_cut_to_its_budget(tmp_path, monkeypatch, capsys):
     text = RECIPE.replace("dataset_limit: 16", "dataset_limit: 512").replace("eval_rows: 4", "eval_rows: 16")
     recipe = write_recipe(tmp_path, text)
-    runs, asked = prepare_fake(monkeypatch, Costs(0, dict.fromkeys(NAMES, 1.0), 0, 0.5, 0))
+    runs, asked = prepare_fake(monkeypatch, Costs(0, dict.fromkeys([*NAMES, "sft_kl"], 1.0), 0, 0.5, 0))
     # a run of 512 rows takes 256 steps of a second, one of a quarter 64; a measurement half a second a row
     found = compare(recipe, seeds=5, budget="9m")
-    assert asked == [["sft", "sft_matched", "dft", "psft", "psft_visits"]]
+    assert asked == [["sft", "sft_kl", "psft_visits"]]  # the embedded base answers no prompts to be replayed
     labels = {spec.label for spec in runs.specs}
     assert labels == {"base"} | {f"{kind}-lr2e-3-seed{s}" for kind in ("nll", "psft-4visits") for s in (3, 4, 5)}
     assert found.counts["train"] == 128 and found.counts["in_domain"] == 4
     out = " ".join(capsys.readouterr().out.split())
     assert "budget 9m: about 9m for sft, psft_visits, 3 seeds and 128 rows" in out
     assert limits(found)[0] == (
-        "The budget left out: 2 of 5 seeds; arms sft_matched, dft, psft; training rows: 128 of 512 are used; "
+        "The budget left out: 2 of 5 seeds; arm sft_kl; training rows: 128 of 512 are used; "
         "test rows: 25% of each set are used."
     )
     record = json.loads((tmp_path / "comparison/comparison.json").read_text())

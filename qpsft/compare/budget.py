@@ -235,7 +235,7 @@ def fit(
     """
     budget = parse_duration(options.budget)
     epochs = options.epochs or recipe.trainer.num_train_epochs
-    methods = {arm.name: arm.options(recipe.trainer) for arm in arms}
+    methods = {arm.name: arm.options(recipe.trainer, recipe.data.replay_share) for arm in arms}
     specs = {
         name: RunSpec(method, recipe.trainer.learning_rate, recipe.trainer.seed, epochs)
         for name, method in methods.items()
