@@ -112,6 +112,20 @@ def test_old_checkpoints_go_only_when_the_new_one_is_whole(base, tmp_path):
     assert trainer.args.save_total_limit == 2
 
 
+def test_what_a_kill_left_of_old_checkpoints_goes_when_the_run_goes_on(base, saved, tmp_path):
+    """Half-removed ones go before whole ones, though the removal has made them the newest by time."""
+    out = shutil.copytree(saved[0], tmp_path / "run")
+    shutil.copytree(out / "checkpoint-2", out / "checkpoint-1")
+    (out / "checkpoint-1" / "complete.json").unlink()
+    checkpoint.remove_old(out, 2, keep={"checkpoint-4"})
+    assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    shutil.copytree(out / "checkpoint-2", out / "checkpoint-3")  # whole: the kill came before its removal
+    trainer = trainer_of(base, out, num_iterations=2, max_steps=4, save_steps=2, save_total_limit=2)
+    trainer.train(resume_from_checkpoint=True)  # nothing is left to do, so nothing is saved
+    assert len(checkpoint.checkpoints(out)) == 2 and checkpoint.newest_complete_checkpoint(out).name == "checkpoint-4"
+    assert same(policy(trainer.model), saved[1])
+
+
 def listing(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 

@@ -225,6 +225,7 @@ class RowEncoder:
                 add_special_tokens=add_special_tokens,
                 return_offsets_mapping=True,
                 return_attention_mask=False,
+                return_token_type_ids=False,
                 verbose=False,
             )
         finally:

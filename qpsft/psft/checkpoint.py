@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,20 @@ def newest_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
             return path
         warnings.warn(f"{path} is half-written ({why}); it is skipped.", stacklevel=2)
     return None
+
+
+def remove_old(output_dir: Path, limit: int, keep: Collection[str]) -> None:
+    """Leaves `limit` checkpoints of a run: half-written and half-removed ones go first, then the oldest.
+
+    transformers sorts by time only, and the newest of all is one that was being removed when the process was killed.
+
+    Args:
+        keep: names of those that stay in any case.
+    """
+    there = sorted(checkpoints(output_dir), key=lambda path: (is_complete(path), path.stat().st_mtime))
+    free = [path for path in there if path.name not in keep]
+    for path in free[: max(0, len(there) - limit)]:
+        remove_folder(path)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftModel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, set_seed
-from transformers.trainer_utils import has_length, rotate_checkpoints
+from transformers.trainer_utils import has_length
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -440,7 +440,10 @@ class PSFTTrainer(SFTTrainer):
         with self._attention(), self._lora_linears():
             if self.args.packing and self.model.device.type == self.args.device.type:  # FSDP moves others later
                 check_packing(self.model, self.data_collator, next(iter(self.train_dataset))["input_ids"])
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if resume_from_checkpoint:  # whose run may have been killed before it removed those
+            self._remove_old_checkpoints(Path(resume_from_checkpoint))
+        return result
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
         with taken_out(self.args):  # the arguments are pickled beside the model
@@ -454,13 +457,12 @@ class PSFTTrainer(SFTTrainer):
                 self._write_checkpoint(folder, model, trial)
         finally:
             self.args.save_total_limit = limit
-        if self.args.should_save:
-            rotate_checkpoints(
-                str(folder.parent),
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+        self._remove_old_checkpoints(folder)
+
+    def _remove_old_checkpoints(self, newest: Path) -> None:
+        limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+        if self.args.should_save and limit is not None and limit > 0:
+            checkpoint.remove_old(newest.parent, limit, keep={newest.name, Path(best or newest).name})
 
     def _write_checkpoint(self, folder: Path, model, trial) -> None:
         if self.args.should_save:

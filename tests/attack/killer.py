@@ -286,6 +286,12 @@ VERBS: dict[str, Callable[[Path], Verb]] = {
 }
 
 
+def different(found: dict[str, bytes], wanted: dict[str, bytes]) -> list[str]:
+    """What is not the same, with short texts."""
+    names = [name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)]
+    return [f"{name}: {found.get(name, b'')[:600]!r}, not {wanted.get(name, b'')[:600]!r}" for name in names]
+
+
 def kill_some(name: str, folder: Path, kills: int, rng: random.Random) -> Counter[str]:
     """Kills the verb so often, and compares what is there in the end, again and again."""
     verb = VERBS[name](folder)
@@ -309,8 +315,8 @@ def kill_some(name: str, folder: Path, kills: int, rng: random.Random) -> Counte
             found["finished" if done else "kills"] += 1
             if not done and (folder.exists() or name in ("merge", "export")):
                 found[verb.check()] += 1
-        if verb.result() != wanted:
-            sys.exit(f"{name}: another result than without a kill")
+        if differing := different(verb.result(), wanted):
+            sys.exit(f"{name}: another result than without a kill: {differing}")
     left = [path.name for path in folder.parent.iterdir() if path.name.startswith(f".{folder.name}.")]
     if left:
         sys.exit(f"{name} left {left}")
