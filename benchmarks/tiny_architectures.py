@@ -140,7 +140,10 @@ MULTIMODAL = {  # as their Hub folders are: one config for text, vision and soun
     "qwen3_5": (QWEN3_5, LLAMA | DELTANET),
 }
 OTHERS: dict[str, tuple[dict[str, Any], None]] = {  # tried by `architectures.py`, and merged in the slow tests
-    "gpt2": ({"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "n_ctx": 256, "intermediate_size": 256}, None),
+    "gpt2": (
+        {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "n_ctx": 256, "intermediate_size": 256},
+        None,
+    ),
     "gpt_neox": ({}, None),
     "opt": ({"ffn_dim": 128, "word_embed_proj_dim": 64, "pad_token_id": 0}, None),
     "starcoder2": ({}, None),
