@@ -25,6 +25,9 @@ class QpsftError(Exception):
         self.todo = todo
         super().__init__(f"{self.what} {todo}".strip())
 
+    def __reduce__(self) -> tuple:
+        return type(self), (self.what, self.todo), self.__dict__
+
 
 class RecipeError(QpsftError, ValueError):
     """An option or a recipe file is wrong: unknown key, wrong type, value out of range."""

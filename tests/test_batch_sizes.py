@@ -72,6 +72,7 @@ def test_padding_counts():
     assert chosen(100, 100) == 16 and chosen(8000, 200) == 1
 
 
+@pytest.mark.journey
 def test_the_fastest_split_that_leaves_a_share_of_the_memory_free():
     whole = planned(*AUTO, "--max_length=256", gpu_bytes=80 * GIB)
     assert whole.chosen == sizes(16, 1, False) and whole.fits
@@ -98,7 +99,7 @@ def test_a_plan_says_what_it_chose_and_how_long_rows_can_be():
     assert planned("--max_length=256", gpu_bytes=2 * GIB).chosen is None  # the sizes are stated
 
 
-@pytest.mark.journey
+@pytest.mark.slow
 def test_offloading_makes_longer_rows_fit(monkeypatch):
     monkeypatch.setattr("qpsft.plan.lm_head.TILE_COLUMNS", 64)
     deep = LLAMA | {"num_hidden_layers": 24, "max_position_embeddings": 100_000, "vocab_size": 300}

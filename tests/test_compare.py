@@ -282,6 +282,7 @@ def test_methods_of_the_arms(tmp_path):
     psft = {"loss_type": "psft", "epsilon": 0.28, "reference_steps": 2, "num_iterations": 1, "sft_warmup_steps": 0}
     assert methods["psft"] == psft
     assert methods["psft_kl"] == psft | {"base_kl": 0.05} and methods["psft_replay"] == psft | {"replay_share": 0.1}
+    assert ARMS["psft_replay"].options(recipe.trainer, 0.2)["replay_share"] == 0.2
     assert methods["asft"] == {"loss_type": "dft", "base_kl": 0.05}
     assert methods["psft_visits"] == psft | {"num_iterations": 4, "sft_warmup_steps": 2}
     # the same order as psft_visits, another loss
@@ -331,4 +332,4 @@ def test_flags_win_and_epochs_default_to_four(tmp_path):
 def test_help(capsys):
     assert cli.main(["compare", "--help"]) == 0
     text = capsys.readouterr().out
-    assert "--arms" in text and "sft,sft_matched,dft,psft,psft_visits" in " ".join(text.split())
+    assert "--arms" in text and "sft,sft_kl,psft_visits,psft_replay,sft_replay" in " ".join(text.split())

@@ -87,7 +87,7 @@ def test_the_first_that_fits_is_chosen_and_what_is_left_out_is_said():
 
 
 def test_rows_stay_where_only_measuring_is_slow():
-    slow = replace(COSTS, step=dict.fromkeys(NAMES, 0.001), measuring=60, spent=0)
+    slow = replace(COSTS, step=dict.fromkeys([*NAMES, "sft_kl"], 0.001), measuring=60, spent=0)
     least = list(ladder(ARMS, FULL, 1024))[-1]
     found, _ = choose(ARMS, FULL, slow, size(), estimate(least, slow, size()) + 2)
     assert found == replace(least, rows=1.0, tune_seeds=2)  # without tuning, which costs nothing
@@ -168,20 +168,26 @@ def prepare_fake(monkeypatch, costs):
     return runs, asked
 
 
+def test_the_last_arm_that_is_named_is_compared_with_sft_in_little_time():
+    full = replace(FULL, arms=("psft", "sft", "sft_matched", "dft"))
+    arms = find_arms(full.arms)
+    assert list(ladder(arms, full, 1024))[-1].arms == ("sft", "dft")
+
+
 def test_a_comparison_is_cut_to_its_budget(tmp_path, monkeypatch, capsys):
     text = RECIPE.replace("dataset_limit: 16", "dataset_limit: 512").replace("eval_rows: 4", "eval_rows: 16")
     recipe = write_recipe(tmp_path, text)
-    runs, asked = prepare_fake(monkeypatch, Costs(0, dict.fromkeys(NAMES, 1.0), 0, 0.5, 0))
+    runs, asked = prepare_fake(monkeypatch, Costs(0, dict.fromkeys([*NAMES, "sft_kl"], 1.0), 0, 0.5, 0))
     # a run of 512 rows takes 256 steps of a second, one of a quarter 64; a measurement half a second a row
     found = compare(recipe, seeds=5, budget="9m")
-    assert asked == [["sft", "sft_matched", "dft", "psft", "psft_visits"]]
+    assert asked == [["sft", "sft_kl", "psft_visits"]]  # the embedded base answers no prompts to be replayed
     labels = {spec.label for spec in runs.specs}
     assert labels == {"base"} | {f"{kind}-lr2e-3-seed{s}" for kind in ("nll", "psft-4visits") for s in (3, 4, 5)}
     assert found.counts["train"] == 128 and found.counts["in_domain"] == 4
     out = " ".join(capsys.readouterr().out.split())
     assert "budget 9m: about 9m for sft, psft_visits, 3 seeds and 128 rows" in out
     assert limits(found)[0] == (
-        "The budget left out: 2 of 5 seeds; arms sft_matched, dft, psft; training rows: 128 of 512 are used; "
+        "The budget left out: 2 of 5 seeds; arm sft_kl; training rows: 128 of 512 are used; "
         "test rows: 25% of each set are used."
     )
     record = json.loads((tmp_path / "comparison/comparison.json").read_text())
@@ -190,7 +196,7 @@ def test_a_comparison_is_cut_to_its_budget(tmp_path, monkeypatch, capsys):
 
 def test_the_same_command_goes_on_with_the_same_runs(tmp_path, monkeypatch):
     recipe = write_recipe(tmp_path)
-    runs, asked = prepare_fake(monkeypatch, Costs(1, dict.fromkeys(NAMES, 1.0), 1, 0, 5))
+    runs, asked = prepare_fake(monkeypatch, Costs(1, dict.fromkeys([*NAMES, "sft_kl"], 1.0), 1, 0, 5))
     compare(recipe, seeds=3, budget="1h")
     done = len(runs.specs)
     again = compare(recipe, seeds=3, budget="1h")
@@ -199,6 +205,7 @@ def test_the_same_command_goes_on_with_the_same_runs(tmp_path, monkeypatch):
     assert len(asked) == 2  # another run, another probe
 
 
+@pytest.mark.journey
 def test_a_real_comparison_keeps_to_what_was_estimated(tmp_path, capsys):
     recipe = write_recipe(tmp_path, RECIPE.replace("num_train_epochs: 2", "num_train_epochs: 1"))
     started = time.perf_counter()

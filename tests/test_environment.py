@@ -180,7 +180,6 @@ def test_a_torchvision_that_does_not_import_is_named(torchvision, monkeypatch):
     "command",
     [
         ["-m", "qpsft", "train", "--max_steps=1"],
-        ["-m", "qpsft", "evaluate", "demo", "--data", "demo-noisy"],
         ["-c", "from qpsft import PSFTTrainer"],
     ],
 )

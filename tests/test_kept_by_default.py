@@ -9,7 +9,8 @@ from transformers import AutoTokenizer
 
 from qpsft import cli
 from qpsft.compare import compare, data
-from qpsft.compare.comparison import make_setting, prepare
+from qpsft.compare.arms import DEFAULT_ARMS
+from qpsft.compare.comparison import default_arms, make_setting, prepare
 from qpsft.compare.data import ANSWERED, REPLAYED
 from qpsft.compare.measure import measure
 from qpsft.compare.options import load_comparison
@@ -133,12 +134,31 @@ def test_the_built_in_world_keeps_its_own_sets(tmp_path, capsys):
 
 def test_what_is_replayed_is_not_what_is_measured(tmp_path, chat_base):
     found, _ = setting(
-        tmp_path, chat_base, "--replay_max_new_tokens=32", "--max_length=512", arms="sft,psft_replay", seeds=1
+        tmp_path,
+        chat_base,
+        "--method=sft_replay",
+        "--replay_max_new_tokens=32",
+        "--max_length=512",
+        arms="sft,psft_replay",
+        seeds=1,
     )
     measured = {row["prompt"] for row in found.data.out_of_domain["base_answers"].rows}
     replayed = [json.loads(line)["prompt"] for line in (tmp_path / "comparison/replay.jsonl").read_text().splitlines()]
     assert replayed and not measured & set(replayed)
     assert len(found.replay) == len(replayed)
+
+
+def test_replay_is_compared_where_the_base_has_something_to_replay(tmp_path, chat_base, stories, capsys):
+    def arms(*flags):
+        return default_arms(load_comparison(write_recipe(tmp_path), list(flags))[0])
+
+    chat = arms(f"--model_name_or_path={chat_base}")
+    own = [f"--model_name_or_path={stories}", "--replay_share=0.2", "--replay_dataset=rows.jsonl"]
+    assert chat == list(DEFAULT_ARMS) == arms(*own)
+    assert capsys.readouterr().out == ""
+    for flags in (["--model_name_or_path=demo"], [f"--model_name_or_path={chat_base}", "--use_chat_template=never"]):
+        assert arms(*flags) == ["sft", "sft_kl", "psft_visits"]
+        assert "replay needs a base with a chat template" in capsys.readouterr().out
 
 
 def test_all_prompts_are_either_answered_or_replayed():

@@ -122,6 +122,7 @@ def test_scoring_is_not_the_peak_or_by_little_in_small_models(model, more, rows,
     assert phases.pop("scoring pass") <= max(phases.values()) + more
 
 
+@pytest.mark.journey
 def test_rows_just_below_the_tiled_ones_may_need_the_most(monkeypatch):
     narrow(monkeypatch)
     shape = LLAMA | {"intermediate_size": 2048, "max_position_embeddings": 16384}
@@ -200,6 +201,7 @@ def test_it_fits_down_to_the_last_byte():
     assert planned(gpu_bytes=needed).suggestion is None
 
 
+@pytest.mark.journey
 def test_the_longest_length_fits_and_a_longer_one_does_not(monkeypatch):
     narrow(monkeypatch)
     limit = planned("--max_length=1500").needed_bytes
@@ -234,6 +236,7 @@ def test_the_cheapest_change_that_makes_it_fit(monkeypatch, flags, expected):
     assert recipe.trainer.gradient_checkpointing == ("--gradient_checkpointing=false" not in flags)  # untouched
 
 
+@pytest.mark.journey
 def test_changes_are_combined_and_rows_made_shorter_when_one_is_not_enough(monkeypatch):
     narrow(monkeypatch)
     recipe = recipe_of(*BIG, "--gradient_checkpointing=false")

@@ -91,6 +91,7 @@ def test_of_an_older_record_the_assumption_is_said(trained, tmp_path, compute_dt
         assert read_base_record(old).quantized_on == assumed
 
 
+@pytest.mark.journey
 def test_the_flag_states_it_in_the_record(trained, tmp_path, capsys, recwarn):
     where, folder, _ = trained
     old = rewrite(folder, tmp_path / "old", quantized_on="gone")

@@ -89,6 +89,7 @@ def test_the_base_s_own_answers_are_sampled_and_trained_on(tmp_path, prompts, ca
     assert "the base's answers" in (tmp_path / "a" / "README.md").read_text()
 
 
+@pytest.mark.journey
 def test_answers_are_reused_while_what_they_come_from_is_the_same(tmp_path, prompts, monkeypatch):
     calls = []
     real = replay_module.generate

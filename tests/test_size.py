@@ -1,5 +1,6 @@
 """Many rows, and rows without end: read and tokenized a few at a time, with the same result."""
 
+import dataclasses
 import json
 import random
 import resource
@@ -11,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from qpsft import cli
-from qpsft.data import tokenize
+from qpsft.data import encode, tokenize, workers
 from qpsft.data.read import open_rows, read_records
 from qpsft.data.tokenize import load_dataset, row_lengths, tokenize_records
 from qpsft.errors import DataError
@@ -108,6 +109,83 @@ def test_preview_shows_the_first_rows_before_it_has_read_all(file, monkeypatch, 
     assert capsys.readouterr().out == whole and whole.count("── ") == 3
 
 
+def many_messages(special):
+    """Rows of several kinds: special tokens, keys nobody reads, two answers, and some that cannot be used."""
+    for n in range(1500):
+        row = {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}]}
+        if n % 50 == 7:
+            row["messages"][0]["content"] += special
+        if n % 400 == 399:
+            row["messages"][1][f"key{n}"] = n
+        if n % 100 == 50:
+            row["messages"] *= 2
+        if n % 300 == 251:
+            row["messages"].pop()
+        yield row
+
+
+@pytest.fixture
+def two_workers(monkeypatch):
+    """Two worker processes for any rows; counts the batches that come back from them."""
+    monkeypatch.setattr(tokenize, "BATCH", 100)
+    monkeypatch.setattr(tokenize, "ROWS_WORTH_WORKERS", 0)
+    monkeypatch.setattr(workers, "_cores", lambda: 2)
+    came_back = []
+    make = workers._Worker.make
+
+    def counted(worker, batch):
+        made = make(worker, batch)
+        came_back.append((worker, made))
+        return made
+
+    monkeypatch.setattr(workers._Worker, "make", counted)
+    return came_back
+
+
+def test_worker_processes_make_the_same_rows_in_the_same_order(tmp_path, tokenizer, two_workers, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in many_messages(tokenizer.eos_token)))
+    arguments = DataArguments(dataset_name=str(path), skip_bad_rows=True)
+
+    def load(threshold, **options):
+        monkeypatch.setattr(tokenize, "ROWS_WORTH_WORKERS", threshold)
+        with pytest.warns(UserWarning) as warned:
+            made = load_dataset(dataclasses.replace(arguments, **options), tokenizer, 20, show_progress=False)
+        return contents(made), [str(one.message) for one in warned]
+
+    one_process, together = load(10**9), load(0)
+    assert one_process == together and len([made for _, made in two_workers if made is not None]) == 14
+    counts = together[0][2]
+    assert counts.special_tokens == 30 and counts.dropped == {"cannot be used": 5} and counts.truncated
+    assert counts.unused_columns == ["messages.key1199", "messages.key399", "messages.key799"]
+
+    monkeypatch.setattr(workers, "START", "raise SystemExit")  # they end before they have done anything
+    assert load(0) == one_process
+
+
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "adds"}}]
+WITH_TOOLS = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}{{ tools | tojson }}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_workers_end_with_the_error_of_one_process(tmp_path, tokenizer, two_workers, monkeypatch):
+    tokenizer.chat_template = {"tool_use": WITH_TOOLS}  # and none for rows without tools
+    messages = [{"role": "user", "content": "2?"}, {"role": "assistant", "content": "4"}]
+    rows = [{"messages": messages, "tools": TOOLS if n != 350 else []} for n in range(900)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    errors = []
+    for threshold in (0, 10**9):
+        monkeypatch.setattr(tokenize, "ROWS_WORTH_WORKERS", threshold)
+        with pytest.raises(DataError, match="several chat templates .* none is the default") as error:
+            load_dataset(DataArguments(dataset_name=str(path)), tokenizer, 64, show_progress=False)
+        errors.append((type(error.value), error.value.what, error.value.todo))
+    assert errors[0] == errors[1] and two_workers
+    assert {worker._process.poll() is None for worker, _ in two_workers} == {False}
+
+
 def long_texts():
     rng = random.Random(5)
     words = ["a", "the", "once", "upon", "9", "7+8=15", "(", "\n", "aaaaaaaa", "é", "🙂", "x" * 30, "    "]
@@ -124,7 +202,7 @@ def test_the_start_of_a_very_long_row_has_the_tokens_of_the_whole(text, model, s
     rows = [{"prompt": "p", "completion": text}, {"prompt": text, "completion": "c"}]
     arguments = DataArguments(skip_bad_rows=True, use_chat_template="auto")
     made = [load(rows, tokenizer, arguments)]
-    monkeypatch.setattr(tokenize, "LONG", 10**9)
+    monkeypatch.setattr(encode, "LONG", 10**9)
     made.append(load(rows, tokenizer, arguments))
     (cut, counts), (whole, uncut) = made
     assert cut == whole and counts.truncated == uncut.truncated == 1 and counts.dropped == uncut.dropped

@@ -44,16 +44,19 @@ class Arm:
     rate_of: tuple[str, ...] = ()
     control: str | None = None
 
-    def options(self, trainer: Any) -> dict[str, Any]:
+    def options(self, trainer: Any, replay_share: float | None = None) -> dict[str, Any]:
         """The arm's options of PSFTConfig, all that its steps depend on and no other, and its `replay_share`.
 
         Args:
             trainer: the recipe's PSFTConfig. Its K, epsilon, targets, visits (`VISITS` where it has one only) and, if
                 not 0, `base_kl` are the arms' that have such a thing.
+            replay_share: the recipe's, if it has one: that of the arms with replay.
         """
         options: dict[str, Any] = {"loss_type": self.loss_type, **self.keeps}
         if "base_kl" in options:
             options["base_kl"] = trainer.base_kl or options["base_kl"]
+        if "replay_share" in options:
+            options["replay_share"] = replay_share or options["replay_share"]
         if self.loss_type == "psft":
             options["epsilon"] = trainer.epsilon
             targets = {name: getattr(trainer, name) for name in ("target_kl", "target_clip_fraction")}
@@ -101,7 +104,8 @@ ARMS: dict[str, Arm] = {
         _of_method("psft_replay"),
     )
 }
-DEFAULT_ARMS = ("sft", "sft_matched", "dft", "psft", "psft_visits")
+DEFAULT_ARMS = ("sft", "sft_kl", "psft_visits", "psft_replay", "sft_replay")
+"""What a person chooses between to keep something (docs/evidence.md). A small budget keeps SFT and the last."""
 
 
 def find_arm(name: str) -> Arm:

@@ -135,8 +135,9 @@ def ladder(arms: Sequence[Arm], full: Choice, train: int) -> Iterator[Choice]:
             choice = smaller
             yield choice
 
-    names = [arm.name for arm in arms]
-    methods = [arm.name for arm in arms if not arm.rate_of]
+    controls = {arm.name for arm in arms if arm.rate_of}
+    names = full.arms
+    methods = [name for name in names if name not in controls]
     two = {CONTROL if CONTROL in names else methods[0], methods[-1]}
     yield from cut(seeds=min(full.seeds, ENOUGH_SEEDS), tune_seeds=min(full.tune_seeds, ENOUGH_SEEDS))
     yield from cut(samples=False)
@@ -235,7 +236,7 @@ def fit(
     """
     budget = parse_duration(options.budget)
     epochs = options.epochs or recipe.trainer.num_train_epochs
-    methods = {arm.name: arm.options(recipe.trainer) for arm in arms}
+    methods = {arm.name: arm.options(recipe.trainer, recipe.data.replay_share) for arm in arms}
     specs = {
         name: RunSpec(method, recipe.trainer.learning_rate, recipe.trainer.seed, epochs)
         for name, method in methods.items()
@@ -246,7 +247,7 @@ def fit(
         costs = probe(specs, setting, options.jobs, started, clock)
         write_atomically(folder / PROBE, json.dumps({"key": key, "costs": asdict(costs)}, indent=1) + "\n")
     size = _size(recipe, options, arms, setting, epochs)
-    full = Choice(tuple(methods), options.seeds, options.tune_seeds)
+    full = Choice(tuple(dict.fromkeys(options.arms)), options.seeds, options.tune_seeds)
     choice, seconds = choose(arms, full, costs, size, budget)
     lines = left_out(full, choice, size)
     steps = ", ".join(f"{name} {costs.step[name]:.2g} s" for name in choice.arms)

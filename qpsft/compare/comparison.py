@@ -20,10 +20,18 @@ from typing import Any
 
 import datasets
 
-from qpsft.compare.arms import DEFAULT_ARMS, Arm, find_arms, pairs, rate_source
+from qpsft.compare.arms import ARMS, DEFAULT_ARMS, Arm, find_arms, pairs, rate_source
 from qpsft.compare.budget import fit
 from qpsft.compare.coverage import coverage_notes, unseen_share
-from qpsft.compare.data import BASE_ANSWERS, BASE_SAMPLES, REPLAYED, base_written, kept_by_default, load_data
+from qpsft.compare.data import (
+    BASE_ANSWERS,
+    BASE_SAMPLES,
+    REPLAYED,
+    answers_prompts,
+    base_written,
+    kept_by_default,
+    load_data,
+)
 from qpsft.compare.figures import FIGURES
 from qpsft.compare.measure import Measurement
 from qpsft.compare.options import CompareOptions, load_comparison, rate_grid
@@ -80,21 +88,21 @@ def compare_loaded(
         noise: replaces the built-in demonstrations' own share of wrong rows.
         folder: replaces the recipe's `output_dir`.
     """
-    arms = find_arms(options.arms or DEFAULT_ARMS)
+    find_arms(options.arms or DEFAULT_ARMS)  # a wrong name is said before the base is looked at
     folder = prepare(recipe, folder)
+    options = replace(options, arms=options.arms or default_arms(recipe))
     _make_folder(results_folder(options, folder), "results_dir")
     started = time.perf_counter()
     with locked(folder), locked(results_folder(options, folder)):
         check_own_files(folder, WRITTEN)
-        comparison = _compare(recipe, options, arms, folder, noise, started)
+        comparison = _compare(recipe, options, folder, noise, started)
         write(comparison, folder)
     return comparison
 
 
-def _compare(
-    recipe: Recipe, options: CompareOptions, arms: list[Arm], folder: Path, noise: float | None, started: float
-) -> Comparison:
+def _compare(recipe: Recipe, options: CompareOptions, folder: Path, noise: float | None, started: float) -> Comparison:
     """The runs and what comes out. `started`: of `time.perf_counter()`, where the budget begins."""
+    arms = find_arms(options.arms)
     setting = make_setting(recipe, options, folder, noise)
     left_out: list[str] = []
     if options.budget is not None:
@@ -106,6 +114,23 @@ def _compare(
     comparison = gather(results, arms, recipe, options, runs)
     comparison.left_out = left_out
     return comparison
+
+
+def default_arms(recipe: Recipe) -> list[str]:
+    """`DEFAULT_ARMS`; without those that replay where neither the recipe nor the base has anything to replay."""
+    own = recipe.data.replay_prompts is not None or recipe.data.replay_dataset is not None
+    if own or answers_prompts(recipe, _tokenizer(recipe)):
+        return list(DEFAULT_ARMS)
+    arms = [arm.name for arm in find_arms(DEFAULT_ARMS) if "replay_share" not in arm.keeps]
+    print(fill(f"arms: {', '.join(arms)} (replay needs a base with a chat template, or replay_prompts)"), flush=True)
+    return arms
+
+
+def _tokenizer(recipe: Recipe) -> Any:
+    model = recipe.model
+    return load_tokenizer(
+        model.model_name_or_path, revision=model.model_revision, trust_remote_code=recipe.trainer.trust_remote_code
+    )
 
 
 def prepare(recipe: Recipe, folder: Path | None = None) -> Path:
@@ -147,10 +172,7 @@ def results_folder(options: CompareOptions, folder: Path) -> Path:
 
 def make_setting(recipe: Recipe, options: CompareOptions, folder: Path, noise: float | None = None) -> Setting:
     """What all runs share: the base, the rows, the options of training and of measurement."""
-    model = recipe.model
-    tokenizer = load_tokenizer(
-        model.model_name_or_path, revision=model.model_revision, trust_remote_code=recipe.trainer.trust_remote_code
-    )
+    model, tokenizer = recipe.model, _tokenizer(recipe)
     results = results_folder(options, folder)
     recipe.data.chat_date = find_chat_date(recipe.data.chat_date, tokenizer, results)
     keep_chat_date(recipe.data.chat_date, results)
@@ -176,7 +198,7 @@ def make_setting(recipe: Recipe, options: CompareOptions, folder: Path, noise: f
         if name in (options.out_of_domain or ())
     }
     setting.data = load_data(recipe, options, tokenizer, noise=noise, written=written)
-    if any("replay_share" in arm.keeps for arm in find_arms(options.arms or DEFAULT_ARMS)):
+    if any("replay_share" in ARMS[name].keeps for name in options.arms or ()):
         part = REPLAYED if BASE_ANSWERS in written else slice(None)
         setting.replay = load_replay(recipe, tokenizer, lambda: load_setting(setting), folder, part)
     return setting
@@ -207,7 +229,7 @@ def load_replay(
         load: returns the base, without an adapter, and its tokenizer.
         part: which of the prompts that come with qpsft it answers; the others' answers are measured.
     """
-    data = replace(recipe.data, replay_share=REPLAY_SHARE)
+    data = replace(recipe.data, replay_share=recipe.data.replay_share or REPLAY_SHARE)
     if (source := replay_source(data)) is not None:
         return load_dataset(source, tokenizer, recipe.trainer.max_length).dataset
     replay = read_replay(replace(recipe, data=data), tokenizer)
@@ -237,7 +259,7 @@ def run_arms(arms: Sequence[Arm], recipe: Recipe, options: CompareOptions, runs:
     """Runs the base, the tuning grid, then every arm at its learning rate on every seed; kept results are reused."""
     seeds = range(recipe.trainer.seed, recipe.trainer.seed + options.seeds)
     epochs = options.epochs or recipe.trainer.num_train_epochs
-    methods = {arm.name: arm.options(recipe.trainer) for arm in arms}
+    methods = {arm.name: arm.options(recipe.trainer, recipe.data.replay_share) for arm in arms}
     rows = runs.setting.data.train
     unseen = {name: unseen_share(method, recipe.trainer, epochs, rows) for name, method in methods.items()}
     visits = {name: method.get("num_iterations", 1) for name, method in methods.items()}
@@ -346,7 +368,7 @@ def gather(
         shortened=setting.data.shortened,
         settings={
             "comparison": asdict(options),
-            "methods": {arm.name: arm.options(recipe.trainer) for arm in arms},
+            "methods": {arm.name: arm.options(recipe.trainer, recipe.data.replay_share) for arm in arms},
             "base": asdict(setting.model) | {"weights": setting.base_key},
             "adapter": asdict(setting.lora),
             "training": setting.options,

@@ -95,7 +95,7 @@ def load_data(
             or a metric that a set cannot give.
     """
     name = recipe.data.dataset_name
-    for option in ("dataset_mix", "streaming", "replay_share"):
+    for option in ("dataset_mix", "streaming"):
         if getattr(recipe.data, option):
             raise RecipeError(
                 f"qpsft compare cannot take {option}: its arms train on one source, read once.",
@@ -243,7 +243,12 @@ def kept_by_default(recipe: Recipe, tokenizer: Any) -> list[str] | None:
     """What a comparison measures out of domain if nothing is named; None: what the built-in world has."""
     if recipe.data.dataset_name in BUILT_IN or recipe.model.model_name_or_path == DEMO:
         return None
-    return [INSTRUCTION_CHECKS, BASE_ANSWERS] if writes_chat(tokenizer, recipe.data) else [BASE_SAMPLES]
+    return [INSTRUCTION_CHECKS, BASE_ANSWERS] if answers_prompts(recipe, tokenizer) else [BASE_SAMPLES]
+
+
+def answers_prompts(recipe: Recipe, tokenizer: Any) -> bool:
+    """Whether the base can be asked the prompts that come with qpsft, which are questions to an assistant."""
+    return recipe.model.model_name_or_path != DEMO and writes_chat(tokenizer, recipe.data)
 
 
 def base_written(

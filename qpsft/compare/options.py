@@ -37,7 +37,10 @@ def parse_duration(text: str) -> float:
 class CompareOptions:
     """How arms are compared."""
 
-    arms: list[str] | None = option(None, f"Arms, separated by commas. Unset: {','.join(DEFAULT_ARMS)}.")
+    arms: list[str] | None = option(
+        None,
+        f"Arms, separated by commas. Unset: {','.join(DEFAULT_ARMS)}; no replay without a chat template.",
+    )
     seeds: int = option(5, "Runs per arm. Seed i of each arm has the same initial adapter and shuffled rows.", least=1)
     epochs: float | None = option(
         None,

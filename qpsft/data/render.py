@@ -14,7 +14,6 @@ from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
 from transformers.utils.chat_template_utils import render_jinja_template
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from qpsft.data.bad_rows import RowError
 from qpsft.data.contents import Span
@@ -120,6 +119,8 @@ def _too_long(*_: Any) -> None:
 
 def marked_template(tokenizer: Any, source: str) -> str | None:
     """A template with generation markers around each assistant turn up to its end, if there is one."""
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers  # imports torch
+
     candidates = [source] if has_generation_markers(source) else []
     probed = copy.copy(tokenizer)
     probed.chat_template = source

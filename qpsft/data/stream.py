@@ -149,8 +149,9 @@ class StreamedRows(datasets.IterableDataset):
             return
         ids, labels, was_cut, reason = cut_row(encoded.ids, encoded.labels, self._max_length)
         self.counts.rows += 1
-        self.counts.stripped_reasoning, self.counts.special_tokens = encoder.stripped, encoder.special_rows
-        self.counts.shortened_schemas = encoder.shortened
+        noted = encoder.noted
+        self.counts.stripped_reasoning, self.counts.special_tokens = noted.stripped, noted.special_rows
+        self.counts.shortened_schemas = noted.shortened
         if reason:
             self._drop(reason)
             return

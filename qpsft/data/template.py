@@ -10,11 +10,9 @@ import contextlib
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from trl.data_utils import common_prefix_length
 
 from qpsft.data.bad_rows import RowError
 from qpsft.data.chat_date import with_date
@@ -85,11 +83,10 @@ class ChatRenderer:
         template = self._template(tools)
         return template.render(messages, trained, tools, place, to_the_end=len(completion) == 1)
 
-    def reads(self, key: str) -> bool:
-        """Whether the templates used so far seem to read a message's key `key`."""
-        # Most templates read the name of a tool, few that of a speaker.
-        pattern = rf"\b(message|msg|m)(\.|\[['\"]|\.get\(['\"]){key}\b" if key == "name" else re.escape(key)
-        return any(re.search(pattern, template.source) for template in self._templates.values())
+    @property
+    def sources(self) -> set[str]:
+        """The templates used so far."""
+        return {template.source for template in self._templates.values()}
 
     def _template(self, tools: list[dict] | None) -> ChatTemplate:
         """The tokenizer's template; of several, the one for tool use if the row has tools, as when a model answers."""
@@ -107,6 +104,13 @@ class ChatRenderer:
         if source not in self._templates:
             self._templates[source] = ChatTemplate(self.tokenizer, source, self.chat_date)
         return self._templates[source]
+
+
+def reads(sources: Iterable[str], key: str) -> bool:
+    """Whether one of these templates seems to read a message's key `key`."""
+    # Most templates read the name of a tool, few that of a speaker.
+    pattern = rf"\b(message|msg|m)(\.|\[['\"]|\.get\(['\"]){key}\b" if key == "name" else re.escape(key)
+    return any(re.search(pattern, source) for source in sources)
 
 
 class ChatTemplate:
@@ -267,7 +271,7 @@ class ChatTemplate:
     def _span(self, messages: list[dict], turn: int, text: str, tools: list[dict] | None, place: str) -> Span:
         before = messages[:turn]
         start = self._start_after(before, text, tools, place)
-        through = self._render(messages[: turn + 1], tools, place)
+        through = text if turn + 1 == len(messages) else self._render(messages[: turn + 1], tools, place)
         if text.startswith(through):
             return start, len(through)
         # Some templates write an empty thought into the last turn only. The turn's end is the same with and without it.
@@ -297,7 +301,7 @@ class ChatTemplate:
             raise _not_a_prefix(place, len(before))
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         opened_ids = self.tokenizer(opened, add_special_tokens=False, verbose=False)["input_ids"]
-        common = common_prefix_length(opened_ids, encoded["input_ids"])
+        common = len(os.path.commonprefix([opened_ids, encoded["input_ids"]]))
         start = encoded["offset_mapping"][common][0] if common < len(encoded["input_ids"]) else len(text)
         return max(start, len(closed))
 

@@ -69,7 +69,7 @@ def run_tasks(
 
     task_data = dict(task_data or {})
     names = check_tasks(tasks, task_data)
-    manager = _manager()
+    manager = _manager(tuple(names))
     was_training = model.training
     try:
         with _quiet(), _without_surroundings():
@@ -96,13 +96,13 @@ def run_tasks(
 
 
 def check_tasks(tasks: Sequence[str], task_data: Mapping[str, Path]) -> list[str]:
-    """The tasks to run, a benchmark with local data being all its tasks. Takes seconds, and no model.
+    """The tasks to run, a benchmark with local data being all its tasks. Takes no model.
 
     Raises:
         DataError: the harness is not installed, it has no such task, or a group is given a local copy.
     """
-    manager = _manager()
     names = _expand(tasks, task_data)
+    manager = _manager(tuple(names))
     _check_names(names, task_data, manager.all_tasks)
     for name in names:
         if name in task_data and _is_group(name, manager):
@@ -111,12 +111,29 @@ def check_tasks(tasks: Sequence[str], task_data: Mapping[str, Path]) -> list[str
 
 
 @functools.cache
-def _manager() -> Any:
-    """The harness's index of its tasks, which takes seconds to build."""
+def _manager(names: tuple[str, ...]) -> Any:
+    """The harness's index of its tasks: of the folders that bear the names, where these hold them all.
+
+    Groups and tags are looked up in the whole, for which it takes 12 s: their tasks may lie in any folder.
+    """
     try:
-        from lm_eval.tasks import TaskManager
+        from lm_eval import tasks
     except ImportError as error:
         raise not_installed() from error
+    folders = [
+        folder
+        for folder in Path(tasks.__file__).parent.iterdir()
+        if folder.is_dir() and any(name == folder.name or name.startswith(f"{folder.name}_") for name in names)
+    ]
+    with _quiet():
+        few = tasks.TaskManager(include_path=folders, include_defaults=False)
+    return few if set(names) <= set(few.all_subtasks) else _whole_index()
+
+
+@functools.cache
+def _whole_index() -> Any:
+    from lm_eval.tasks import TaskManager
+
     with _quiet():
         return TaskManager()
 
@@ -260,7 +277,7 @@ def _unreachable(names: Sequence[str], task_data: Mapping[str, Path], error: Exc
     missing = [name for name in names if name not in task_data and benchmark_of(name) not in task_data] or names
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
     files = {name: benchmark.files for name, benchmark in BENCHMARKS.items()}
-    groups = [name for name in missing if benchmark_of(name) is None and _is_group(name, _manager())]
+    groups = [name for name in missing if benchmark_of(name) is None and _is_group(name, _manager(tuple(names)))]
     single = dict.fromkeys(benchmark_of(name) or name for name in missing if name not in groups)
     flags = [f"--task_data {name}=PATH ({files.get(name, 'a folder like the Hub data set')})" for name in single]
     todo = [f"Give a local copy: {'; '.join(flags)}."] if flags else []

@@ -14,7 +14,7 @@ from qpsft import cli
 from qpsft.errors import DataError, RecipeError, boundary, shown
 from qpsft.model.folder import MODEL_DIR
 
-SHORT, LONG = 200, 10_000
+SHORT, LONG = 100, 10_000
 
 
 @pytest.fixture(autouse=True)
