@@ -77,7 +77,10 @@ TEXT = {  # model_type: what of its config is not as in SIZES, and the layers th
     "olmo2": ({}, LLAMA),
     "olmo3": (SLIDING, LLAMA),
     "granite": ({"logits_scaling": 4.0, "embedding_multiplier": 2.0}, LLAMA),
-    "gemma2": ({"query_pre_attn_scalar": 16, "sliding_window": 8, "final_logit_softcapping": 2.0}, LLAMA),
+    "gemma2": (
+        {"query_pre_attn_scalar": 16, "sliding_window": 8, "final_logit_softcapping": 2.0, "tie_word_embeddings": True},
+        LLAMA,
+    ),
     "gemma3_text": (GEMMA3, LLAMA),
     "gemma4_text": (GEMMA4_E4B | {"final_logit_softcapping": 2.0}, LLAMA | PER_LAYER),
     "gemma4_unified_text": (GEMMA4_12B, LLAMA),
@@ -102,6 +105,7 @@ DEEPSEEK = {
     "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 16,
     "v_head_dim": 16,
+    "scoring_func": "sigmoid",
 }
 GLM4_MOE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 1, "topk_group": 1}
 MLA = {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
@@ -109,7 +113,7 @@ ROUTED = {"experts", "gate"}
 SHARED = {"gate_proj", "up_proj", "down_proj", "shared_expert_gate"}
 FOUR = {"num_local_experts": 4, "num_experts_per_tok": 2}
 MIXTURES = {  # the same. Of most, PEFT adapts the experts and the router as bare parameters, and no other MLP
-    "qwen3_moe": (EXPERTS, ATTENTION | ROUTED),
+    "qwen3_moe": (EXPERTS | {"norm_topk_prob": True}, ATTENTION | ROUTED),
     "mixtral": (FOUR, ATTENTION | ROUTED),
     "qwen2_moe": (EXPERTS | {"shared_expert_intermediate_size": 64}, ATTENTION | SHARED),
     "qwen3_next": (
@@ -118,10 +122,16 @@ MIXTURES = {  # the same. Of most, PEFT adapts the experts and the router as bar
     ),
     "deepseek_v3": (DEEPSEEK, MLA | ROUTED),
     "glm4_moe": (GLM4_MOE, ATTENTION | ROUTED),
-    "olmoe": ({"num_experts": 4, "num_experts_per_tok": 2}, ATTENTION | ROUTED),
-    "ernie4_5_moe": ({"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64}, ATTENTION | ROUTED),
+    "olmoe": ({"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}, ATTENTION | ROUTED),
+    "ernie4_5_moe": (
+        {"moe_num_experts": 4, "moe_num_shared_experts": 1, "moe_k": 2, "moe_intermediate_size": 64},
+        ATTENTION | ROUTED,
+    ),
     "gpt_oss": (FOUR, ATTENTION),
-    "lfm2_moe": (EXPERTS | {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]}, LFM2),
+    "lfm2_moe": (
+        EXPERTS | {"tie_word_embeddings": True, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
+        LFM2,
+    ),
 }
 MULTIMODAL = {  # as their Hub folders are: one config for text, vision and sound; qpsft trains the text part
     "gemma3": (GEMMA3, LLAMA),
@@ -130,22 +140,25 @@ MULTIMODAL = {  # as their Hub folders are: one config for text, vision and soun
     "qwen3_5": (QWEN3_5, LLAMA | DELTANET),
 }
 OTHERS: dict[str, tuple[dict[str, Any], None]] = {  # tried by `architectures.py`, and merged in the slow tests
-    "gpt2": ({"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}, None),
+    "gpt2": (
+        {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "n_ctx": 256, "intermediate_size": 256},
+        None,
+    ),
     "gpt_neox": ({}, None),
     "opt": ({"ffn_dim": 128, "word_embed_proj_dim": 64, "pad_token_id": 0}, None),
     "starcoder2": ({}, None),
     "stablelm": ({}, None),
     "glm4": ({"pad_token_id": 0}, None),
-    "cohere2": (SLIDING | {"pad_token_id": 0}, None),
-    "exaone4": (SLIDING, None),
+    "cohere2": (SLIDING | {"pad_token_id": 0, "tie_word_embeddings": True, "rotary_pct": 1.0}, None),
+    "exaone4": ({"sliding_window": None, "layer_types": ["full_attention"] * 2}, None),
     "ernie4_5": ({}, None),
     "hunyuan_v1_dense": ({}, None),
     "seed_oss": ({}, None),
     "nemotron": ({}, None),
     "falcon": ({"new_decoder_architecture": True, "num_kv_heads": 2}, None),
     "phimoe": (FOUR, None),
-    "dots1": (GLM4_MOE | SLIDING, None),
-    "minimax_m2": (FOUR | {"rotary_dim": 16}, None),
+    "dots1": (GLM4_MOE | SLIDING | {"n_shared_experts": 1, "num_key_value_heads": 4, "scoring_func": "sigmoid"}, None),
+    "minimax_m2": (FOUR | {"rotary_dim": 16, "scoring_func": "sigmoid"}, None),
     "hunyuan_v1_moe": ({"num_experts": 4, "moe_topk": 2, "moe_intermediate_size": 64}, None),
     "jamba": ({"num_experts": 4, "num_experts_per_tok": 2, "use_mamba_kernels": False, "attn_layer_period": 2,
                "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1, "pad_token_id": 0}, None),
@@ -167,6 +180,7 @@ def save_bpe_tokenizer(folder: Path, texts: Iterable[str], size: int) -> None:
         size: its tokens at most.
     """
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    special += ["[gMASK]", "<|user|>", "<|observation|>"]  # that the converter asks of a GLM
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

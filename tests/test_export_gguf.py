@@ -5,6 +5,8 @@ marked `processes`.
 """
 
 import io
+import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from byte_tokenizers import byte_tokenizer
 from exporting import copy_folder, edit_json, edit_weights, export, make_adapter, merge_by_hand
 from merging import vouch
 from safetensors.torch import load_file, save_file
@@ -29,7 +32,7 @@ from qpsft.export.gguf_file import GgufFile, interleave_halves, join_halves
 from qpsft.export.gguf_quantize import kernel, quantize_gguf
 from qpsft.export.gguf_run import LIMITS, run_gguf
 from qpsft.export.gguf_texts import COUNT, varied_texts
-from qpsft.export.merged_model import MergedModel, without_generation_markers
+from qpsft.export.merged_model import MergedModel, stage, without_generation_markers
 from qpsft.export.ollama import compare_with_llama_cpp, derive_template, modelfile
 from qpsft.files import process_mark
 from qpsft.model.base import load_base, load_tokenizer
@@ -197,6 +200,20 @@ def test_generation_markers_become_conditions_with_the_same_text(merged):
     assert without_generation_markers("a {%- generation -%} b {%- endgeneration +%}") == (
         "a {%- if true -%} b {%- endif +%}"
     )
+
+
+def test_a_byte_level_tokenizer_is_named_as_before_transformers_5(merged, tmp_path):
+    """Else the converter takes a Phi-4 for a Phi-3, and asks for its tokenizer.model."""
+
+    def staged_class(folder: Path) -> str:
+        return json.loads((stage(folder, tmp_path / "staged") / "tokenizer_config.json").read_text())["tokenizer_class"]
+
+    other = copy_folder(merged, tmp_path / "other")
+    (other / "tokenizer.model").unlink(missing_ok=True)
+    byte_tokenizer().save_pretrained(other)
+    assert staged_class(other) == "GPT2Tokenizer"
+    shutil.rmtree(tmp_path / "staged")
+    assert staged_class(merged) != "GPT2Tokenizer"
 
 
 @pytest.mark.processes

@@ -170,8 +170,9 @@ def _remedy(options: ExportOptions, kept: TrainingKept | None) -> list[str]:
     if kept is None or kept.share >= ENOUGH:
         return []
     return [
-        f"{options.outtype} rounds a part of the training away: choose a type of more bits (q8_0, f16), or keep the "
-        f"adapter unrounded beside a {options.outtype} of its base (qpsft export {options.source} --to gguf-lora)"
+        f"{options.outtype} rounds {1 - kept.share:.0%} of the training away: choose a type of more bits (q8_0, f16), "
+        f"or keep the adapter unrounded beside a {options.outtype} of its base (qpsft export {options.source} --to "
+        "gguf-lora)"
     ]
 
 

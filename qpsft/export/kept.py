@@ -38,10 +38,12 @@ class TrainingKept:
 
     @property
     def share(self) -> float:
-        """Of the training: of what it gained on held-out answers where it gained, else of the KL it moved the model."""
+        """Of the training, 0 to 1: of what it gained on held-out answers where it gained, else of the KL it moved the
+        model."""
+        left = 1 - self.kl_exported / self.kl_base if self.kl_base else 1.0
         if self.nll_base is not None and self.nll_base > self.nll_trained:
-            return (self.nll_base - self.nll_exported) / (self.nll_base - self.nll_trained)
-        return 1 - self.kl_exported / self.kl_base if self.kl_base else 1.0
+            left = (self.nll_base - self.nll_exported) / (self.nll_base - self.nll_trained)
+        return min(max(left, 0.0), 1.0)
 
     def summary(self) -> str:
         """One sentence."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tokenizers.decoders import ByteLevel
 
 from qpsft.data.ending import end_of_turn
 from qpsft.model.base import load_tokenizer
@@ -20,6 +21,9 @@ from qpsft.verify.text import all_stop_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+TRANSFORMERS_5 = "TokenizersBackend"
+"""The class of every tokenizer that has none of its own."""
 
 
 @dataclass
@@ -85,6 +89,8 @@ def stage(folder: Path, staged: Path) -> Path:
     - tokenizer_config.json gets `added_tokens_decoder`. The converter learns from there which pieces of a
       `tokenizer.model` are special, transformers 5 does not write it any more, and without it "<|user|>" would be
       plain text to llama.cpp.
+    - It also gets back the class name of a byte-level tokenizer, by which the converter tells a Phi-4 from a Phi-3:
+      transformers 5 writes the same name for all.
     """
     link_without_code(folder, staged)
     template = staged / "chat_template.jinja"
@@ -94,10 +100,13 @@ def stage(folder: Path, staged: Path) -> Path:
     content = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
     if isinstance(content.get("chat_template"), str):
         content["chat_template"] = without_generation_markers(content["chat_template"])
+    tokenizer = load_tokenizer(folder)
     content["added_tokens_decoder"] = {
         str(number): {"content": token.content, "special": token.special}
-        for number, token in load_tokenizer(folder).added_tokens_decoder.items()
+        for number, token in tokenizer.added_tokens_decoder.items()
     }
+    if content.get("tokenizer_class") == TRANSFORMERS_5 and isinstance(tokenizer.backend_tokenizer.decoder, ByteLevel):
+        content["tokenizer_class"] = "GPT2Tokenizer"
     _replace(settings, json.dumps(content, ensure_ascii=False, indent=2))
     return staged
 

@@ -109,6 +109,6 @@ def _remedy(options: ExportOptions, kept: TrainingKept | None) -> list[str]:
     if kept is None or kept.share >= ENOUGH:
         return []
     return [
-        "the second rounding takes a part of the training away: serve the adapter unrounded beside its 4-bit base, "
-        f"which is the model that was trained (qpsft export {options.source} --to vllm)"
+        f"the second rounding takes {1 - kept.share:.0%} of the training away: serve the adapter unrounded beside its "
+        f"4-bit base, which is the model that was trained (qpsft export {options.source} --to vllm)"
     ]
