@@ -80,6 +80,8 @@ KEPT_ARMS = {
     "sft_replay": "SFT + replay",
     "stm": "STM",
     "psft_visits": "PSFT with visits",
+    "psft_replay": "PSFT + replay",
+    "psft": "PSFT",
 }
 """The arms that README's picture shows, and what it calls them."""
 DPI = 120
