@@ -98,7 +98,7 @@ def test_an_untrained_adapter_kept_everything(zero, tmp_path, capsys):
     assert code == 0 and set(record["skills"]) == set(built_in.OUT_OF_DOMAIN)
     for skill in record["skills"].values():
         assert skill["difference"]["value"] == 0.0 and skill["verdict"] == KEPT and skill["rows"] == 10
-        assert skill["per_row"]["base"] == skill["per_row"]["tuned"] and skill["base"] > 0.5
+        assert skill["per_row"]["base"] == skill["per_row"]["tuned"] and skill["base"] >= 0.5
     said = capsys.readouterr().out
     assert "KEPT: nothing fell by as much as 0.3" in said
     assert "in_domain" not in said  # its own rows, which evaluate measures without --keep
