@@ -82,6 +82,7 @@ KEPT_ARMS = {
     "psft_visits": "PSFT with visits",
     "psft_replay": "PSFT + replay",
     "psft": "PSFT",
+    "psft_kl": "PSFT + KL to the base",
 }
 """The arms that README's picture shows, and what it calls them."""
 DPI = 120
