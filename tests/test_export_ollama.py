@@ -111,7 +111,9 @@ def test_an_adapter_becomes_a_folder_for_ollama_create(tmp_path):
     output = tmp_path / "ollama"
     report = export("ollama", merged, output)
     if has_llama_cpp():
-        assert report.compared == 6 and "llama.cpp writes 6 conversations the same" in report.summary()
+        assert report.compared == 6 and "llama.cpp writes 6 conversations the same" in " ".join(
+            report.summary().split()
+        )
     assert sorted(path.name for path in output.iterdir()) == ["Modelfile", "model.gguf"]
     text = (output / "Modelfile").read_text()
     assert (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -441,8 +442,10 @@ class PSFTTrainer(SFTTrainer):
             if self.args.packing and self.model.device.type == self.args.device.type:  # FSDP moves others later
                 check_packing(self.model, self.data_collator, next(iter(self.train_dataset))["input_ids"])
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        if resume_from_checkpoint:  # whose run may have been killed before it removed those
-            self._remove_old_checkpoints(Path(resume_from_checkpoint))
+        if isinstance(resume_from_checkpoint, str | os.PathLike):
+            begun = Path(resume_from_checkpoint).resolve()
+            if begun.parent == Path(self.args.output_dir).resolve():  # killed, perhaps, before it removed old ones
+                self._remove_old_checkpoints(begun)
         return result
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
