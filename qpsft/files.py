@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from safetensors import SafetensorError
+
 from qpsft.errors import OutputError, QpsftError, one_line, shown
 
 _CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM}
@@ -91,6 +93,17 @@ def sync_and_digest(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 @contextmanager
+def system_errors() -> Iterator[None]:
+    """An error of the system that safetensors met while it wrote, such as a full disk, is an OSError again."""
+    try:
+        yield
+    except SafetensorError as error:
+        if not (found := re.search(r"\(os error (\d+)\)", str(error))):
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+
+
+@contextmanager
 def finished_files(folder: Path, *, first: str = "", last: str = "") -> Iterator[Path]:
     """Yields a new hidden folder; when the block ends without an exception, its files take their places in `folder`.
 
@@ -107,7 +120,8 @@ def finished_files(folder: Path, *, first: str = "", last: str = "") -> Iterator
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed here
     partial.mkdir()
     try:
-        yield partial
+        with system_errors():
+            yield partial
         for path in sorted(partial.iterdir(), key=lambda path: (path.name != first, path.name == last, path.name)):
             with contextlib.suppress(PermissionError):  # of a drive that has no modes
                 path.chmod(0o644)  # safetensors leaves 0600
@@ -244,7 +258,8 @@ def hidden_folder(output: Path, purpose: str) -> Iterator[Path]:
         folder.mkdir()
         try:
             _remove_left_overs(output, folder)
-            yield folder
+            with system_errors():
+                yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:

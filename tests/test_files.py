@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from psutil import Process
+from safetensors import SafetensorError
 
 from qpsft.errors import OutputError
 from qpsft.files import (
@@ -196,3 +197,17 @@ def test_a_name_that_is_too_long_is_said(tmp_path):
     ):
         pass
     assert os.listdir(tmp_path) == []
+
+
+FULL = "Error while serializing: I/O error: No space left on device (os error 28)"
+"""What safetensors says where the disk is full; the system's error is in no other place."""
+
+
+def test_a_full_disk_is_told_by_safetensors_too(tmp_path):
+    with pytest.raises(OSError) as caught, finished_files(tmp_path):
+        raise SafetensorError(FULL)
+    assert caught.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []
+    with pytest.raises(OutputError, match="cannot be written: No space left"), hidden_folder(tmp_path / "a", "merging"):
+        raise SafetensorError(FULL)
+    with pytest.raises(SafetensorError, match="header"), finished_files(tmp_path):
+        raise SafetensorError("invalid header")  # of what was read: no matter of the disk
