@@ -381,7 +381,8 @@ def _text_lines(name: str, path: Path, file: IO[bytes]) -> Iterator[str]:
             _decode(name, again.read())
         raise
     finally:
-        lines.detach()
+        with suppress(ValueError):  # left in the middle, and the file is closed already
+            lines.detach()
 
 
 def _csv_header(cells: list[str], where: str) -> list[str]:

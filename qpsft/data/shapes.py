@@ -179,7 +179,7 @@ def _check_mapping(
 ) -> dict[str, str | None]:
     """`dataset_columns` as it is, if it can be right. A column of None is not to be used."""
     columns = records.columns
-    if all_columns is not None and {yours for yours in mapping.values() if yours is not None} - {*columns}:
+    if all_columns is not None and any(yours is not None and yours not in columns for yours in mapping.values()):
         columns = all_columns()
     for known, yours in mapping.items():
         if known not in COLUMNS:

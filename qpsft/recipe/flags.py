@@ -338,9 +338,9 @@ def _refuse_if_gone(name: str, value: Any, where: str, *, known: bool) -> None:
 
 def _suggestion(name: str, known: Collection[str], likely: Collection[str]) -> str:
     def nearness(other: str) -> float:
-        return difflib.SequenceMatcher(None, other, name).ratio() + 0.1 * (other in likely)
+        return difflib.SequenceMatcher(None, other, str(name)).ratio() + 0.1 * (other in likely)
 
-    near = sorted(difflib.get_close_matches(name, list(known), n=9, cutoff=0.6), key=nearness, reverse=True)
+    near = sorted(difflib.get_close_matches(str(name), list(known), n=9, cutoff=0.6), key=nearness, reverse=True)
     return f"Did you mean {' or '.join(near[:3])}?" if near else ""
 
 

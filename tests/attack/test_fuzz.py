@@ -4,6 +4,7 @@
 """
 
 import json
+import sys
 import time
 
 import pytest
@@ -20,6 +21,7 @@ SHORT, LONG = 100, 10_000
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)  # pytest's would hide what a user sees
 
 
 def survive(some, folder):
@@ -50,6 +52,8 @@ def refused(argv, capsys) -> str:
         ("dataset_columns: !!set {a, b}", "recipe.yaml: 'dataset_columns' cannot be read: it holds a set"),
         ("run_name: 2026-11-23 10:00:00", "recipe.yaml: 'run_name' cannot be read: it holds a datetime"),
         ('run_name: "a\\0b"', "recipe.yaml: 'run_name' cannot be read: it holds a character"),
+        ("guard: {~: 1}", "recipe.yaml: guard: None: there is no such option"),
+        ("dataset_columns: {prompt: [a]}", "dataset_columns maps prompt to ['a'], but no row"),
         ("guard: &a [*a]", "recipe.yaml: 'guard' cannot be read: its values are nested too deeply"),
         ("guard: " + "[" * 5000, "not valid YAML (it is nested too deeply)"),
         ("seed: 1e300", "recipe.yaml: seed is '1e300'; it must be a whole number"),
@@ -77,6 +81,13 @@ def test_a_parquet_file_names_the_column_that_python_has_no_value_for(tmp_path, 
     pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "rows.parquet")
     said = refused(["preview", "--model_name_or_path=demo", f"--dataset_name={tmp_path / 'rows.parquet'}"], capsys)
     assert "rows.parquet, column 'when': its values cannot be read" in said
+
+
+def test_a_csv_that_is_left_in_its_middle_says_its_error_only(tmp_path, capsys):
+    rows = tmp_path / "rows.csv"
+    rows.write_text("prompt,completion\na,b\na,b,c\n" + "a,b\n" * 50)
+    said = refused(["preview", "--model_name_or_path=demo", f"--dataset_name={rows}"], capsys)
+    assert said.startswith("error: ") and "line 3: 3 cells, but the header has 2 columns" in said
 
 
 @pytest.fixture
