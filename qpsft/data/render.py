@@ -28,6 +28,7 @@ if Path("/proc/self/statm").exists():
 SECONDS = 10
 """What a chat template may take of the processor for one conversation; usual ones take a thousandth of a second."""
 ROOM = 2**31
+LOOK_FOR_A_LOOP = "Look for a loop in the base model's chat_template.jinja, or take another base model."
 PAGE = 4096 if resource is None else resource.getpagesize()
 
 
@@ -63,7 +64,7 @@ def _run(
     tokenizer: Any, source: str, messages: list[dict], tools: list[dict] | None, place: str, **options: Any
 ) -> tuple[list[str], list[list[Span]]]:
     try:
-        with limited():
+        with limited(place):
             return render_jinja_template(
                 [messages], tools=tools or None, chat_template=source, **options, **tokenizer.special_tokens_map
             )
@@ -78,14 +79,14 @@ def _run(
 
 
 @contextmanager
-def limited() -> Iterator[None]:
+def limited(place: str = "") -> Iterator[None]:
     """Around what a chat template computes: it may take `SECONDS` of the processor and `ROOM` more memory.
 
     A template is a program. One that never ends, or writes texts that no memory holds, ends here; where the system
     cannot count (Windows), or in another thread than the first, it runs without limits.
 
     Raises:
-        DataError: it took too long. MemoryError: it took too much.
+        DataError: it took too long, or too much.
     """
     if resource is None or threading.current_thread() is not threading.main_thread():
         yield
@@ -100,8 +101,12 @@ def limited() -> Iterator[None]:
         yield
     except _TooLongError:
         raise DataError(
-            f"The chat template does not end: it was stopped after {SECONDS} seconds.",
-            "Look for a loop in the base model's chat_template.jinja, or take another base model.",
+            f"The chat template does not end: it was stopped after {SECONDS} seconds.", LOOK_FOR_A_LOOP
+        ) from None
+    except MemoryError:  # not for every probe and row again: each may need many seconds to come so far
+        raise DataError(
+            f"The chat template takes more than {ROOM >> 30} GiB for {place or 'a question of a few words'}.",
+            LOOK_FOR_A_LOOP,
         ) from None
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)

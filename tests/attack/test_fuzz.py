@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from fuzz import GROUPS, LOOP, SHARES, attack, inputs, outcome
+from fuzz import GOOD, GROUPS, LOOP, SHARES, attack, inputs, outcome
 from planted import edit
 
 from qpsft import cli
@@ -132,7 +132,20 @@ def test_a_template_that_never_ends_is_stopped(model, capsys, monkeypatch):
 
 def test_a_template_that_fills_the_memory_is_refused(model, capsys):
     (model / "chat_template.jinja").write_text("{{ 'x' * 10 ** 10 }}")
-    assert "MemoryError" in refused(["preview", f"--model_name_or_path={model}", "--dataset_name=demo-noisy"], capsys)
+    said = refused(["preview", f"--model_name_or_path={model}", "--dataset_name=demo-noisy"], capsys)
+    assert "The chat template takes more than 2 GiB for a question of a few words." in said
+
+
+def test_memory_that_one_conversation_takes_is_said_with_its_place(model, capsys, tmp_path):
+    (model / "chat_template.jinja").write_text(
+        GOOD + "{{ messages[0]['content'] * 10 ** 9 if messages[0]['content'] == 'hi' }}"
+    )
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        '{"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "assistant", "content": "a"}]}\n'
+    )
+    said = refused(["preview", f"--model_name_or_path={model}", f"--dataset_name={rows}"], capsys)
+    assert "takes more than 2 GiB for" in said and "rows.jsonl, line 1" in said
 
 
 def test_a_boundary_names_the_file_and_lets_our_own_errors_pass():
