@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from fuzz import GOOD, GROUPS, LOOP, SHARES, attack, inputs, outcome
+from fuzz import ADAPTER, GOOD, GROUPS, LOOP, SHARES, attack, inputs, outcome
 from planted import edit
 
 from qpsft import cli
@@ -111,6 +111,18 @@ def model(tmp_path):
 def test_a_config_of_wrong_types_is_named(model, capsys, values, said):
     edit(model / "config.json", **values)
     assert said in refused(["plan", f"--model_name_or_path={model}", "--dataset_name=demo-noisy"], capsys)
+
+
+@pytest.mark.parametrize("ids", [[[1]], [1, "2"], ["</s>"], [None], [True], {"a": 1}, "1", 1.5])
+@pytest.mark.parametrize("verb", ["merge", "evaluate"])
+def test_stop_tokens_that_are_no_ids_are_named(model, tmp_path, capsys, ids, verb):
+    edit(model / "generation_config.json", eos_token_id=ids)
+    if verb == "merge":
+        argv = ["merge", ADAPTER, "--base", model, "-o", tmp_path / "merged"]
+    else:
+        argv = ["evaluate", model, "--data", "demo-clean", "--limit", "1"]
+    assert f"generation_config.json has {shown(ids)} for eos_token_id" in refused(argv, capsys)
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize("shard", [None, 3, "", "..", "../model/model-1.safetensors", "/etc/passwd", "a\0.safetensors"])

@@ -7,6 +7,7 @@ Each prints what it tried. With $QPSFT_KILLS, so many kills for each verb instea
 
 import contextlib
 import io
+import json
 import os
 import random
 import shutil
@@ -229,3 +230,69 @@ def test_of_eight_runs_in_one_folder_at_most_one_writes(tmp_path):
     if codes[0]:
         AdapterFolder(tmp_path / "run").base_folder()
     print(f"8 runs in one folder: {dict(codes)}")
+
+
+# ---- folders that an ordinary user may read only ----
+
+WITHOUT_PRIVILEGES = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
+"""As root, but what a file's bits forbid is forbidden, as it is to everyone else."""
+VERBS_IN_TURN = """
+import contextlib, io, json, sys
+from qpsft.cli import main
+outcomes = []
+for argv in json.load(sys.stdin):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+        code = main(argv)
+    outcomes.append([code, said.getvalue()])
+json.dump(outcomes, sys.stdout)
+"""
+
+
+@pytest.mark.parametrize("how", ["mount", "permissions"])
+def test_folders_that_can_only_be_read(tmp_path, how):
+    if subprocess.run([*WITHOUT_PRIVILEGES, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("setpriv cannot give up privileges here")
+    shelf, free = tmp_path / "shelf", tmp_path / "free"
+    free.mkdir()
+    with disk(shelf, 2**16) if how == "mount" else contextlib.nullcontext():
+        base, rows, run = make_base(shelf / "base"), shelf / "rows.jsonl", shelf / "run"
+        rows.write_text('{"prompt": "w3 w4", "completion": "w5"}\n' * 32)
+        (shelf / "home").mkdir()
+        flags = [f"--model_name_or_path={base}", f"--dataset_name={rows}", "--prompt_format={prompt} ", *TRAIN[3:]]
+        assert train(run, *flags, "--save_steps=1") == 0
+        assert cli.main(["merge", str(run), "-o", str(shelf / "merged")]) == 0
+        command = {
+            "mount": ["mount", "-o", "remount,ro", str(shelf)],
+            "permissions": ["chmod", "-R", "a-w", str(shelf)],
+        }[how]
+        subprocess.run(command, check=True)
+        before = contents(shelf)
+        reading = [
+            ["preview", *flags], ["plan", *flags], ["verify", run, shelf / "merged"],
+            ["evaluate", run, "--data", rows, "--limit=2"], ["train", *flags, f"--output_dir={free / 'run'}"],
+            ["merge", run, "-o", free / "merged"], ["export", run, "--to=vllm", "-o", free / "adapter"],
+            ["compare", run, "--arms=sft", "--seeds=1", "--epochs=1", f"--output_dir={free / 'compared'}"],
+        ]  # fmt: skip
+        writing = [
+            ["train", *flags, f"--output_dir={shelf / 'new'}"], ["train", *flags, f"--output_dir={run}", "--overwrite"],
+            ["train", run, "--resume", "--max_steps=2"], ["merge", run, "-o", shelf / "again"],
+            ["merge", run, "-o", shelf / "merged", "--overwrite"], ["export", run, "--to=gguf", "-o", shelf / "x.gguf"],
+            ["compare", run, "--arms=sft", "--seeds=1", "--epochs=1", f"--output_dir={shelf / 'compared'}"],
+            ["demo", f"--output_dir={shelf / 'demo'}"],
+        ]  # fmt: skip
+        argvs = [[str(word) for word in argv] for argv in [*reading, *writing, ["doctor"]]]
+        done = subprocess.run(
+            [*WITHOUT_PRIVILEGES, sys.executable, "-c", VERBS_IN_TURN], input=json.dumps(argvs), capture_output=True,
+            text=True, cwd=shelf, env=environment(HOME=str(shelf / "home")),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
+        outcomes = list(zip(argvs, json.loads(done.stdout), strict=True))
+        for argv, (code, said) in outcomes[: len(reading)]:
+            assert code == 0, (argv, said)
+        assert outcomes.pop()[1][0] == 1, "doctor: nothing can be downloaded into caches that are read-only"
+        for argv, (code, said) in outcomes[len(reading) :]:
+            assert code == 2 and ("Read-only file system" in said or "Permission denied" in said), (argv, said)
+        assert contents(shelf) == before
+        if how == "permissions":
+            subprocess.run(["chmod", "-R", "u+w", str(shelf)], check=True)
+    print(f"read-only by {how}: {len(reading)} that read, {len(writing)} that write")
