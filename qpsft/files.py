@@ -19,7 +19,7 @@ import socket
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, get_args, get_origin
 
 from safetensors import SafetensorError
 
@@ -425,9 +425,12 @@ def read_json(path: Path, kind: type[QpsftError], todo: str) -> Any:
 
 
 def read_object(
-    path: Path, kind: type[QpsftError], todo: str, types: Mapping[str, type | tuple[type, ...]] | None = None
+    path: Path, kind: type[QpsftError], todo: str, types: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """The object that a JSON file holds; the keys in `types` are of these types where they are there and not null.
+
+    Args:
+        types: key -> a type or several, such as `(int, list[int])`.
 
     Raises:
         `kind`, with the file and `todo`: it cannot be read, is no JSON object, or holds a value of another type.
@@ -437,10 +440,18 @@ def read_object(
         raise kind(f"{path} is not a JSON object.", todo)
     for key, wanted in (types or {}).items():
         value = content.get(key)
-        # true is an int to Python
-        if value is not None and (not isinstance(value, wanted) or isinstance(value, bool) and wanted is not bool):
+        if value is not None and not _is_of(value, wanted):
             raise kind(f"{path} has {shown(value)} for {key}, which is of the wrong type.", todo)
     return content
+
+
+def _is_of(value: Any, wanted: Any) -> bool:
+    """Whether a JSON value is of a type, of one of several, or a list of values of a type, `list[int]`."""
+    if isinstance(wanted, tuple):
+        return any(_is_of(value, one) for one in wanted)
+    if get_origin(wanted) is list:
+        return isinstance(value, list) and all(_is_of(each, *get_args(wanted)) for each in value)
+    return isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))  # true is an int to Python
 
 
 # --- digests ---

@@ -50,11 +50,12 @@ _GIVE_ITS_BASE = (
     "Give the base it was trained on (--base; in a recipe model_name_or_path), or restore it if it has changed since."
 )
 
-SETTINGS_TYPES: dict[str, type | tuple[type, ...]] = {
-    "peft_type": str, "base_model_name_or_path": str, "revision": str, "modules_to_save": list, "bias": str,
-    "r": int, "lora_alpha": (int, float), "rank_pattern": dict, "alpha_pattern": dict, "target_modules": (str, list),
+SETTINGS_TYPES: dict[str, Any] = {
+    "peft_type": str, "base_model_name_or_path": str, "revision": str, "modules_to_save": list[str], "bias": str,
+    "r": int, "lora_alpha": (int, float), "rank_pattern": dict, "alpha_pattern": dict,
+    "target_modules": (str, list[str]), "alora_invocation_tokens": list[int],
 }  # fmt: skip
-"""Of the keys of adapter_config.json that are read here; PEFT checks the others."""
+"""Of the keys of adapter_config.json that are read here, or that PEFT does not check itself."""
 PREFIX = "base_model.model."
 """What PEFT puts before the base's own names, in its model and in its files."""
 

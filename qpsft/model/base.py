@@ -177,6 +177,7 @@ def load_tokenizer(
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
+        tokenizer("a")  # settings of a wrong type, such as a model_max_length that is a text, show only now
     except Exception as error:  # broken files make it fail in many ways
         if not trust_remote_code and names_code(folder / TOKENIZER_CONFIG):
             raise code_refused(folder / TOKENIZER_CONFIG) from error

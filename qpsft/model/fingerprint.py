@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from qpsft.errors import BaseModelError, boundary, shown
+from qpsft.errors import BaseModelError, boundary
 from qpsft.files import digest, read_object
 from qpsft.model.folder import CONFIG, CONFIG_TYPES, check_weights, weight_files
 
@@ -112,24 +112,13 @@ def eos_token_ids(folder: Path) -> list[int]:
     """The ids that end a text, as config.json and generation_config.json in a base model's folder say, in order.
 
     Raises:
-        BaseModelError: one of the two is not valid JSON, or names what is no id.
+        BaseModelError: one of the two is not valid JSON.
     """
-    ids: list[int] = []
+    ids: list[Any] = []
     for name in (CONFIG, GENERATION_CONFIG):
         path = folder / name
         content = read_object(path, BaseModelError, AGAIN, CONFIG_TYPES) if path.is_file() else {}
         for part in (content, content.get("text_config") or {}):
-            ids += token_ids(part.get("eos_token_id"), path)
-    return sorted(set(ids))
-
-
-def token_ids(value: Any, path: Path) -> list[int]:
-    """The ids that a setting such as `eos_token_id` names: one, several, or none (null).
-
-    Raises:
-        BaseModelError: something in it is no whole number; names `path`.
-    """
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(each) is int for each in ids):  # true is an int to Python
-        raise BaseModelError(f"{path} has {shown(value)} for eos_token_id, which is of the wrong type.", AGAIN)
-    return ids
+            value = part.get("eos_token_id")
+            ids += value if isinstance(value, list) else [value]
+    return sorted({each for each in ids if isinstance(each, int)})

@@ -32,9 +32,9 @@ MERGE_REPORT = "merge_report.json"
 """By which a folder that `qpsft merge` wrote is known."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
-CONFIG_TYPES: dict[str, type | tuple[type, ...]] = {
-    "model_type": str, "quantization_config": dict, "auto_map": dict, "text_config": dict, "architectures": list,
-    "attn_implementation": (str, dict), "eos_token_id": (int, list),
+CONFIG_TYPES: dict[str, Any] = {
+    "model_type": str, "quantization_config": dict, "auto_map": dict, "text_config": dict, "architectures": list[str],
+    "attn_implementation": (str, dict), "eos_token_id": (int, list[int]),
 }  # fmt: skip
 """Of the keys of config.json that are read here; transformers checks the others."""
 MOST_MODULES = 2**16

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
 from qpsft.data.ending import end_of_turn
 from qpsft.errors import BaseModelError
 from qpsft.files import read_object
-from qpsft.model.fingerprint import token_ids
 from qpsft.model.folder import CONFIG_TYPES
 
 if TYPE_CHECKING:
@@ -92,17 +91,14 @@ def all_stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int
 
 
 def stop_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids at which generation with this folder stops: generation_config.json's, else config.json's, and the eos.
-
-    Raises:
-        BaseModelError: one of the files cannot be read, or names what is no id.
-    """
+    """Ids at which generation with this folder stops: generation_config.json's, else config.json's, and the eos."""
     stops: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         path = folder / name
         settings = read_object(path, BaseModelError, "Copy it again.", CONFIG_TYPES) if path.is_file() else {}
-        if settings.get("eos_token_id") is not None:
-            stops = set(token_ids(settings["eos_token_id"], path))
+        value: Any = settings.get("eos_token_id")
+        if value is not None:
+            stops = set(value if isinstance(value, list) else [value])
             break
     return stops | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
 

@@ -4,6 +4,7 @@
 """
 
 import json
+import shutil
 import sys
 import time
 
@@ -123,6 +124,21 @@ def test_stop_tokens_that_are_no_ids_are_named(model, tmp_path, capsys, ids, ver
         argv = ["evaluate", model, "--data", "demo-clean", "--limit", "1"]
     assert f"generation_config.json has {shown(ids)} for eos_token_id" in refused(argv, capsys)
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("value", ["512", [512], {"a": 1}, "null"])
+def test_a_tokenizer_s_settings_of_a_wrong_type_are_named(model, capsys, value):
+    edit(model / "tokenizer_config.json", model_max_length=value)
+    said = refused(["preview", f"--model_name_or_path={model}", "--dataset_name=demo-noisy"], capsys)
+    assert f"The tokenizer in {model} cannot be loaded: " in said
+
+
+@pytest.mark.parametrize("tokens", [["a"], "abc", 5, [None], [[1]]])
+def test_an_adapter_s_settings_of_a_wrong_type_are_named(tmp_path, capsys, tokens):
+    folder = shutil.copytree(ADAPTER, tmp_path / "adapter")
+    edit(folder / "adapter_config.json", alora_invocation_tokens=tokens)
+    said = refused(["evaluate", folder, "--base", "demo", "--data", "demo-clean", "--limit", "1"], capsys)
+    assert f"adapter_config.json has {shown(tokens)} for alora_invocation_tokens" in said
 
 
 @pytest.mark.parametrize("shard", [None, 3, "", "..", "../model/model-1.safetensors", "/etc/passwd", "a\0.safetensors"])
