@@ -65,9 +65,11 @@ def _run(
 ) -> tuple[list[str], list[list[Span]]]:
     try:
         with limited(place):
-            return render_jinja_template(
+            texts, spans = render_jinja_template(
                 [messages], tools=tools or None, chat_template=source, **options, **tokenizer.special_tokens_map
             )
+            texts[0].encode()  # half a surrogate pair is no text to a tokenizer
+            return texts, spans
     except TemplateSyntaxError as error:
         raise DataError(
             f"The chat template is no valid Jinja: {error}.", "Mend the base model's chat_template.jinja."

@@ -176,6 +176,12 @@ def test_memory_that_one_conversation_takes_is_said_with_its_place(model, capsys
     assert "takes more than 2 GiB for" in said and "rows.jsonl, line 1" in said
 
 
+def test_a_template_that_writes_half_a_character_is_refused(model, capsys):
+    (model / "chat_template.jinja").write_text(GOOD + "{{ '\\ud800' }}")
+    said = refused(["preview", f"--model_name_or_path={model}", "--dataset_name=demo-noisy"], capsys)
+    assert "the chat template fails on this conversation: UnicodeEncodeError" in said and "row 1" in said
+
+
 def test_a_boundary_names_the_file_and_lets_our_own_errors_pass():
     with pytest.raises(DataError, match=r"x\.json cannot be read: KeyError: 'a'. Copy it."):
         with boundary("x.json cannot be read", DataError, "Copy it."):
