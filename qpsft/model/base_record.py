@@ -351,6 +351,8 @@ def read_base_record(folder: str | os.PathLike, name: str = RECORD_FILE) -> Base
     for name, hint in option_types([BaseRecord]).items():
         if name in content and not conforms(content[name], hint):
             raise BaseModelError(f"{path} has {shown(content[name])} for {name}; it must be {describe(hint)}.", advice)
+    if unknown := set(content["assumed"] or ()) - {*names}:
+        raise BaseModelError(f"{path} has {shown(min(unknown))} under assumed, which is no entry of it.", advice)
     if content["quantization"] == "int8":
         raise BaseModelError(
             f"{path} says that the base was in int8, and qpsft works with bases in 4 bits or unquantized ones.",

@@ -141,6 +141,13 @@ def test_an_adapter_s_settings_of_a_wrong_type_are_named(tmp_path, capsys, token
     assert f"adapter_config.json has {shown(tokens)} for alora_invocation_tokens" in said
 
 
+def test_a_record_that_assumes_what_it_does_not_have_is_named(tmp_path, capsys):
+    folder = shutil.copytree(ADAPTER, tmp_path / "adapter")
+    edit(folder / "base_quantization.json", assumed=["quantization", "n"])
+    said = refused(["merge", folder, "--base", "demo", "-o", tmp_path / "merged"], capsys)
+    assert "base_quantization.json has 'n' under assumed" in said and not (tmp_path / "merged").exists()
+
+
 @pytest.mark.parametrize("shard", [None, 3, "", "..", "../model/model-1.safetensors", "/etc/passwd", "a\0.safetensors"])
 def test_a_shard_index_names_files_of_its_folder_only(model, capsys, shard):
     (model / "model.safetensors").rename(model / "model-1.safetensors")
