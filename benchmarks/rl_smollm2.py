@@ -5,8 +5,8 @@
 
 Each start is trained as `evidence_real.py --small` does, on 350 rows of which 30 % are wrong; GRPO then goes on with
 that adapter on questions that were in none of them, the reward being 1 for an answer that ends in the right number.
-What is measured before and after is what that study measures. Each run is one JSON file in `results/rl_smollm2`, and
-its adapter is kept beside it, so a command that was cut off goes on.
+What is measured before and after is what that study measures. Each run is one JSON file in `results/evidence_real/rl`,
+and its start's adapter is kept beside it, so a command that was cut off goes on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import rl_start
 import yaml
 from evidence_real import Run
 from evidence_real_parts import EQUATION_TOKENS, RIGHT, dense, load_part, svamp_row, svamp_split
-from machine import RESULTS, environment
+from machine import environment
 
 from qpsft.files import digest, write_atomically
 from qpsft.terminal import quiet_libraries, text_table
@@ -109,12 +109,13 @@ def do_run(study: evidence_real.Study, start: str, plan: rl_start.Plan, options:
     """Trains the start, goes on with GRPO, and keeps the record."""
     run = Run(PART, start, options.arm_rate, seed)
     settings = {"start": study.identity(run), "plan": dataclasses.asdict(plan), "rate": options.rate}
-    path = options.output / f"{start}-seed{seed}-{digest(json.dumps(settings))[:10]}.json"
+    folder = Path(study.output) / "rl"
+    path = folder / f"{start}-seed{seed}-{digest(json.dumps(settings))[:10]}.json"
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
     started = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):
-        adapter = trained_adapter(study, run, options.output / "adapters" / study.path(run).stem)
+        adapter = trained_adapter(study, run, folder / "adapters" / study.path(run).stem)
         outcome = rl_run(study, adapter, plan, options.rate, seed)
     record = {
         "start": start, "seed": seed, "settings": settings, **outcome,
@@ -140,21 +141,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--starts", default=",".join(STARTS), help="default: %(default)s")
     parser.add_argument("--arm_rate", type=float, default=5e-4, help="of the starts' training (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=3e-4, help="of GRPO (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=1e-4, help="of GRPO (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=20, help="of GRPO (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=RESULTS / "rl_smollm2", help="default: %(default)s")
+    parser.add_argument("--output", default=str(evidence_real.OUTPUT), help="where the base's answers are")
     options, sizes = parser.parse_known_args(argv)
     quiet_libraries()
     # multiple-choice tasks and IFEval are left out: the study saw nothing lost in them
-    flags = ["--small", "--ifeval=0", "--choices=0", "--output", str(evidence_real.OUTPUT), *sizes]
+    flags = ["--small", "--ifeval=0", "--choices=0", "--output", options.output, *sizes]
     study = evidence_real.make_study(evidence_real.read_options(flags), flags)
     if not study.answers.is_file():
         sys.exit("The base is not measured yet: python benchmarks/evidence_real.py --small")
     plan = rl_start.Plan(
         options.steps, prompts=4, generations=8, max_new_tokens=EQUATION_TOKENS, every=options.steps, test_rows=0, k=0
     )
-    options.output.mkdir(parents=True, exist_ok=True)
+    (Path(study.output) / "rl").mkdir(exist_ok=True)
     table = [["start", "seed", "mean reward", "entropy", *COLUMNS.values()]]
     for seed in range(options.seeds):
         for start in options.starts.split(","):

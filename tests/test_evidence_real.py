@@ -10,6 +10,7 @@ import evidence_real
 import evidence_real_parts as parts
 import evidence_real_table as table
 import pytest
+import rl_smollm2
 from byte_tokenizers import CHATML, byte_tokenizer
 from conftest import shared_path
 from evidence_real import ARMS, Run
@@ -278,6 +279,37 @@ def test_the_whole_study_goes_on_does_nothing_twice_and_prints_its_table(model, 
     assert [one["steps"] for one in full if one["arm"] == "psft"] == [8, 8] and len(full) == 4
     likelihoods = {one["metrics"]["test/nll"] for one in full}
     assert len(likelihoods) == 4 and max(likelihoods) < summary["base"]["test/nll"]
+
+
+def test_grpo_goes_on_from_the_starts(model, data, tmp_path, monkeypatch, capsys):
+    for name in ("EQUATION_TOKENS", "SENTENCES_TOKENS"):
+        monkeypatch.setattr(parts, name, 8)
+    monkeypatch.setattr(rl_smollm2, "EQUATION_TOKENS", 8)
+    arguments = [flag for flag in flags(model, data, tmp_path) if not flag.startswith(("--arms", "--rates", "--seeds"))]
+    arguments += ["--starts=sft,psft", "--arm_rate=5e-3", "--rate=1e-2", "--steps=2"]
+    with pytest.raises(SystemExit, match="base is not measured yet"):
+        rl_smollm2.main(arguments)
+    study = evidence_real.make_study(evidence_real.read_options(flags(model, data, tmp_path, "--dtype=float32")), [])
+    (tmp_path / "runs").mkdir()
+    evidence_real.do_run(replace(study, measured=study.measured | {"truthfulqa": 0}), Run("svamp_noisy"))
+    rl_smollm2.main(arguments)
+    rl_smollm2.main(arguments)  # what is done is read
+    assert capsys.readouterr().out.count("psft") == 4
+    records = [json.loads(path.read_text()) for path in sorted((tmp_path / "rl").glob("*.json"))]
+    assert [record["start"] for record in records] == ["psft", "sft"]
+    for record in records:
+        assert [point["step"] for point in record["points"]] == [0, 2] and len(record["log"]) == 2
+    first = [record["points"][0]["test/nll"] for record in records]
+    assert first[0] != first[1]
+
+
+def test_the_reward_is_the_right_number_and_the_questions_are_new(data):
+    rows = rl_smollm2.questions(data, (350, 20, 100))
+    other = parts.load_part("svamp", data, (350, 20, 100))
+    seen = {row["prompt"][0]["content"] for row in [*other.train, *other.validation, *other.test]}
+    assert len(rows) == 530 and seen.isdisjoint(row["prompt"][0]["content"] for row in rows)
+    completions = [[{"role": "assistant", "content": text}] for text in ("8 + 5 = 13", "13", "8 + 5 = 14", "")]
+    assert rl_smollm2.right(completions, ["13 = 13"] * 4) == [1.0, 1.0, 0.0, 0.0]
 
 
 def test_unpacked_weights_give_the_same_numbers(model, data):
