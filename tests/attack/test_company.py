@@ -164,6 +164,14 @@ def signal_at(monkeypatch, step: int, number: int, times: int = 1) -> None:
     monkeypatch.setattr(runs.PSFTTrainer, "training_step", sending)
 
 
+@pytest.fixture(autouse=True)
+def hanging_up_ends():
+    """As in a shell, also where the tests themselves run under nohup, which ignores it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("signals") / "run"
