@@ -31,7 +31,7 @@ from machine import environment
 
 from qpsft.files import digest, write_atomically
 from qpsft.recipe.methods import REFERENCE_STEPS, VISITS
-from qpsft.terminal import quiet_libraries, text_table
+from qpsft.terminal import text_table
 
 PART = "svamp_noisy"
 RATES = (1e-5, 3e-5, 1e-4)
@@ -107,11 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--arms", default=",".join(ARMS), help="default: %(default)s")
     parser.add_argument("--rates", default=",".join(f"{rate:g}" for rate in RATES), help="default: %(default)s")
     parser.add_argument("--seeds", type=int, default=1, help="default: %(default)s")
-    parser.add_argument("--output", default=str(evidence_real.OUTPUT), help="where the base's record is")
-    options, sizes = parser.parse_known_args(argv)
-    quiet_libraries()
-    flags = ["--small", "--device", "cpu", "--output", options.output, *sizes]
-    study = evidence_real.make_study(evidence_real.read_options(flags), flags)
+    options, study = evidence_real.small_study(parser, argv, "--device=cpu")
     base = study.read(Run(PART))
     if base is None:
         sys.exit("The base is not measured yet: python benchmarks/evidence_real.py --small")

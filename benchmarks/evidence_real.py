@@ -204,17 +204,12 @@ def measure_model(study: Study, part_name: str, model: Any, tokenizer: Any, *, i
 
 def _train(study: Study, run: Run) -> dict[str, Any]:
     """Trains as `qpsft train` does on a recipe in a folder of its own, and measures after `study.epochs`."""
-    import yaml
-    from evidence_real_parts import load_part
     from transformers import AutoTokenizer
 
-    from qpsft.psft.config import PSFTConfig
-    from qpsft.recipe.file import load_recipe
     from qpsft.train.outputs import METRICS
     from qpsft.train.progress import read_metrics
     from qpsft.train.run import train
 
-    part = load_part(run.part, Path(study.data), study.rows[run.part])
     points: list[dict[str, Any]] = []
     tokenizer = AutoTokenizer.from_pretrained(study.model)  # of its own: the harness changes its tokenizer's padding
 
@@ -224,10 +219,7 @@ def _train(study: Study, run: Run) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows = folder / "rows.jsonl"
-        rows.write_text("".join(json.dumps(row) + "\n" for row in part.train), encoding="utf-8")
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_values(study, run, rows)), encoding="utf-8")
-        recipe = load_recipe(folder, [], PSFTConfig)
+        recipe = write_recipe(study, run, folder)
         diverged = {}
         try:
             train(recipe, [_after_epochs(study.epochs, measure)])
@@ -236,6 +228,21 @@ def _train(study: Study, run: Run) -> dict[str, Any]:
         lines = read_metrics(folder / METRICS)
     log = [{"step": line["step"], **{key: line[key] for key in LOGGED if key in line}} for line in lines]
     return {"points": points, "log": log, **diverged}
+
+
+def write_recipe(study: Study, run: Run, folder: Path) -> Any:
+    """Writes a run's rows and recipe into a folder, and reads the recipe: `qpsft.recipe.file.load_recipe`."""
+    import yaml
+    from evidence_real_parts import load_part
+
+    from qpsft.psft.config import PSFTConfig
+    from qpsft.recipe.file import load_recipe
+
+    part = load_part(run.part, Path(study.data), study.rows[run.part])
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in part.train), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_values(study, run, rows)), encoding="utf-8")
+    return load_recipe(folder, [], PSFTConfig)
 
 
 def recipe_values(study: Study, run: Run, rows: Path) -> dict[str, Any]:
@@ -482,6 +489,21 @@ def make_study(options: argparse.Namespace, argv: Sequence[str]) -> Study:
         },
         command=("benchmarks/evidence_real.py", *argv),
     )  # fmt: skip
+
+
+def small_study(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, *flags: str
+) -> tuple[argparse.Namespace, Study]:
+    """The options of a script that goes on from `--small`, and that study; flags it does not know are the study's.
+
+    Args:
+        flags: of this study, that come before the user's.
+    """
+    parser.add_argument("--output", default=str(OUTPUT), help="where the base's record is (default: %(default)s)")
+    options, sizes = parser.parse_known_args(argv)
+    quiet_libraries()
+    flags = ["--small", *flags, "--output", options.output, *sizes]
+    return options, make_study(read_options(flags), flags)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,13 +24,12 @@ from typing import Any
 
 import evidence_real
 import rl_start
-import yaml
 from evidence_real import Run
-from evidence_real_parts import EQUATION_TOKENS, RIGHT, dense, load_part, svamp_row, svamp_split
+from evidence_real_parts import EQUATION_TOKENS, RIGHT, dense, svamp_row, svamp_split
 from machine import environment
 
 from qpsft.files import digest, write_atomically
-from qpsft.terminal import quiet_libraries, text_table
+from qpsft.terminal import text_table
 
 PART = "svamp_noisy"
 STARTS = ("sft", "sft_replay", "psft_visits")
@@ -55,19 +54,11 @@ def right(completions: list[list[dict]], answer: list[str], **other: Any) -> lis
 
 def trained_adapter(study: evidence_real.Study, run: Run, folder: Path) -> Path:
     """The start's adapter, trained as the study does if it is not there."""
-    from qpsft.psft.config import PSFTConfig
-    from qpsft.recipe.file import load_recipe
     from qpsft.train.run import train
 
-    if (folder / "adapter_model.safetensors").is_file():
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = folder / "rows.jsonl"
-    part = load_part(run.part, Path(study.data), study.rows[run.part])
-    rows.write_text("".join(json.dumps(row) + "\n" for row in part.train), encoding="utf-8")
-    values = evidence_real.recipe_values(study, run, rows)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-    train(load_recipe(folder, [], PSFTConfig))
+    if not (folder / "adapter_model.safetensors").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        train(evidence_real.write_recipe(study, run, folder))
     return folder
 
 
@@ -144,12 +135,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rate", type=float, default=1e-4, help="of GRPO (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=20, help="of GRPO (default: %(default)s)")
-    parser.add_argument("--output", default=str(evidence_real.OUTPUT), help="where the base's answers are")
-    options, sizes = parser.parse_known_args(argv)
-    quiet_libraries()
     # multiple-choice tasks and IFEval are left out: the study saw nothing lost in them
-    flags = ["--small", "--ifeval=0", "--choices=0", "--output", options.output, *sizes]
-    study = evidence_real.make_study(evidence_real.read_options(flags), flags)
+    options, study = evidence_real.small_study(parser, argv, "--ifeval=0", "--choices=0")
     if not study.answers.is_file():
         sys.exit("The base is not measured yet: python benchmarks/evidence_real.py --small")
     plan = rl_start.Plan(
