@@ -6,6 +6,7 @@ Each prints what it tried. With $QPSFT_KILLS, so many kills for each verb instea
 """
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -147,6 +148,7 @@ def disk(folder: Path, kilobytes: int):
     try:
         yield
     finally:
+        gc.collect()  # of models whose weights are files there
         subprocess.run(["umount", str(folder)], check=True)
 
 
@@ -194,6 +196,30 @@ def test_a_disk_that_is_full_anywhere_in_a_merge(tmp_path, capsys):
             assert [path for path in (tmp_path / "disk").iterdir() if path != output] == []
             counts[f"exit {code}"] += 1
     print(f"full disk, merge: {sum(counts.values())} sizes; {dict(counts)}")
+
+
+@pytest.mark.parametrize("verb", ["merge", "gguf", "nf4"])
+def test_a_disk_of_just_the_size_that_the_check_asks_for(tmp_path, monkeypatch, capsys, verb):
+    assert train(tmp_path / "run", *TRAIN) == 0
+    asked = []
+    modules = {"merge": ["merge.weights"], "gguf": ["export.gguf"], "nf4": ["merge.weights", "export.nf4"]}[verb]
+    for module in modules:
+        monkeypatch.setattr(f"qpsft.{module}.check_space", lambda folder, needed, what: asked.append(needed))
+
+    def write(folder: Path) -> int:
+        argv = ["merge", "--no_verify"] if verb == "merge" else ["export", f"--to={verb}"]
+        return cli.main([argv[0], str(tmp_path / "run"), "-o", str(folder / "out"), *argv[1:]])
+
+    (tmp_path / "free").mkdir()
+    assert write(tmp_path / "free") == 0
+    monkeypatch.undo()
+    pages = -(-int(max(asked)) // 4096)
+    for more, code in ((0, 0), (-1, 2)):
+        with disk(tmp_path / "disk", 4 * (pages + more)):
+            capsys.readouterr()
+            assert write(tmp_path / "disk") == code, capsys.readouterr().err
+            assert (tmp_path / "disk" / "out").exists() == (code == 0)
+    print(f"disk of just the size, {verb}: 2 sizes")
 
 
 # ---- many at once ----
