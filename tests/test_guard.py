@@ -94,8 +94,8 @@ def one_line(text):
 def moved():
     """The embedded base with an adapter that has left it."""
     base, tokenizer = load_base("demo", verbose=False)
-    model = add_adapter(base, LoraArguments(lora_r=4))
     torch.manual_seed(0)
+    model = add_adapter(base, LoraArguments(lora_r=4))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
