@@ -18,7 +18,6 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ RATES = (1e-5, 3e-5, 1e-4)
 """The first is the paper's."""
 WITHOUT_CLIP = 1e9
 ARMS = {
-    "sft": {"epsilon": WITHOUT_CLIP, "num_iterations": 1, "blocks": 0},
+    "sft": {"epsilon": WITHOUT_CLIP, "num_iterations": 1},
     "psft": {"num_iterations": 1, "sft_warmup_steps": 0},
     "psft_visits": {"num_iterations": VISITS, "sft_warmup_steps": REFERENCE_STEPS},
 }
@@ -55,16 +54,14 @@ def one_file() -> Any:
     return module
 
 
-def arguments_of(method: Any, arm: str, rate: float, seed: int, steps: int) -> Any:
-    """The method's Args: `steps` optimizer steps at most, as near as whole blocks come."""
-    options = dict(ARMS[arm])
+def options_of(arm: str, steps: int) -> dict[str, Any]:
+    """The method's options. Every arm gets the same number of steps: at most `steps`, in whole blocks with visits."""
+    visited = REFERENCE_STEPS * VISITS
+    blocks = max(1, (steps - REFERENCE_STEPS) // visited)
+    steps = REFERENCE_STEPS + blocks * visited
     if arm == "sft":
-        options["sft_warmup_steps"] = steps
-    else:
-        whole = (steps - options["sft_warmup_steps"]) // (REFERENCE_STEPS * options["num_iterations"])
-        options["blocks"] = max(1, whole)
-    args = replace(method.Args(), mini_batch=ROWS_A_STEP, learning_rate=rate, seed=seed, **options)
-    return replace(args, reference_steps=REFERENCE_STEPS, output_dir=None)
+        return ARMS[arm] | {"sft_warmup_steps": steps, "blocks": 0}
+    return ARMS[arm] | {"blocks": steps // REFERENCE_STEPS if arm == "psft" else blocks}
 
 
 def do_run(study: evidence_real.Study, arm: str, rate: float, seed: int) -> dict[str, Any]:
@@ -72,15 +69,16 @@ def do_run(study: evidence_real.Study, arm: str, rate: float, seed: int) -> dict
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     part = load_part(PART, Path(study.data), study.rows[PART])
-    steps = max(study.epochs) * len(part.train) // ROWS_A_STEP
-    method = one_file()
-    args = arguments_of(method, arm, rate, seed, steps)
-    identity = study.identity(Run(PART)) | {"full": ARMS[arm], "rate": rate, "seed": seed}
+    options = options_of(arm, max(study.epochs) * len(part.train) // ROWS_A_STEP)
+    identity = study.identity(Run(PART)) | {"full": options, "rate": rate, "seed": seed}
     name = f"{PART}-{arm}-lr{rate:g}-seed{seed}-{digest(json.dumps(identity))[:10]}.json"
     path = Path(study.output) / "full" / name
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
     started = time.perf_counter()
+    method = one_file()
+    options |= {"reference_steps": REFERENCE_STEPS, "mini_batch": ROWS_A_STEP, "output_dir": None}
+    args = method.Args(learning_rate=rate, seed=seed, **options)
     tokenizer = AutoTokenizer.from_pretrained(study.model)
     model = AutoModelForCausalLM.from_pretrained(study.model, dtype=torch.float32)
     rows = [method.tokenize(tokenizer, row["prompt"], row["completion"]) for row in part.train]

@@ -276,9 +276,19 @@ def test_the_whole_study_goes_on_does_nothing_twice_and_prints_its_table(model, 
     evidence_full.main([*own, "--arms=sft,psft", "--rates=1e-2,3e-2"])
     assert "psft" in capsys.readouterr().out
     full = [json.loads(path.read_text()) for path in sorted((tmp_path / "full").iterdir())]
-    assert [one["steps"] for one in full if one["arm"] == "psft"] == [8, 8] and len(full) == 4
+    assert [one["steps"] for one in full] == [40] * 4  # as few as a block with visits, and the block before it
     likelihoods = {one["metrics"]["test/nll"] for one in full}
     assert len(likelihoods) == 4 and max(likelihoods) < summary["base"]["test/nll"]
+
+
+def test_full_fine_tuning_takes_as_many_steps_with_every_arm():
+    for given, taken in ((44, 40), (88, 72)):
+        options = {arm: evidence_full.options_of(arm, given) for arm in evidence_full.ARMS}
+        steps = {
+            arm: one["sft_warmup_steps"] + one["blocks"] * evidence_full.REFERENCE_STEPS * one["num_iterations"]
+            for arm, one in options.items()
+        }
+        assert set(steps.values()) == {taken}, steps
 
 
 def test_grpo_goes_on_from_the_starts(model, data, tmp_path, monkeypatch, capsys):
