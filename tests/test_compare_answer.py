@@ -27,10 +27,11 @@ def say(arms=None, **settings) -> str:
 def test_what_keeps_more_and_learns_as_much_is_to_be_taken():
     # the base has .9, so sft loses .6 and psft .2 of it
     assert say({"psft": arm(0.7)}) == (
-        "Take `psft`: it learns as much as `sft` and loses 33% of what `sft` loses "
+        "Take `psft`: it learns as much as `sft`, and loses 33% of what `sft` loses "
         "(+40.0 ± 0.0 points out of domain at equal in-domain accuracy, 3 seeds)."
     )
     assert "and loses nothing of what `sft` loses" in say({"psft": arm(0.91)})
+    assert "learns as much as `sft`, and keeps a little more (+0.1 ± 0.0 points" in say({"psft": arm(0.301)})
 
 
 def test_the_share_lost_is_read_at_equal_in_domain_score():
@@ -102,9 +103,40 @@ def test_what_keeps_more_but_learns_less_is_a_choice():
     assert said.endswith("but ends 30.0 ± 0.0 points worse in-domain.")
 
 
+def test_what_learns_more_but_keeps_less_is_a_choice_too():
+    rows = {s: [(0.9, 0.2 + 0.01 * s), (0.95, 0.15)] for s in range(3)}
+    said = say({"dft": rows, "psft": arm(0.3)})
+    assert said.startswith(
+        "Take `dft` to learn the most, or `sft` where keeping counts more: `dft` ends 5.0 ± 0.0 points better "
+        "in-domain, but keeps less at equal in-domain accuracy (−9.0 ± "
+    )
+    assert said.endswith(" points out of domain, 3 seeds).")
+
+
+def test_few_seeds_that_spread_are_no_proof_that_nothing_was_learnt():
+    spread = {s: [(0.6 + 0.3 * s, 0.5)] for s in range(2)}  # t = 12.7: the interval holds the base's 0
+    close = {s: [(0.1 + 0.001 * s, 0.2)] for s in range(2)}
+    assert answer(make_comparison({"sft": spread, "dft": close})) == (
+        "Run more seeds before you choose: 2 seeds do not show that `sft` is better in-domain than the base (accuracy "
+        ".750 ± .212, the base .000), so nothing can be compared with it."
+    )
+    unsure = answer(make_comparison({"sft": spread, "dft": spread}))
+    assert unsure.startswith("Take none of these yet") and unsure.endswith("; run more seeds.")
+    fine = arm(0.3, seeds=2)
+    assert answer(make_comparison({"sft": fine, "psft": arm(0.3, seeds=2), "dft": spread})).endswith(
+        " Left out, for `dft` (accuracy .750 ± .212) is not shown to be better in-domain than the base."
+    )
+
+
+def test_one_seed_shows_nothing_even_where_sft_learned_nothing():
+    said = answer(make_comparison({"sft": {0: [(0.0, 0.9)]}, "dft": {0: [(0.01, 0.1)]}}))
+    assert said.startswith("Repeat this with --seeds 3") and "`dft` learned +1.0 points in-domain" in said
+
+
 def test_a_wide_interval_in_domain_is_no_equality():
     unsure = {s: [(0.85 + 0.1 * (s - 1), 0.7)] for s in range(3)}
-    assert "it is not told apart from `sft` in what it learns and loses" in say({"psft": unsure})
+    half = 100 * 4.303 * 0.1 / 3**0.5
+    assert f"not told apart from `sft` in what it learns (−5.0 ± {half:.1f} points), and loses" in say({"psft": unsure})
 
 
 def test_without_what_is_kept_it_speaks_of_learning():
@@ -126,7 +158,7 @@ def test_a_likelihood_is_better_when_it_is_lower():
     lower = {"sft": {s: [(1.0, 3.0 + s / 50)] for s in range(3)}, "psft": {s: [(1.0, 2.0)] for s in range(3)}}
     comparison = make_comparison(lower, metric="nll", base={"in_domain": 2.0, "out_of_domain": 1.5})
     assert answer(comparison).startswith(
-        "Take `psft`: it learns as much as `sft` and loses 33% of what `sft` loses (+1.0"
+        "Take `psft`: it learns as much as `sft`, and loses 33% of what `sft` loses (+1.0"
     )
     assert answer_rows(comparison)[0] == [
         "method", "learnt: in-domain NLL", "kept: out-of-domain NLL", "keeps more than sft, nats",

@@ -13,6 +13,8 @@ from qpsft.terminal import listed
 CONTROL = "sft"
 SMALL = {SHARE: 0.05, "nats": 0.1}
 """An interval that holds 0 and reaches no further than this counts as "no difference"."""
+LITTLE = 0.95
+"""A method that loses more than this share of what `sft` loses keeps only a little more."""
 
 
 @dataclass(frozen=True)
@@ -63,20 +65,28 @@ def answer(comparison: Comparison) -> str:
     learned = [name for name, arm in comparison.arms.items() if _has_learned(comparison, arm)]
     if not learned:
         return _nothing_learned(comparison)
-    if CONTROL not in learned:
-        return _control_learned_nothing(comparison, learned)
     rivals = [_rival(comparison, name) for name in learned if not comparison.same_runs(name, CONTROL)]
     if not rivals:
         alone = "no other method was run" if len(comparison.arms) == 1 else "no other method is shown to learn anything"
         return f"Take `{CONTROL}`: {alone}."
     if _seeds(comparison) == 1:
         return _one_seed(comparison, rivals)
+    if CONTROL not in learned:
+        return _control_not_shown(comparison, learned)
+    return _advice(comparison, rivals) + _not_shown(comparison, learned)
+
+
+def _advice(comparison: Comparison, rivals: Sequence[Rival]) -> str:
+    """The sentence on methods that are all shown to learn, `sft` among them."""
     best = max(filter(lambda rival: rival.is_better, rivals), key=lambda rival: rival.rank, default=None)
     if best is not None:
         return _take(comparison, best, [rival for rival in rivals if rival.is_better and rival is not best])
     keepers = [rival for rival in rivals if _is_more(rival.kept)]  # which learn less, or they would be better
     if keepers:
         return _trade(comparison, max(keepers, key=lambda rival: rival.rank))
+    learners = [rival for rival in rivals if _is_more(rival.learnt)]  # which keep less, or they would be better
+    if learners:
+        return _reverse_trade(comparison, max(learners, key=lambda rival: rival.learnt.mean))
     return _take_control(comparison, rivals)
 
 
@@ -86,9 +96,19 @@ def _seeds(comparison: Comparison) -> int:
 
 def _has_learned(comparison: Comparison, arm: ArmResult) -> bool:
     """Better in-domain than the base at the last epoch: by the interval over seeds, or by one seed's score."""
-    sign, base = comparison.sign("in_domain"), comparison.base["in_domain"]
-    gain = interval([sign * (value - base) for value in arm.last("in_domain").values()])
+    gain = interval(_gains(comparison, arm))
     return (gain.mean if gain.low is None else gain.low) > 0
+
+
+def _gains(comparison: Comparison, arm: ArmResult) -> list[float]:
+    """Seed by seed, how much better in-domain than the base at the last epoch."""
+    sign, base = comparison.sign("in_domain"), comparison.base["in_domain"]
+    return [sign * (value - base) for value in arm.last("in_domain").values()]
+
+
+def _may_have_learned(comparison: Comparison, arm: ArmResult) -> bool:
+    """Better than the base with every seed: where the interval does not show it, more seeds may."""
+    return min(_gains(comparison, arm)) > 0
 
 
 def _rival(comparison: Comparison, name: str) -> Rival:
@@ -116,7 +136,7 @@ def _take(comparison: Comparison, best: Rival, others: Sequence[Rival]) -> str:
     in_domain, kept = _unit(comparison, "in_domain"), _unit(comparison, "out_of_domain")
     if _is_more(best.kept):
         shown = f"{amount(best.kept, kept)} out of domain at equal in-domain {_score(comparison)}"
-        says = f"it {_learns(best.learnt, in_domain)} and {_keeps(best)} ({shown}, {seeds})"
+        says = f"it {_learns(best.learnt, in_domain)}, and {_keeps(best)} ({shown}, {seeds})"
     else:
         says = f"it learns more than `{CONTROL}` ({amount(best.learnt, in_domain)}, {seeds})"
         if best.kept is None:
@@ -143,7 +163,7 @@ def _learns(learnt: Difference, unit: str) -> str:
         return f"learns more than `{CONTROL}`"
     if max(abs(learnt.low), abs(learnt.high)) <= SMALL[unit]:
         return f"learns as much as `{CONTROL}`"
-    return f"is not told apart from `{CONTROL}` in what it learns"
+    return f"is not told apart from `{CONTROL}` in what it learns ({amount(learnt, unit)})"
 
 
 def _keeps(rival: Rival) -> str:
@@ -151,6 +171,8 @@ def _keeps(rival: Rival) -> str:
         return "keeps more"
     if rival.lost <= 0:
         return f"loses nothing of what `{CONTROL}` loses"
+    if rival.lost > LITTLE:
+        return "keeps a little more"
     return f"loses {rival.lost:.0%} of what `{CONTROL}` loses"
 
 
@@ -161,6 +183,15 @@ def _trade(comparison: Comparison, best: Rival) -> str:
         f"{_keeps(best)} at equal in-domain {_score(comparison)} "
         f"({amount(best.kept, _unit(comparison, 'out_of_domain'))} out of domain, {best.kept.n} seeds), but ends "
         f"{amount(best.learnt, unit).lstrip('−')} worse in-domain."
+    )
+
+
+def _reverse_trade(comparison: Comparison, best: Rival) -> str:
+    return (
+        f"Take {_named(comparison, best.name)} to learn the most, or `{CONTROL}` where keeping counts more: "
+        f"`{best.name}` ends {amount(best.learnt, _unit(comparison, 'in_domain')).lstrip('+')} better in-domain, but "
+        f"keeps less at equal in-domain {_score(comparison)} "
+        f"({amount(best.kept, _unit(comparison, 'out_of_domain'))} out of domain, {best.learnt.n} seeds)."
     )
 
 
@@ -207,24 +238,51 @@ def _one_seed(comparison: Comparison, rivals: Sequence[Rival]) -> str:
 
 
 def _nothing_learned(comparison: Comparison) -> str:
-    unit, sign = _unit(comparison, "in_domain"), comparison.sign("in_domain")
+    sign = comparison.sign("in_domain")
     ends = {name: mean_and_sd(list(arm.last("in_domain").values()))[0] for name, arm in comparison.arms.items()}
     best = max(ends, key=lambda name: sign * ends[name])
+    unsure = any(_may_have_learned(comparison, arm) for arm in comparison.arms.values())
+    then = "run more seeds" if unsure else "train longer, on more rows or at another learning rate"
     return (
-        f"Take none of these yet: no method is shown to be better in-domain than the base "
-        f"({_score(comparison)} {format_value(ends[best], unit)} with `{best}`, the base "
-        f"{format_value(comparison.base['in_domain'], unit)}); train longer, on more rows or at another learning rate."
+        "Take none of these yet: no method is shown to be better in-domain than the base "
+        f"({_score(comparison)} {_reached(comparison, best)} with `{best}`, the base {_of_base(comparison)}); {then}."
     )
 
 
-def _control_learned_nothing(comparison: Comparison, learned: Sequence[str]) -> str:
-    unit, sign = _unit(comparison, "in_domain"), comparison.sign("in_domain")
+def _control_not_shown(comparison: Comparison, learned: Sequence[str]) -> str:
+    if _may_have_learned(comparison, comparison.arms[CONTROL]):
+        return (
+            f"Run more seeds before you choose: {_seeds(comparison)} seeds do not show that `{CONTROL}` is better "
+            f"in-domain than the base ({_score(comparison)} {_reached(comparison, CONTROL)}, the base "
+            f"{_of_base(comparison)}), so nothing can be compared with it."
+        )
+    sign = comparison.sign("in_domain")
     best = max(learned, key=lambda name: sign * mean_and_sd(list(comparison.arms[name].last("in_domain").values()))[0])
-    reached = format_mean(comparison.arms[best].last("in_domain"), unit)
     return (
-        f"Take {_named(comparison, best)}: it learns (in-domain {_score(comparison)} {reached}, the base "
-        f"{format_value(comparison.base['in_domain'], unit)}), which `{CONTROL}` is not shown to do."
+        f"Take {_named(comparison, best)}: it learns (in-domain {_score(comparison)} {_reached(comparison, best)}, the "
+        f"base {_of_base(comparison)}), which `{CONTROL}` is not shown to do."
     )
+
+
+def _not_shown(comparison: Comparison, learned: Sequence[str]) -> str:
+    """The methods that the advice leaves out; empty if there are none."""
+    missing = [
+        f"`{name}` ({_score(comparison)} {_reached(comparison, name)})"
+        for name in comparison.arms
+        if name not in learned and not comparison.same_runs(name, CONTROL)
+    ]
+    if not missing:
+        return ""
+    are = "is" if len(missing) == 1 else "are"
+    return f" Left out, for {listed(missing)} {are} not shown to be better in-domain than the base."
+
+
+def _reached(comparison: Comparison, name: str) -> str:
+    return format_mean(comparison.arms[name].last("in_domain"), _unit(comparison, "in_domain"))
+
+
+def _of_base(comparison: Comparison) -> str:
+    return format_value(comparison.base["in_domain"], _unit(comparison, "in_domain"))
 
 
 def _named(comparison: Comparison, name: str) -> str:
