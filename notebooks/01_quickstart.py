@@ -62,7 +62,7 @@ else:
         "model_name_or_path": "demo",
         "dataset_name": "demo-noisy",  # 30 % of these demonstrations contain a wrong step
         "max_length": 128,
-        "max_steps": 192 if SETTING == "demo" else 16,
+        "max_steps": 252 if SETTING == "demo" else 16,
         "learning_rate": 2e-3,
         "warmup_steps": 0,
         "lora_r": 8,
@@ -70,8 +70,9 @@ else:
         "gradient_accumulation_steps": 1,
         "gradient_checkpointing": False,
         "use_cpu": True,
+        "base_kl": 0.05,  # holds the run near its base: more is learnt before the guard stops it
     }
-    GUARD = {"data": "old_skill.jsonl", "metric": "accuracy", "max_drop": 0.3, "every": 16, "max_new_tokens": 56}
+    GUARD = {"data": "old_skill.jsonl", "metric": "accuracy", "max_drop": 0.5, "every": 16, "max_new_tokens": 56}
 OUTPUT = "runs/quickstart"
 TEST = OPTIONS["dataset_name"]  # its test split
 
@@ -156,6 +157,8 @@ for row in before.completions[:3]:
 # - **KL** from the last snapshot to the policy: how far one block moves it.
 #
 # The last panel is the guard's: the old skill beside the new one. If the guard stops the run, the summary says at which step.
+# On the embedded base it does: a third of the new task is right by then, and half of the old skill is left. `02_sft_vs_psft`
+# has the methods that keep more.
 
 # %%
 from qpsft.train.notebook import LivePlot
