@@ -126,7 +126,7 @@ def go_the_whole_way(folder: Path, name: str, tools: Path) -> dict[str, str]:
     return results
 
 
-def _in_short(reason: str, length: int = 240) -> str:
+def _in_short(reason: str, length: int = 320) -> str:
     """A converter's last error, what llama.cpp says while loading, else the beginning."""
     if unknown := re.search(r"Model (\w+) is not supported", reason):
         return f"llama.cpp's converter does not know {unknown[1]}"
@@ -134,7 +134,7 @@ def _in_short(reason: str, length: int = 240) -> str:
         return f"llama.cpp cannot load it: {missing[1]}"
     if "line " in reason and (errors := re.findall(r"\w+Error: ", reason)):
         return f"llama.cpp's converter fails: {errors[-1]}{reason.rpartition(errors[-1])[2].rstrip(' .')}"
-    return reason if len(reason) <= length else f"{reason[:length]} …"
+    return reason if len(reason) <= length else f"{reason[: length + 1].rpartition(' ')[0]} …"
 
 
 def save_base(folder: Path, name: str) -> None:
@@ -196,7 +196,7 @@ def train(base: Path, adapter: Path) -> str:
     with contextlib.redirect_stderr(said):
         code = cli.main(["train", f"--model_name_or_path={base}", f"--output_dir={adapter}", *flags])
     if code != 0:
-        raise QpsftError(said.getvalue().partition("error: ")[2].split("\n\n")[0])
+        raise QpsftError(said.getvalue().partition("error: ")[2].split("\n\n")[0].strip())
     return "yes"
 
 

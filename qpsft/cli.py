@@ -40,7 +40,7 @@ VERBS = {
     "preview": ("train", "show the rows as the model will see them"),
     "plan": ("plan", "the memory a recipe needs, and whether a card has it"),
     "evaluate": ("evaluate", "accuracy, pass@k, likelihood, drift; public benchmarks"),
-    "compare": ("compare", "compare SFT, DFT and PSFT from the same start"),
+    "compare": ("compare", "compare SFT and the methods that keep more, side by side"),
     "chat": ("chat", "talk to an adapter, its base, or both"),
     "schema": ("schema", "print the JSON Schema of recipes, for editors"),
     "merge": ("merge", "merge an adapter into its base: plain safetensors"),

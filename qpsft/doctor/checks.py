@@ -323,7 +323,7 @@ def hub() -> Finding:
 def llama_cpp() -> Finding:
     """What `qpsft export --to gguf` and `qpsft chat FILE.gguf` need to run a file."""
     if importlib.util.find_spec("xllamacpp") is None:
-        cure = "Only exported GGUF files would not be run once: `pip install 'qpsft[gguf]'`."
+        cure = "Only exported GGUF files would not be run once: `pip install '.[gguf]'` in qpsft's folder."
         return Finding("llama.cpp", "warn", "xllamacpp, which brings it, is not installed", cure)
     importlib.import_module("xllamacpp")
     return Finding("llama.cpp", "ok", f"xllamacpp {importlib.metadata.version('xllamacpp')}")

@@ -23,7 +23,7 @@ import torch
 
 from qpsft.errors import ExportError
 
-INSTALL = "pip install 'qpsft[gguf]'"
+INSTALL = "pip install '.[gguf]' in qpsft's folder"
 LAST_LINES = 6
 FAULT = re.compile(r"GGML_ASSERT|\berror\b|\bfailed\b|abort", re.IGNORECASE)
 HEADER_BYTES = 64 * 2**20

@@ -37,8 +37,8 @@ def code_refused(config: Path) -> BaseModelError:
     """The error for a folder whose `config` needs Python code of its own."""
     return BaseModelError(
         f"{config} asks for Python code that comes with the model ({AUTO_MAP}), which is off.",
-        "If you have read and trust that code, `qpsft train`, `preview` and `plan` take --trust_remote_code; no other "
-        "verb runs it. Else choose a model that transformers knows.",
+        "If you have read and trust that code, `qpsft train`, `preview`, `plan` and `compare` take "
+        "--trust_remote_code; no other verb runs it. Else choose a model that transformers knows.",
     )
 
 

@@ -11,7 +11,7 @@ from qpsft.terminal import quiet_libraries
 
 DESCRIPTION = (
     "Print the JSON Schema of recipes, made from the options of this version of qpsft, TRL and transformers. Editors "
-    "complete and check a recipe by it whose first line is `# yaml-language-server: $schema=recipe.schema.json`."
+    "use it for a recipe whose first line names it: `# yaml-language-server: $schema=recipe.schema.json`."
 )
 
 

@@ -137,5 +137,6 @@ def check_resumed(saved: dict[str, Any], here: dict[str, Any], where: str) -> No
         if here.get(name) != value:
             raise TrainingError(
                 f"{where} was made with a guard whose {name} is {value}, this run's is {here.get(name)}.",
-                "Resume with the guard that the run began with; max_drop, every and action may change.",
+                "Resume with the guard that the run began with; max_drop and every may change, the action "
+                "only to warn, or from lower_lr to stop.",
             )
