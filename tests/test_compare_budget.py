@@ -6,6 +6,8 @@ import itertools
 import json
 import time
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from comparing import RECIPE, FakeRuns, write_recipe
@@ -27,6 +29,7 @@ from qpsft.compare.budget import (
 )
 from qpsft.compare.comparison import make_setting, prepare
 from qpsft.compare.options import load_comparison, parse_duration
+from qpsft.compare.run import Setting
 from qpsft.compare.verdict import limits
 from qpsft.errors import RecipeError
 
@@ -153,6 +156,58 @@ def test_the_probe_takes_its_times_from_the_clock(tmp_path, monkeypatch):
     # two for loading, four steps of three kinds, two for each measurement, one at the end
     assert costs.spent == clock.now == 2 + 3 * 4 + 2 * 2 + 1
     assert [len(data.in_domain.rows) for data, _ in measured] == [1, 1]  # of four
+
+
+class FakeTrainer:
+    """Takes as long for each step as `seconds` says."""
+
+    model = SimpleNamespace(unload=lambda: None)
+
+    def __init__(self, seconds, clock):
+        self.seconds, self.clock = seconds, clock
+
+    def add_callback(self, watch):
+        self.watch = watch
+
+    def rows_per_step(self):
+        return 4
+
+    def train(self):
+        control = SimpleNamespace(should_training_stop=False)
+        for seconds in self.seconds:
+            self.clock.now += seconds
+            self.watch.on_step_end(None, None, control)
+            if control.should_training_stop:
+                return
+
+
+def test_every_kind_of_step_has_its_own_price(monkeypatch):
+    def trainer(spec, setting, model, tokenizer, folder):
+        timed.append(spec.method)
+        own = {"nll": 2, "psft": 3, "dft": 2.5}[spec.method["loss_type"]] + ("base_kl" in spec.method)
+        # replayed rows are long, and come in every second step
+        return FakeTrainer([own + 8 * ("replay_share" in spec.method and step % 2) for step in range(64)], clock)
+
+    timed, clock = [], SimpleNamespace(now=0.0)
+    monkeypatch.setattr(budget, "make_run_trainer", trainer)
+    names = ["sft", "sft_kl", "sft_replay", "dft", "psft", "psft_visits", "psft_replay"]
+    options = SimpleNamespace(
+        base_kl=0, epsilon=0.28, target_kl=0.1, target_clip_fraction=None, num_iterations=1, reference_steps=8
+    )
+    specs = {arm.name: budget.RunSpec(arm.options(options), 1e-3, 3, 2.0) for arm in find_arms(names)}
+    setting = Setting(None, None, {}, 1, "", None, None)
+    step, _ = budget._time_steps(specs, setting, None, None, Path("unused"), lambda: clock.now)
+    # a block of 8 mini-batches is scored in 7 of its steps: of 8 with one visit, of 32 with four
+    assert step == {
+        "sft": 2,
+        "sft_kl": 3,
+        "sft_replay": pytest.approx(2 + 8 * 3 / 5),  # of five steps, in which two of its rows are expected
+        "dft": 2.5,
+        "psft": pytest.approx(2 + 7 / 8),
+        "psft_visits": pytest.approx(2 + 7 / 32),
+        "psft_replay": pytest.approx(2 + 8 * 3 / 5 + 7 / 8),
+    }
+    assert len(timed) == 6  # what arms share is timed once
 
 
 def prepare_fake(monkeypatch, costs):

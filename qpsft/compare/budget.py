@@ -6,10 +6,8 @@ a few steps of each kind of arm, two small measurements ── seconds of a comp
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-import statistics
 import tempfile
 import time
 import warnings
@@ -34,9 +32,13 @@ from qpsft.recipe.file import Recipe
 from qpsft.terminal import fill
 
 PROBE = "budget.json"
+PROBE_FORMAT = 2
+"""Goes up when the same probe gives other numbers than before, so that older ones are not reused."""
 PROBE_STEPS, PROBE_SECONDS = 4, 3.0
 """A kind of arm trains for at least so many steps and so long."""
 MOST_PROBE_STEPS = 64
+PROBE_REPLAYED = 2
+"""Replayed rows that the timed steps hold at least, as far as `MOST_PROBE_STEPS` allow: they may be longer."""
 PROBE_SHARES = (1 / 16, 1 / 8)
 """Of each set's rows: how long a measurement takes is a constant and a part for every row."""
 LEAST_ROWS = 128
@@ -241,7 +243,8 @@ def fit(
         name: RunSpec(method, recipe.trainer.learning_rate, recipe.trainer.seed, epochs)
         for name, method in methods.items()
     }
-    key = digest(json.dumps([{name: spec.key(setting) for name, spec in specs.items()}, options.jobs]))[:16]
+    keys = {name: spec.key(setting) for name, spec in specs.items()}
+    key = digest(json.dumps([PROBE_FORMAT, keys, options.jobs]))[:16]
     costs = _kept_costs(folder / PROBE, key)
     if costs is None:
         costs = probe(specs, setting, options.jobs, started, clock)
@@ -329,7 +332,7 @@ def probe(
     """Times the loading of the base, a few optimizer steps of each kind of arm, and two small measurements.
 
     Args:
-        specs: arm -> one of its runs. Arms of the same loss count as one kind.
+        specs: arm -> one of its runs. What several of them share is timed once.
         jobs: with several, a run has one thread.
         started: when the comparison began, by `clock`.
     """
@@ -366,23 +369,41 @@ def _time_steps(
 ) -> tuple[dict[str, float], Any]:
     """Arm -> seconds of a step; and the model that was trained last, with its adapter."""
     short = replace(setting, options=setting.options | {"max_steps": MOST_PROBE_STEPS})
-    seconds: dict[tuple, float] = {}
+    seconds: dict[str, float] = {}
     step = {}
     trained = None
     for name, spec in specs.items():
-        kind = (spec.method["loss_type"], "base_kl" in spec.method)
-        if kind not in seconds:
-            if trained is not None:
-                model = trained.unload()
-            method = {key: value for key, value in spec.method.items() if key != "sft_warmup_steps"}
-            trainer = make_run_trainer(replace(spec, method=method), short, model, tokenizer, folder / name)
-            watch = _StepClock(clock)
-            trainer.add_callback(watch)
-            trainer.train()
-            trained = trainer.model
-            seconds[kind] = watch.seconds()
-        step[name] = seconds[kind]
+        step[name] = 0.0
+        for method, share in step_kinds(spec.method):
+            kind = json.dumps(method, sort_keys=True)
+            if kind not in seconds:
+                if trained is not None:
+                    model = trained.unload()
+                trainer = make_run_trainer(replace(spec, method=method), short, model, tokenizer, folder / name)
+                replayed = method.get("replay_share", 0) * trainer.rows_per_step()
+                watch = _StepClock(clock, math.ceil(PROBE_REPLAYED / replayed) if replayed else 0)
+                trainer.add_callback(watch)
+                trainer.train()
+                trained = trainer.model
+                seconds[kind] = watch.seconds()
+            step[name] += share * seconds[kind]
     return step, trained
+
+
+def step_kinds(method: Mapping[str, Any]) -> list[tuple[dict[str, Any], float]]:
+    """Methods to time instead of an arm's, and the share of its steps that is as long as each one's.
+
+    Of the K x V steps of a block, PSFT scores the rows of K - 1 under the reference; the others cost what SFT's do.
+    """
+    kept = {key: value for key, value in method.items() if key in ("base_kl", "replay_share")}
+    if method["loss_type"] != "psft":
+        return [(kept | {"loss_type": method["loss_type"]}, 1.0)]
+    block = method["reference_steps"]
+    scored = (block - 1) / (block * method["num_iterations"])
+    # in a block as long as the probe every step but the first, which is not timed, scores
+    scoring = {"loss_type": "psft", "reference_steps": MOST_PROBE_STEPS, "num_iterations": 1}
+    kinds = [(kept | {"loss_type": "nll"}, 1 - scored), (kept | scoring, scored)]
+    return [(one, share) for one, share in kinds if share]
 
 
 def _time_measurements(setting: Setting, model: Any, tokenizer: Any, clock: Callable[[], float]) -> tuple[float, float]:
@@ -417,19 +438,25 @@ def line(sizes: Sequence[int], times: Sequence[float]) -> tuple[float, float]:
 
 
 class _StepClock(TrainerCallback):
-    """Notes when each optimizer step ends, and ends training when that has been long enough."""
+    """Notes when each optimizer step ends, and ends training when that has been long enough.
 
-    def __init__(self, clock: Callable[[], float]):
+    Args:
+        least: so many steps are timed at least.
+    """
+
+    def __init__(self, clock: Callable[[], float], least: int = 0):
         self._clock = clock
+        self._least = max(PROBE_STEPS, 1 + least)
         self._ends: list[float] = []
 
     def on_step_end(self, args, state, control, **kwargs: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._ends.append(self._clock())
-        if len(self._ends) >= PROBE_STEPS and self._ends[-1] - self._ends[0] >= PROBE_SECONDS:
+        if len(self._ends) >= self._least and self._ends[-1] - self._ends[0] >= PROBE_SECONDS:
             control.should_training_stop = True
 
     def seconds(self) -> float:
-        """Of a step: the median, without the first step, in which libraries warm up."""
-        return statistics.median(end - start for start, end in itertools.pairwise(self._ends))
+        """Of a step: the mean, as few long steps may take most of the time, without the first, in which libraries warm
+        up."""
+        return (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
