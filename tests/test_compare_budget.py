@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 from comparing import RECIPE, FakeRuns, write_recipe
 
@@ -28,9 +29,12 @@ from qpsft.compare.budget import (
     measuring_seconds,
 )
 from qpsft.compare.comparison import make_setting, prepare
-from qpsft.compare.options import load_comparison, parse_duration
+from qpsft.compare.data import ComparedData
+from qpsft.compare.measure import Measurement
+from qpsft.compare.options import CompareOptions, load_comparison, parse_duration
 from qpsft.compare.run import Setting
 from qpsft.compare.verdict import limits
+from qpsft.data.shapes import Rows
 from qpsft.errors import RecipeError
 
 ARMS = find_arms(["sft", "sft_matched", "sft_blocks", "dft", "psft", "psft_visits"])
@@ -41,7 +45,7 @@ COSTS = Costs(load=10, step=dict.fromkeys(NAMES, 1.0), measuring=5, row=0.1, spe
 
 def size(rates=0, jobs=1, train=1024):
     own = {arm.name: 0 if arm.rate_of else rates for arm in ARMS}
-    return Size(train, 150, 50, lambda share: round(256 * share), 4, own, jobs)
+    return Size(train, 150, 50, lambda share: round(256 * share), lambda share: 4, own, jobs)
 
 
 def test_the_estimate_by_hand():
@@ -87,6 +91,33 @@ def test_the_first_that_fits_is_chosen_and_what_is_left_out_is_said():
         "training rows: 128 of 1,024 are used",
         "test rows: 25% of each set are used",
     ]
+
+
+def own_rows(train=810, max_steps=-1, **options):
+    """A recipe of 16 rows a step, the options of a comparison, and a setting of these rows, 100 and 90 set aside."""
+    trainer = SimpleNamespace(
+        train_batch_size=4, gradient_accumulation_steps=4, packing=False, max_steps=max_steps, use_cpu=True
+    )
+    texts = [{"prompt": f"{i}?", "completion": str(i)} for i in range(100)]
+    aside = Rows("own", "prompt_completion", texts, [str(i) for i in range(100)], [])
+    numbered = datasets.Dataset.from_dict({"input_ids": [[i] for i in range(train)]})
+    counts = {"train": train, "validation": 90, "in_domain": 100}
+    data = ComparedData("own", numbered, aside.select(range(90)), aside, {}, "accuracy", counts=counts, key="all")
+    how = Measurement(8, (1.0,), 32, 16, "auto", None)
+    setting = Setting(None, None, {"use_cpu": True}, 1, "", data, how)
+    return SimpleNamespace(trainer=trainer), CompareOptions(**options), setting
+
+
+def test_a_run_is_measured_after_every_epoch_also_where_max_steps_ends_it():
+    recipe, options, setting = own_rows()
+    by_epochs = budget._size(recipe, options, ARMS, setting, 4.0)  # 51 steps each
+    assert [(by_epochs.steps(share), by_epochs.measurements(share)) for share in (1, 0.5)] == [(204, 4), (104, 4)]
+    recipe.trainer.max_steps = 500
+    by_steps = budget._size(recipe, options, ARMS, setting, 4.0)
+    assert [(by_steps.steps(share), by_steps.measurements(share)) for share in (1, 0.5)] == [(500, 10), (500, 20)]
+    # fewer rows would save nothing there
+    *_, least = ladder(ARMS, FULL, by_steps.cut_rows)
+    assert by_epochs.cut_rows == 810 and least.rows == 1
 
 
 def test_rows_stay_where_only_measuring_is_slow():

@@ -6,6 +6,8 @@ a few steps of each kind of arm, two small measurements ── seconds of a comp
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import math
 import tempfile
@@ -84,7 +86,7 @@ class Size:
 
     Attributes:
         train: training rows. tests: test rows of all sets together. samples: completions that are sampled.
-        steps: share of the training rows -> optimizer steps of a run. measurements: of a run.
+        steps, measurements: share of the training rows -> optimizer steps of a run, and how often it is measured.
         rates: arm -> how many learning rates are tried for it; 0 without tuning, and for those that take another's.
         jobs: runs at a time.
     """
@@ -93,9 +95,14 @@ class Size:
     tests: int
     samples: int
     steps: Callable[[float], int]
-    measurements: int
+    measurements: Callable[[float], int]
     rates: Mapping[str, int]
     jobs: int
+
+    @property
+    def cut_rows(self) -> int:
+        """Training rows that can be left out to save time: none where max_steps decides how long a run is."""
+        return self.train if self.steps(0.5) < self.steps(1.0) else 0
 
 
 def format_duration(seconds: float) -> str:
@@ -118,7 +125,8 @@ def estimate(choice: Choice, costs: Costs, size: Size) -> float:
     for arm in choice.arms:
         own_rate = choice.seeds if not size.rates[arm] else max(0, choice.seeds - choice.tune_seeds)
         runs = own_rate + size.rates[arm] * choice.tune_seeds
-        total += runs * (costs.load + size.steps(choice.rows) * costs.step[arm] + size.measurements * measuring)
+        training = size.steps(choice.rows) * costs.step[arm]
+        total += runs * (costs.load + training + size.measurements(choice.rows) * measuring)
     return costs.spent + MARGIN * total / size.jobs
 
 
@@ -126,7 +134,7 @@ def ladder(arms: Sequence[Arm], full: Choice, train: int) -> Iterator[Choice]:
     """Choices from all that was asked for to the least that can still say something, each cutting one thing more.
 
     Args:
-        arms: that were asked for. train: training rows.
+        arms: that were asked for. train: training rows, 0 where fewer would save nothing.
     """
     choice = full
     yield choice
@@ -162,7 +170,7 @@ def choose(arms: Sequence[Arm], full: Choice, costs: Costs, size: Size, budget: 
         RecipeError: even the least does not fit; it says what the least takes.
     """
     cuts: list[Choice] = []
-    for choice in ladder(arms, full, size.train):
+    for choice in ladder(arms, full, size.cut_rows):
         seconds = estimate(choice, costs, size)
         if seconds <= budget:
             return _filled(choice, cuts, costs, size, budget)
@@ -281,15 +289,26 @@ def _share(rows: int, share: float) -> int:
 
 def _size(recipe: Recipe, options: CompareOptions, arms: Sequence[Arm], setting: Setting, epochs: float) -> Size:
     rows, trainer = setting.data.train, recipe.trainer
-    steps = run_steps(trainer, epochs, rows)
+    by_epochs = copy.copy(trainer)
+    by_epochs.max_steps = -1
+
+    @functools.cache  # packed rows are counted anew at each call
+    def steps(share: float) -> int:
+        return run_steps(trainer, epochs, rows, share)
+
+    @functools.cache
+    def measurements(share: float) -> int:
+        """One at the end of every epoch, and at the run's end."""
+        return math.ceil(epochs if trainer.max_steps <= 0 else steps(share) / run_steps(by_epochs, 1, rows, share))
+
     rates = len(rate_grid(options, recipe)) if options.tune else 0
     known = options.arm_rates or {}
     return Size(
         train=len(rows),
         tests=_test_rows(setting.data),
         samples=_samples(setting.data, setting.measurement),
-        steps=lambda share: run_steps(trainer, epochs, rows, share),
-        measurements=math.ceil(epochs if trainer.max_steps <= 0 else steps / max(1, run_steps(trainer, 1, rows))),
+        steps=steps,
+        measurements=measurements,
         rates={arm.name: rates if rate_source(arm, arms) == arm.name and arm.name not in known else 0 for arm in arms},
         jobs=options.jobs,
     )
