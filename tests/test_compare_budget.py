@@ -120,6 +120,16 @@ def test_a_run_is_measured_after_every_epoch_also_where_max_steps_ends_it():
     assert by_epochs.cut_rows == 810 and least.rows == 1
 
 
+@pytest.mark.parametrize(
+    ("jobs", "cores", "use_cpu", "at_a_time"), [(1, 8, True, 1), (4, 8, True, 4), (4, 2, True, 2), (4, 8, False, 1)]
+)
+def test_more_jobs_than_cores_or_several_on_one_card_are_no_faster(monkeypatch, jobs, cores, use_cpu, at_a_time):
+    monkeypatch.setattr(budget.os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    recipe, options, setting = own_rows(jobs=jobs)
+    recipe.trainer.use_cpu = use_cpu
+    assert budget._size(recipe, options, ARMS, setting, 4.0).jobs == at_a_time
+
+
 def test_rows_stay_where_only_measuring_is_slow():
     slow = replace(COSTS, step=dict.fromkeys([*NAMES, "sft_kl"], 0.001), measuring=60, spent=0)
     least = list(ladder(ARMS, FULL, 1024))[-1]

@@ -10,6 +10,7 @@ import copy
 import functools
 import json
 import math
+import os
 import tempfile
 import time
 import warnings
@@ -88,7 +89,7 @@ class Size:
         train: training rows. tests: test rows of all sets together. samples: completions that are sampled.
         steps, measurements: share of the training rows -> optimizer steps of a run, and how often it is measured.
         rates: arm -> how many learning rates are tried for it; 0 without tuning, and for those that take another's.
-        jobs: runs at a time.
+        jobs: how many times faster all runs are done than one after another.
     """
 
     train: int
@@ -310,8 +311,18 @@ def _size(recipe: Recipe, options: CompareOptions, arms: Sequence[Arm], setting:
         steps=steps,
         measurements=measurements,
         rates={arm.name: rates if rate_source(arm, arms) == arm.name and arm.name not in known else 0 for arm in arms},
-        jobs=options.jobs,
+        jobs=_together(options.jobs, on_cpu=trainer.use_cpu),
     )
+
+
+def _together(jobs: int, *, on_cpu: bool) -> int:
+    """How many times faster `jobs` runs at a time are than one after another; the probe timed one alone.
+
+    On the CPU each of several has one thread, so a core gains one. A graphics card is shared: no gain is counted on.
+    """
+    if not on_cpu:
+        return 1
+    return min(jobs, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def _all_rows(options: CompareOptions, data: ComparedData) -> int:
