@@ -290,6 +290,34 @@ def test_a_comparison_is_cut_to_its_budget(tmp_path, monkeypatch, capsys):
     assert record["limits"][0] == limits(found)[0]
 
 
+def test_rows_that_are_set_aside_stay_when_training_rows_are_left_out(tmp_path, monkeypatch):
+    rows = [{"prompt": f"{i} + 1 =", "completion": str(i + 1)} for i in range(640)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = RECIPE.replace("demo-noisy\ndataset_limit: 16", "own.jsonl").replace("eval_rows: 4", "eval_rows: 200")
+    recipe = write_recipe(tmp_path, text)
+    prepare_fake(monkeypatch, Costs(0, dict.fromkeys(NAMES, 1.0), 0, 0, 0))
+    full = compare(recipe, arms="sft,psft", seeds=2, budget="1h")
+    half = compare(recipe, arms="sft,psft", seeds=2, budget="10m")
+    assert full.left_out == [] and half.left_out == ["training rows: 260 of 519 are used"]
+    assert full.counts | {"train": 260} == half.counts
+    assert [full.counts[name] for name in ("train", "in_domain", "validation")] == [519, 64, 57]
+    assert half.done == 5  # other rows, other runs, and the base with them
+
+
+def test_left_out_rows_are_drawn_and_the_sets_do_not_mix():
+    _, _, setting = own_rows()
+    data = replace(setting.data, shortened={"truncated": 600, "dropped": 3, "max_length": 1})
+    assert budget.cut_data(data, FULL) is data
+    cut = budget.cut_data(data, replace(FULL, rows=0.25, tests=0.5))
+    ids = [row[0] for row in cut.train["input_ids"]]
+    assert len(ids) == len(set(ids)) == 203 and ids == sorted(ids) and ids[-1] > 700
+    assert cut.counts == {"train": 203, "in_domain": 50, "validation": 45}
+    assert len(cut.in_domain.rows) == 50 and int(cut.in_domain.places[-1]) > 80
+    assert cut.shortened == {"truncated": 203, "dropped": 3, "max_length": 1}
+    assert budget.cut_data(data, replace(FULL, rows=0.25, tests=0.5)).key == cut.key
+    assert len({cut.key, data.key, budget.cut_data(data, replace(FULL, rows=0.5)).key}) == 3
+
+
 def test_the_same_command_goes_on_with_the_same_runs(tmp_path, monkeypatch):
     recipe = write_recipe(tmp_path)
     runs, asked = prepare_fake(monkeypatch, Costs(1, dict.fromkeys([*NAMES, "sft_kl"], 1.0), 1, 0, 5))

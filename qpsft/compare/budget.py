@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import os
+import random
 import tempfile
 import time
 import warnings
@@ -177,7 +178,7 @@ def choose(arms: Sequence[Arm], full: Choice, costs: Costs, size: Size, budget: 
             return _filled(choice, cuts, costs, size, budget)
         cuts.append(choice)
     least = format_duration(seconds)
-    rows = round(choice.rows * size.train)
+    rows = _share(size.train, choice.rows)
     raise RecipeError(
         f"A budget of {format_duration(budget)} is too short: the least that says something, "
         f"{' and '.join(choice.arms)} with {choice.seeds} seeds on {rows:,} rows, takes about {least} on this machine.",
@@ -207,7 +208,7 @@ def left_out(full: Choice, choice: Choice, size: Size) -> list[str]:
     if arms := [arm for arm in full.arms if arm not in choice.arms]:
         lines.append(f"{'arm' if len(arms) == 1 else 'arms'} {', '.join(arms)}")
     if choice.rows < full.rows:
-        lines.append(f"training rows: {round(choice.rows * size.train):,} of {size.train:,} are used")
+        lines.append(f"training rows: {_share(size.train, choice.rows):,} of {size.train:,} are used")
     if choice.tests < full.tests:
         lines.append(f"test rows: {choice.tests:.0%} of each set are used")
     return lines
@@ -218,10 +219,11 @@ def left_out(full: Choice, choice: Choice, size: Size) -> list[str]:
 
 @dataclass
 class Fitted:
-    """What `fit` made of the options: `arms` and `options` to compare with, and `left_out` in words."""
+    """What `fit` made of a comparison: the arms, options and setting to compare with, and `left_out` in words."""
 
     arms: list[Arm]
     options: CompareOptions
+    setting: Setting
     left_out: list[str]
 
 
@@ -235,7 +237,7 @@ def fit(
     *,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Fitted:
-    """Cuts a comparison to its budget and says so. `dataset_limit` of the recipe is lowered if rows are left out.
+    """Cuts a comparison to its budget and says so.
 
     Args:
         setting: made with all that was asked for.
@@ -264,24 +266,50 @@ def fit(
     lines = left_out(full, choice, size)
     steps = ", ".join(f"{name} {costs.step[name]:.2g} s" for name in choice.arms)
     measuring = measuring_seconds(choice, costs, size)
-    what = f"{', '.join(choice.arms)}, {choice.seeds} seeds and {round(choice.rows * size.train):,} rows"
+    what = f"{', '.join(choice.arms)}, {choice.seeds} seeds and {_share(size.train, choice.rows):,} rows"
     measured = f"measured: a step takes {steps}, a measurement {measuring:.2g} s"
     print(fill(f"budget {options.budget}: about {format_duration(seconds)} for {what} ({measured})"), flush=True)
     print(fill(f"left out: {'; '.join(lines) or 'nothing'}"), flush=True)
-    data = setting.data
-    if choice.rows < 1:
-        recipe.data.dataset_limit = math.ceil(choice.rows * _all_rows(options, data))
     fitted = replace(
         options,
         arms=list(choice.arms),
         seeds=choice.seeds,
         tune_seeds=choice.tune_seeds,
-        eval_rows=_share(max(len(data.in_domain.rows), len(data.validation.rows)), choice.tests),
-        out_of_domain_rows=_share(max([len(rows.rows) for rows in data.out_of_domain.values()] or [1]), choice.tests),
         sample_rows=_share(options.sample_rows, choice.tests),
         k=options.k if choice.samples else 0,
     )
-    return Fitted([arm for arm in arms if arm.name in choice.arms], fitted, lines)
+    measurement = replace(setting.measurement, sample_rows=fitted.sample_rows, k=fitted.k)
+    setting = replace(setting, data=cut_data(setting.data, choice), measurement=measurement)
+    return Fitted([arm for arm in arms if arm.name in choice.arms], fitted, setting, lines)
+
+
+def cut_data(data: ComparedData, choice: Choice) -> ComparedData:
+    """The rows that a choice leaves. Rows that were set aside stay so: fewer rows to train on are no fewer to test on.
+
+    `overlap`, and the rows `dropped`, are those of all rows.
+    """
+    if choice.rows == choice.tests == 1:
+        return data
+    train = data.train.select(_drawn(len(data.train), choice.rows))
+    sets = {label: rows.select(_drawn(len(rows.rows), choice.tests)) for label, rows in data.sets().items()}
+    counts = {"train": len(train), **{label: len(rows.rows) for label, rows in sets.items()}}
+    limit = data.shortened.get("max_length")
+    long = sum(len(ids) == limit for ids in train["input_ids"]) if data.shortened.get("truncated") else 0
+    return replace(
+        data,
+        train=train,
+        validation=sets.pop("validation"),
+        in_domain=sets.pop("in_domain"),
+        out_of_domain=sets,
+        counts=counts,
+        shortened=data.shortened | {"truncated": min(long, data.shortened.get("truncated", 0))},
+        key=digest(json.dumps([data.key, choice.rows, choice.tests]))[:16],
+    )
+
+
+def _drawn(rows: int, share: float) -> list[int]:
+    """Indices of this share of the rows, in their order: drawn, as a file may be sorted, and the same at each call."""
+    return sorted(random.Random("qpsft compare: budget").sample(range(rows), _share(rows, share)))
 
 
 def _share(rows: int, share: float) -> int:
@@ -323,13 +351,6 @@ def _together(jobs: int, *, on_cpu: bool) -> int:
     if not on_cpu:
         return 1
     return min(jobs, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
-def _all_rows(options: CompareOptions, data: ComparedData) -> int:
-    """The training rows and those that were set aside of them."""
-    asked = {"in_domain": options.in_domain, "validation": options.validation}
-    built_in = bool(data.in_domain.rows) and "task" in data.in_domain.rows[0]
-    return len(data.train) + sum(data.counts[name] for name, given in asked.items() if not given and not built_in)
 
 
 def _test_rows(data: ComparedData) -> int:

@@ -107,8 +107,7 @@ def _compare(recipe: Recipe, options: CompareOptions, folder: Path, noise: float
     left_out: list[str] = []
     if options.budget is not None:
         fitted = fit(recipe, options, arms, setting, folder, started)
-        arms, options, left_out = fitted.arms, fitted.options, fitted.left_out
-        setting = make_setting(recipe, options, folder, noise)
+        arms, options, setting, left_out = fitted.arms, fitted.options, fitted.setting, fitted.left_out
     with RunQueue(setting, results_folder(options, folder), options.jobs) as runs:
         results = run_arms(arms, recipe, options, runs)
     comparison = gather(results, arms, recipe, options, runs)
