@@ -152,7 +152,10 @@ def test_durations(text, seconds):
     assert parse_duration(text) == seconds
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(45.2, "46s"), (121, "3m"), (3600, "1h"), (5400, "1h30m")])
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(45.2, "46s"), (120, "2m"), (159.3, "2m40s"), (599.5, "10m"), (601, "11m"), (3600, "1h"), (5400, "1h30m")],
+)
 def test_durations_are_written_rounded_up(seconds, text):
     assert format_duration(seconds) == text
 
@@ -162,6 +165,14 @@ def test_what_is_no_time_is_refused_before_anything_is_read(tmp_path, capsys, te
     assert cli.main(["compare", str(write_recipe(tmp_path)), f"--budget={text}"]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "it must be a time. Write it as 90s, 30m, 2h or 1h30m." in said
+    assert not (tmp_path / "comparison").exists()
+
+
+@pytest.mark.parametrize("text", ["0m", "0s", "0.0h0m"])
+def test_no_time_at_all_is_refused_before_anything_is_read(tmp_path, capsys, text):
+    assert cli.main(["compare", str(write_recipe(tmp_path)), f"--budget={text}"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"budget is {text}; it must be above 0." in said
     assert not (tmp_path / "comparison").exists()
 
 
@@ -281,7 +292,7 @@ def test_a_comparison_is_cut_to_its_budget(tmp_path, monkeypatch, capsys):
     assert labels == {"base"} | {f"{kind}-lr2e-3-seed{s}" for kind in ("nll", "psft-4visits") for s in (3, 4, 5)}
     assert found.counts["train"] == 128 and found.counts["in_domain"] == 4
     out = " ".join(capsys.readouterr().out.split())
-    assert "budget 9m: about 9m for sft, psft_visits, 3 seeds and 128 rows" in out
+    assert "budget 9m: about 8m52s for sft, psft_visits, 3 seeds and 128 rows" in out
     assert limits(found)[0] == (
         "The budget left out: 2 of 5 seeds; arm sft_kl; training rows: 128 of 512 are used; "
         "test rows: 25% of each set are used."

@@ -108,11 +108,18 @@ class Size:
 
 
 def format_duration(seconds: float) -> str:
-    """Such as 45s, 30m or 1h30m: rounded up, to whole minutes from two minutes on."""
+    """Such as 90s, 2m40s, 30m or 1h30m: rounded up, to whole minutes above ten."""
     if seconds < 120:
         return f"{math.ceil(seconds)}s"
-    hours, minutes = divmod(math.ceil(seconds / 60), 60)
-    return f"{hours}h{minutes}m" if hours and minutes else f"{hours}h" if hours else f"{minutes}m"
+    whole = math.ceil(seconds) if seconds <= 600 else 60 * math.ceil(seconds / 60)
+    parts = {"h": whole // 3600, "m": whole // 60 % 60, "s": whole % 60}
+    return "".join(f"{part}{unit}" for unit, part in parts.items() if part)
+
+
+def check_budget(text: str) -> None:
+    """Raises RecipeError if it leaves no time at all, which no probe needs to find out."""
+    if parse_duration(text) <= 0:
+        raise RecipeError(f"budget is {text}; it must be above 0.", "Write it as 90s, 30m, 2h or 1h30m.")
 
 
 def measuring_seconds(choice: Choice, costs: Costs, size: Size) -> float:
