@@ -15,7 +15,7 @@ from comparing import RECIPE, FakeRuns, write_recipe
 
 from qpsft import cli
 from qpsft.compare import budget, compare, queue, report
-from qpsft.compare.arms import find_arms
+from qpsft.compare.arms import DEFAULT_ARMS, find_arms
 from qpsft.compare.budget import (
     Choice,
     Costs,
@@ -279,6 +279,23 @@ def test_the_last_arm_that_is_named_is_compared_with_sft_in_little_time():
     full = replace(FULL, arms=("psft", "sft", "sft_matched", "dft"))
     arms = find_arms(full.arms)
     assert list(ladder(arms, full, 1024))[-1].arms == ("sft", "dft")
+
+
+def test_arms_are_left_out_one_at_a_time_and_before_the_third_seed():
+    arms, few = find_arms(DEFAULT_ARMS), replace(size(train=128), rates=dict.fromkeys(DEFAULT_ARMS, 0))
+    costs = replace(COSTS, step=dict.fromkeys(DEFAULT_ARMS, 1.0))
+    full = Choice(DEFAULT_ARMS, 3, 2)
+    cuts = list(ladder(arms, full, few.train))
+    assert list(dict.fromkeys(choice.arms for choice in cuts)) == [
+        ("sft", "sft_kl", "psft_visits", "psft_replay", "sft_replay"),
+        ("sft", "psft_visits", "psft_replay", "sft_replay"),
+        ("sft", "psft_replay", "sft_replay"),
+        ("sft", "sft_replay"),
+    ]
+    for count in (5, 4, 3, 2):
+        largest = next(choice for choice in cuts if len(choice.arms) == count)
+        found, _ = choose(arms, full, costs, few, estimate(largest, costs, few))
+        assert len(found.arms) == count and found.seeds == 3
 
 
 def test_a_comparison_is_cut_to_its_budget(tmp_path, monkeypatch, capsys):

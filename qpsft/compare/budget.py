@@ -165,11 +165,13 @@ def ladder(arms: Sequence[Arm], full: Choice, train: int) -> Iterator[Choice]:
     yield from cut(tests=0.25)
     if train >= 2 * LEAST_ROWS:
         yield from cut(rows=0.5)
-    yield from cut(arms=tuple(name for name in names if name in two))
+    for name in methods:
+        if name not in two:
+            yield from cut(arms=tuple(other for other in choice.arms if other != name))
     while choice.rows * train >= 2 * LEAST_ROWS:
         yield from cut(rows=choice.rows / 2)
     yield from cut(tune_seeds=1)
-    yield from cut(seeds=min(full.seeds, LEAST_SEEDS))
+    yield from cut(seeds=min(full.seeds, LEAST_SEEDS))  # last: an interval over two seeds can show next to nothing
 
 
 def choose(arms: Sequence[Arm], full: Choice, costs: Costs, size: Size, budget: float) -> tuple[Choice, float]:
