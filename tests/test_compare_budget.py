@@ -35,7 +35,7 @@ from qpsft.compare.options import CompareOptions, load_comparison, parse_duratio
 from qpsft.compare.run import Setting
 from qpsft.compare.verdict import limits
 from qpsft.data.shapes import Rows
-from qpsft.errors import RecipeError
+from qpsft.errors import RecipeError, TrainingError
 
 ARMS = find_arms(["sft", "sft_matched", "sft_blocks", "dft", "psft", "psft_visits"])
 NAMES = tuple(arm.name for arm in ARMS)
@@ -355,6 +355,34 @@ def test_the_same_command_goes_on_with_the_same_runs(tmp_path, monkeypatch):
     assert len(asked) == 1 and len(runs.specs) == done and again.done == 0
     compare(recipe, ["--max_grad_norm=0.5"], seeds=3, budget="1h")
     assert len(asked) == 2  # another run, another probe
+
+
+def test_when_the_time_is_up_the_whole_seeds_are_compared_and_the_same_command_does_the_rest(
+    tmp_path, monkeypatch, capsys
+):
+    def slow(*arguments):
+        now[0] += 100  # seconds, where none were foreseen
+        return runs(*arguments)
+
+    now = [time.monotonic()]
+    recipe = write_recipe(tmp_path)
+    runs, _ = prepare_fake(monkeypatch, Costs(0, dict.fromkeys(NAMES, 0.0), 0, 0, 0))
+    with monkeypatch.context() as late:
+        late.setattr(queue, "do_run", slow)
+        late.setattr(queue, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0]))
+        with pytest.raises(TrainingError, match="The budget of 2m was up .* Repeat the same command"):
+            compare(recipe, arms="sft,psft", seeds=4, budget="2m")
+        assert len(runs.specs) == 2  # the base and a run, which are kept
+        now[0] = time.monotonic()
+        found = compare(recipe, arms="sft,psft", seeds=4, budget="7m")
+    said = "2 of 4 seeds, as the time was up (the same command goes on with them)"
+    assert found.left_out == [said] and f"left out: {said}" in " ".join(capsys.readouterr().out.split())
+    assert {name: sorted(arm.runs) for name, arm in found.arms.items()} == {"sft": [3, 4], "psft": [3, 4]}
+    assert found.settings["comparison"]["seeds"] == 2
+    done = len(runs.specs)
+    again = compare(recipe, arms="sft,psft", seeds=4, budget="7m")
+    assert again.left_out == [] and sorted(again.arms["psft"].runs) == [3, 4, 5, 6]
+    assert len(runs.specs) == 9 > done  # none was done twice
 
 
 @pytest.mark.journey
