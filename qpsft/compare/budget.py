@@ -6,10 +6,12 @@ a few steps of each kind of arm, two small measurements ── seconds of a comp
 
 from __future__ import annotations
 
-import itertools
+import copy
+import functools
 import json
 import math
-import statistics
+import os
+import random
 import tempfile
 import time
 import warnings
@@ -34,9 +36,13 @@ from qpsft.recipe.file import Recipe
 from qpsft.terminal import fill
 
 PROBE = "budget.json"
+PROBE_FORMAT = 2
+"""Goes up when the same probe gives other numbers than before, so that older ones are not reused."""
 PROBE_STEPS, PROBE_SECONDS = 4, 3.0
 """A kind of arm trains for at least so many steps and so long."""
 MOST_PROBE_STEPS = 64
+PROBE_REPLAYED = 2
+"""Replayed rows that the timed steps hold at least, as far as `MOST_PROBE_STEPS` allow: they may be longer."""
 PROBE_SHARES = (1 / 16, 1 / 8)
 """Of each set's rows: how long a measurement takes is a constant and a part for every row."""
 LEAST_ROWS = 128
@@ -82,26 +88,38 @@ class Size:
 
     Attributes:
         train: training rows. tests: test rows of all sets together. samples: completions that are sampled.
-        steps: share of the training rows -> optimizer steps of a run. measurements: of a run.
+        steps, measurements: share of the training rows -> optimizer steps of a run, and how often it is measured.
         rates: arm -> how many learning rates are tried for it; 0 without tuning, and for those that take another's.
-        jobs: runs at a time.
+        jobs: how many times faster all runs are done than one after another.
     """
 
     train: int
     tests: int
     samples: int
     steps: Callable[[float], int]
-    measurements: int
+    measurements: Callable[[float], int]
     rates: Mapping[str, int]
     jobs: int
 
+    @property
+    def cut_rows(self) -> int:
+        """Training rows that can be left out to save time: none where max_steps decides how long a run is."""
+        return self.train if self.steps(0.5) < self.steps(1.0) else 0
+
 
 def format_duration(seconds: float) -> str:
-    """Such as 45s, 30m or 1h30m: rounded up, to whole minutes from two minutes on."""
+    """Such as 90s, 2m40s, 30m or 1h30m: rounded up, to whole minutes above ten."""
     if seconds < 120:
         return f"{math.ceil(seconds)}s"
-    hours, minutes = divmod(math.ceil(seconds / 60), 60)
-    return f"{hours}h{minutes}m" if hours and minutes else f"{hours}h" if hours else f"{minutes}m"
+    whole = math.ceil(seconds) if seconds <= 600 else 60 * math.ceil(seconds / 60)
+    parts = {"h": whole // 3600, "m": whole // 60 % 60, "s": whole % 60}
+    return "".join(f"{part}{unit}" for unit, part in parts.items() if part)
+
+
+def check_budget(text: str) -> None:
+    """Raises RecipeError if it leaves no time at all, which no probe needs to find out."""
+    if parse_duration(text) <= 0:
+        raise RecipeError(f"budget is {text}; it must be above 0.", "Write it as 90s, 30m, 2h or 1h30m.")
 
 
 def measuring_seconds(choice: Choice, costs: Costs, size: Size) -> float:
@@ -116,7 +134,8 @@ def estimate(choice: Choice, costs: Costs, size: Size) -> float:
     for arm in choice.arms:
         own_rate = choice.seeds if not size.rates[arm] else max(0, choice.seeds - choice.tune_seeds)
         runs = own_rate + size.rates[arm] * choice.tune_seeds
-        total += runs * (costs.load + size.steps(choice.rows) * costs.step[arm] + size.measurements * measuring)
+        training = size.steps(choice.rows) * costs.step[arm]
+        total += runs * (costs.load + training + size.measurements(choice.rows) * measuring)
     return costs.spent + MARGIN * total / size.jobs
 
 
@@ -124,7 +143,7 @@ def ladder(arms: Sequence[Arm], full: Choice, train: int) -> Iterator[Choice]:
     """Choices from all that was asked for to the least that can still say something, each cutting one thing more.
 
     Args:
-        arms: that were asked for. train: training rows.
+        arms: that were asked for. train: training rows, 0 where fewer would save nothing.
     """
     choice = full
     yield choice
@@ -146,11 +165,13 @@ def ladder(arms: Sequence[Arm], full: Choice, train: int) -> Iterator[Choice]:
     yield from cut(tests=0.25)
     if train >= 2 * LEAST_ROWS:
         yield from cut(rows=0.5)
-    yield from cut(arms=tuple(name for name in names if name in two))
+    for name in methods:
+        if name not in two:
+            yield from cut(arms=tuple(other for other in choice.arms if other != name))
     while choice.rows * train >= 2 * LEAST_ROWS:
         yield from cut(rows=choice.rows / 2)
     yield from cut(tune_seeds=1)
-    yield from cut(seeds=min(full.seeds, LEAST_SEEDS))
+    yield from cut(seeds=min(full.seeds, LEAST_SEEDS))  # last: an interval over two seeds can show next to nothing
 
 
 def choose(arms: Sequence[Arm], full: Choice, costs: Costs, size: Size, budget: float) -> tuple[Choice, float]:
@@ -160,13 +181,13 @@ def choose(arms: Sequence[Arm], full: Choice, costs: Costs, size: Size, budget: 
         RecipeError: even the least does not fit; it says what the least takes.
     """
     cuts: list[Choice] = []
-    for choice in ladder(arms, full, size.train):
+    for choice in ladder(arms, full, size.cut_rows):
         seconds = estimate(choice, costs, size)
         if seconds <= budget:
             return _filled(choice, cuts, costs, size, budget)
         cuts.append(choice)
     least = format_duration(seconds)
-    rows = round(choice.rows * size.train)
+    rows = _share(size.train, choice.rows)
     raise RecipeError(
         f"A budget of {format_duration(budget)} is too short: the least that says something, "
         f"{' and '.join(choice.arms)} with {choice.seeds} seeds on {rows:,} rows, takes about {least} on this machine.",
@@ -196,7 +217,7 @@ def left_out(full: Choice, choice: Choice, size: Size) -> list[str]:
     if arms := [arm for arm in full.arms if arm not in choice.arms]:
         lines.append(f"{'arm' if len(arms) == 1 else 'arms'} {', '.join(arms)}")
     if choice.rows < full.rows:
-        lines.append(f"training rows: {round(choice.rows * size.train):,} of {size.train:,} are used")
+        lines.append(f"training rows: {_share(size.train, choice.rows):,} of {size.train:,} are used")
     if choice.tests < full.tests:
         lines.append(f"test rows: {choice.tests:.0%} of each set are used")
     return lines
@@ -207,10 +228,11 @@ def left_out(full: Choice, choice: Choice, size: Size) -> list[str]:
 
 @dataclass
 class Fitted:
-    """What `fit` made of the options: `arms` and `options` to compare with, and `left_out` in words."""
+    """What `fit` made of a comparison: the arms, options and setting to compare with, and `left_out` in words."""
 
     arms: list[Arm]
     options: CompareOptions
+    setting: Setting
     left_out: list[str]
 
 
@@ -224,7 +246,7 @@ def fit(
     *,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Fitted:
-    """Cuts a comparison to its budget and says so. `dataset_limit` of the recipe is lowered if rows are left out.
+    """Cuts a comparison to its budget and says so.
 
     Args:
         setting: made with all that was asked for.
@@ -241,7 +263,8 @@ def fit(
         name: RunSpec(method, recipe.trainer.learning_rate, recipe.trainer.seed, epochs)
         for name, method in methods.items()
     }
-    key = digest(json.dumps([{name: spec.key(setting) for name, spec in specs.items()}, options.jobs]))[:16]
+    keys = {name: spec.key(setting) for name, spec in specs.items()}
+    key = digest(json.dumps([PROBE_FORMAT, keys, options.jobs]))[:16]
     costs = _kept_costs(folder / PROBE, key)
     if costs is None:
         costs = probe(specs, setting, options.jobs, started, clock)
@@ -252,24 +275,50 @@ def fit(
     lines = left_out(full, choice, size)
     steps = ", ".join(f"{name} {costs.step[name]:.2g} s" for name in choice.arms)
     measuring = measuring_seconds(choice, costs, size)
-    what = f"{', '.join(choice.arms)}, {choice.seeds} seeds and {round(choice.rows * size.train):,} rows"
+    what = f"{', '.join(choice.arms)}, {choice.seeds} seeds and {_share(size.train, choice.rows):,} rows"
     measured = f"measured: a step takes {steps}, a measurement {measuring:.2g} s"
     print(fill(f"budget {options.budget}: about {format_duration(seconds)} for {what} ({measured})"), flush=True)
     print(fill(f"left out: {'; '.join(lines) or 'nothing'}"), flush=True)
-    data = setting.data
-    if choice.rows < 1:
-        recipe.data.dataset_limit = math.ceil(choice.rows * _all_rows(options, data))
     fitted = replace(
         options,
         arms=list(choice.arms),
         seeds=choice.seeds,
         tune_seeds=choice.tune_seeds,
-        eval_rows=_share(max(len(data.in_domain.rows), len(data.validation.rows)), choice.tests),
-        out_of_domain_rows=_share(max([len(rows.rows) for rows in data.out_of_domain.values()] or [1]), choice.tests),
         sample_rows=_share(options.sample_rows, choice.tests),
         k=options.k if choice.samples else 0,
     )
-    return Fitted([arm for arm in arms if arm.name in choice.arms], fitted, lines)
+    measurement = replace(setting.measurement, sample_rows=fitted.sample_rows, k=fitted.k)
+    setting = replace(setting, data=cut_data(setting.data, choice), measurement=measurement)
+    return Fitted([arm for arm in arms if arm.name in choice.arms], fitted, setting, lines)
+
+
+def cut_data(data: ComparedData, choice: Choice) -> ComparedData:
+    """The rows that a choice leaves. Rows that were set aside stay so: fewer rows to train on are no fewer to test on.
+
+    `overlap`, and the rows `dropped`, are those of all rows.
+    """
+    if choice.rows == choice.tests == 1:
+        return data
+    train = data.train.select(_drawn(len(data.train), choice.rows))
+    sets = {label: rows.select(_drawn(len(rows.rows), choice.tests)) for label, rows in data.sets().items()}
+    counts = {"train": len(train), **{label: len(rows.rows) for label, rows in sets.items()}}
+    limit = data.shortened.get("max_length")
+    long = sum(len(ids) == limit for ids in train["input_ids"]) if data.shortened.get("truncated") else 0
+    return replace(
+        data,
+        train=train,
+        validation=sets.pop("validation"),
+        in_domain=sets.pop("in_domain"),
+        out_of_domain=sets,
+        counts=counts,
+        shortened=data.shortened | {"truncated": min(long, data.shortened.get("truncated", 0))},
+        key=digest(json.dumps([data.key, choice.rows, choice.tests]))[:16],
+    )
+
+
+def _drawn(rows: int, share: float) -> list[int]:
+    """Indices of this share of the rows, in their order: drawn, as a file may be sorted, and the same at each call."""
+    return sorted(random.Random("qpsft compare: budget").sample(range(rows), _share(rows, share)))
 
 
 def _share(rows: int, share: float) -> int:
@@ -278,25 +327,39 @@ def _share(rows: int, share: float) -> int:
 
 def _size(recipe: Recipe, options: CompareOptions, arms: Sequence[Arm], setting: Setting, epochs: float) -> Size:
     rows, trainer = setting.data.train, recipe.trainer
-    steps = run_steps(trainer, epochs, rows)
+    by_epochs = copy.copy(trainer)
+    by_epochs.max_steps = -1
+
+    @functools.cache  # packed rows are counted anew at each call
+    def steps(share: float) -> int:
+        return run_steps(trainer, epochs, rows, share)
+
+    @functools.cache
+    def measurements(share: float) -> int:
+        """One at the end of every epoch, and at the run's end."""
+        return math.ceil(epochs if trainer.max_steps <= 0 else steps(share) / run_steps(by_epochs, 1, rows, share))
+
     rates = len(rate_grid(options, recipe)) if options.tune else 0
     known = options.arm_rates or {}
     return Size(
         train=len(rows),
         tests=_test_rows(setting.data),
         samples=_samples(setting.data, setting.measurement),
-        steps=lambda share: run_steps(trainer, epochs, rows, share),
-        measurements=math.ceil(epochs if trainer.max_steps <= 0 else steps / max(1, run_steps(trainer, 1, rows))),
+        steps=steps,
+        measurements=measurements,
         rates={arm.name: rates if rate_source(arm, arms) == arm.name and arm.name not in known else 0 for arm in arms},
-        jobs=options.jobs,
+        jobs=_together(options.jobs, on_cpu=trainer.use_cpu),
     )
 
 
-def _all_rows(options: CompareOptions, data: ComparedData) -> int:
-    """The training rows and those that were set aside of them."""
-    asked = {"in_domain": options.in_domain, "validation": options.validation}
-    built_in = bool(data.in_domain.rows) and "task" in data.in_domain.rows[0]
-    return len(data.train) + sum(data.counts[name] for name, given in asked.items() if not given and not built_in)
+def _together(jobs: int, *, on_cpu: bool) -> int:
+    """How many times faster `jobs` runs at a time are than one after another; the probe timed one alone.
+
+    On the CPU each of several has one thread, so a core gains one. A graphics card is shared: no gain is counted on.
+    """
+    if not on_cpu:
+        return 1
+    return min(jobs, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def _test_rows(data: ComparedData) -> int:
@@ -329,7 +392,7 @@ def probe(
     """Times the loading of the base, a few optimizer steps of each kind of arm, and two small measurements.
 
     Args:
-        specs: arm -> one of its runs. Arms of the same loss count as one kind.
+        specs: arm -> one of its runs. What several of them share is timed once.
         jobs: with several, a run has one thread.
         started: when the comparison began, by `clock`.
     """
@@ -366,23 +429,41 @@ def _time_steps(
 ) -> tuple[dict[str, float], Any]:
     """Arm -> seconds of a step; and the model that was trained last, with its adapter."""
     short = replace(setting, options=setting.options | {"max_steps": MOST_PROBE_STEPS})
-    seconds: dict[tuple, float] = {}
+    seconds: dict[str, float] = {}
     step = {}
     trained = None
     for name, spec in specs.items():
-        kind = (spec.method["loss_type"], "base_kl" in spec.method)
-        if kind not in seconds:
-            if trained is not None:
-                model = trained.unload()
-            method = {key: value for key, value in spec.method.items() if key != "sft_warmup_steps"}
-            trainer = make_run_trainer(replace(spec, method=method), short, model, tokenizer, folder / name)
-            watch = _StepClock(clock)
-            trainer.add_callback(watch)
-            trainer.train()
-            trained = trainer.model
-            seconds[kind] = watch.seconds()
-        step[name] = seconds[kind]
+        step[name] = 0.0
+        for method, share in step_kinds(spec.method):
+            kind = json.dumps(method, sort_keys=True)
+            if kind not in seconds:
+                if trained is not None:
+                    model = trained.unload()
+                trainer = make_run_trainer(replace(spec, method=method), short, model, tokenizer, folder / name)
+                replayed = method.get("replay_share", 0) * trainer.rows_per_step()
+                watch = _StepClock(clock, math.ceil(PROBE_REPLAYED / replayed) if replayed else 0)
+                trainer.add_callback(watch)
+                trainer.train()
+                trained = trainer.model
+                seconds[kind] = watch.seconds()
+            step[name] += share * seconds[kind]
     return step, trained
+
+
+def step_kinds(method: Mapping[str, Any]) -> list[tuple[dict[str, Any], float]]:
+    """Methods to time instead of an arm's, and the share of its steps that is as long as each one's.
+
+    Of the K x V steps of a block, PSFT scores the rows of K - 1 under the reference; the others cost what SFT's do.
+    """
+    kept = {key: value for key, value in method.items() if key in ("base_kl", "replay_share")}
+    if method["loss_type"] != "psft":
+        return [(kept | {"loss_type": method["loss_type"]}, 1.0)]
+    block = method["reference_steps"]
+    scored = (block - 1) / (block * method["num_iterations"])
+    # in a block as long as the probe every step but the first, which is not timed, scores
+    scoring = {"loss_type": "psft", "reference_steps": MOST_PROBE_STEPS, "num_iterations": 1}
+    kinds = [(kept | {"loss_type": "nll"}, 1 - scored), (kept | scoring, scored)]
+    return [(one, share) for one, share in kinds if share]
 
 
 def _time_measurements(setting: Setting, model: Any, tokenizer: Any, clock: Callable[[], float]) -> tuple[float, float]:
@@ -417,19 +498,25 @@ def line(sizes: Sequence[int], times: Sequence[float]) -> tuple[float, float]:
 
 
 class _StepClock(TrainerCallback):
-    """Notes when each optimizer step ends, and ends training when that has been long enough."""
+    """Notes when each optimizer step ends, and ends training when that has been long enough.
 
-    def __init__(self, clock: Callable[[], float]):
+    Args:
+        least: so many steps are timed at least.
+    """
+
+    def __init__(self, clock: Callable[[], float], least: int = 0):
         self._clock = clock
+        self._least = max(PROBE_STEPS, 1 + least)
         self._ends: list[float] = []
 
     def on_step_end(self, args, state, control, **kwargs: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._ends.append(self._clock())
-        if len(self._ends) >= PROBE_STEPS and self._ends[-1] - self._ends[0] >= PROBE_SECONDS:
+        if len(self._ends) >= self._least and self._ends[-1] - self._ends[0] >= PROBE_SECONDS:
             control.should_training_stop = True
 
     def seconds(self) -> float:
-        """Of a step: the median, without the first step, in which libraries warm up."""
-        return statistics.median(end - start for start, end in itertools.pairwise(self._ends))
+        """Of a step: the mean, as few long steps may take most of the time, without the first, in which libraries warm
+        up."""
+        return (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)

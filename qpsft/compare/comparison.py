@@ -8,6 +8,7 @@ Every run's result is kept as soon as it is there (`qpsft.compare.run`); the sam
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import tempfile
@@ -21,7 +22,7 @@ from typing import Any
 import datasets
 
 from qpsft.compare.arms import ARMS, DEFAULT_ARMS, Arm, find_arms, pairs, rate_source
-from qpsft.compare.budget import fit
+from qpsft.compare.budget import check_budget, fit
 from qpsft.compare.coverage import coverage_notes, unseen_share
 from qpsft.compare.data import (
     BASE_ANSWERS,
@@ -34,14 +35,14 @@ from qpsft.compare.data import (
 )
 from qpsft.compare.figures import FIGURES
 from qpsft.compare.measure import Measurement
-from qpsft.compare.options import CompareOptions, load_comparison, rate_grid
-from qpsft.compare.queue import RunQueue
+from qpsft.compare.options import CompareOptions, load_comparison, parse_duration, rate_grid
+from qpsft.compare.queue import RunQueue, TimeUp
 from qpsft.compare.report import REPORT
 from qpsft.compare.results import ArmResult, Comparison, is_accuracy, validation_score
 from qpsft.compare.run import RunSpec, Setting, base_key, decisive_options, load_setting
 from qpsft.data.chat_date import find_chat_date, keep_chat_date
 from qpsft.data.tokenize import load_dataset
-from qpsft.errors import DivergedError, OutputError, RecipeError
+from qpsft.errors import DivergedError, OutputError, RecipeError, TrainingError
 from qpsft.evaluate.rows import INSTRUCTION_CHECKS
 from qpsft.files import finished_files, locked
 from qpsft.model.base import load_tokenizer
@@ -89,6 +90,8 @@ def compare_loaded(
         folder: replaces the recipe's `output_dir`.
     """
     find_arms(options.arms or DEFAULT_ARMS)  # a wrong name is said before the base is looked at
+    if options.budget is not None:
+        check_budget(options.budget)
     folder = prepare(recipe, folder)
     options = replace(options, arms=options.arms or default_arms(recipe))
     _make_folder(results_folder(options, folder), "results_dir")
@@ -105,15 +108,38 @@ def _compare(recipe: Recipe, options: CompareOptions, folder: Path, noise: float
     arms = find_arms(options.arms)
     setting = make_setting(recipe, options, folder, noise)
     left_out: list[str] = []
+    deadline = math.inf
     if options.budget is not None:
+        deadline = time.monotonic() + parse_duration(options.budget) - (time.perf_counter() - started)
         fitted = fit(recipe, options, arms, setting, folder, started)
-        arms, options, left_out = fitted.arms, fitted.options, fitted.left_out
-        setting = make_setting(recipe, options, folder, noise)
-    with RunQueue(setting, results_folder(options, folder), options.jobs) as runs:
-        results = run_arms(arms, recipe, options, runs)
-    comparison = gather(results, arms, recipe, options, runs)
+        arms, options, setting, left_out = fitted.arms, fitted.options, fitted.setting, fitted.left_out
+    with RunQueue(setting, results_folder(options, folder), options.jobs, deadline) as runs:
+        results, done = _run_in_time(arms, recipe, options, runs)
+    if done.seeds < options.seeds:
+        late = f"{options.seeds - done.seeds} of {options.seeds} seeds, as the time was up"
+        left_out = [*left_out, f"{late} (the same command goes on with them)"]
+        print(fill(f"left out: {left_out[-1]}"), flush=True)
+    comparison = gather(results, arms, recipe, done, runs)
     comparison.left_out = left_out
     return comparison
+
+
+def _run_in_time(
+    arms: Sequence[Arm], recipe: Recipe, options: CompareOptions, runs: RunQueue
+) -> tuple[RunResults, CompareOptions]:
+    """The results of those seeds that every arm has by the queue's deadline, and the options with so many seeds.
+
+    Raises:
+        TrainingError: there is no such seed.
+    """
+    for seeds in range(options.seeds, 0, -1):
+        fewer = replace(options, seeds=seeds, tune_seeds=min(options.tune_seeds, seeds))
+        with contextlib.suppress(TimeUp):  # after the first time nothing is run, only what was done is gathered
+            return run_arms(arms, recipe, fewer, runs), fewer
+    raise TrainingError(
+        f"The budget of {options.budget} was up before every method had a run.",
+        "Repeat the same command: finished runs are kept, and it goes on with the others.",
+    )
 
 
 def default_arms(recipe: Recipe) -> list[str]:
@@ -282,7 +308,7 @@ def run_arms(arms: Sequence[Arm], recipe: Recipe, options: CompareOptions, runs:
     done = runs.do([base, *first], may_diverge=True)
     rates = _rates(arms, recipe, options, tuning, done, runs.setting.data.metric)
     last = {arm.name: specs(arm, rates[arm.name], seeds) for arm in arms}
-    needed = [spec for at_rate in last.values() for spec in at_rate.values()]
+    needed = [last[arm.name][seed] for seed in seeds for arm in arms]  # whole seeds, should the time be up
     # Asked for again, a run of another arm's grid that diverged, as it was allowed to there, is an error.
     done |= runs.do([spec for spec in needed if spec not in done or "diverged" in done[spec]])
     results = RunResults(done[base], rates, unseen)
