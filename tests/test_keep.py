@@ -1,6 +1,7 @@
 """`qpsft evaluate --keep`: real models that kept and lost skills, what is said of them, exit codes, the model card."""
 
 import json
+import math
 import sys
 
 import numpy as np
@@ -65,6 +66,7 @@ def test_rows_none_of_which_differ_are_not_certain():
         (0.6, Estimate(-0.02, -0.04, 0.00), KEPT, ""),
         (0.6, Estimate(0.10, -0.06, 0.26), UNSURE, "100 rows are too few"),
         (0.05, Estimate(0.0, -0.01, 0.01), UNSURE, "the base itself scores 0.050"),
+        (0.6, Estimate(math.nan, math.nan, math.nan), LOST, ""),
     ],
 )
 def test_verdicts(base, difference, verdict, said):
@@ -196,6 +198,29 @@ def test_the_base_is_the_model_without_its_adapter_and_a_destroyed_one_fails(sto
     assert run(adapter, "--tasks", "arc_easy", *local, "--json", tmp_path / "b.json") == 0
     alone = json.loads((tmp_path / "b.json").read_text())["tasks"]["arc_easy"]["metrics"]["acc"]["value"]
     assert skill["tuned"] == alone
+
+
+def test_a_model_whose_numbers_are_not_finite_is_an_error_that_says_so(stories, own_choices, tmp_path, capsys):
+    """The harness takes the first of choices that are NaN, in TruthfulQA MC1 always the right one: a score of 1."""
+    adapter = make_adapter(tmp_path / "adapter", stories, size=math.nan)
+    local = ["--task_data", f"truthfulqa={shared_path('data/truthfulqa/TruthfulQA.csv')}", f"arc_easy={own_choices}"]
+    assert run(adapter, "--keep", "truthfulqa_mc1", "arc_easy", "--limit", 5, *local) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "On 5 of 5 rows of TruthfulQA MC1 the tuned model's log-likelihoods are not finite numbers" in said
+    assert "broken" in said and "adapter off" not in said
+
+
+def test_mc2_of_a_model_that_finds_every_choice_very_unlikely():
+    doc = {"mc2_targets": {"labels": [1, 0, 1]}}
+
+    def score(*likelihoods):
+        row = {"doc": doc, "filtered_resps": [(one, False) for one in likelihoods], "acc": None}
+        return keep.score_of("truthfulqa_mc2", row)
+
+    thirds = [math.log(share) for share in (0.5, 0.25, 0.25)]
+    assert score(*thirds) == pytest.approx(0.75)
+    assert score(*(one - 2000 for one in thirds)) == pytest.approx(0.75)  # exp() of each is 0
+    assert math.isnan(score(math.nan, *thirds[1:])) and math.isnan(score(-math.inf, *thirds[1:]))
 
 
 def test_prompts_that_need_punkt_are_left_out_only_without_it(monkeypatch):
