@@ -297,7 +297,9 @@ def test_rows_that_are_nowhere_name_the_flag(stories, tmp_path, monkeypatch, cap
     ("arguments", "message"),
     [
         (["--keep", "arc"], "--keep has no skill 'arc'"),
-        (["--keep", "--max_drop", "-1"], "max_drop is -1.0; it must be at least 0"),
+        (["--keep", "--max_drop", "-1"], "max_drop is -1; it must be from 0 to 1. It is a share: 0.05 is 5 points"),
+        (["--keep", "--max_drop", "5"], "max_drop is 5; it must be from 0 to 1. It is a share: 0.05 is 5 points"),
+        (["--data", "demo-clean", "--max_drop", "0.05"], "--max_drop is given without --keep"),
         (["--keep", "styles", "--task_data", "gsm8k=."], "--task_data names gsm8k, which --keep does not ask."),
         (["--task_data", "gsm8k=."], "--task_data is given without --tasks or --keep"),
     ],
