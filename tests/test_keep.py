@@ -293,6 +293,26 @@ def test_rows_that_are_nowhere_name_the_flag(stories, tmp_path, monkeypatch, cap
         assert f"data of {skill} could not be read" in said and f"--task_data {skill}=PATH" in said
 
 
+def test_all_rows_that_are_nowhere_are_named_at_once_before_a_model_is_loaded(stories, tmp_path, monkeypatch, capsys):
+    import datasets
+
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("qpsft.evaluate.run.load_evaluated", lambda *_, **__: pytest.fail("a model is loaded"))
+    adapter = make_adapter(tmp_path / "adapter", stories)
+    capsys.readouterr()
+    assert run(adapter, "--keep") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--task_data ifeval=PATH truthfulqa=PATH arc_easy=PATH openbookqa=PATH" in said
+    local = [f"ifeval={shared_path('data/ifeval/input_data.jsonl')}", f"arc_easy={tmp_path / 'arc.jsonl'}"]
+    (tmp_path / "arc.jsonl").write_text('{"text": "no question"}\n', encoding="utf-8")
+    assert run(adapter, "--keep", "ifeval", "openbookqa", "--task_data", local[0]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "data of openbookqa could not be read" in said and "--task_data openbookqa=PATH" in said
+    assert run(adapter, "--keep", "arc_easy", "--task_data", local[1]) == 2
+    assert "arc.jsonl, line 1 lacks question" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

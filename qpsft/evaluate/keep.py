@@ -19,7 +19,7 @@ from qpsft.data import built_in
 from qpsft.errors import DataError, QpsftError, did_you_mean
 from qpsft.evaluate.estimates import TWO_SIDED_95, Estimate, paired_difference
 from qpsft.evaluate.evaluation import evaluate
-from qpsft.evaluate.harness import check_tasks, run_tasks
+from qpsft.evaluate.harness import UnreachableError, check_tasks, read_rows, run_tasks, unreachable
 from qpsft.evaluate.ifeval import MAX_NEW_TOKENS, follow_instructions, ifeval_rows
 from qpsft.evaluate.options import EvaluationOptions
 from qpsft.evaluate.rows import as_rows
@@ -77,7 +77,17 @@ class Gate:
         if is_demo:
             return cls(skills, options, own, [])
         check_tasks(list(skills), own)
-        rows, left_out = ifeval_rows(own.get("ifeval"), options.limit) if "ifeval" in skills else ([], 0)
+        rows, left_out, nowhere = [], 0, {}
+        for name in skills:
+            try:
+                if name == "ifeval":
+                    rows, left_out = ifeval_rows(own.get("ifeval"), options.limit)
+                else:
+                    read_rows(name, own)
+            except UnreachableError as error:
+                nowhere[name] = error.__cause__
+        if nowhere:  # all are named at once
+            raise unreachable(list(nowhere), {}, next(iter(nowhere.values())))
         return cls(skills, options, own, rows, left_out)
 
     def scores(self, model: Any, tokenizer: Any, who: str) -> dict[str, np.ndarray]:
