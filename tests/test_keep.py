@@ -329,6 +329,13 @@ def test_mistakes_are_one_paragraph(zero, arguments, message, capsys):
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_model_behind_a_flag_that_takes_words_is_told_to_stand_first(zero, capsys):
+    assert run("--keep", zero) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the following arguments are required: MODEL" in said
+    assert "Put the model first: qpsft evaluate MODEL --keep." in said
+
+
 def test_skills_are_read_as_they_are_declared():
     def read(*argv):
         return parse(Parser("qpsft evaluate", "", ""), ["m", *argv], EvaluationOptions).keep
