@@ -1,6 +1,7 @@
 """`qpsft evaluate --keep`: real models that kept and lost skills, what is said of them, exit codes, the model card."""
 
 import json
+import math
 import sys
 
 import numpy as np
@@ -65,6 +66,7 @@ def test_rows_none_of_which_differ_are_not_certain():
         (0.6, Estimate(-0.02, -0.04, 0.00), KEPT, ""),
         (0.6, Estimate(0.10, -0.06, 0.26), UNSURE, "100 rows are too few"),
         (0.05, Estimate(0.0, -0.01, 0.01), UNSURE, "the base itself scores 0.050"),
+        (0.6, Estimate(math.nan, math.nan, math.nan), LOST, ""),
     ],
 )
 def test_verdicts(base, difference, verdict, said):
@@ -198,6 +200,29 @@ def test_the_base_is_the_model_without_its_adapter_and_a_destroyed_one_fails(sto
     assert skill["tuned"] == alone
 
 
+def test_a_model_whose_numbers_are_not_finite_is_an_error_that_says_so(stories, own_choices, tmp_path, capsys):
+    """The harness takes the first of choices that are NaN, in TruthfulQA MC1 always the right one: a score of 1."""
+    adapter = make_adapter(tmp_path / "adapter", stories, size=math.nan)
+    local = ["--task_data", f"truthfulqa={shared_path('data/truthfulqa/TruthfulQA.csv')}", f"arc_easy={own_choices}"]
+    assert run(adapter, "--keep", "truthfulqa_mc1", "arc_easy", "--limit", 5, *local) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "On 5 of 5 rows of TruthfulQA MC1 the tuned model's log-likelihoods are not finite numbers" in said
+    assert "broken" in said and "adapter off" not in said
+
+
+def test_mc2_of_a_model_that_finds_every_choice_very_unlikely():
+    doc = {"mc2_targets": {"labels": [1, 0, 1]}}
+
+    def score(*likelihoods):
+        row = {"doc": doc, "filtered_resps": [(one, False) for one in likelihoods], "acc": None}
+        return keep.score_of("truthfulqa_mc2", row)
+
+    thirds = [math.log(share) for share in (0.5, 0.25, 0.25)]
+    assert score(*thirds) == pytest.approx(0.75)
+    assert score(*(one - 2000 for one in thirds)) == pytest.approx(0.75)  # exp() of each is 0
+    assert math.isnan(score(math.nan, *thirds[1:])) and math.isnan(score(-math.inf, *thirds[1:]))
+
+
 def test_prompts_that_need_punkt_are_left_out_only_without_it(monkeypatch):
     pytest.importorskip("lm_eval")
     path = shared_path("data/ifeval")
@@ -268,11 +293,33 @@ def test_rows_that_are_nowhere_name_the_flag(stories, tmp_path, monkeypatch, cap
         assert f"data of {skill} could not be read" in said and f"--task_data {skill}=PATH" in said
 
 
+def test_all_rows_that_are_nowhere_are_named_at_once_before_a_model_is_loaded(stories, tmp_path, monkeypatch, capsys):
+    import datasets
+
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("qpsft.evaluate.run.load_evaluated", lambda *_, **__: pytest.fail("a model is loaded"))
+    adapter = make_adapter(tmp_path / "adapter", stories)
+    capsys.readouterr()
+    assert run(adapter, "--keep") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--task_data ifeval=PATH truthfulqa=PATH arc_easy=PATH openbookqa=PATH" in said
+    local = [f"ifeval={shared_path('data/ifeval/input_data.jsonl')}", f"arc_easy={tmp_path / 'arc.jsonl'}"]
+    (tmp_path / "arc.jsonl").write_text('{"text": "no question"}\n', encoding="utf-8")
+    assert run(adapter, "--keep", "ifeval", "openbookqa", "--task_data", local[0]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "data of openbookqa could not be read" in said and "--task_data openbookqa=PATH" in said
+    assert run(adapter, "--keep", "arc_easy", "--task_data", local[1]) == 2
+    assert "arc.jsonl, line 1 lacks question" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--keep", "arc"], "--keep has no skill 'arc'"),
-        (["--keep", "--max_drop", "-1"], "max_drop is -1.0; it must be at least 0"),
+        (["--keep", "--max_drop", "-1"], "max_drop is -1; it must be from 0 to 1. It is a share: 0.05 is 5 points"),
+        (["--keep", "--max_drop", "5"], "max_drop is 5; it must be from 0 to 1. It is a share: 0.05 is 5 points"),
+        (["--data", "demo-clean", "--max_drop", "0.05"], "--max_drop is given without --keep"),
         (["--keep", "styles", "--task_data", "gsm8k=."], "--task_data names gsm8k, which --keep does not ask."),
         (["--task_data", "gsm8k=."], "--task_data is given without --tasks or --keep"),
     ],
@@ -280,6 +327,13 @@ def test_rows_that_are_nowhere_name_the_flag(stories, tmp_path, monkeypatch, cap
 def test_mistakes_are_one_paragraph(zero, arguments, message, capsys):
     assert run(zero, *arguments) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_model_behind_a_flag_that_takes_words_is_told_to_stand_first(zero, capsys):
+    assert run("--keep", zero) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the following arguments are required: MODEL" in said
+    assert "Put the model first: qpsft evaluate MODEL --keep." in said
 
 
 def test_skills_are_read_as_they_are_declared():

@@ -115,6 +115,20 @@ def test_the_demo_learns_and_prints_what_it_did(tmp_path, capsys, monkeypatch):
     assert cli.main(["demo", "--output_dir=demo"]) == 2  # never over an earlier one
 
 
+def test_the_demo_s_next_steps_need_nothing_but_what_it_wrote(tmp_path, monkeypatch):
+    """In a folder that is no clone of the repository."""
+    from qpsft.compare.options import load_comparison
+    from qpsft.demo import walkthrough
+
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    Path("mine/recipe.yaml").write_text(walkthrough.RECIPE.read_text(encoding="utf-8"), encoding="utf-8")
+    text = walkthrough._next({walkthrough.KEEPING: Path("mine")}, Path("mine-merged"))
+    assert "\n  qpsft compare mine\n" in text and "adapters/" not in text
+    recipe, _ = load_comparison("mine", [])
+    assert recipe.data.dataset_name == "demo-noisy" and recipe.trainer.output_dir == "mine/comparison"
+
+
 def test_bars_are_as_long_as_the_shares_they_stand_for():
     lines = bars({"base": (0.0, 1.0), "plain SFT": (0.5, 0.25), "near the base": (0.505, 0.0)}).splitlines()
     assert [line.count("█") for line in lines] == [0, BAR, BAR // 2 + BAR // 4, BAR // 2]

@@ -216,7 +216,7 @@ def _next(folders: dict[str, Path], merged: Path) -> str:
         f"qpsft chat {kept}": "ask it; with /both the base answers too",
         f"qpsft preview {kept}/recipe.yaml": "the rows it was trained on",
         f"qpsft verify {kept} {merged}": "prove again that the merge is the trained model",
-        "qpsft compare adapters/demo-noisy": "more methods, more seeds, with intervals",
+        f"qpsft compare {kept}": "more methods, more seeds, with intervals",
         "qpsft train --help": "your own model and data",
     }
     return "\n".join(["also:", *(f"  {command}\n      {what}" for command, what in commands.items())])

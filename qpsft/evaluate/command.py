@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
+from qpsft.errors import RecipeError
 from qpsft.evaluate.options import EvaluationOptions
 from qpsft.recipe.flags import Parser, parse
 from qpsft.terminal import quiet_libraries, wrap
@@ -22,9 +23,20 @@ DESCRIPTION = (
 )
 
 
+class _Parser(Parser):
+    def error(self, message: str) -> NoReturn:
+        """A missing model mostly stands behind a flag that takes all words up to the next one."""
+        if "required: MODEL" in message:
+            raise RecipeError(
+                f"{self.prog}: {message}.",
+                f"Put the model first: {self.prog} MODEL --keep. Words behind --keep, --data or --tasks are theirs.",
+            )
+        super().error(message)
+
+
 def evaluate(argv: Sequence[str]) -> int:
     """`qpsft evaluate`. Returns 1 if --keep finds a skill lost, else 0."""
-    options = parse(Parser("qpsft evaluate", "MODEL [options]", DESCRIPTION), argv, EvaluationOptions)
+    options = parse(_Parser("qpsft evaluate", "MODEL [options]", DESCRIPTION), argv, EvaluationOptions)
     quiet_libraries()
     from qpsft.evaluate.run import run_evaluation
     from qpsft.model.stated_record import state_record

@@ -25,6 +25,10 @@ FOR_GROUPS = (
 )
 
 
+class UnreachableError(DataError):
+    """Rows that are neither local nor to be had from the Hub; the library's exception is its cause."""
+
+
 def run_tasks(
     model: Any,
     tokenizer: Any,
@@ -108,6 +112,17 @@ def check_tasks(tasks: Sequence[str], task_data: Mapping[str, Path]) -> list[str
         if name in task_data and _is_group(name, manager):
             raise DataError(f"--task_data {name}: {name} is a group of tasks, each with its own data.", FOR_GROUPS)
     return names
+
+
+def read_rows(task: str, task_data: Mapping[str, Path]) -> None:
+    """Reads a task's rows once, those of the Hub into its cache. Takes no model.
+
+    Raises:
+        DataError: they cannot be read; UnreachableError: from nowhere.
+    """
+    manager = _manager((task,))
+    with _quiet(), explained([task], task_data):
+        manager.load(_task(task, task_data, manager))
 
 
 @functools.cache
@@ -250,11 +265,11 @@ def explained(names: Sequence[str], task_data: Mapping[str, Path]) -> Iterator[N
     try:
         yield
     except (ConnectionError, DatasetsError, FileNotFoundError) as error:
-        raise _unreachable(names, task_data, error) from error
+        raise unreachable(names, task_data, error) from error
     except ValueError as error:
         if not str(error).startswith(("BuilderConfig", "Couldn't find cache")):  # the cache has another configuration
             raise
-        raise _unreachable(names, task_data, error) from error
+        raise unreachable(names, task_data, error) from error
     except AssertionError as error:
         if "no documents available" in str(error):
             raise DataError(
@@ -273,15 +288,19 @@ def explained(names: Sequence[str], task_data: Mapping[str, Path]) -> Iterator[N
         ) from error
 
 
-def _unreachable(names: Sequence[str], task_data: Mapping[str, Path], error: Exception) -> DataError:
+def unreachable(names: Sequence[str], task_data: Mapping[str, Path], error: BaseException) -> UnreachableError:
+    """The error about tasks whose rows are nowhere: those without local data, and what to give instead."""
     missing = [name for name in names if name not in task_data and benchmark_of(name) not in task_data] or names
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
     files = {name: benchmark.files for name, benchmark in BENCHMARKS.items()}
     groups = [name for name in missing if benchmark_of(name) is None and _is_group(name, _manager(tuple(names)))]
     single = dict.fromkeys(benchmark_of(name) or name for name in missing if name not in groups)
-    flags = [f"--task_data {name}=PATH ({files.get(name, 'a folder like the Hub data set')})" for name in single]
-    todo = [f"Give a local copy: {'; '.join(flags)}."] if flags else []
-    return DataError(
+    todo = []
+    if single:
+        flag = f"--task_data {' '.join(f'{name}=PATH' for name in single)}"
+        kinds = [f"{name} is {files.get(name, 'a folder like the Hub data set')}" for name in single]
+        todo = [f"Give a local copy: {flag}. Of these, {'; '.join(kinds)}."]
+    return UnreachableError(
         f"The data of {', '.join(missing)} could not be read from the Hub{offline}: "
         f"{' '.join(str(error).split())[:200].rstrip('.')}.",
         " ".join(todo + ([FOR_GROUPS] if groups else [])),

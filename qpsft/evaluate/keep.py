@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from qpsft.data import built_in
-from qpsft.errors import DataError, did_you_mean
+from qpsft.errors import DataError, QpsftError, did_you_mean
 from qpsft.evaluate.estimates import TWO_SIDED_95, Estimate, paired_difference
 from qpsft.evaluate.evaluation import evaluate
-from qpsft.evaluate.harness import check_tasks, run_tasks
+from qpsft.evaluate.harness import UnreachableError, check_tasks, read_rows, run_tasks, unreachable
 from qpsft.evaluate.ifeval import MAX_NEW_TOKENS, follow_instructions, ifeval_rows
 from qpsft.evaluate.options import EvaluationOptions
 from qpsft.evaluate.rows import as_rows
@@ -77,7 +77,17 @@ class Gate:
         if is_demo:
             return cls(skills, options, own, [])
         check_tasks(list(skills), own)
-        rows, left_out = ifeval_rows(own.get("ifeval"), options.limit) if "ifeval" in skills else ([], 0)
+        rows, left_out, nowhere = [], 0, {}
+        for name in skills:
+            try:
+                if name == "ifeval":
+                    rows, left_out = ifeval_rows(own.get("ifeval"), options.limit)
+                else:
+                    read_rows(name, own)
+            except UnreachableError as error:
+                nowhere[name] = error.__cause__
+        if nowhere:  # all are named at once
+            raise unreachable(list(nowhere), {}, next(iter(nowhere.values())))
         return cls(skills, options, own, rows, left_out)
 
     def scores(self, model: Any, tokenizer: Any, who: str) -> dict[str, np.ndarray]:
@@ -87,12 +97,12 @@ class Gate:
             who: whose they are, for the terminal.
 
         Raises:
-            DataError: rows cannot be read from the Hub.
+            DataError: rows cannot be read from the Hub. QpsftError: log-likelihoods that are not finite numbers.
         """
         print(wrap(f"asking {who}: {', '.join(skill.title for skill in self.skills.values())}", "  "), flush=True)
         tasks = [name for name in self.skills if name in SKILLS and name != "ifeval"]
         # Before IFEval, which takes longest: rows that are not on the Hub show at once.
-        scores = self._choices(model, tokenizer, tasks) if tasks else {}
+        scores = self._choices(model, tokenizer, tasks, who) if tasks else {}
         if "ifeval" in self.skills:
             scores["ifeval"] = self._instructions(model, tokenizer, f"IFEval, {who}")
         for name in self.skills:
@@ -100,7 +110,7 @@ class Gate:
                 scores[name] = self._built_in(model, tokenizer, name)
         return {name: scores[name] for name in self.skills}
 
-    def _choices(self, model: Any, tokenizer: Any, tasks: list[str]) -> dict[str, np.ndarray]:
+    def _choices(self, model: Any, tokenizer: Any, tasks: list[str], who: str) -> dict[str, np.ndarray]:
         results = run_tasks(
             model,
             tokenizer,
@@ -111,10 +121,17 @@ class Gate:
             seed=self.options.seed,
             samples=True,
         )
-        ordered = {task: sorted(results[task]["samples"], key=lambda row: row["doc_id"]) for task in tasks}
-        return {
-            task: np.array([row[SKILLS[task].metric] for row in rows], dtype=float) for task, rows in ordered.items()
-        }
+        scores = {}
+        for task in tasks:
+            rows = sorted(results[task]["samples"], key=lambda row: row["doc_id"])
+            scores[task] = np.array([score_of(task, row) for row in rows], dtype=float)
+            if broken := np.isnan(scores[task]).sum():
+                raise QpsftError(
+                    f"On {broken} of {len(rows)} rows of {SKILLS[task].title} {who}'s log-likelihoods are not finite "
+                    "numbers (NaN or infinite), so no score of it means anything: it is broken.",
+                    "Look for NaN in its weights. If its numbers are too large for float16, use bfloat16 or float32.",
+                )
+        return scores
 
     def _instructions(self, model: Any, tokenizer: Any, description: str) -> np.ndarray:
         checked = follow_instructions(
@@ -134,6 +151,25 @@ class Gate:
             batch_size=self.options.batch_size, progress=True,
         )  # fmt: skip
         return np.array(result.per_row["accuracy"])
+
+
+def score_of(task: str, row: Mapping[str, Any]) -> float:
+    """A row's score by a task of choices: the harness's, but NaN where a log-likelihood is not finite.
+
+    The harness takes the first of choices that are NaN, in TruthfulQA MC1 always the right one.
+
+    Args:
+        row: the harness's record of it.
+    """
+    likelihoods = np.array([likelihood for likelihood, _ in row["filtered_resps"]], dtype=float)
+    if not np.isfinite(likelihoods).all():
+        return math.nan
+    if task == "truthfulqa_mc2":
+        # The harness's own is 0 / 0 where exp() of every choice's log-likelihood is 0.
+        shares = np.exp(likelihoods - likelihoods.max())
+        right = np.array(row["doc"]["mc2_targets"]["labels"]) == 1
+        return float(shares[right].sum() / shares.sum())
+    return float(row[SKILLS[task].metric])
 
 
 def chosen_skills(names: bool | list[str], known: Mapping[str, Skill]) -> dict[str, Skill]:
@@ -267,11 +303,11 @@ def judge(gate: Gate, base_name: str, base: Mapping[str, np.ndarray], tuned: Map
 def verdict_on(base: float, difference: Estimate, rows: int, max_drop: float) -> tuple[str, str]:
     """LOST, KEPT or UNSURE, and what is not clear.
 
-    LOST: the difference itself is beyond `max_drop`. KEPT: its whole interval is inside. UNSURE: neither, or the base
-    scores too low to lose that much.
+    LOST: the difference itself is beyond `max_drop`, or not a number. KEPT: its whole interval is inside. UNSURE:
+    neither, or the base scores too low to lose that much.
     """
     drop = -difference.value
-    if drop > max_drop + ROUNDING:
+    if not drop <= max_drop + ROUNDING:
         chance = f"the interval reaches {difference.high:+.3f}, so {rows} rows do not rule out chance; more would."
         return LOST, chance if difference.high > -max_drop else ""
     if base <= max_drop:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qpsft.errors import DataError
+from qpsft.errors import DataError, RecipeError
 from qpsft.recipe.arguments import LoadOptions
 from qpsft.recipe.flags import check_ranges, option
+
+MAX_DROP = 0.05
+"""Of --keep, unless --max_drop is given."""
 
 
 @dataclass
@@ -35,7 +38,9 @@ class EvaluationOptions(LoadOptions):
         "needs --base too",
         metavar="SKILL",
     )
-    max_drop: float = option(0.05, "of --keep: how far a score may fall, 0.05 being five points of accuracy", least=0)
+    max_drop: float | None = option(
+        None, f"of --keep: how far a score may fall, as a share (default: {MAX_DROP}, five points of accuracy)"
+    )
     limit: int | None = option(None, "only the first N rows of each data set and task", least=1)
     seed: int = option(0, "seed of the samples and the bootstrap", least=0)
     k: int = option(8, "completions sampled per prompt, for pass@k; 0: greedy only", least=0)
@@ -65,6 +70,15 @@ class EvaluationOptions(LoadOptions):
         check_ranges(self)
         if self.keep == []:
             self.keep = True
+        if self.max_drop is not None and not self.keep:
+            raise DataError("--max_drop is given without --keep.", "Add --keep, or leave it out.")
+        if self.max_drop is None:
+            self.max_drop = MAX_DROP
+        if not 0 <= self.max_drop <= 1:
+            raise RecipeError(
+                f"max_drop is {self.max_drop:g}; it must be from 0 to 1.",
+                "It is a share: 0.05 is 5 points of accuracy.",
+            )
         if not self.data and self.train_data and not self.tasks:
             raise DataError("--train_data is given without --data.", "Name what to evaluate on.")
         if self.task_data and not self.tasks and not self.keep:
