@@ -73,6 +73,7 @@ SINCE = 16
 GUARD = HERE / "guard.md"
 GUARDED = {"stop": [], "warn": ["--guard={data: old.jsonl, every: 4, max_new_tokens: 56, action: warn}"]}
 KEPT = HERE.parent / "benchmarks" / "results" / "evidence_real" / "summary.json"
+KEPT_RATES = KEPT.parent / "rates" / "summary.json"
 KEPT_PART = "svamp_noisy"
 KEPT_ARMS = {
     "sft": "plain SFT",
@@ -83,6 +84,8 @@ KEPT_ARMS = {
     "psft_replay": "PSFT + replay",
     "psft": "PSFT",
     "psft_kl": "PSFT + KL to the base",
+    "dft": "DFT",
+    "asft": "ASFT",
 }
 """The arms that README's picture shows, and what it calls them."""
 DPI = 120
@@ -154,37 +157,46 @@ def draw_clip(path: Path) -> None:
 # ---- what was learnt and kept ----
 
 
-def kept_points(record: Path) -> tuple[float, dict[str, list[tuple[float, float]]]]:
-    """What the base knew of the new task; for each arm (learnt, kept) of every seed, at the end of the run.
+def kept_points(record: Path) -> tuple[float, dict[str, dict[float, list[tuple[float, float]]]]]:
+    """What the base knew of the new task; for each arm and learning rate (learnt, kept) of every seed, at the end.
 
     Learnt: likelihood of a token of the right answers to test questions. Kept: likelihood of a token of the base's own
     answers to other prompts, relative to the base's.
     """
     part = json.loads(record.read_text(encoding="utf-8"))[KEPT_PART]
-    points = {
-        arm: [(math.exp(-run["end"]["test/nll"]), run["end"]["text"]) for run in part["runs"] if run["arm"] == arm]
-        for arm in KEPT_ARMS
-    }
+    points: dict[str, dict[float, list[tuple[float, float]]]] = {}
+    for run in part["runs"]:
+        point = math.exp(-run["end"]["test/nll"]), run["end"]["text"]
+        points.setdefault(run["arm"], {}).setdefault(run["rate"], []).append(point)
     return math.exp(-part["base"]["test/nll"]), points
 
 
-def draw_kept(record: Path, path: Path) -> None:
-    """Kept against learnt: a large mark for each method's mean, a small one per seed, the base as a cross."""
+def draw_kept(record: Path, rates: Path, path: Path) -> None:
+    """Kept against learnt: a large mark for each method's mean at one rate, a small one per seed, the base as a cross.
+
+    Args:
+        record: the arms at one rate.
+        rates: some of them at several, each a line over its rates.
+    """
     from qpsft.compare.figures import STYLES
 
     base, points = kept_points(record)
-    figure, (axes,) = new_figure(1, width=7.0, height=3.9)
+    figure, (axes,) = new_figure(1, width=7.0, height=4.6)
     axes.plot(base, 1.0, "kx", markersize=10)
     axes.annotate("the base", (base, 1.0), xytext=(9, -4), textcoords="offset points", fontsize=9, color="0.3")
-    for arm, seeds in points.items():
+    for arm, tried in kept_points(rates)[1].items():
+        line = [seeds[0] for _, seeds in sorted(tried.items())]
+        axes.plot(*zip(*line, strict=True), color=STYLES[arm]["color"], linewidth=1, marker=".", alpha=0.7)
+    for arm, label in KEPT_ARMS.items():
+        (seeds,) = points[arm].values()
         style = {"color": STYLES[arm]["color"], "marker": STYLES[arm]["marker"], "linestyle": "none"}
         mean = [sum(axis) / len(axis) for axis in zip(*seeds, strict=True)]
         axes.plot(*zip(*seeds, strict=True), markersize=4, alpha=0.5, **style)
-        axes.plot(*mean, markersize=10, label=f"{KEPT_ARMS[arm]} ({len(seeds)})", **style)
+        axes.plot(*mean, markersize=10, label=f"{label} ({len(seeds)})", **style)
     axes.legend(loc="lower center", frameon=False, fontsize=9, title="(seeds)", title_fontsize=8)
     axes.set_xlabel("learnt: likelihood of a token of the right answers")
     axes.set_ylabel("kept: likelihood of its own texts")
-    axes.set_title("SmolLM2-135M-Instruct, equations of which 30 % are wrong", fontsize=10)
+    axes.set_title("SmolLM2-135M-Instruct, equations of which 30 % are wrong; lines: other rates", fontsize=10)
     save(figure, path)
 
 
@@ -353,7 +365,7 @@ def main() -> None:
     if "clip" in wanted:
         draw_clip(options.output / "clip.png")
     if "kept" in wanted:
-        draw_kept(KEPT, options.output / "kept.png")
+        draw_kept(KEPT, KEPT_RATES, options.output / "kept.png")
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.runs or Path(temporary)
         for name in wanted:

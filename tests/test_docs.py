@@ -311,16 +311,26 @@ def test_what_was_kept_is_drawn_from_the_record(tmp_path):
     base, points = figures.kept_points(figures.KEPT)
     part = json.loads(figures.KEPT.read_text(encoding="utf-8"))[figures.KEPT_PART]
     assert base == pytest.approx(math.exp(-part["base"]["test/nll"])) and set(points) == set(figures.KEPT_ARMS)
+    assert {"sft", "psft", "sft_replay"} <= set(figures.kept_points(figures.KEPT_RATES)[1])
     table = text_of(ROOT / "docs" / "evidence.md").partition("## The digit world")[0]
-    for arm, seeds in points.items():
+    for arm, tried in points.items():
+        (seeds,) = tried.values()
         (line,) = re.findall(rf"^\| `{arm}` \| .*$", table, re.M)
         cells = [cell.strip("* ") for cell in line.split("|")[1:-1]]
         ends = [run["end"] for run in part["runs"] if run["arm"] == arm]
         means = [sum(end[name] for end in ends) / len(ends) for name in ("test/nll", "text")]
         assert cells[1] == str(len(seeds))
         assert [float(cells[place].split(" ±")[0]) for place in (3, 6)] == pytest.approx(means, abs=6e-4)
-    figures.draw_kept(figures.KEPT, tmp_path / "kept.png")
+    figures.draw_kept(figures.KEPT, figures.KEPT_RATES, tmp_path / "kept.png")
     assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_readme_and_evidence_recommend_the_same():
+    tables = [
+        text_of(ROOT / name).partition("<!-- methods: begin -->")[2].partition("<!-- methods: end -->")[0]
+        for name in ("README.md", "docs/evidence.md")
+    ]
+    assert tables[0].replace("(docs/", "(") == tables[1] and "sft_replay" in tables[1]
 
 
 def test_the_clip_is_drawn_from_the_losses():

@@ -1,4 +1,4 @@
-"""SFT, DFT and PSFT from the same start with the same budget: which runs that takes, and what comes out.
+"""Methods from the same start with as many steps each: which runs that takes, and what comes out.
 
     base ── tuning runs ── learning rate of each arm ── runs of all arms ── Comparison ── table, verdict, report
             (rates × tune_seeds)   (validation rows only)   (arms × seeds)
