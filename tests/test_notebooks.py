@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SAID = {  # what a reader must find in the outputs, and only a run that worked prints
     "01_quickstart": ("adapter_model.safetensors", "kl_samples", "among the training rows"),
-    "02_sft_vs_psft": ("psft_visits", "out of domain at the last epoch"),
+    "02_sft_vs_psft": ("psft_visits", "psft_visits − sft, kept at equal in-domain score"),
     "03_merge_and_export": ("the same model", "FROM ", "vllm serve"),
     "04_grpo_from_psft": ("pass@8", "sample_entropy", "trained in {torch.float32}", "verifier: demo"),
 }

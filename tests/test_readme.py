@@ -65,7 +65,8 @@ def test_marks_say_what_a_block_needs(page):
 def workshop(tmp_path_factory):
     """A folder as README's reader has it: the repository's recipes, a recipe of his own, rows, and a test set.
 
-    The recipe is README's, word for word but for the base, which needs no download.
+    The recipe is README's, word for word but for the base, which needs no download, and for rows to replay: that base
+    cannot answer the prompts that come with qpsft.
     """
     folder = tmp_path_factory.mktemp("workshop")
     for name in ("adapters", "benchmarks", "docs"):
@@ -75,10 +76,11 @@ def workshop(tmp_path_factory):
     recipe = blocks(README, "yaml")[0].text
     assert "model_name_or_path:" in recipe and "dataset_name: my/rows.jsonl" in recipe
     (folder / "my").mkdir()
-    mine = re.sub(r"(?<=model_name_or_path: )\S+", "demo", recipe)
+    assert "method: sft_replay" in recipe
+    mine = re.sub(r"(?<=model_name_or_path: )\S+", "demo", recipe) + "replay_dataset: my/old.jsonl\n"
     (folder / "my" / "recipe.yaml").write_text(mine, encoding="utf-8")
     rows = [{name: row[name] for name in ("prompt", "completion")} for row in built_in.demonstrations("clean", 48)]
-    for name, part in (("my/rows.jsonl", rows[:40]), ("test.jsonl", rows[40:])):
+    for name, part in (("my/rows.jsonl", rows[:32]), ("my/old.jsonl", rows[32:40]), ("test.jsonl", rows[40:])):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
     return folder
 
