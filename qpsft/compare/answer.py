@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from qpsft.compare.arms import ARMS
-from qpsft.compare.paired import Difference, interval, matched, mean_and_sd
+from qpsft.compare.paired import Difference, interval, matched
 from qpsft.compare.results import SHARE, ArmResult, Comparison, describe_metric, format_mean, format_value, score_name
 from qpsft.terminal import listed
 
@@ -101,7 +101,7 @@ def _has_learned(comparison: Comparison, arm: ArmResult) -> bool:
 
 
 def _gains(comparison: Comparison, arm: ArmResult) -> list[float]:
-    """Seed by seed, how much better in-domain than the base at the last epoch."""
+    """For each seed, the in-domain score at the last epoch minus the base's; higher is better."""
     sign, base = comparison.sign("in_domain"), comparison.base["in_domain"]
     return [sign * (value - base) for value in arm.last("in_domain").values()]
 
@@ -238,9 +238,7 @@ def _one_seed(comparison: Comparison, rivals: Sequence[Rival]) -> str:
 
 
 def _nothing_learned(comparison: Comparison) -> str:
-    sign = comparison.sign("in_domain")
-    ends = {name: mean_and_sd(list(arm.last("in_domain").values()))[0] for name, arm in comparison.arms.items()}
-    best = max(ends, key=lambda name: sign * ends[name])
+    best = _best_in_domain(comparison, comparison.arms)
     unsure = any(_may_have_learned(comparison, arm) for arm in comparison.arms.values())
     then = "run more seeds" if unsure else "train longer, on more rows or at another learning rate"
     return (
@@ -256,12 +254,15 @@ def _control_not_shown(comparison: Comparison, learned: Sequence[str]) -> str:
             f"in-domain than the base ({_score(comparison)} {_reached(comparison, CONTROL)}, the base "
             f"{_of_base(comparison)}), so nothing can be compared with it."
         )
-    sign = comparison.sign("in_domain")
-    best = max(learned, key=lambda name: sign * mean_and_sd(list(comparison.arms[name].last("in_domain").values()))[0])
+    best = _best_in_domain(comparison, learned)
     return (
         f"Take {_named(comparison, best)}: it learns (in-domain {_score(comparison)} {_reached(comparison, best)}, the "
         f"base {_of_base(comparison)}), which `{CONTROL}` is not shown to do."
     )
+
+
+def _best_in_domain(comparison: Comparison, names: Iterable[str]) -> str:
+    return max(names, key=lambda name: interval(_gains(comparison, comparison.arms[name])).mean)
 
 
 def _not_shown(comparison: Comparison, learned: Sequence[str]) -> str:
@@ -316,8 +317,10 @@ def _number(value: float, unit: str) -> str:
 
 
 def answer_rows(comparison: Comparison) -> list[list[str]]:
-    """Method, learnt, kept, and how much more it keeps than `sft` at equal in-domain score, or learns if nothing else
-    was measured: a header, the base, one row per arm; mean ± sd, differences with half of their 95 % interval.
+    """A header, the base, one row per arm: method, learnt, kept, and its difference to `sft`.
+
+    Scores are mean ± sd. The difference has half of its 95 % interval: what is kept at equal in-domain score, or what
+    is learnt where nothing else was measured.
     """
     units = {name: _unit(comparison, name) for name in ("in_domain", "out_of_domain")}
     kinds = {name: score_name(name, comparison.metric) for name in units}

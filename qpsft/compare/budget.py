@@ -44,7 +44,7 @@ MOST_PROBE_STEPS = 64
 PROBE_REPLAYED = 2
 """Replayed rows that the timed steps hold at least, as far as `MOST_PROBE_STEPS` allow: they may be longer."""
 PROBE_SHARES = (1 / 16, 1 / 8)
-"""Of each set's rows: how long a measurement takes is a constant and a part for every row."""
+"""Of each set's rows, in the two timed measurements: two give a line, a constant time and a time for every row."""
 LEAST_ROWS = 128
 ENOUGH_SEEDS, LEAST_SEEDS = 3, 2
 MARGIN = 1.15
@@ -88,7 +88,8 @@ class Size:
 
     Attributes:
         train: training rows. tests: test rows of all sets together. samples: completions that are sampled.
-        steps, measurements: share of the training rows -> optimizer steps of a run, and how often it is measured.
+        steps: share of the training rows -> optimizer steps of a run.
+        measurements: the same -> how often a run is measured.
         rates: arm -> how many learning rates are tried for it; 0 without tuning, and for those that take another's.
         jobs: how many times faster all runs are done than one after another.
     """
@@ -114,12 +115,6 @@ def format_duration(seconds: float) -> str:
     whole = math.ceil(seconds) if seconds <= 600 else 60 * math.ceil(seconds / 60)
     parts = {"h": whole // 3600, "m": whole // 60 % 60, "s": whole % 60}
     return "".join(f"{part}{unit}" for unit, part in parts.items() if part)
-
-
-def check_budget(text: str) -> None:
-    """Raises RecipeError if it leaves no time at all, which no probe needs to find out."""
-    if parse_duration(text) <= 0:
-        raise RecipeError(f"budget is {text}; it must be above 0.", "Write it as 90s, 30m, 2h or 1h30m.")
 
 
 def measuring_seconds(choice: Choice, costs: Costs, size: Size) -> float:

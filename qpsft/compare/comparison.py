@@ -22,7 +22,7 @@ from typing import Any
 import datasets
 
 from qpsft.compare.arms import ARMS, DEFAULT_ARMS, Arm, find_arms, pairs, rate_source
-from qpsft.compare.budget import check_budget, fit
+from qpsft.compare.budget import fit
 from qpsft.compare.coverage import coverage_notes, unseen_share
 from qpsft.compare.data import (
     BASE_ANSWERS,
@@ -90,8 +90,6 @@ def compare_loaded(
         folder: replaces the recipe's `output_dir`.
     """
     find_arms(options.arms or DEFAULT_ARMS)  # a wrong name is said before the base is looked at
-    if options.budget is not None:
-        check_budget(options.budget)
     folder = prepare(recipe, folder)
     options = replace(options, arms=options.arms or default_arms(recipe))
     _make_folder(results_folder(options, folder), "results_dir")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,13 +23,20 @@ def parse_duration(text: str) -> float:
     """Seconds of 90s, 30m, 2h or 1h30m.
 
     Raises:
-        RecipeError: it is something else.
+        RecipeError: it is something else, or no time at all.
     """
+    todo = "Write it as 90s, 30m, 2h or 1h30m."
     match = _DURATION.fullmatch(text.strip())
-    with contextlib.suppress(ValueError):
-        if match and any(match.groups()):
-            return sum(float(part) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True) if part)
-    raise RecipeError(f"budget is {text!r}; it must be a time.", "Write it as 90s, 30m, 2h or 1h30m.")
+    parts = zip(match.groups(), (3600, 60, 1), strict=True) if match and any(match.groups()) else ()
+    try:
+        seconds = [float(part) * unit for part, unit in parts if part]
+    except ValueError:  # a number with two points
+        seconds = []
+    if not seconds:
+        raise RecipeError(f"budget is {text!r}; it must be a time.", todo)
+    if sum(seconds) <= 0:
+        raise RecipeError(f"budget is {text}; it must be above 0.", todo)
+    return sum(seconds)
 
 
 @dataclass

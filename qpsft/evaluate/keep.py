@@ -101,7 +101,7 @@ class Gate:
         """
         print(wrap(f"asking {who}: {', '.join(skill.title for skill in self.skills.values())}", "  "), flush=True)
         tasks = [name for name in self.skills if name in SKILLS and name != "ifeval"]
-        # Before IFEval, which takes longest: rows that are not on the Hub show at once.
+        # Before IFEval, which takes longest: a broken model shows at once.
         scores = self._choices(model, tokenizer, tasks, who) if tasks else {}
         if "ifeval" in self.skills:
             scores["ifeval"] = self._instructions(model, tokenizer, f"IFEval, {who}")
