@@ -57,12 +57,19 @@ class Arm:
 
 METHOD_ARMS = ("sft", "sft_kl", "asft", "dft", "eaft", "stm", "trsft", "psft", "psft_visits", "psft_kl")
 BLOCKS = {"block_order": True, "num_iterations": VISITS, "sft_warmup_steps": REFERENCE_STEPS}
-ARMS = {name: Arm({"method": name}) for name in METHOD_ARMS} | {
+STUDIED = {name: Arm({"method": name}) for name in METHOD_ARMS} | {
     "sft_replay": Arm({"method": "sft", "replay_share": REPLAY_SHARE}),
     "psft_replay": Arm({"method": "psft_replay"}),
     "sft_matched": Arm({"method": "sft"}, rate_of="psft"),  # the controls: they differ from PSFT in the loss alone
     "sft_blocks": Arm({"method": "sft"} | BLOCKS, rate_of="psft_visits"),
 }
+TRUST_REGIONS = {
+    "psft_k2": Arm({"method": "psft", "reference_steps": 2}),
+    "psft_k64": Arm({"method": "psft", "reference_steps": 64}),  # in `--small` one block: the base is the reference
+    "psft_eps0.1": Arm({"method": "psft", "epsilon": 0.1}),
+}
+"""How narrow PSFT's clip has to be to keep something; only in a study that names them."""
+ARMS = STUDIED | TRUST_REGIONS
 CONTROLS = {"psft": "sft_matched", "psft_visits": "sft_blocks"}
 SEEDED = ("sft", "sft_kl", "psft", "psft_visits", "stm", "sft_replay", "psft_replay", "sft_matched", "sft_blocks")
 """The arms that get more seeds than one, beside those that led."""
@@ -408,7 +415,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--dtype", help="compute dtype (auto: float32 on the CPU, else by card)")
     found.add_argument("--jobs", type=int, default=1, help="runs at a time")
     found.add_argument("--parts", type=listed(str), help=f"default: {','.join(PARTS)}")
-    found.add_argument("--arms", type=listed(str), help=f"default: all: {','.join(ARMS)}")
+    found.add_argument("--arms", type=listed(str), help=f"default: {','.join(STUDIED)}; also {','.join(TRUST_REGIONS)}")
     found.add_argument("--rates", type=listed(float), help="learning rates tried with one seed (default: 4)")
     found.add_argument("--seeds", type=int, help="seeds at the chosen rate (default: 3; on CUDA 5)")
     found.add_argument("--all_seeds", action="store_true", help="for every arm, not only those that are worth it")
@@ -430,7 +437,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 DEFAULTS = {
-    "parts": PARTS, "arms": tuple(ARMS), "rates": RATES, "seeds": 3, "epochs": (1, 2, 4), "train": None,
+    "parts": PARTS, "arms": tuple(STUDIED), "rates": RATES, "seeds": 3, "epochs": (1, 2, 4), "train": None,
     "held_out": (100, 200), "ifeval": 150, "truthfulqa": 50, "choices": 200, "answers": 1000, "probe": 100,
     "max_tokens": 512, "tasks": "end", "dtype": "auto",
 }  # fmt: skip

@@ -197,6 +197,16 @@ def test_more_seeds_are_for_the_named_arms_the_controls_and_those_that_led(monke
     assert [run.rate for run in more if run.arm == "sft_matched"] == [1e-4]
 
 
+def test_a_study_has_other_trust_regions_only_where_they_are_named(tmp_path):
+    def arms(*named):
+        return evidence_real.read_options([f"--model={tmp_path}", f"--data={tmp_path}", "--device=cpu", *named]).arms
+
+    (tmp_path / "config.json").write_text("{}")
+    assert not set(arms()) & set(evidence_real.TRUST_REGIONS)
+    named = arms("--arms=psft,psft_eps0.1")
+    assert ARMS[named[1]].options == ARMS[named[0]].options | {"epsilon": 0.1}
+
+
 # ---- the whole study ----
 
 
