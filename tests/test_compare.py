@@ -332,4 +332,4 @@ def test_flags_win_and_epochs_default_to_four(tmp_path):
 def test_help(capsys):
     assert cli.main(["compare", "--help"]) == 0
     text = capsys.readouterr().out
-    assert "--arms" in text and "sft,sft_kl,psft_visits,psft_replay,sft_replay" in " ".join(text.split())
+    assert "--arms" in text and "sft,psft_visits,sft_kl,psft_replay,sft_replay" in " ".join(text.split())

@@ -287,8 +287,8 @@ def test_arms_are_left_out_one_at_a_time_and_before_the_third_seed():
     full = Choice(DEFAULT_ARMS, 3, 2)
     cuts = list(ladder(arms, full, few.train))
     assert list(dict.fromkeys(choice.arms for choice in cuts)) == [
-        ("sft", "sft_kl", "psft_visits", "psft_replay", "sft_replay"),
-        ("sft", "psft_visits", "psft_replay", "sft_replay"),
+        ("sft", "psft_visits", "sft_kl", "psft_replay", "sft_replay"),
+        ("sft", "sft_kl", "psft_replay", "sft_replay"),
         ("sft", "psft_replay", "sft_replay"),
         ("sft", "sft_replay"),
     ]
@@ -306,12 +306,12 @@ def test_a_comparison_is_cut_to_its_budget(tmp_path, monkeypatch, capsys):
     found = compare(recipe, seeds=5, budget="9m")
     assert asked == [["sft", "sft_kl", "psft_visits"]]  # the embedded base answers no prompts to be replayed
     labels = {spec.label for spec in runs.specs}
-    assert labels == {"base"} | {f"{kind}-lr2e-3-seed{s}" for kind in ("nll", "psft-4visits") for s in (3, 4, 5)}
+    assert labels == {"base"} | {f"{kind}-lr2e-3-seed{s}" for kind in ("nll", "nll-kl") for s in (3, 4, 5)}
     assert found.counts["train"] == 128 and found.counts["in_domain"] == 4
     out = " ".join(capsys.readouterr().out.split())
-    assert "budget 9m: about 8m52s for sft, psft_visits, 3 seeds and 128 rows" in out
+    assert "budget 9m: about 8m52s for sft, sft_kl, 3 seeds and 128 rows" in out
     assert limits(found)[0] == (
-        "The budget left out: 2 of 5 seeds; arm sft_kl; training rows: 128 of 512 are used; "
+        "The budget left out: 2 of 5 seeds; arm psft_visits; training rows: 128 of 512 are used; "
         "test rows: 25% of each set are used."
     )
     record = json.loads((tmp_path / "comparison/comparison.json").read_text())

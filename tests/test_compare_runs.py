@@ -1,5 +1,6 @@
 """A comparison of real runs on the embedded base: measuring leaves training alone, and what is written."""
 
+import itertools
 import json
 import random
 from html.parser import HTMLParser
@@ -14,6 +15,7 @@ from small_runs import policy, same
 from qpsft.compare import compare, data
 from qpsft.compare.comparison import make_setting, prepare
 from qpsft.compare.data import load_data
+from qpsft.compare.figures import figures
 from qpsft.compare.measure import EpochEvaluation
 from qpsft.compare.options import load_comparison
 from qpsft.compare.report import write_report
@@ -76,6 +78,16 @@ def test_what_is_written(compared):
     assert not list(folder.glob("results/*/training"))
     for name in ("curves", "frontier"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_numbers_on_the_frontiers_axes_do_not_touch():
+    comparison = make_comparison({"sft": {0: [(0.0, 0.59), (0.02, 0.55)]}, "psft": {0: [(0.0, 0.95), (0.0, 0.93)]}})
+    _, figure = figures(comparison)["frontier"]
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    boxes = [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()]
+    boxes = [box for box in boxes if axes.bbox.x0 <= (box.x0 + box.x1) / 2 <= axes.bbox.x1]
+    assert len(boxes) > 2 and all(left.x1 + 4 < right.x0 for left, right in itertools.pairwise(boxes))
 
 
 def test_a_real_run_that_diverges_leaves_a_result_that_says_so(tmp_path):

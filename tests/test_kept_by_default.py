@@ -157,7 +157,7 @@ def test_replay_is_compared_where_the_base_has_something_to_replay(tmp_path, cha
     assert chat == list(DEFAULT_ARMS) == arms(*own)
     assert capsys.readouterr().out == ""
     for flags in (["--model_name_or_path=demo"], [f"--model_name_or_path={chat_base}", "--use_chat_template=never"]):
-        assert arms(*flags) == ["sft", "sft_kl", "psft_visits"]
+        assert arms(*flags) == ["sft", "psft_visits", "sft_kl"]
         assert "replay needs a base with a chat template" in capsys.readouterr().out
 
 

@@ -104,8 +104,9 @@ ARMS: dict[str, Arm] = {
         _of_method("psft_replay"),
     )
 }
-DEFAULT_ARMS = ("sft", "sft_kl", "psft_visits", "psft_replay", "sft_replay")
-"""What a person chooses between to keep something (docs/evidence.md). A small budget keeps SFT and the last."""
+DEFAULT_ARMS = ("sft", "psft_visits", "sft_kl", "psft_replay", "sft_replay")
+"""What a person chooses between to keep something (docs/evidence.md). A small budget keeps SFT and the last
+(on a base that cannot answer prompts, `sft_kl`)."""
 
 
 def find_arm(name: str) -> Arm:

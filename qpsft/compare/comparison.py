@@ -145,7 +145,7 @@ def default_arms(recipe: Recipe) -> list[str]:
     own = recipe.data.replay_prompts is not None or recipe.data.replay_dataset is not None
     if own or answers_prompts(recipe, _tokenizer(recipe)):
         return list(DEFAULT_ARMS)
-    arms = [arm.name for arm in find_arms(DEFAULT_ARMS) if "replay_share" not in arm.keeps]
+    arms = [name for name in DEFAULT_ARMS if "replay_share" not in ARMS[name].keeps]
     print(fill(f"arms: {', '.join(arms)} (replay needs a base with a chat template, or replay_prompts)"), flush=True)
     return arms
 

@@ -117,6 +117,7 @@ def _frontier(comparison: Comparison) -> Figure:
     axes.set_ylabel(f"kept: out-of-domain {score_name('out_of_domain', comparison.metric)}")
     axes.xaxis.set_inverted(signs[0] < 0)
     axes.yaxis.set_inverted(signs[1] < 0)
+    axes.locator_params(axis="x", nbins=5)  # numbers as long as 0.0025 need the room
     _legend(figure, axes)
     return figure
 
