@@ -86,10 +86,12 @@ KEPT_ARMS = {
     "psft_kl": "PSFT + KL to the base",
     "dft": "DFT",
     "asft": "ASFT",
+    "eaft": "EAFT",
+    "trsft": "TrSFT",
 }
 """The arms that README's picture shows, and what it calls them."""
 DPI = 120
-COLOURS = 48
+COLOURS = 64
 
 
 # ---- the clip ----
