@@ -411,6 +411,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--model", default=str(MODEL), help="folder of an instruct model")
     found.add_argument("--data", help="folder of svamp, gsm8k, ifeval, … (default: ../shared/data)")
     found.add_argument("--output", default=str(OUTPUT), help="folder of all results")
+    found.add_argument("--tables", help="folder of the tables and the plot (default: that of --output)")
     found.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     found.add_argument("--dtype", help="compute dtype (auto: float32 on the CPU, else by card)")
     found.add_argument("--jobs", type=int, default=1, help="runs at a time")

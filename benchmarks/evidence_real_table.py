@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from evidence_real import ARMS, CONTROLS, Run, Study, by_of, chosen_rates
 from evidence_real_parts import TEXTS, kept
 
@@ -122,6 +123,29 @@ def compared(records: Records, rates: Mapping[str, float], part: str, base: dict
     return found
 
 
+def equal_rows(records: Records, base: dict[str, float]) -> list[list[str]]:
+    """A header, and for each arm and rate the own text that it keeps beyond `sft` where right answers are as likely.
+
+    `sft` is read on the straight lines between its rates and the base, in order of `test/nll`; beyond them at the
+    nearest. Means over seeds, at the end.
+    """
+    ends: dict[tuple[str, float], list[dict[str, float]]] = {}
+    for run, record in records.items():
+        if record["points"] and "diverged" not in record:
+            ends.setdefault((run.arm, run.rate), []).append(record["points"][-1]["metrics"])
+    points = {
+        key: (_mean([one["test/nll"] for one in runs]), _mean([kept(one, base)["text"] for one in runs]))
+        for key, runs in ends.items()
+    }
+    sft = sorted([point for (arm, _), point in points.items() if arm == "sft"] + [(base["test/nll"], 1.0)])
+    rows = [["more kept where right answers are as likely", "rate", "test NLL", "own text", "more than sft"]]
+    for (arm, rate), (nll, text) in points.items():
+        if len(sft) > 1 and arm != "sft":
+            more = text - np.interp(nll, *zip(*sft, strict=True))
+            rows.append([arm, f"{rate:g}", f"{nll:.3f}", f"{text:.3f}", f"{more:+.3f}"])
+    return rows
+
+
 def comparison_rows(comparisons: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     rows = [["more kept at equal in-domain score", "of", "over", "at", "difference", "seeds"]]
     for one in comparisons:
@@ -177,7 +201,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def show(study: Study, options: argparse.Namespace) -> None:
-    """Prints the tables of what is done, and writes `summary.txt`, `summary.json` and `kept.png` to the output."""
+    """Prints the tables of what is done, and writes `summary.txt`, `summary.json` and `kept.png` to `--tables`."""
     texts, drawn, summary = [], {}, {}
     for part in options.parts:
         record = study.read(Run(part))
@@ -192,6 +216,7 @@ def show(study: Study, options: argparse.Namespace) -> None:
         tables = (
             arm_rows(records, rates, part, base),
             comparison_rows(comparisons),
+            equal_rows(records, base),
             epoch_rows(records, rates, part, base),
         )
         texts.append("\n\n".join([f"== {part} ==", *map(text_table, tables)]))
@@ -205,7 +230,8 @@ def show(study: Study, options: argparse.Namespace) -> None:
     text = "\n\n".join([*texts, fill(LEGEND)])
     print(text)
     if drawn:
-        folder = Path(study.output)
+        folder = Path(options.tables or study.output)
+        folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "summary.txt", text + "\n")
         write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
         draw(drawn, folder / "kept.png")

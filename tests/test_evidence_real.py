@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 from dataclasses import replace
 from fractions import Fraction
 
@@ -177,6 +178,29 @@ def test_what_is_kept_is_compared_at_equal_in_domain_score(records):
     assert frontier["learnt"] == pytest.approx((0.5 + 0.4) / 2)
 
 
+def test_own_text_is_compared_where_right_answers_are_as_likely():
+    def run(nll, text):  # text: the likelihood of own text, relative
+        own = {f"{name}/nll": 1 - math.log(text) for name in ("mt_bench", "user")}
+        return {"points": [{"epoch": 1, "step": 5, "metrics": BASE | {"test/nll": nll} | own}]}
+
+    made = {
+        Run("svamp", "sft", 1e-4): run(1.0, 0.9),
+        Run("svamp", "sft", 1e-3): run(0.5, 0.7),
+        Run("svamp", "psft", 1e-4): run(1.5, 0.9),  # halfway between the base and sft at 1e-4
+        Run("svamp", "psft", 5e-4): run(0.6, 0.7),
+        Run("svamp", "psft", 5e-4, 1): run(0.7, 0.9),
+        Run("svamp", "psft", 1e-3): run(0.4, 0.8),  # beyond sft
+        Run("svamp", "psft", 1e-2): run(0.4, 0.8) | {"diverged": {"step": 9, "error": "NaN"}},
+    }
+    rows = table.equal_rows(made, BASE)
+    assert [row[1:] for row in rows[1:]] == [
+        ["0.0001", "1.500", "0.900", "-0.050"],
+        ["0.0005", "0.650", "0.800", "+0.040"],
+        ["0.001", "0.400", "0.800", "+0.100"],
+    ]
+    assert table.equal_rows({run: one for run, one in made.items() if run.arm != "sft"}, BASE)[1:] == []
+
+
 def test_nothing_is_compared_where_nothing_was_learnt(records):
     rates = {"sft": 1e-3, "psft": 1e-4}
     assert not table.compared(records, rates, "svamp", BASE | {"test/accuracy": 0.7})
@@ -257,6 +281,8 @@ def test_the_whole_study_goes_on_does_nothing_twice_and_prints_its_table(model, 
     with pytest.raises(KeyboardInterrupt):
         evidence_real.main(flags(model, data, tmp_path))
     capsys.readouterr()
+    assert evidence_real.main(flags(model, data, tmp_path, "--table", f"--tables={tmp_path / 'other'}")) == 0
+    assert {path.name for path in (tmp_path / "other").iterdir()} == {"summary.txt", "summary.json", "kept.png"}
     assert evidence_real.main(flags(model, data, tmp_path, "--table")) == 0
     assert "sft" in capsys.readouterr().out and len(done) == 3
     assert evidence_real.main(flags(model, data, tmp_path)) == 0
@@ -398,6 +424,6 @@ def test_quick_is_small_and_a_flag_wins_over_it(model, data):
     small = evidence_real.read_options([*given, "--small", "--arms=sft,sft_kl"])
     assert small.arms == ["sft", "sft_kl"] and small.seeds == 3 and small.rates == (5e-4,) and small.dtype == "bfloat16"
     whole = evidence_real.read_options(given)
-    assert len(whole.arms) == len(ARMS) and whole.seeds == 3 and whole.ifeval == 150
+    assert whole.arms == tuple(evidence_real.STUDIED) and whole.seeds == 3 and whole.ifeval == 150
     with pytest.raises(RecipeError):
         evidence_real.read_options([*given, "--arms=psftt"])
