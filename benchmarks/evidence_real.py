@@ -64,7 +64,6 @@ STUDIED = {name: Arm({"method": name}) for name in METHOD_ARMS} | {
     "sft_blocks": Arm({"method": "sft"} | BLOCKS, rate_of="psft_visits"),
 }
 TRUST_REGIONS = {
-    "psft_k2": Arm({"method": "psft", "reference_steps": 2}),
     "psft_k64": Arm({"method": "psft", "reference_steps": 64}),  # in `--small` one block: the base is the reference
     "psft_eps0.1": Arm({"method": "psft", "epsilon": 0.1}),
 }
