@@ -9,11 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from evidence_real import ARMS, CONTROLS, Run, Study, by_of, chosen_rates
 from evidence_real_parts import TEXTS, kept
 
-from qpsft.compare.paired import Difference, Point, matched_difference, mean_and_sd
+from qpsft.compare.paired import Difference, Point, matched, matched_difference, mean_and_sd
 from qpsft.files import write_atomically
 from qpsft.terminal import fill, text_table
 
@@ -70,6 +69,12 @@ def of_arm(records: Records, arm: str, rate: float | None = None) -> list[tuple[
     return [(run, one) for run, one in records.items() if run.arm == arm and rate in (None, run.rate)]
 
 
+def ends_of(records: Records, arm: str, rate: float, part: str, base: Mapping[str, float]) -> list[dict[str, float]]:
+    """`metrics_of` the end of each of an arm's runs that did not diverge."""
+    runs = [one for _, one in of_arm(records, arm, rate) if one["points"] and "diverged" not in one]
+    return [metrics_of(one["points"][-1], part, base) for one in runs]
+
+
 def arm_rows(records: Records, rates: Mapping[str, float], part: str, base: dict[str, float]) -> list[list[str]]:
     """A header, the base, and each arm at its rate: means over seeds at the end."""
     before = metrics_of({"metrics": base}, part, base)
@@ -77,8 +82,7 @@ def arm_rows(records: Records, rates: Mapping[str, float], part: str, base: dict
     rows = [["arm", "rate", "seeds", *(COLUMNS[name] for name in shown)]]
     rows.append(["base", "", "", *(f"{before[name]:.3g}" for name in shown)])
     for arm, rate in rates.items():
-        runs = [one for _, one in of_arm(records, arm, rate) if one["points"] and "diverged" not in one]
-        ends = [metrics_of(one["points"][-1], part, base) for one in runs]
+        ends = ends_of(records, arm, rate, part, base)
         rows.append([arm, f"{rate:g}", str(len(ends)), *(_mean_sd(ends, name) for name in shown)])
     return rows
 
@@ -123,26 +127,21 @@ def compared(records: Records, rates: Mapping[str, float], part: str, base: dict
     return found
 
 
-def equal_rows(records: Records, base: dict[str, float]) -> list[list[str]]:
+def equal_rows(records: Records, part: str, base: dict[str, float]) -> list[list[str]]:
     """A header, and for each arm and rate the own text that it keeps beyond `sft` where right answers are as likely.
 
-    `sft` is read on the straight lines between its rates and the base, in order of `test/nll`; beyond them at the
-    nearest. Means over seeds, at the end.
+    Means over seeds, at the end. `sft` is read between its rates and the base, as `qpsft.compare.paired.matched` does.
     """
-    ends: dict[tuple[str, float], list[dict[str, float]]] = {}
-    for run, record in records.items():
-        if record["points"] and "diverged" not in record:
-            ends.setdefault((run.arm, run.rate), []).append(record["points"][-1]["metrics"])
-    points = {
-        key: (_mean([one["test/nll"] for one in runs]), _mean([kept(one, base)["text"] for one in runs]))
-        for key, runs in ends.items()
-    }
-    sft = sorted([point for (arm, _), point in points.items() if arm == "sft"] + [(base["test/nll"], 1.0)])
+    points: dict[tuple[str, float], Point] = {}
+    for arm, rate in dict.fromkeys((run.arm, run.rate) for run in records):
+        if ends := ends_of(records, arm, rate, part, base):
+            points[arm, rate] = -_mean([end["test/nll"] for end in ends]), _mean([end["text"] for end in ends])
+    sft = [point for (arm, _), point in points.items() if arm == "sft"]
     rows = [["more kept where right answers are as likely", "rate", "test NLL", "own text", "more than sft"]]
-    for (arm, rate), (nll, text) in points.items():
-        if len(sft) > 1 and arm != "sft":
-            more = text - np.interp(nll, *zip(*sft, strict=True))
-            rows.append([arm, f"{rate:g}", f"{nll:.3f}", f"{text:.3f}", f"{more:+.3f}"])
+    for (arm, rate), point in points.items():
+        if sft and arm != "sft":
+            _, own, control = matched([point], [*sft, (-base["test/nll"], 1.0)])
+            rows.append([arm, f"{rate:g}", f"{-point[0]:.3f}", f"{point[1]:.3f}", f"{own - control:+.3f}"])
     return rows
 
 
@@ -216,7 +215,7 @@ def show(study: Study, options: argparse.Namespace) -> None:
         tables = (
             arm_rows(records, rates, part, base),
             comparison_rows(comparisons),
-            equal_rows(records, base),
+            equal_rows(records, part, base),
             epoch_rows(records, rates, part, base),
         )
         texts.append("\n\n".join([f"== {part} ==", *map(text_table, tables)]))

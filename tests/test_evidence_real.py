@@ -192,13 +192,13 @@ def test_own_text_is_compared_where_right_answers_are_as_likely():
         Run("svamp", "psft", 1e-3): run(0.4, 0.8),  # beyond sft
         Run("svamp", "psft", 1e-2): run(0.4, 0.8) | {"diverged": {"step": 9, "error": "NaN"}},
     }
-    rows = table.equal_rows(made, BASE)
+    rows = table.equal_rows(made, "svamp", BASE)
     assert [row[1:] for row in rows[1:]] == [
         ["0.0001", "1.500", "0.900", "-0.050"],
         ["0.0005", "0.650", "0.800", "+0.040"],
         ["0.001", "0.400", "0.800", "+0.100"],
     ]
-    assert table.equal_rows({run: one for run, one in made.items() if run.arm != "sft"}, BASE)[1:] == []
+    assert table.equal_rows({run: one for run, one in made.items() if run.arm != "sft"}, "svamp", BASE)[1:] == []
 
 
 def test_nothing_is_compared_where_nothing_was_learnt(records):
