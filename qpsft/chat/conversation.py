@@ -51,7 +51,7 @@ class Turns:
         speakers: who answers.
         as_chat: prompts go through the chat template.
         limit: positions the model has; None if it has no limit.
-        left_out: how many of the oldest turns the last prompt left out, because it would have been too long.
+        left_out: number of the oldest turns that did not fit into the last prompt.
 
     Raises:
         DataError: a system turn where there is no chat template.
@@ -109,7 +109,7 @@ class Turns:
         self.turns.pop()
 
     def _prompt(self, speaker: str) -> tuple[list[int], int]:
-        """The prompt's ids, with as many of the latest turns as fit, and how many tokens the answer may have."""
+        """(token ids of the prompt, most tokens of the answer). The oldest turns are left out where they do not fit."""
         spare = self.max_new_tokens if self.limit is None else min(self.max_new_tokens, self.limit // 4)
         for first in range(len(self.turns)):
             ids = self.encode(self._messages(speaker, first))

@@ -11,7 +11,7 @@ from qpsft.recipe.flags import check_ranges, option
 
 @dataclass
 class ChatOptions(LoadOptions):
-    """Whom to talk to, and how it answers.
+    """The model to talk to, and how it answers.
 
     Raises:
         RecipeError: a value is out of range. DataError: it has no effect.

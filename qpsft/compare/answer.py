@@ -24,8 +24,7 @@ class Rival:
     Attributes:
         learnt: in-domain at the last epoch.
         kept: out of domain at equal in-domain score; None if that was not measured, or there is no level to compare at.
-        lost: how much the method loses there of what the base could do, as a share of what `sft` loses; None if `sft`
-            loses nothing.
+        lost: the method's loss there against the base, divided by that of `sft`; None if `sft` loses nothing.
     """
 
     name: str

@@ -89,9 +89,9 @@ class Size:
     Attributes:
         train: training rows. tests: test rows of all sets together. samples: completions that are sampled.
         steps: share of the training rows -> optimizer steps of a run.
-        measurements: the same -> how often a run is measured.
-        rates: arm -> how many learning rates are tried for it; 0 without tuning, and for those that take another's.
-        jobs: how many times faster all runs are done than one after another.
+        measurements: share of the training rows -> measurements of a run.
+        rates: arm -> learning rates to try; 0 without tuning, and for an arm that takes another arm's rate.
+        jobs: time of all runs one after another / time of them with --jobs.
     """
 
     train: int
@@ -104,7 +104,7 @@ class Size:
 
     @property
     def cut_rows(self) -> int:
-        """Training rows that can be left out to save time: none where max_steps decides how long a run is."""
+        """Training rows to cut from; 0 where `max_steps` sets the length of a run, as fewer rows then save no time."""
         return self.train if self.steps(0.5) < self.steps(1.0) else 0
 
 
